@@ -1,0 +1,56 @@
+"""The method in plain PyTorch: the judge of every faster implementation."""
+
+from sparse_bitnet.core.activation import quantize_activations, quantize_int4, quantize_int8
+from sparse_bitnet.core.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    PackedFormatError,
+    PatternError,
+    SparseBitNetError,
+    TrainingError,
+    WeightError,
+)
+from sparse_bitnet.core.mask import flip_rate, nm_mask, worst_group
+from sparse_bitnet.core.method import Method
+from sparse_bitnet.core.pattern import DENSE, Pattern
+from sparse_bitnet.core.polarization import (
+    Polarization,
+    polarization,
+    pruning_thresholds,
+    zero_fraction,
+)
+from sparse_bitnet.core.ternary import absmean, check_finite, round_ternary, row_scale, ternarize
+
+__all__ = [
+    "DENSE",
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Method",
+    "MissingExtraError",
+    "PackedFormatError",
+    "Pattern",
+    "PatternError",
+    "Polarization",
+    "SparseBitNetError",
+    "TrainingError",
+    "WeightError",
+    "absmean",
+    "check_finite",
+    "flip_rate",
+    "nm_mask",
+    "polarization",
+    "pruning_thresholds",
+    "quantize_activations",
+    "quantize_int4",
+    "quantize_int8",
+    "round_ternary",
+    "row_scale",
+    "ternarize",
+    "worst_group",
+    "zero_fraction",
+]

@@ -1,0 +1,44 @@
+"""Activations as integers, one scale a token: X ≈ scale · Xq."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_MAGNITUDE = 1e-5
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax quantization: s = 127 / max(|x|, 1e-5), Xq = clip(round(x·s), −128, 127).
+
+    Args:
+        x: ``[..., in]``, any float dtype; computed in float32.
+
+    Returns:
+        ``(quantized, scale)``: int8 ``[..., in]`` and float32 ``[..., 1]``, the size of one integer
+        step (1/s), so that ``x ≈ quantized * scale``.
+
+    Source: section 2 of arXiv 2402.17764. A token of zeros gives zeros.
+    """
+    x = x.detach().float()
+    magnitude = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
+    quantized = (x * (127.0 / magnitude)).round().clamp(-128, 127).to(torch.int8)
+    return quantized, magnitude / 127.0
+
+
+def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmean quantization to four bits: s = √7 / mean(|x|), Xq = clip(round(x·s), −8, 7).
+
+    Shapes as :func:`quantize_int8`; the values lie in [−8, 7] and are kept in int8.
+
+    Source: the 4-bit variant of the published code (BitNet a4.8, arXiv 2411.04965).
+    """
+    x = x.detach().float()
+    magnitude = x.abs().mean(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
+    quantized = (x * (7.0**0.5 / magnitude)).round().clamp(-8, 7).to(torch.int8)
+    return quantized, magnitude / 7.0**0.5
+
+
+def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_int8` or :func:`quantize_int4`."""
+    return quantize_int8(x) if bits == 8 else quantize_int4(x)

@@ -1,0 +1,91 @@
+"""Why ternary weights tolerate N:M: training polarizes the master weights around −γ, 0 and +γ.
+
+A group's pruning threshold is the magnitude of the largest weight that its mask removes. Weights
+below γ/2 round to zero anyway (the dead zone), so a group whose threshold lies there loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.mask import nm_mask
+from sparse_bitnet.core.pattern import Pattern
+from sparse_bitnet.core.ternary import absmean, row_scale
+
+HISTOGRAM_END = 4.0  # in units of γ; what lies beyond is counted in the last bin
+
+
+@dataclass(frozen=True)
+class Polarization:
+    """Statistics of one weight matrix.
+
+    Attributes:
+        edges: bin edges of |w|/γ, ``bins + 1`` values from 0 to 4.
+        magnitudes: fraction of weights in each bin (the last bin holds everything above too).
+        thresholds: fraction of groups whose pruning threshold / γ lies in each bin; zeros if dense.
+        zeros_before_mask: fraction of weights that round to zero without any mask (|w| ≤ γ/2).
+        dead_zone_groups: fraction of groups whose threshold is in the dead zone, so that the mask
+            changes none of their ternary values; 1.0 if dense.
+        kurtosis: fourth standardized moment of the signed weights (3 for a Gaussian, lower when
+            polarized).
+    """
+
+    edges: list[float]
+    magnitudes: list[float]
+    thresholds: list[float]
+    zeros_before_mask: float
+    dead_zone_groups: float
+    kurtosis: float
+
+
+def pruning_thresholds(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Magnitude of the largest weight each group loses: ``[..., out, in/M]``; empty if dense.
+
+    Raises:
+        PatternError: if M does not divide ``in``.
+    """
+    if pattern.is_dense:
+        return weight.new_empty((*weight.shape[:-1], 0))
+    lost = weight.detach().abs().masked_fill(nm_mask(weight, pattern), 0)
+    return lost.unflatten(-1, (-1, pattern.m)).amax(-1)
+
+
+def polarization(
+    weight: Tensor, pattern: Pattern, segments: tuple[int, ...] = (), bins: int = 80
+) -> Polarization:
+    """Measure how far a master weight ``[..., out, in]`` has polarized.
+
+    Raises:
+        PatternError: if M does not divide ``in``.
+    """
+    rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+    relative = weight.detach().float() / rows
+    thresholds = pruning_thresholds(weight, pattern).float() / rows
+    centred = relative - relative.mean()
+    kurtosis = (centred**4).mean() / (centred**2).mean().clamp(min=1e-30) ** 2
+    return Polarization(
+        edges=torch.linspace(0, HISTOGRAM_END, bins + 1).tolist(),
+        magnitudes=_fractions(relative.abs(), bins),
+        thresholds=_fractions(thresholds, bins),
+        zeros_before_mask=(relative.abs() <= 0.5).double().mean().item(),
+        dead_zone_groups=1.0 if pattern.is_dense else (thresholds <= 0.5).double().mean().item(),
+        kurtosis=kurtosis.item(),
+    )
+
+
+def zero_fraction(weight: Tensor, segments: tuple[int, ...] = ()) -> float:
+    """Fraction of weights ``[..., out, in]`` that round to zero before any mask: |w| ≤ γ/2."""
+    rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+    return (weight.detach().abs() <= rows / 2).double().mean().item()
+
+
+def _fractions(values: Tensor, bins: int) -> list[float]:
+    if values.numel() == 0:
+        return [0.0] * bins
+    # The last bin's upper edge is excluded from rounding errors by clamping just inside it.
+    inside = values.flatten().clamp(max=HISTOGRAM_END)
+    counts = torch.histc(inside.float(), bins=bins, min=0, max=HISTOGRAM_END)
+    return (counts / values.numel()).tolist()

@@ -1,0 +1,112 @@
+"""Ternary weights: W ≈ γ·T with T in {−1, 0, 1} and γ the mean magnitude of W."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.errors import WeightError
+from sparse_bitnet.core.mask import nm_mask
+from sparse_bitnet.core.method import Method
+from sparse_bitnet.core.pattern import Pattern
+
+SMALLEST_SCALE = 1e-5
+
+
+def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None = None) -> Tensor:
+    """γ: the mean of |W| over each logical matrix, at least 1e-5.
+
+    Summed in float64, so that γ does not depend on the order of summation: a matrix cut over ranks,
+    or reduced by another kernel, gets the same float32 value.
+
+    Args:
+        weight: ``[..., out, in]``; leading dimensions (experts) have a γ each.
+        segments: the rows of each logical matrix fused into ``out`` (q, k, v), summing to ``out``;
+            empty for one matrix.
+        mask: take the mean over these weights only (the mask-then-quant ablation).
+
+    Returns:
+        float32 ``[..., max(1, len(segments))]``.
+    """
+    magnitude = weight.detach().abs()
+    if mask is None:
+        per_row = weight.shape[-1]
+        count = torch.tensor([r * per_row for r in segments or weight.shape[-2:-1]])
+    else:
+        magnitude = magnitude * mask
+        count = _segment_sums(mask, segments)
+    mean = _segment_sums(magnitude, segments) / count.to(weight.device).clamp(min=1)
+    return mean.float().clamp(min=SMALLEST_SCALE)
+
+
+def _segment_sums(values: Tensor, segments: tuple[int, ...]) -> Tensor:
+    parts = values.split(list(segments) or values.shape[-2], dim=-2)
+    return torch.stack([part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts], dim=-1)
+
+
+def row_scale(scale: Tensor, segments: tuple[int, ...], out_features: int) -> Tensor:
+    """γ of every output row: ``[..., segments]`` → ``[..., out]``."""
+    rows = torch.tensor(segments or (out_features,), device=scale.device)
+    return scale.repeat_interleave(rows, dim=-1, output_size=out_features)
+
+
+def round_ternary(weight: Tensor, scale: Tensor) -> Tensor:
+    """T = clip(round(W/γ), −1, 1) as int8; ``scale`` broadcasts against ``weight``.
+
+    Source: absmean quantization, section 2 of arXiv 2402.17764. Rounds half to even, so |W| = γ/2
+    becomes zero.
+    """
+    return (weight.detach().float() / scale).round().clamp(-1, 1).to(torch.int8)
+
+
+def ternarize(
+    weight: Tensor,
+    pattern: Pattern,
+    method: Method | None = None,
+    segments: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Master weight → masked ternary weight and its scales: W ≈ γ·T.
+
+    Quantize first with γ of the dense weight, then mask by the magnitude of the master weight, so
+    every group of M holds at most N non-zeros.
+
+    Args:
+        weight: ``[..., out, in]``, float; three dimensions are ``[experts, out, in]``.
+        pattern: N:M along ``in``.
+        method: the published ablations; the published method when left out.
+        segments: see :func:`absmean`.
+
+    Returns:
+        ``(ternary, scale)``: int8 of the weight's shape, float32 ``[..., max(1, len(segments))]``.
+
+    Raises:
+        PatternError: if M does not divide ``in``.
+
+    Source: "quant-then-mask", section 3 of arXiv 2603.05168.
+    """
+    method = method or Method()
+    mask = None
+    if method.order == "mask-then-quant":
+        mask = nm_mask(weight, pattern)
+    scale = absmean(weight, segments, mask)
+    rows = row_scale(scale, segments, weight.shape[-2]).unsqueeze(-1)
+    ternary = round_ternary(weight, rows)
+    if not pattern.is_dense:
+        if mask is None:
+            mask = nm_mask(ternary if method.mask_source == "quantized" else weight, pattern)
+        ternary = ternary * mask
+    return ternary, scale
+
+
+def check_finite(weight: Tensor, where: str = "weight") -> None:
+    """Refuse NaN and infinity. Costs a device synchronisation, so it stands at the doors.
+
+    Raises:
+        WeightError: naming ``where`` and how many values are not finite.
+    """
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise WeightError(
+            f"{where}: {bad} of {weight.numel()} values are NaN or infinite; "
+            "the weight is damaged or training diverged, take an earlier checkpoint"
+        )

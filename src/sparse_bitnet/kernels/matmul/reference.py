@@ -1,0 +1,80 @@
+"""int8 × ternary in exact integer arithmetic, then one scaling in float32.
+
+PyTorch's own int8 product serves where it can. Its CUDA form wants more than 16 rows and inner and
+outer sizes that 8 divides, so operands are padded with zeros, which changes no sum. Where there is
+no int8 product the operands go through float32: a product of int8 and {−1, 0, 1} summed over fewer
+than 2¹⁷ lanes stays below 2²⁴, so every partial sum is exact in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_bitnet.core.errors import WeightError
+
+LONGEST_EXACT_SUM = 2**17  # lanes of magnitude at most 128 that float32 sums exactly
+CUDA_MULTIPLE = 8
+CUDA_FEWEST_ROWS = 17
+
+
+def integer_matmul(x_q: Tensor, ternary: Tensor) -> Tensor:
+    """Xq @ Tᵀ, exact.
+
+    Args:
+        x_q: int8 ``[tokens, in]``.
+        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
+
+    Returns:
+        int32 ``[tokens, out]``.
+
+    Raises:
+        WeightError: if ``in`` is too long for exact sums on a device without an int8 product.
+    """
+    if x_q.device.type == "cpu":
+        return torch._int_mm(x_q, ternary.t())
+    if x_q.device.type == "cuda":
+        tokens, out = x_q.shape[0], ternary.shape[0]
+        missing_rows = max(0, CUDA_FEWEST_ROWS - tokens)
+        missing_in = -x_q.shape[1] % CUDA_MULTIPLE
+        missing_out = -out % CUDA_MULTIPLE
+        if missing_rows or missing_in:
+            x_q = F.pad(x_q, (0, missing_in, 0, missing_rows))
+        if missing_in or missing_out:
+            ternary = F.pad(ternary, (0, missing_in, 0, missing_out))
+        return torch._int_mm(x_q.contiguous(), ternary.contiguous().t())[:tokens, :out]
+    if x_q.shape[1] >= LONGEST_EXACT_SUM:
+        raise WeightError(
+            f"matmul: {x_q.shape[1]} input features on device {x_q.device.type!r} cannot be summed "
+            f"exactly in float32 (the limit is {LONGEST_EXACT_SUM - 1}); use CPU or CUDA"
+        )
+    return (x_q.float() @ ternary.float().t()).to(torch.int32)
+
+
+def ternary_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    ternary: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias, rounded to ``out_dtype`` once at the end.
+
+    Args:
+        x_q: int8 ``[..., in]``.
+        x_scale: float32 ``[..., 1]``, one a token.
+        ternary: int8 ``[out, in]``, values in {−1, 0, 1}.
+        w_scale: float32 ``[out]``, one a row.
+        bias: ``[out]`` or None.
+        out_dtype: of the result.
+
+    Returns:
+        ``[..., out]``.
+    """
+    product = integer_matmul(x_q.reshape(-1, x_q.shape[-1]), ternary)
+    y = product.float() * x_scale.reshape(-1, 1) * w_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype).unflatten(0, x_q.shape[:-1])
