@@ -77,4 +77,4 @@ def ternary_matmul(
     y = product.float() * x_scale.reshape(-1, 1) * w_scale
     if bias is not None:
         y = y + bias.float()
-    return y.to(out_dtype).unflatten(0, x_q.shape[:-1])
+    return y.to(out_dtype).reshape(*x_q.shape[:-1], ternary.shape[0])

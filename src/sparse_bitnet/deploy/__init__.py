@@ -1,0 +1,1 @@
+"""Packed models: written, loaded, run."""
