@@ -1,1 +1,1 @@
-"""Sparse-BitNet: language models with ternary weights and N:M sparsity, trained and run for real."""
+"""Sparse-BitNet: language models with ternary weights and N:M sparsity."""
