@@ -22,7 +22,14 @@ from sparse_bitnet.core.polarization import (
     pruning_thresholds,
     zero_fraction,
 )
-from sparse_bitnet.core.ternary import absmean, check_finite, round_ternary, row_scale, ternarize
+from sparse_bitnet.core.ternary import (
+    absmean,
+    check_finite,
+    method_mask,
+    round_ternary,
+    row_scale,
+    ternarize,
+)
 
 __all__ = [
     "DENSE",
@@ -42,6 +49,7 @@ __all__ = [
     "absmean",
     "check_finite",
     "flip_rate",
+    "method_mask",
     "nm_mask",
     "polarization",
     "pruning_thresholds",

@@ -30,24 +30,24 @@ def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None 
     """
     magnitude = weight.detach().abs()
     if mask is None:
-        per_row = weight.shape[-1]
-        count = torch.tensor([r * per_row for r in segments or weight.shape[-2:-1]])
+        counts = [rows * weight.shape[-1] for rows in segments or weight.shape[-2:-1]]
+        means = [t / max(1, n) for t, n in zip(_sums(magnitude, segments), counts, strict=True)]
     else:
-        magnitude = magnitude * mask
-        count = _segment_sums(mask, segments)
-    mean = _segment_sums(magnitude, segments) / count.to(weight.device).clamp(min=1)
-    return mean.float().clamp(min=SMALLEST_SCALE)
+        kept = _sums(mask, segments)
+        totals = _sums(magnitude * mask, segments)
+        means = [t / n.clamp(min=1) for t, n in zip(totals, kept, strict=True)]
+    return torch.stack(means, dim=-1).float().clamp(min=SMALLEST_SCALE)
 
 
-def _segment_sums(values: Tensor, segments: tuple[int, ...]) -> Tensor:
+def _sums(values: Tensor, segments: tuple[int, ...]) -> list[Tensor]:
     parts = values.split(list(segments) or values.shape[-2], dim=-2)
-    return torch.stack([part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts], dim=-1)
+    return [part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts]
 
 
 def row_scale(scale: Tensor, segments: tuple[int, ...], out_features: int) -> Tensor:
     """γ of every output row: ``[..., segments]`` → ``[..., out]``."""
-    rows = torch.tensor(segments or (out_features,), device=scale.device)
-    return scale.repeat_interleave(rows, dim=-1, output_size=out_features)
+    parts = zip(scale.split(1, dim=-1), segments or (out_features,), strict=True)
+    return torch.cat([part.expand(*part.shape[:-1], rows) for part, rows in parts], dim=-1)
 
 
 def round_ternary(weight: Tensor, scale: Tensor) -> Tensor:
@@ -85,17 +85,27 @@ def ternarize(
     Source: "quant-then-mask", section 3 of arXiv 2603.05168.
     """
     method = method or Method()
-    mask = None
-    if method.order == "mask-then-quant":
-        mask = nm_mask(weight, pattern)
-    scale = absmean(weight, segments, mask)
+    mask = method_mask(weight, pattern, method, segments)
+    scale = absmean(weight, segments, mask if method.order == "mask-then-quant" else None)
     rows = row_scale(scale, segments, weight.shape[-2]).unsqueeze(-1)
     ternary = round_ternary(weight, rows)
-    if not pattern.is_dense:
-        if mask is None:
-            mask = nm_mask(ternary if method.mask_source == "quantized" else weight, pattern)
-        ternary = ternary * mask
-    return ternary, scale
+    return (ternary if mask is None else ternary * mask), scale
+
+
+def method_mask(
+    weight: Tensor, pattern: Pattern, method: Method, segments: tuple[int, ...] = ()
+) -> Tensor | None:
+    """The mask that :func:`ternarize` applies, boolean of the weight's shape; None if dense.
+
+    Raises:
+        PatternError: if M does not divide ``in``.
+    """
+    if pattern.is_dense:
+        return None
+    if method.mask_source == "quantized":
+        rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+        return nm_mask(round_ternary(weight, rows), pattern)
+    return nm_mask(weight, pattern)
 
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:

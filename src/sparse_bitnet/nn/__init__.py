@@ -1,1 +1,30 @@
 """The method as PyTorch modules, and the swap that puts them into a model."""
+
+from sparse_bitnet.nn.convert import (
+    Conversion,
+    MasterWeight,
+    convert,
+    converted_modules,
+    master_weights,
+    refresh,
+    set_pattern,
+)
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+from sparse_bitnet.nn.sparse_linear import SparseLinear
+
+__all__ = [
+    "Conversion",
+    "DerivedModule",
+    "MasterWeight",
+    "SparseBitExperts",
+    "SparseBitLinear",
+    "SparseExperts",
+    "SparseLinear",
+    "convert",
+    "converted_modules",
+    "master_weights",
+    "refresh",
+    "set_pattern",
+]

@@ -1,0 +1,242 @@
+"""Turn any Hugging Face causal language model into a Sparse-BitNet one, in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, check_finite, method_mask
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+from sparse_bitnet.nn.sparse_linear import SparseLinear
+
+Kind = Literal["bitnet", "bf16"]
+LINEAR = {"bitnet": SparseBitLinear, "bf16": SparseLinear}
+EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
+
+# Routers decide which expert sees a token: a handful of weights that a rounding would flip.
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+
+
+@dataclass
+class Conversion:
+    """What :func:`convert` did. ``str()`` says it in a line.
+
+    Attributes:
+        kind, pattern: as asked.
+        modules: how many modules were swapped.
+        weights: how many weights they hold.
+        skipped: name → reason, for linear and expert modules left as they were.
+    """
+
+    kind: Kind
+    pattern: Pattern
+    modules: int = 0
+    weights: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kept = f", {len(self.skipped)} left as they were" if self.skipped else ""
+        return (
+            f"{self.modules} modules with {self.weights:,} weights converted to {self.kind} "
+            f"{self.pattern}{kept}"
+        )
+
+
+@dataclass(frozen=True)
+class MasterWeight:
+    """One master weight of a converted model.
+
+    Attributes:
+        name: of the parameter, as in ``named_parameters``.
+        weight: ``[out, in]`` or ``[experts, out, in]``.
+        module: the converted module that owns it.
+        segments: rows of each logical matrix fused into ``out``.
+    """
+
+    name: str
+    weight: nn.Parameter
+    module: DerivedModule
+    segments: tuple[int, ...]
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.module.pattern
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which weights are kept now, boolean of the weight's shape; None if dense."""
+        with torch.no_grad():
+            return method_mask(self.weight, self.pattern, self.module.method, self.segments)
+
+
+def convert(
+    model: nn.Module,
+    pattern: Pattern | str = "6:8",
+    *,
+    kind: Kind = "bitnet",
+    method: Method | None = None,
+    rules: dict[str, str] | None = None,
+) -> Conversion:
+    """Swap a model's linear layers (and mixture-of-experts weights) for Sparse-BitNet ones.
+
+    Embeddings, the output head, norms and routers stay. Parameters are shared with the old
+    modules, so an optimizer made before still holds them; half-precision ones are widened, because
+    master weights are float32. The state dict keeps its keys.
+
+    Args:
+        model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
+        pattern: N:M, or ``"dense"``.
+        kind: ``"bitnet"``, or ``"bf16"`` for the full-precision twin with the same mask.
+        method: the published method, or one of its ablations.
+        rules: regular expression → pattern or ``"skip"``; the first that is found in a module's
+            name decides for it.
+
+    Raises:
+        ConfigError: for an unknown kind, a broken or unused rule, a model that is converted
+            already or has nothing to convert.
+        PatternError: if M does not divide a module's input features, naming module and shape.
+        WeightError: if a weight holds NaN or infinity.
+    """
+    if kind not in LINEAR:
+        raise ConfigError(f"convert: kind is {kind!r}; choose among {sorted(LINEAR)}")
+    if any(isinstance(module, DerivedModule) for module in model.modules()):
+        raise ConfigError("convert: the model is converted already; use set_pattern to change it")
+    default = Pattern.parse(pattern)
+    compiled = _compile_rules(rules or {})
+    report = Conversion(kind, default)
+    head = _output_head(model)
+    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]] = []
+    for name, module in model.named_modules():
+        is_experts = _looks_like_experts(module)
+        if not (isinstance(module, nn.Linear) or is_experts):
+            continue
+        choice = next((value for rule, value in compiled if rule.search(name)), None)
+        reason = _why_not(name, module, head, choice, is_experts)
+        if reason:
+            report.skipped[name] = reason
+            continue
+        own = None if choice is None else Pattern.parse(choice)
+        for parameter, weight in _weights(module):
+            where = f"{name}.{parameter} {tuple(weight.shape)}"
+            (own or default).check_divides(weight.shape[-1], where)
+            if not weight.is_meta:
+                check_finite(weight, where)
+        plan.append((name, module, own or default, own))
+    _check_rules_used(compiled, [name for name, *_ in plan] + list(report.skipped))
+    if not plan:
+        raise ConfigError(
+            "convert: the model has no nn.Linear or expert weights to convert "
+            f"({len(report.skipped)} were left out: {_some(list(report.skipped))})"
+        )
+    for name, module, chosen, own in plan:
+        for _, weight in _weights(module):
+            weight.data = weight.data.float()
+            report.weights += weight.numel()
+        swap = (LINEAR if isinstance(module, nn.Linear) else EXPERTS)[kind]
+        new = swap(module, chosen, method)
+        new.own_pattern = own
+        model.set_submodule(name, new)
+        report.modules += 1
+    return report
+
+
+def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
+    """Let all converted modules use another pattern from now on (a schedule's step).
+
+    A module that a rule gave a pattern of its own uses that one whenever ``pattern`` is not dense.
+
+    Raises:
+        PatternError: if M does not divide a module's input features, naming the module.
+    """
+    pattern = Pattern.parse(pattern)
+    for name, module in converted_modules(model):
+        chosen = pattern if pattern.is_dense else (module.own_pattern or pattern)
+        try:
+            module.set_pattern(chosen)
+        except PatternError as error:
+            raise PatternError(f"{name}.{error}") from None
+
+
+def refresh(model: nn.Module) -> None:
+    """Derive what is stale in all converted modules. Needed only after edits through ``.data``."""
+    for _, module in converted_modules(model):
+        module.invalidate()
+        module.refresh()
+
+
+def converted_modules(model: nn.Module) -> Iterator[tuple[str, DerivedModule]]:
+    """All converted modules with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, DerivedModule):
+            yield name, module
+
+
+def master_weights(model: nn.Module) -> Iterator[MasterWeight]:
+    """All master weights of a converted model, in the order of its modules."""
+    for name, module in converted_modules(model):
+        for parameter, weight in module.master_parameters().items():
+            full = f"{name}.{parameter}" if name else parameter
+            yield MasterWeight(full, weight, module, module.segments_of(parameter))
+
+
+def _looks_like_experts(module: nn.Module) -> bool:
+    return any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+
+
+def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, w) for n, w in module.named_parameters(recurse=False) if n != "bias"]
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _why_not(
+    name: str, module: nn.Module, head: nn.Module | None, choice: str | None, is_experts: bool
+) -> str | None:
+    """The reason to leave a module as it is, or None."""
+    if choice == "skip":
+        return "a rule skips it"
+    if module is head:
+        return "the output head stays in full precision"
+    if is_experts:
+        return why_not_experts(module)
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, not a plain nn.Linear"
+    if ROUTERS.search(name):
+        return "routers stay in full precision"
+    return None
+
+
+def _compile_rules(rules: dict[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    compiled = []
+    for rule, value in rules.items():
+        try:
+            compiled.append((re.compile(rule), value))
+            if value != "skip":
+                Pattern.parse(value)
+        except re.error as error:
+            raise ConfigError(f"rule {rule!r} is not a regular expression: {error}") from None
+        except PatternError as error:
+            raise ConfigError(f"rule {rule!r}: {error}; or write 'skip'") from None
+    return compiled
+
+
+def _check_rules_used(compiled: list[tuple[re.Pattern[str], str]], names: list[str]) -> None:
+    for rule, _ in compiled:
+        if not any(rule.search(name) for name in names):
+            raise ConfigError(
+                f"rule {rule.pattern!r} matches no linear module; there are {_some(names)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,206 @@
+"""Mixture-of-experts weights: three dimensions, one γ for each logical matrix of each expert.
+
+transformers 5 keeps all experts of a layer in two parameters, ``gate_up_proj`` ``[E, 2I, H]`` and
+``down_proj`` ``[E, H, I]``, and routes tokens through them in the module that owns them. The
+modules here keep those names and shapes and replace the two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_bitnet.core import DENSE, Method, Pattern, method_mask, row_scale
+from sparse_bitnet.kernels import ternarize
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.sparse_bit_linear import BitProduct, output_dtype
+from sparse_bitnet.nn.sparse_linear import masked_weight
+
+
+def why_not_experts(module: nn.Module) -> str | None:
+    """None for a module that this file can take over, else what is different about it."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"gate_up_proj", "down_proj"}:
+        return f"its parameters are {sorted(parameters)}, not gate_up_proj and down_proj alone"
+    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
+    if gate_up.dim() != 3 or down.dim() != 3:
+        return "gate_up_proj and down_proj do not have three dimensions"
+    experts, hidden, inner = down.shape
+    if gate_up.shape != (experts, 2 * inner, hidden):
+        return (
+            f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not "
+            "[E, 2I, H] and [E, H, I]"
+        )
+    if not callable(getattr(module, "act_fn", None)):
+        return "it has no act_fn"
+    return None
+
+
+def route(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    experts: int,
+    expert: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Sum of the chosen experts' outputs, weighted, token by token.
+
+    Args:
+        hidden: ``[tokens, H]``.
+        top_k_index: ``[tokens, k]``; an index of ``experts`` means no expert.
+        top_k_weights: ``[tokens, k]``.
+        experts: how many there are.
+        expert: ``(index, [n, H]) -> [n, H]``.
+    """
+    result = torch.zeros_like(hidden)
+    for index in top_k_index.unique().tolist():
+        if index >= experts:
+            continue
+        token, place = torch.where(top_k_index == index)
+        output = expert(index, hidden[token]) * top_k_weights[token, place, None]
+        result.index_add_(0, token, output.to(result.dtype))
+    return result
+
+
+class _Experts(DerivedModule):
+    """What both kinds share: the parameters taken over, and the routing."""
+
+    act_fn: Callable[[Tensor], Tensor]
+
+    def __init__(self, experts: nn.Module, pattern: Pattern, method: Method | None) -> None:
+        super().__init__()
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        assert isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)
+        activation = experts.act_fn
+        assert callable(activation)
+        for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+            pattern.check_divides(weight.shape[-1], name)
+        self.gate_up_proj, self.down_proj, self.act_fn = gate_up, down, activation
+        self.num_experts, self.hidden_dim, self.intermediate_dim = down.shape
+        self._add_buffers()
+        self._track(pattern, method or Method())
+        self.train(experts.training)
+        self.refresh()
+
+    def _add_buffers(self) -> None: ...
+
+    def master_parameters(self) -> dict[str, nn.Parameter]:
+        return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
+
+    def segments_of(self, name: str) -> tuple[int, ...]:
+        return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
+
+    def extra_repr(self) -> str:
+        shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"
+        return f"{shape}, intermediate={self.intermediate_dim}, pattern={self.pattern}"
+
+
+class SparseBitExperts(_Experts):
+    """Experts with ternary N:M weights and integer activations; γ per expert, gate, up and down.
+
+    Parameters keep the names and shapes of transformers' experts. Derived from each:
+    ``<name>_ternary`` (int8, its shape) and ``<name>_scale`` (float32 ``[E, segments]``).
+
+    Raises:
+        PatternError: if M does not divide the hidden or the intermediate size.
+    """
+
+    gate_up_proj_ternary: Tensor
+    gate_up_proj_scale: Tensor
+    down_proj_ternary: Tensor
+    down_proj_scale: Tensor
+
+    def __init__(
+        self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
+    ) -> None:
+        super().__init__(experts, pattern, method)
+
+    def _add_buffers(self) -> None:
+        for name, weight in self.master_parameters().items():
+            ternary = torch.empty_like(weight, dtype=torch.int8)
+            self.register_buffer(f"{name}_ternary", ternary, persistent=False)
+            shape = (self.num_experts, max(1, len(self.segments_of(name))))
+            scale = torch.empty(shape, device=weight.device)
+            self.register_buffer(f"{name}_scale", scale, persistent=False)
+
+    def derive(self) -> None:
+        for name, weight in self.master_parameters().items():
+            ternary, scale = ternarize(weight, self.pattern, self.method, self.segments_of(name))
+            getattr(self, f"{name}_ternary").copy_(ternary)
+            getattr(self, f"{name}_scale").copy_(scale)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        # One unbind instead of an index an expert: its backward stacks the gradients once.
+        products = {name: self._products(name) for name in ("gate_up_proj", "down_proj")}
+
+        def expert(index: int, x: Tensor) -> Tensor:
+            gate, up = products["gate_up_proj"](index, x).chunk(2, dim=-1)
+            return products["down_proj"](index, self.act_fn(gate) * up)
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _products(self, name: str) -> Callable[[int, Tensor], Tensor]:
+        weight = self.master_parameters()[name]
+        ternary, scale = getattr(self, f"{name}_ternary"), getattr(self, f"{name}_scale")
+        rows = row_scale(scale, self.segments_of(name), weight.shape[-2])
+        kept = None
+        if self.method.gradient == "masked":
+            kept = method_mask(weight, self.pattern, self.method, self.segments_of(name))
+        masters = weight.unbind(0)
+
+        def product(index: int, x: Tensor) -> Tensor:
+            return BitProduct.apply(
+                x,
+                masters[index],
+                None,
+                ternary[index],
+                rows[index],
+                None if kept is None else kept[index],
+                self.method.activation_bits,
+                output_dtype(x),
+            )
+
+        return product
+
+
+class SparseExperts(_Experts):
+    """The full-precision twin of :class:`SparseBitExperts`: masked, not quantized.
+
+    Derived buffers: ``<name>_mask`` (bool, the parameter's shape).
+    """
+
+    gate_up_proj_mask: Tensor
+    down_proj_mask: Tensor
+
+    def __init__(
+        self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
+    ) -> None:
+        super().__init__(experts, pattern, method)
+
+    def _add_buffers(self) -> None:
+        for name, weight in self.master_parameters().items():
+            mask = torch.ones_like(weight, dtype=torch.bool)
+            self.register_buffer(f"{name}_mask", mask, persistent=False)
+
+    def derive(self) -> None:
+        for name, weight in self.master_parameters().items():
+            mask = method_mask(weight, self.pattern, self.method, self.segments_of(name))
+            buffer = getattr(self, f"{name}_mask")
+            buffer.fill_(True) if mask is None else buffer.copy_(mask)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        gate_up = masked_weight(self, self.gate_up_proj, self.gate_up_proj_mask).unbind(0)
+        down = masked_weight(self, self.down_proj, self.down_proj_mask).unbind(0)
+
+        def expert(index: int, x: Tensor) -> Tensor:
+            gate, up = F.linear(x, gate_up[index]).chunk(2, dim=-1)
+            return F.linear(self.act_fn(gate) * up, down[index])
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)

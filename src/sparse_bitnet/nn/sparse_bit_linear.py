@@ -1,0 +1,145 @@
+"""The method as one layer: mask, quantize, multiply, learn."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bitnet.core import DENSE, Method, Pattern, method_mask, row_scale
+from sparse_bitnet.kernels import quantize_activations, ternarize, ternary_matmul
+from sparse_bitnet.nn.derived import DerivedModule
+
+
+class BitProduct(torch.autograd.Function):
+    """Y = γ·(Xq @ Tᵀ)·x_scale forward; dual straight-through estimator backward.
+
+    Rounding and mask are the identity for gradients, so with X ≈ x_scale·Xq
+
+        dX = dY @ (γT)        dW = dYᵀ @ (x_scale·Xq)
+
+    and dW is not masked: a weight that the mask removed keeps learning and can come back. The int8
+    activations are what is kept for backward, half the memory of bf16. The master weight takes part
+    only to receive its gradient.
+
+    Source: section 3 of arXiv 2603.05168.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ternary: Tensor,
+        w_scale: Tensor,
+        kept: Tensor | None,
+        bits: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        x_q, x_scale = quantize_activations(x, bits)
+        ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
+        ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        x_q, x_scale, ternary, w_scale, kept = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        compute = dy.dtype
+        dx = dw = dbias = None
+        if needs_x:
+            dx = (dy.float() * w_scale).to(compute) @ ternary.to(compute)
+            dx = dx.to(ctx.x_dtype)
+        if needs_w:
+            scaled = (dy.float() * x_scale).to(compute).flatten(0, -2)
+            dw = (scaled.t() @ x_q.to(compute).flatten(0, -2)).to(ctx.w_dtype)
+            if kept is not None:
+                dw = dw * kept
+        if needs_bias:
+            dbias = dy.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return dx, dw, dbias, None, None, None, None, None
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer would return for ``x``: autocast's dtype where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class SparseBitLinear(DerivedModule, nn.Linear):
+    """``nn.Linear`` with ternary N:M weights and integer activations, trained through both.
+
+    ``weight`` (and ``bias``) are ordinary parameters and all that a state dict holds. The buffers
+    ``ternary`` (int8 ``[out, in]``) and ``scale`` (float32 ``[segments]``) are derived from the
+    master weight once per optimizer step; see :mod:`sparse_bitnet.nn.derived`.
+
+    Args:
+        linear: the layer to take over; its parameters are shared, not copied.
+        pattern: N:M along ``in_features``.
+        method: the published method or one of its ablations.
+        segments: rows of each logical matrix fused into ``out_features``; each has its own γ.
+
+    Raises:
+        PatternError: if M does not divide ``in_features``.
+
+    Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
+    """
+
+    ternary: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        pattern: Pattern = DENSE,
+        method: Method | None = None,
+        segments: tuple[int, ...] = (),
+    ) -> None:
+        nn.Module.__init__(self)
+        pattern.check_divides(linear.in_features)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.segments = segments
+        self.register_buffer(
+            "ternary", torch.empty_like(linear.weight, dtype=torch.int8), persistent=False
+        )
+        scale = torch.empty(max(1, len(segments)), device=linear.weight.device)
+        self.register_buffer("scale", scale, persistent=False)
+        self._track(pattern, method or Method())
+        self.train(linear.training)
+        self.refresh()
+
+    def master_parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": cast(nn.Parameter, self.weight)}
+
+    def segments_of(self, name: str) -> tuple[int, ...]:
+        return self.segments
+
+    def derive(self) -> None:
+        ternary, scale = ternarize(self.weight, self.pattern, self.method, self.segments)
+        self.ternary.copy_(ternary)
+        self.scale.copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        kept = None
+        if self.method.gradient == "masked":
+            kept = method_mask(self.weight, self.pattern, self.method, self.segments)
+        return BitProduct.apply(
+            x,
+            self.weight,
+            self.bias,
+            self.ternary,
+            row_scale(self.scale, self.segments, self.out_features),
+            kept,
+            self.method.activation_bits,
+            output_dtype(x),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}"
