@@ -78,8 +78,12 @@ class _Experts(DerivedModule):
         assert callable(activation)
         for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
             pattern.check_divides(weight.shape[-1], name)
-        self.gate_up_proj, self.down_proj, self.act_fn = gate_up, down, activation
-        self.num_experts, self.hidden_dim, self.intermediate_dim = down.shape
+        self.gate_up_proj: nn.Parameter = gate_up
+        self.down_proj: nn.Parameter = down
+        self.act_fn = activation
+        self.num_experts: int = down.shape[0]
+        self.hidden_dim: int = down.shape[1]
+        self.intermediate_dim: int = down.shape[2]
         self._add_buffers()
         self._track(pattern, method or Method())
         self.train(experts.training)
