@@ -1,0 +1,79 @@
+"""Four weights in a byte: the storage that is fastest to unpack, 2 bits a weight.
+
+A weight w is the code w + 1 (0, 1 or 2; 3 is not used). A row's weights follow each other from the
+low bits of its first byte:
+
+    bit      7 6   5 4   3 2   1 0
+    byte 0 │ w3  │ w2  │ w1  │ w0  │
+    byte 1 │ w7  │ w6  │ w5  │ w4  │   …
+
+A row whose length four does not divide is padded with weights of zero (code 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_bitnet.formats.rows import check_bytes, check_ternary, map_rows
+
+PER_BYTE = 4
+SHIFTS = (0, 2, 4, 6)
+LOW_BITS = 0b01010101  # the low bit of each code; also four codes of weight zero
+
+
+def packed_length(length: int) -> int:
+    """Bytes of a row of ``length`` weights."""
+    return -(-length // PER_BYTE)
+
+
+def pack(ternary: Tensor, where: str = "weight") -> Tensor:
+    """int8 ``[..., in]`` with values in {−1, 0, 1} → uint8 ``[..., ceil(in / 4)]``.
+
+    Raises:
+        WeightError: if the tensor is not int8 or holds another value.
+    """
+    check_ternary(ternary, where)
+    out_shape = (*ternary.shape[:-1], packed_length(ternary.shape[-1]))
+    return map_rows(_pack_rows, ternary, ternary.new_empty(out_shape, dtype=torch.uint8))
+
+
+def unpack(packed: Tensor, length: int, where: str = "weight") -> Tensor:
+    """The inverse of :func:`pack`: uint8 ``[..., ceil(length / 4)]`` → int8 ``[..., length]``.
+
+    Raises:
+        PackedFormatError: as :func:`check`.
+    """
+    check(packed, length, where)
+    out = packed.new_empty((*packed.shape[:-1], length), dtype=torch.int8)
+    return map_rows(lambda rows: _unpack_rows(rows)[:, :length], packed, out)
+
+
+def check(packed: Tensor, length: int, where: str = "weight") -> None:
+    """Refuse bytes that :func:`pack` never writes for rows of ``length`` weights.
+
+    Raises:
+        PackedFormatError: for another dtype or row length, for the code 3, for padding that is not
+            zero; naming ``where``, row and byte.
+    """
+    used = length % PER_BYTE
+
+    def bad(rows: Tensor) -> Tensor:
+        wrong = (rows & (rows >> 1) & LOW_BITS) != 0
+        if used:
+            wrong[:, -1] |= (rows[:, -1] >> 2 * used) != LOW_BITS >> 2 * used
+        return wrong
+
+    check_bytes(packed, length, packed_length(length), bad, where)
+
+
+def _pack_rows(rows: Tensor) -> Tensor:
+    padded = F.pad(rows, (0, -rows.shape[-1] % PER_BYTE))
+    lanes = (padded + 1).view(torch.uint8).unflatten(-1, (-1, PER_BYTE))
+    return lanes[..., 0] | lanes[..., 1] << 2 | lanes[..., 2] << 4 | lanes[..., 3] << 6
+
+
+def _unpack_rows(rows: Tensor) -> Tensor:
+    codes = torch.stack([(rows >> shift) & 3 for shift in SHIFTS], dim=-1)
+    return codes.flatten(-2).view(torch.int8) - 1
