@@ -1,0 +1,100 @@
+"""Trained modules → packed ones, and the swap that puts packed modules into a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparse_bitnet.core import ConfigError, WeightError, check_finite
+from sparse_bitnet.formats import StorageName
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.experts import SparseBitExperts
+from sparse_bitnet.nn.packed_experts import PackedExperts
+from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec, find_violation
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+
+
+def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> PackedSpec:
+    """What the packed form of a trained module has to know.
+
+    Raises:
+        ConfigError: for a module that is not ternary.
+    """
+    if not isinstance(module, SparseBitLinear | SparseBitExperts):
+        raise ConfigError(
+            f"{where}: a {type(module).__name__} keeps full-precision weights and cannot be "
+            "packed; convert the model with kind='bitnet'"
+        )
+    segments = module.segments if isinstance(module, SparseBitLinear) else ()
+    return PackedSpec(storage, module.pattern, module.method.activation_bits, segments)
+
+
+def empty_packed(
+    module: nn.Module, spec: PackedSpec, where: str, device: torch.device | str | None = "meta"
+) -> PackedModule:
+    """An empty packed module of the shape of a dense or trained linear or experts module.
+
+    Raises:
+        ConfigError: for another kind of module.
+        PatternError: if M does not divide its input features.
+    """
+    if isinstance(module, nn.Linear):
+        return PackedLinear.like(module, spec, where, device)
+    return PackedExperts.like(module, spec, where, device)
+
+
+def pack_module(module: DerivedModule, storage: StorageName, where: str) -> PackedModule:
+    """The packed form of a trained module, on its device; the module stays as it is.
+
+    Raises:
+        ConfigError: for a module that is not ternary, or whose weight is sharded or not loaded.
+        WeightError: if a master weight holds NaN, or a group breaks N:M.
+    """
+    spec = packed_spec(module, storage, where)
+    packed = empty_packed(module, spec, where)
+    module.refresh()
+    for name, (ternary, scale) in _derived(module).items():
+        full = f"{where}.{name}"
+        master = module.master_parameters()[name]
+        if isinstance(master, DTensor) or master.is_meta:
+            raise ConfigError(
+                f"{full}: the weight is sharded or not loaded; gather the model first"
+            )
+        check_finite(master, full)
+        violation = find_violation(ternary, spec.pattern)
+        if violation:
+            raise WeightError(
+                f"{full}: {violation}, but its pattern is {spec.pattern}; nothing was packed, "
+                "refresh the model's masks or give the module the pattern that it keeps"
+            )
+        packed.store(name, ternary, scale)
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        check_finite(bias, f"{where}.bias")
+        packed._buffers["bias"] = bias.detach()
+    return packed
+
+
+def swap_packed(model: nn.Module, specs: dict[str, PackedSpec]) -> None:
+    """Put empty packed modules, on the meta device, in the place of the named modules.
+
+    Raises:
+        ConfigError: if the model has no such module, or it is none that can be packed.
+        PatternError: if M does not divide a module's input features.
+    """
+    modules = dict(model.named_modules())
+    for name, spec in specs.items():
+        if name not in modules:
+            raise ConfigError(f"{name}: the model has no such module")
+        model.set_submodule(name, empty_packed(modules[name], spec, name))
+
+
+def _derived(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
+    if isinstance(module, SparseBitLinear):
+        return {"weight": (module.ternary, module.scale)}
+    return {
+        name: (module.get_buffer(f"{name}_ternary"), module.get_buffer(f"{name}_scale"))
+        for name in module.master_parameters()
+    }

@@ -1,0 +1,95 @@
+"""Mixture-of-experts weights that run from packed ternary storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels import quantize_activations, ternary_matmul
+from sparse_bitnet.nn.experts import route, why_not_experts
+from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.nn.sparse_bit_linear import output_dtype
+
+
+class PackedExperts(PackedModule):
+    """The inference form of ``SparseBitExperts``: the same arithmetic, so the same outputs.
+
+    Buffers, which are also its state dict: ``gate_up_proj`` (uint8 ``[E, 2I, bytes]``),
+    ``gate_up_proj_scale`` (float32 ``[E, 2]``, of gate and of up), ``down_proj`` (uint8
+    ``[E, H, bytes]``) and ``down_proj_scale`` (float32 ``[E, 1]``).
+
+    Args:
+        num_experts, hidden_dim, intermediate_dim: E, H and I.
+        act_fn: applied to the gate.
+        spec: format, pattern, activation bits.
+        where: the module's name, for error messages.
+        device: where to make the (empty) buffers.
+
+    Raises:
+        PatternError: if M does not divide the hidden or the intermediate size.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        act_fn: Callable[[Tensor], Tensor],
+        *,
+        spec: PackedSpec | None = None,
+        where: str = "experts",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(spec or PackedSpec(), where)
+        self.num_experts, self.hidden_dim = num_experts, hidden_dim
+        self.intermediate_dim, self.act_fn = intermediate_dim, act_fn
+        self._add_weight(
+            "gate_up_proj", num_experts, 2 * intermediate_dim, hidden_dim, device=device
+        )
+        self._add_weight("down_proj", num_experts, hidden_dim, intermediate_dim, device=device)
+
+    @classmethod
+    def like(
+        cls,
+        experts: nn.Module,
+        spec: PackedSpec,
+        where: str = "experts",
+        device: torch.device | str | None = None,
+    ) -> PackedExperts:
+        """An empty packed module of the shape of transformers' (or converted) experts.
+
+        Raises:
+            ConfigError: if the module keeps its experts in another way.
+        """
+        reason = why_not_experts(experts)
+        if reason:
+            raise ConfigError(f"{where}: these experts cannot be packed, because {reason}")
+        down, act_fn = experts.down_proj, experts.act_fn
+        assert isinstance(down, Tensor) and callable(act_fn)
+        number, hidden, intermediate = down.shape
+        return cls(number, hidden, intermediate, act_fn, spec=spec, where=where, device=device)
+
+    def segments_of(self, name: str) -> tuple[int, ...]:
+        return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        def expert(index: int, x: Tensor) -> Tensor:
+            gate, up = self._product("gate_up_proj", index, x).chunk(2, dim=-1)
+            return self._product("down_proj", index, self.act_fn(gate) * up)
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _product(self, name: str, index: int, x: Tensor) -> Tensor:
+        ternary, scale = self.layout(name)
+        x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
+        return ternary_matmul(x_q, x_scale, ternary[index], scale[index], None, output_dtype(x))
+
+    def extra_repr(self) -> str:
+        shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"
+        return (
+            f"{shape}, intermediate={self.intermediate_dim}, pattern={self.spec.pattern}, "
+            f"storage={self.spec.storage}"
+        )

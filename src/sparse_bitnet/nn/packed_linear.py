@@ -1,0 +1,82 @@
+"""A linear layer that runs from packed ternary weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bitnet.kernels import quantize_activations, ternary_matmul
+from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.nn.sparse_bit_linear import output_dtype
+
+
+class PackedLinear(PackedModule):
+    """The inference form of ``SparseBitLinear``: the same arithmetic, so the same outputs.
+
+    Buffers, which are also its state dict: ``weight`` (uint8 ``[out, bytes]``), ``weight_scale``
+    (float32 ``[segments]``) and, if ``bias``, ``bias`` (``[out]``, in the model's dtype).
+
+    Args:
+        in_features, out_features, bias: as of ``nn.Linear``.
+        spec: format, pattern, activation bits, segments.
+        where: the module's name, for error messages.
+        device, dtype: where to make the (empty) buffers, and the dtype of the bias.
+
+    Raises:
+        PatternError: if M does not divide ``in_features``.
+
+    Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        spec: PackedSpec | None = None,
+        where: str = "linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec or PackedSpec(), where)
+        self.in_features, self.out_features = in_features, out_features
+        self._add_weight("weight", out_features, in_features, device=device)
+        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_buffer("bias", empty)
+
+    @classmethod
+    def like(
+        cls,
+        linear: nn.Linear,
+        spec: PackedSpec,
+        where: str = "linear",
+        device: torch.device | str | None = None,
+    ) -> PackedLinear:
+        """An empty packed layer of the shape of ``linear``."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            spec=spec,
+            where=where,
+            device=device,
+            dtype=linear.weight.dtype,
+        )
+
+    def segments_of(self, name: str) -> tuple[int, ...]:
+        return self.spec.segments
+
+    def forward(self, x: Tensor) -> Tensor:
+        ternary, scale = self.layout("weight")
+        x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
+        return ternary_matmul(x_q, x_scale, ternary, scale, self.bias, output_dtype(x))
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return (
+            f"{shape}, bias={self.bias is not None}, pattern={self.spec.pattern}, "
+            f"storage={self.spec.storage}"
+        )

@@ -1,0 +1,243 @@
+"""Packed modules: equal to training bit by bit, through moves, casts and copies."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_bitnet.core import ConfigError, Method, PackedFormatError, Pattern, WeightError
+from sparse_bitnet.formats import STORAGES
+from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseLinear
+from sparse_bitnet.nn.pack import empty_packed, pack_module, swap_packed
+from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.nn.packed_module import PackedSpec, find_violation, prepare
+
+P68 = Pattern(6, 8)
+
+
+@pytest.fixture(params=sorted(STORAGES))
+def storage(request):
+    return request.param
+
+
+class Experts(nn.Module):
+    """The parameters of transformers' experts."""
+
+    def __init__(self, experts=3, hidden=16, inner=24):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner))
+        self.act_fn = nn.SiLU()
+
+
+def trained_linear(in_features=40, out_features=6, bias=True, pattern=P68, **kwargs):
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    return SparseBitLinear(linear, pattern, **kwargs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_outputs_equal_training_bit_by_bit(storage, bias, dtype, bits):
+    trained = trained_linear(bias=bias, method=Method(activation_bits=bits)).to(dtype)
+    packed = pack_module(trained, storage, "l").to(dtype)
+    for shape in [(5, 40), (2, 3, 40), (40,), (0, 40)]:
+        x = torch.randn(shape, dtype=dtype)
+        assert torch.equal(packed(x), trained(x))
+        assert packed(x).dtype == dtype
+
+
+@pytest.mark.parametrize("in_features", [1, 3, 5, 37])
+def test_odd_input_features(storage, in_features):
+    trained = trained_linear(in_features, 7, pattern=Pattern(1, 1))
+    packed = pack_module(trained, storage, "l")
+    x = torch.randn(4, in_features)
+    assert torch.equal(packed(x), trained(x))
+
+
+def test_autocast_like_training(storage):
+    trained = trained_linear()
+    packed = pack_module(trained, storage, "l")
+    x = torch.randn(4, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = packed(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, trained(x))
+
+
+def test_fused_segments_keep_their_scales(storage):
+    trained = trained_linear(16, 12, segments=(6, 2, 4))
+    packed = pack_module(trained, storage, "qkv")
+    assert packed.weight_scale.shape == (3,)
+    x = torch.randn(4, 16)
+    assert torch.equal(packed(x), trained(x))
+
+
+def test_experts_equal_training(storage):
+    trained = SparseBitExperts(Experts(), P68)
+    packed = pack_module(trained, storage, "experts")
+    assert packed.gate_up_proj_scale.shape == (3, 2) and packed.down_proj_scale.shape == (3, 1)
+    hidden = torch.randn(9, 16)
+    index = torch.randint(0, 4, (9, 2))  # 3 means no expert
+    weights = torch.rand(9, 2)
+    assert torch.equal(packed(hidden, index, weights), trained(hidden, index, weights))
+
+
+def test_state_dict_is_the_storage_alone(storage):
+    packed = pack_module(trained_linear(), storage, "l")
+    prepare(packed)
+    state = packed.state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items()} == {
+        "weight": torch.uint8,
+        "weight_scale": torch.float32,
+        "bias": torch.float32,
+    }
+    assert state["weight"].shape == (6, STORAGES[storage].packed_length(40))
+    assert not list(packed.parameters())
+
+
+def test_loading_a_state_dict_replaces_what_was_derived(storage):
+    one, two = (pack_module(trained_linear(), storage, "l") for _ in range(2))
+    x = torch.randn(3, 40)
+    assert not torch.equal(one(x), two(x))
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.type(torch.float16),
+        lambda m: m.to("cpu"),
+        copy.deepcopy,
+    ],
+)
+def test_casts_leave_bytes_and_scales_alone(storage, move):
+    packed = pack_module(trained_linear(), storage, "l")
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    packed(torch.randn(1, 40))
+    moved = move(packed)
+    for name in ("weight", "weight_scale"):
+        assert getattr(moved, name).dtype == before[name].dtype
+        assert torch.equal(getattr(moved, name), before[name])
+    assert not moved._layout or moved is not packed
+
+
+def test_meta_construction_and_to_empty(storage):
+    spec = PackedSpec(storage, P68)
+    with torch.device("meta"):
+        packed = PackedLinear(40, 6, spec=spec, dtype=torch.bfloat16)
+    assert all(buffer.is_meta for buffer in packed.buffers())
+    packed.to(torch.float16)
+    assert packed.weight_scale.dtype == torch.float32 and packed.bias.dtype == torch.float16
+    packed.to_empty(device="cpu")
+    assert packed.weight.dtype == torch.uint8 and not packed.weight.is_meta
+
+
+def test_compiled_equals_eager(storage):
+    packed = pack_module(trained_linear(), storage, "l")
+    x = torch.randn(4, 40)
+    expected = packed(x)
+    prepare(packed)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_layout_is_derived_at_first_use_only(storage):
+    packed = pack_module(trained_linear(), storage, "l")
+    assert not packed._layout
+    packed(torch.randn(1, 40))
+    first = packed.layout("weight")[0]
+    packed(torch.randn(1, 40))
+    assert packed.layout("weight")[0] is first
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
+def test_find_violation_agrees_with_a_loop(shape):
+    torch.manual_seed(0)
+    for _ in range(30):
+        ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
+        expected = None
+        for row in itertools.product(*[range(n) for n in shape[:-1]]):
+            for start in range(0, 24, 8):
+                count = int((ternary[row][start : start + 8] != 0).sum())
+                if count > 6 and expected is None:
+                    expected = (row, start, count)
+        found = find_violation(ternary, P68)
+        assert (found and (found.row, found.first_input, found.count)) == expected
+
+
+def test_packing_refuses_what_breaks_the_pattern(storage):
+    trained = trained_linear()
+    trained.refresh()
+    trained.ternary[4, 16:24] = 1
+    message = r"mlp.up.weight: row 4 has 8 non-zeros in the group from input 16 on.*is 6:8"
+    with pytest.raises(WeightError, match=message):
+        pack_module(trained, storage, "mlp.up")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_packing_refuses_nan(storage, value):
+    trained = trained_linear()
+    with torch.no_grad():
+        trained.weight[2, 3] = value
+    with pytest.raises(WeightError, match=r"q.weight: 1 of 240 values are NaN or infinite"):
+        pack_module(trained, storage, "q")
+    trained = trained_linear()
+    with torch.no_grad():
+        trained.bias[2] = value
+    with pytest.raises(WeightError, match=r"q.bias: 1 of 6 values are NaN or infinite"):
+        pack_module(trained, storage, "q")
+
+
+def test_packing_refuses_the_full_precision_twin_and_unloaded_weights(storage):
+    twin = SparseLinear(nn.Linear(8, 4), P68)
+    with pytest.raises(ConfigError, match="SparseLinear keeps full-precision weights"):
+        pack_module(twin, storage, "l")
+    with torch.device("meta"):
+        unloaded = trained_linear()
+    with pytest.raises(ConfigError, match=r"l.weight: the weight is sharded or not loaded"):
+        pack_module(unloaded, storage, "l")
+
+
+def test_using_refuses_bytes_that_break_the_pattern(storage):
+    packed = pack_module(trained_linear(), storage, "v_proj")
+    packed.store("weight", torch.ones(6, 40, dtype=torch.int8), packed.weight_scale)
+    packed.check()  # the bytes by themselves are well formed
+    with pytest.raises(PackedFormatError, match=r"v_proj.weight: row 0 has 8 non-zeros.*6:8"):
+        packed(torch.randn(1, 40))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_check_refuses_scales(storage, value):
+    packed = pack_module(trained_linear(), storage, "v_proj")
+    packed.weight_scale.fill_(value)
+    with pytest.raises(PackedFormatError, match=r"v_proj.weight_scale: a scale is not a positive"):
+        packed.check()
+
+
+def test_check_refuses_bytes(storage):
+    packed = pack_module(trained_linear(), storage, "v_proj")
+    packed.weight[5, 1] = 255
+    with pytest.raises(PackedFormatError, match=r"v_proj.weight: row 5, byte 1 is 255"):
+        packed.check()
+
+
+def test_swap_refuses_unknown_modules():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with pytest.raises(ConfigError, match="7: the model has no such module"):
+        swap_packed(model, {"7": PackedSpec()})
+    with pytest.raises(ConfigError, match="1: these experts cannot be packed, because its param"):
+        swap_packed(model, {"1": PackedSpec()})
+    swap_packed(model, {"0": PackedSpec()})
+    assert isinstance(model[0], PackedLinear) and model[0].weight.is_meta
+
+
+def test_empty_packed_checks_the_pattern():
+    with pytest.raises(ValueError, match=r"down.weight \(4, 12\).*in_features 12 is not a mult"):
+        empty_packed(nn.Linear(12, 4), PackedSpec(pattern=P68), "down")
