@@ -32,7 +32,8 @@ def integer_matmul(x_q: Tensor, ternary: Tensor) -> Tensor:
     Raises:
         WeightError: if ``in`` is too long for exact sums on a device without an int8 product.
     """
-    if x_q.device.type == "cpu":
+    # With one input feature torch 2.13's int8 product on CPU returns garbage.
+    if x_q.device.type == "cpu" and x_q.shape[1] > 1:
         return torch._int_mm(x_q, ternary.t())
     if x_q.device.type == "cuda":
         tokens, out = x_q.shape[0], ternary.shape[0]
