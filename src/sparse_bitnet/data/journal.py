@@ -1,0 +1,137 @@
+"""What a data preparation was asked for and how far it is: ``OUT/prepare.json``.
+
+The journal makes a run resumable and a finished one recognisable. It is rewritten atomically after
+each part, when the part's files already lie in place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.core.errors import DataError
+from sparse_bitnet.data.shards import Shard
+from sparse_bitnet.files import TEMPORARY_SUFFIX, write_text
+
+JOURNAL = "prepare.json"
+LOCK = "prepare.lock"
+FORMAT = "sparse-bitnet data prepare"
+VERSION = 1
+TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive documents of one source, finished.
+
+    Attributes:
+        source: 0, or 1 for the separate validation source.
+        documents, bytes: read from that source up to the end of this part, all its parts together.
+        shards: the files it filled, by split.
+    """
+
+    source: int
+    documents: int
+    bytes: int
+    shards: dict[str, Shard]
+
+
+@dataclass
+class Journal:
+    """The settings of a preparation, its tokenizer once that is written, and its finished parts."""
+
+    settings: dict[str, Any]
+    tokenizer_hash: str | None = None
+    finished: bool = False
+    parts: list[Part] = field(default_factory=list)
+
+    def save(self, out: Path) -> None:
+        state = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_text(out / JOURNAL, json.dumps(state, indent=1) + "\n")
+
+    def shards(self, split: str) -> list[Shard]:
+        """The finished files of a split, in order."""
+        return [part.shards[split] for part in self.parts if split in part.shards]
+
+
+@contextmanager
+def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterator[Journal]:
+    """The journal of ``out`` to go on with, a new one where there is none; locked until the end.
+
+    Raises:
+        DataError: if ``out`` was prepared with other settings (each is named), is damaged, holds
+            foreign files, or is being prepared by another process.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; name a directory")
+    if out.exists() and not (out / JOURNAL).exists():
+        foreign = [p.name for p in out.iterdir() if not p.name.startswith((JOURNAL, LOCK))]
+        if foreign:
+            raise DataError(
+                f"{out}: holds {sorted(foreign)[0]}, which data preparation did not write; name an "
+                "empty or a new directory"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # freed even when the process is killed
+        except BlockingIOError as error:
+            raise DataError(f"{out}: another run is preparing it; wait for it to end") from error
+        if overwrite:
+            (out / JOURNAL).unlink(missing_ok=True)
+            for name in (TOKENIZER, TRAIN, VALIDATION):
+                shutil.rmtree(out / name, ignore_errors=True)
+        _remove_temporaries(out)
+        journal = _load(out)
+        if journal is None:
+            journal = Journal(settings)
+            journal.save(out)
+        _refuse_other(journal.settings, settings, out)
+        yield journal
+
+
+def _load(out: Path) -> Journal | None:
+    path = out / JOURNAL
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_bytes())
+        if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
+            raise ValueError("not written by this version")
+        parts = [
+            Part(**{**part, "shards": {split: Shard(**s) for split, s in part["shards"].items()}})
+            for part in state.pop("parts")
+        ]
+        return Journal(**state, parts=parts)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: damaged or of another version ({error}); prepare again with overwrite"
+        ) from error
+
+
+def _refuse_other(there: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
+    differ = [key for key in asked if there.get(key) != asked[key]]
+    if differ:
+        named = "; ".join(f"{key} was {there.get(key)!r}, now {asked[key]!r}" for key in differ)
+        raise DataError(
+            f"{out}: holds data prepared otherwise: {named}. Name another directory, or prepare "
+            "with overwrite"
+        )
+
+
+def _remove_temporaries(out: Path) -> None:
+    """What a killed run left half written."""
+    for pattern in (f"*{TEMPORARY_SUFFIX}", f"*/*{TEMPORARY_SUFFIX}"):
+        for path in list(out.glob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

@@ -1,0 +1,166 @@
+"""Batches of token windows whose order is a pure function of (seed, step, rank, world size).
+
+No state is kept: resuming needs the step number alone, on any number of ranks. Every sample of the
+run has a global number g = step · batch_size + row. Three pure functions place it:
+
+1. g → (source, k): a mixture hands its samples to its sources like Bresenham's line: source A with
+   share p takes sample g when ⌊(g+1)p⌋ > ⌊gp⌋, and ⌊gp⌋ is how many it had before. The rest goes to
+   the next source the same way. So after any number of samples a source is within one sample per
+   source before it of its exact share, with no table and no random draw.
+2. k → (epoch, position): an epoch reads every window of a source once.
+3. (epoch, position) → window: a keyed Feistel permutation of the windows, another each epoch. It
+   needs no memory; a stored permutation for 50 billion tokens would take 800 MB on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from math import isqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.data.shards import TokenShards
+
+FEISTEL_ROUNDS = 8
+
+
+class Loader:
+    """Windows of ``sequence_length + 1`` tokens; inputs are all but the last, targets all but the
+    first. Neighbouring windows share one token, so that every token but the first is once a target.
+
+    Args:
+        sources: shards, or a mixture ``[(shards, weight), …]``; weights are relative and count
+            samples, which are all of one length, so they count tokens too.
+        sequence_length: tokens a window predicts.
+        batch_size: global sequences a step, over all ranks.
+        seed: of the order.
+        rank, world_size: which of how many equal parts of each batch is this process's.
+
+    Raises:
+        ConfigError: for sizes that do not fit each other, or weights that are not positive.
+        DataError: if shards hold fewer tokens than one window, or come from different tokenizers.
+    """
+
+    def __init__(
+        self,
+        sources: TokenShards | Sequence[tuple[TokenShards, float]],
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        mixture = [(sources, 1.0)] if isinstance(sources, TokenShards) else list(sources)
+        if not mixture:
+            raise ConfigError("the mixture has no sources; name at least one")
+        if sequence_length < 1 or batch_size < 1:
+            raise ConfigError(
+                f"sequence_length is {sequence_length} and batch_size {batch_size}; both must be "
+                "at least 1"
+            )
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size} ranks does not exist")
+        if batch_size % world_size:
+            raise ConfigError(
+                f"batch_size {batch_size} is not a multiple of the {world_size} ranks; every rank "
+                "takes the same number of sequences"
+            )
+        first = mixture[0][0]
+        for shards, weight in mixture:
+            if not 0 < weight < float("inf"):
+                raise ConfigError(
+                    f"{shards.path}: its weight in the mixture is {weight}; weights are positive, "
+                    "leave a source out instead of giving it 0"
+                )
+            shards.require_tokenizer(first.tokenizer_hash, f"that of {first.path}")
+            if shards.total_tokens <= sequence_length:
+                raise DataError(
+                    f"{shards.path}: {shards.total_tokens} tokens, fewer than one window of "
+                    f"{sequence_length + 1}; use a shorter sequence_length or more text"
+                )
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.sources = [shards for shards, _ in mixture]
+        self.windows = [(s.total_tokens - 1) // sequence_length for s in self.sources]
+        weights = [Fraction(weight) for _, weight in mixture]
+        shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
+        self._shares = [(share.numerator, share.denominator) for share in shares]
+        self._keys = [_key(seed, number) for number in range(len(mixture))]
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's part of a step's batch, int64 ``[batch_size / world_size,
+        sequence_length + 1]``; the parts concatenated in rank order are the global batch.
+
+        Raises:
+            ConfigError: if ``step`` is negative.
+        """
+        if step < 0:
+            raise ConfigError(f"step {step} does not exist; steps count from 0")
+        rows = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * rows
+        places = [self._place(sample) for sample in range(first, first + rows)]
+        owners = np.array([source for source, _ in places])
+        numbers = np.array([k for _, k in places], dtype=np.uint64)
+        out = np.empty((rows, self.sequence_length + 1), dtype=np.int64)
+        for source in np.unique(owners):
+            mine = owners == source
+            starts = self._window(int(source), numbers[mine]) * self.sequence_length
+            out[mine] = self.sources[source].windows(starts, self.sequence_length + 1)
+        return torch.from_numpy(out)
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Global sample → (source, how many samples that source gave before); exact integers."""
+        for source, (share, whole) in enumerate(self._shares):
+            before = sample * share // whole
+            if (sample + 1) * share // whole > before:
+                return source, before
+            sample -= before
+        raise AssertionError("the last source takes all that is left: its share is 1")
+
+    def _window(self, source: int, numbers: np.ndarray) -> np.ndarray:
+        """A source's sample numbers → its windows, each once an epoch, in a new order each time."""
+        count = np.uint64(self.windows[source])
+        epochs, positions = np.divmod(numbers, count)
+        return _permute(positions, self.windows[source], _mix(epochs + self._keys[source]))
+
+
+def _key(seed: int, source: int) -> np.uint64:
+    digest = hashlib.blake2b(f"{seed} {source}".encode(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0 … count − 1, applied to ``positions`` (uint64, key of each alike).
+
+    A Feistel network on a grid of rows × columns that just covers ``count``: each round adds a hash
+    of one coordinate to the other, modulo its size, which can be undone, so it is a bijection of
+    the grid. What lands outside ``count`` is permuted again until it is inside (cycle walking,
+    Black and Rogaway 2002); fewer than √count + 1 cells are to spare, so that is rare.
+    """
+    columns = isqrt(count - 1) + 1
+    rows = -(-count // columns)
+    size = np.array([rows, columns], dtype=np.uint64)
+    out = positions.copy()
+    pending = np.arange(len(out))
+    while len(pending):
+        cell = list(np.divmod(out[pending], size[1]))
+        for number in range(FEISTEL_ROUNDS):
+            side = number % 2
+            noise = _mix(cell[1 - side] ^ _mix(keys[pending] + np.uint64(number)))
+            cell[side] = (cell[side] + noise % size[side]) % size[side]
+        out[pending] = cell[0] * size[1] + cell[1]
+        pending = pending[out[pending] >= np.uint64(count)]
+    return out

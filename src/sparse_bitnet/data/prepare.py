@@ -1,0 +1,228 @@
+"""Text to token shards: ``OUT/tokenizer``, ``OUT/train`` and ``OUT/validation``.
+
+The work is cut into parts, each a run of consecutive documents that fills one shard of a split.
+A part's files are renamed into place when whole, then the part is noted in the journal
+(``OUT/prepare.json``), and the splits' indexes are written at the very end. So a run that was
+killed goes on after its last part, and ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.console import say
+from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.data.encode import MEGABYTE, Selection, encode, reading
+from sparse_bitnet.data.journal import TOKENIZER, TRAIN, VALIDATION, Journal, open_journal
+from sparse_bitnet.data.shards import INDEX, TokenShards, index_text, token_dtype
+from sparse_bitnet.data.sources import open_source
+from sparse_bitnet.data.tokenizer import Encoder, load_tokenizer, train_bpe
+from sparse_bitnet.files import atomic_directory, write_text
+
+DEFAULT_VOCABULARY = 8192
+NO_LIMIT = float("inf")
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    validation: float = 0.01,
+    validation_source: str | None = None,
+    max_bytes: int | None = None,
+    shard_tokens: int = 100_000_000,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Tokenize a source into memory-mapped shards.
+
+    Every document is ended by EOS. A document is held out for validation when the hash of its
+    content falls below the fraction, so copies of one document never stand on both sides.
+
+    Args:
+        source: stdlib, text:PATH, jsonl:PATH[#FIELD], parquet:PATH[#FIELD] or
+            hf:NAME[:CONFIG][:SPLIT][#FIELD].
+        out: directory to write; a run that was interrupted there is continued, a finished one with
+            the same settings is reused.
+        tokenizer: directory or name of a Hugging Face tokenizer; trained on the source if left out.
+        vocab_size: of the byte-level BPE to train (8192 if left out).
+        validation: fraction of the documents held out; 0 for none.
+        validation_source: hold out this whole source instead of a fraction.
+        max_bytes: read no further than the document that reaches this many bytes of text.
+        shard_tokens: a shard is closed at this many tokens; what an interruption loses at most.
+        workers: threads; one a core if left out.
+        overwrite: start afresh, whatever an earlier run left in ``out``.
+
+    Returns:
+        ``{"out", "tokenizer_hash", "vocab_size", "train", "validation", "reused", "seconds"}``; the
+        splits as ``{"tokens", "documents", "bytes", "shards"}``, validation None if there is none.
+
+    Raises:
+        ConfigError: for settings out of range or contradicting each other.
+        DataError: if the source cannot be read, is empty or leaves a split empty, or if ``out``
+            holds something else.
+    """
+    _check_settings(tokenizer, vocab_size, validation, max_bytes, shard_tokens, workers)
+    started, out = time.monotonic(), Path(out)
+    limit = NO_LIMIT if max_bytes is None else float(max_bytes)
+    held_out = validation if validation_source is None else 0.0
+    selections = [Selection(open_source(source), limit, held_out)]
+    if validation_source is not None:
+        only = open_source(validation_source)
+        selections.append(Selection(only, NO_LIMIT, 0.0, (VALIDATION, VALIDATION)))
+    given = Encoder(load_tokenizer(tokenizer), tokenizer) if tokenizer is not None else None
+    vocab_size = vocab_size or DEFAULT_VOCABULARY
+    settings = {
+        "source": source,
+        "tokenizer": given.hash if given else f"byte-level BPE of {vocab_size}",
+        "validation": validation if validation_source is None else validation_source,
+        "max_bytes": max_bytes,
+        "shard_tokens": shard_tokens,
+        "files": [selection.source.fingerprint for selection in selections],
+    }
+    with open_journal(out, settings, overwrite) as journal:
+        encoder = _tokenizer(out, journal, given, vocab_size, selections[0])
+        found, intact = len(journal.parts), _intact_parts(out, journal, encoder)
+        reused = journal.finished and intact == found
+        if not reused:
+            if found:
+                say(f"{out}: {intact} of {found} finished parts are intact; going on after them")
+            del journal.parts[intact:]
+            journal.finished = False
+            for number, selection in enumerate(selections):
+                encode(
+                    number,
+                    selection,
+                    encoder,
+                    journal,
+                    out,
+                    shard_tokens,
+                    workers or os.cpu_count() or 1,
+                )
+            _check_splits(journal, selections)
+        _write_indexes(out, journal, encoder)
+        if not reused:
+            journal.finished = True
+            journal.save(out)
+    train = TokenShards(out / TRAIN)
+    validated = TokenShards(out / VALIDATION) if journal.shards(VALIDATION) else None
+    if reused:
+        say(f"{out}: already prepared, {train.total_tokens:,} training tokens; reused")
+    return {
+        "out": str(out),
+        "tokenizer_hash": train.tokenizer_hash,
+        "vocab_size": train.vocab_size,
+        TRAIN: _totals(train),
+        VALIDATION: _totals(validated) if validated else None,
+        "reused": reused,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _tokenizer(
+    out: Path, journal: Journal, given: Encoder | None, vocab_size: int, selection: Selection
+) -> Encoder:
+    """The tokenizer in ``out``, copied there or trained first if it is not there yet."""
+    directory = out / TOKENIZER
+    if journal.tokenizer_hash is None:
+        made = given or Encoder(train_bpe(_training_texts(selection), vocab_size))
+        with atomic_directory(directory) as temporary:
+            made.tokenizer.save_pretrained(temporary)
+        journal.tokenizer_hash = made.hash
+        journal.save(out)
+    encoder = Encoder(load_tokenizer(directory), str(directory))
+    if encoder.hash != journal.tokenizer_hash:
+        raise DataError(
+            f"{directory}: not the tokenizer that this preparation began with; it was edited since "
+            "or changes when saved: prepare again with overwrite, or use another"
+        )
+    return encoder
+
+
+def _training_texts(selection: Selection) -> Iterator[str]:
+    """The documents that are not held out."""
+    text_bytes = 0
+    with reading(f"read {selection.source.spec} to train a tokenizer", selection.source) as show:
+        for text, split, size, position in selection.documents():
+            text_bytes += size
+            show(position, text_bytes, "")
+            if split == TRAIN:
+                yield text
+    say(f"training a tokenizer on {text_bytes / MEGABYTE:,.1f} MB of text")
+
+
+def _intact_parts(out: Path, journal: Journal, encoder: Encoder) -> int:
+    """How many of the journal's first parts still have all their files, of the right size."""
+    width = token_dtype(encoder.vocab_size).itemsize
+    for number, part in enumerate(journal.parts):
+        for split, shard in part.shards.items():
+            path = out / split / shard.file
+            if not path.is_file() or path.stat().st_size != shard.tokens * width:
+                return number
+    return len(journal.parts)
+
+
+def _check_splits(journal: Journal, selections: list[Selection]) -> None:
+    if not journal.parts:
+        raise DataError(f"{selections[0].source.spec}: the source holds no text")
+    wanted = selections[0].held_out > 0 or len(selections) > 1
+    if wanted and not journal.shards(VALIDATION):
+        documents = sum(shard.documents for shard in journal.shards(TRAIN))
+        raise DataError(
+            f"{selections[-1].source.spec}: nothing was held out, of {documents} documents; raise "
+            "validation, name a validation_source that has text, or set validation to 0"
+        )
+    if not journal.shards(TRAIN):
+        raise DataError(
+            f"{selections[0].source.spec}: every document was held out and none is left to train "
+            "on; lower validation"
+        )
+
+
+def _write_indexes(out: Path, journal: Journal, encoder: Encoder) -> None:
+    for split in (TRAIN, VALIDATION):
+        path, shards = out / split / INDEX, journal.shards(split)
+        text = index_text(
+            shards,
+            tokenizer_hash=encoder.hash,
+            vocab_size=encoder.vocab_size,
+            eos_id=encoder.eos_id,
+        )
+        if shards and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            write_text(path, text)
+
+
+def _check_settings(
+    tokenizer: str | None,
+    vocab_size: int | None,
+    validation: float,
+    max_bytes: int | None,
+    shard_tokens: int,
+    workers: int | None,
+) -> None:
+    if tokenizer is not None and vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {tokenizer} is "
+            "given; leave one of them out"
+        )
+    if not 0 <= validation < 1:
+        raise ConfigError(f"validation is {validation}; it is a fraction of at least 0, below 1")
+    numbers = {"max_bytes": max_bytes, "shard_tokens": shard_tokens, "workers": workers}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def _totals(shards: TokenShards) -> dict[str, int]:
+    return {
+        "tokens": shards.total_tokens,
+        "documents": shards.total_documents,
+        "bytes": shards.total_bytes,
+        "shards": len(shards.shards),
+    }

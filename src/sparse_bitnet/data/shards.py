@@ -1,0 +1,277 @@
+"""Token shards: the tokens of a corpus as flat integer files, read by memory map.
+
+A directory holds ``index.json`` and the shards it names. A shard is its tokens and nothing else,
+little-endian uint16 (vocabulary of at most 65,536) or uint32, documents one after the other, each
+ended by the EOS token. The index is written last, so a directory that has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_bitnet.console import progress
+from sparse_bitnet.core.errors import DataError
+
+INDEX = "index.json"
+FORMAT = "sparse-bitnet token shards"
+VERSION = 1
+SMALL_VOCABULARY = 1 << 16
+LARGEST_VOCABULARY = 1 << 31
+LARGEST_INDEX_BYTES = 1 << 26
+OPEN_SHARDS = 256  # each memory map keeps a file descriptor, of which a process has about 1000
+VERIFY_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name inside the directory, what it holds, and the sha256 of its bytes."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every token id fits, else uint32; little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= SMALL_VOCABULARY else "<u4")
+
+
+def index_text(
+    shards: Sequence[Shard], *, tokenizer_hash: str, vocab_size: int, eos_id: int
+) -> str:
+    """What ``index.json`` holds."""
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": _dtype_name(vocab_size),
+        "vocab_size": vocab_size,
+        "eos_id": eos_id,
+        "tokenizer_hash": tokenizer_hash,
+        "shards": [asdict(shard) for shard in shards],
+    }
+    return json.dumps(index, indent=1) + "\n"
+
+
+class TokenShards:
+    """A directory of token shards, opened by its index and checked against the files on disk.
+
+    Attributes:
+        path: the directory.
+        shards: its files in order.
+        vocab_size: every token id is below it (:meth:`verify` reads the files to make sure).
+        eos_id: the token that ends each document.
+        tokenizer_hash: of the tokenizer that made the tokens (see ``tokenizer.tokenizer_hash``).
+        total_tokens, total_documents, total_bytes: sums; bytes are UTF-8 bytes of the text, so
+            bits per byte = bits per token × tokens / bytes.
+
+    Raises:
+        DataError: if the index or a shard is missing, truncated, edited or not one of ours.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = _read_index(self.path)
+        self.vocab_size: int = index["vocab_size"]
+        self.eos_id: int = index["eos_id"]
+        self.tokenizer_hash: str = index["tokenizer_hash"]
+        self.dtype = token_dtype(self.vocab_size)
+        self.shards = [Shard(**shard) for shard in index["shards"]]
+        for shard in self.shards:
+            self._check_file(shard)
+        self._ends = list(accumulate(shard.tokens for shard in self.shards))
+        self.total_tokens = self._ends[-1]
+        self.total_documents = sum(shard.documents for shard in self.shards)
+        self.total_bytes = sum(shard.bytes for shard in self.shards)
+        self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from position ``start`` on, as int64 ``[count]``, across shards.
+
+        Raises:
+            DataError: if the range reaches beyond the tokens.
+        """
+        return self.windows([start], count)[0]
+
+    def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Tokens ``[start, start + length)`` of each start: int64 ``[len(starts), length]``.
+
+        Raises:
+            DataError: if a window reaches beyond the tokens.
+        """
+        out = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(out, map(int, starts), strict=True):
+            if start < 0 or length < 0 or start + length > self.total_tokens:
+                raise DataError(
+                    f"{self.path}: tokens {start} to {start + length} asked of {self.total_tokens}"
+                )
+            number = bisect_right(self._ends, start)
+            filled = 0
+            while filled < length:
+                shard = self._map(number)
+                offset = start + filled - (self._ends[number] - len(shard))
+                piece = shard[offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                number += 1
+        return out
+
+    def verify(self) -> None:
+        """Read every shard: its checksum, and that every token id is below ``vocab_size``.
+
+        Raises:
+            DataError: naming the first shard that fails.
+        """
+        steps = sum(-(-shard.tokens // VERIFY_TOKENS) for shard in self.shards)
+        with progress(f"verify {self.path}", steps) as bar:
+            for number, shard in enumerate(self.shards):
+                digest = hashlib.sha256()
+                values = self._map(number)
+                for start in range(0, len(values), VERIFY_TOKENS):
+                    piece = np.ascontiguousarray(values[start : start + VERIFY_TOKENS])
+                    largest = int(piece.max())
+                    if largest >= self.vocab_size:
+                        raise DataError(
+                            f"{self.path / shard.file}: holds token id {largest}, but the "
+                            f"vocabulary has {self.vocab_size}; prepare the data again with "
+                            "overwrite"
+                        )
+                    digest.update(piece.data)
+                    bar.advance()
+                if digest.hexdigest() != shard.sha256:
+                    raise DataError(
+                        f"{self.path / shard.file}: its sha256 is not the index's; the file was "
+                        "damaged or edited, prepare the data again with overwrite"
+                    )
+
+    def require_tokenizer(self, tokenizer_hash: str, where: str = "the model's tokenizer") -> None:
+        """Refuse to be read with another tokenizer than the one that made the tokens.
+
+        Raises:
+            DataError: naming both.
+        """
+        if tokenizer_hash != self.tokenizer_hash:
+            raise DataError(
+                f"{self.path}: shard of the wrong vocabulary: made by tokenizer "
+                f"{self.tokenizer_hash[:12]}, but {where} is {tokenizer_hash[:12]}; prepare the "
+                "data with that tokenizer"
+            )
+
+    def require_vocabulary(self, vocab_size: int, where: str = "the model") -> None:
+        """Refuse a model whose embedding has fewer rows than the shards have tokens.
+
+        Raises:
+            DataError: naming both sizes.
+        """
+        if vocab_size < self.vocab_size:
+            raise DataError(
+                f"{self.path}: shard of the wrong vocabulary: its tokenizer has {self.vocab_size} "
+                f"tokens, {where} has {vocab_size}; prepare the data with the model's tokenizer"
+            )
+
+    def _check_file(self, shard: Shard) -> None:
+        path = self.path / shard.file
+        if not path.is_file():
+            raise DataError(f"{path}: named by the index, but missing; prepare the data again")
+        size, wanted = path.stat().st_size, shard.tokens * self.dtype.itemsize
+        if size != wanted:
+            raise DataError(
+                f"{path}: {size} bytes, but the index says {wanted} ({shard.tokens} tokens of "
+                f"{self.dtype.itemsize} bytes); truncated or edited, prepare the data again"
+            )
+
+    def _open_map(self, number: int) -> np.ndarray:
+        path = self.path / self.shards[number].file
+        # A plain view of the map: slicing np.memmap itself costs microseconds.
+        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / INDEX
+    if not directory.is_dir():
+        raise DataError(
+            f"{directory}: no such directory; make it with `sparse-bitnet data prepare`"
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{path}: missing; the directory is not token shards, or preparing them was "
+            "interrupted: run `sparse-bitnet data prepare` again"
+        )
+    if path.stat().st_size > LARGEST_INDEX_BYTES:
+        raise DataError(f"{path}: larger than {LARGEST_INDEX_BYTES} bytes, not an index of ours")
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); prepare the data again") from error
+    problem = _problem(index)
+    if problem:
+        raise DataError(f"{path}: {problem}; edited or not one of ours, prepare the data again")
+    return index
+
+
+def _problem(index: Any) -> str | None:
+    """What is wrong with an index, or None. It is read as hostile: the files are named by it."""
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        return f"not an index of {FORMAT}"
+    if not _count(index.get("version")) or index["version"] != VERSION:
+        return f"format version {index.get('version')!r}, this program reads {VERSION}"
+    missing = {"dtype", "vocab_size", "eos_id", "tokenizer_hash", "shards"} - set(index)
+    if missing:
+        return f"lacks {', '.join(sorted(missing))}"
+    if not _count(index["vocab_size"]) or index["vocab_size"] > LARGEST_VOCABULARY:
+        return f"vocab_size is {_show(index['vocab_size'])}"
+    dtype = _dtype_name(index["vocab_size"])
+    if index["dtype"] != dtype:
+        return f"dtype is {_show(index['dtype'])}, a vocabulary of that size is kept as {dtype}"
+    if not _count(index["eos_id"], smallest=0) or index["eos_id"] >= index["vocab_size"]:
+        return f"eos_id is {_show(index['eos_id'])}"
+    if not _digest(index["tokenizer_hash"]):
+        return f"tokenizer_hash is {_show(index['tokenizer_hash'])}"
+    shards = index["shards"]
+    if not isinstance(shards, list) or not shards:
+        return "names no shards"
+    names = set()
+    for shard in shards:
+        if not isinstance(shard, dict) or set(shard) != set(Shard.__dataclass_fields__):
+            return f"shard {_show(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
+        name = shard["file"]
+        # One plain file name: no directory, no parent, nothing absolute.
+        if not isinstance(name, str) or not re.fullmatch(r"[0-9]{1,9}\.bin", name) or name in names:
+            return f"shard file name {_show(name)} is not allowed"
+        names.add(name)
+        if not all(_count(shard[key]) for key in ("tokens", "documents", "bytes")):
+            return f"counts of shard {name} are not positive integers"
+        if shard["documents"] > shard["tokens"]:
+            return f"shard {name} has more documents than tokens"
+        if not _digest(shard["sha256"]):
+            return f"sha256 of shard {name} is {_show(shard['sha256'])}"
+    return None
+
+
+def _dtype_name(vocab_size: int) -> str:
+    return token_dtype(vocab_size).name
+
+
+def _count(value: Any, smallest: int = 1) -> bool:
+    return type(value) is int and smallest <= value < 1 << 62
+
+
+def _digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,354 @@
+"""Where text comes from: each source is a stream of documents that reads the same way every time.
+
+| spec                            | documents                                                      |
+|---------------------------------|----------------------------------------------------------------|
+| ``stdlib``                      | the ``.py`` files of this Python's standard library            |
+| ``text:PATH``                   | one a file; a file, a directory or a glob                      |
+| ``jsonl:PATH[#FIELD]``          | one a line, plain, ``.gz`` or ``.xz``; field ``text``          |
+| ``parquet:PATH[#FIELD]``        | one a row                                                      |
+| ``hf:NAME[:CONFIG][:SPLIT][#FIELD]`` | one a row of a Hugging Face dataset, by name or directory |
+
+Whatever cannot be read as text stops the run with the file and line: a document that is silently
+left out would shift the position of all that follow.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import sysconfig
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from sparse_bitnet.core.errors import DataError, MissingExtraError
+
+DEFAULT_FIELD = "text"
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+HUB_PARTS = 3  # name, config, split
+PARQUET_ROWS = 256
+
+
+class Record(NamedTuple):
+    """A document not yet parsed.
+
+    Attributes:
+        raw: what :meth:`Source.parse` needs.
+        place: for messages, such as ``a.jsonl, line 3``.
+        position: bytes of the source, as they lie on disk, read when this record was found.
+    """
+
+    raw: Any
+    place: str
+    position: int
+
+
+class Source(ABC):
+    """Documents in a fixed order. Iterating yields them as ``str``.
+
+    Attributes:
+        spec: the text it was opened from.
+        fingerprint: changes when the content changes; taken from names, sizes and times of files,
+            so that it costs nothing on terabytes.
+        size: bytes on disk, the unit of ``Record.position``; None when unknown.
+    """
+
+    def __init__(self, spec: str, fingerprint: str, size: int | None) -> None:
+        self.spec, self.fingerprint, self.size = spec, fingerprint, size
+
+    @abstractmethod
+    def records(self) -> Iterator[Record]:
+        """Every document unparsed, so that the ones before a starting point are skipped fast."""
+
+    @abstractmethod
+    def parse(self, record: Record) -> str:
+        """The text of one record.
+
+        Raises:
+            DataError: naming the place.
+        """
+
+    def read(self, start: int = 0) -> Iterator[tuple[str, int]]:
+        """``(document, position)`` from document number ``start`` on.
+
+        Raises:
+            DataError: naming the place of what cannot be read.
+        """
+        for record in islice(self.records(), start, None):
+            yield self.parse(record), record.position
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text, _ in self.read())
+
+
+def open_source(spec: str) -> Source:
+    """Open a source by its spec (see the module's table).
+
+    Raises:
+        DataError: for an unknown kind, a missing path, or a glob or directory without a match.
+        MissingExtraError: if ``hf:`` or ``parquet:`` needs a library that is not installed.
+    """
+    kind, _, where = spec.partition(":")
+    if spec == "stdlib":
+        return TextFiles(spec, _library_files())
+    if where and kind == "text":
+        return TextFiles(spec, _match(where, spec, ()))
+    if where and kind == "jsonl":
+        where, field = _split_field(where)
+        files = _match(where, spec, (".jsonl", ".jsonl.gz", ".jsonl.xz"))
+        return JsonLines(spec, files, field)
+    if where and kind == "parquet":
+        where, field = _split_field(where)
+        return ParquetFiles(spec, _match(where, spec, (".parquet",)), field)
+    if where and kind == "hf":
+        return HubDataset(spec, *_split_field(where))
+    raise DataError(
+        f"source {spec!r} is not understood: use stdlib, text:PATH, jsonl:PATH, parquet:PATH "
+        "or hf:NAME"
+    )
+
+
+class TextFiles(Source):
+    """One document a file, UTF-8."""
+
+    def __init__(self, spec: str, files: list[Path]) -> None:
+        super().__init__(spec, _stamp(files), _total_size(files))
+        self.files = files
+
+    def records(self) -> Iterator[Record]:
+        position = 0
+        for path in self.files:
+            position += path.stat().st_size
+            yield Record(path, str(path), position)
+
+    def parse(self, record: Record) -> str:
+        try:
+            return record.raw.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{record.place}: not UTF-8 text ({error.reason} at byte {error.start}); convert "
+                "it, or name the text files by a glob that leaves it out"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{record.place}: cannot be read: {error.strerror}") from error
+
+
+class JsonLines(Source):
+    """One JSON object a line; compression by the file's suffix. Blank lines are passed over."""
+
+    def __init__(self, spec: str, files: list[Path], field: str) -> None:
+        super().__init__(spec, _stamp(files), _total_size(files))
+        self.files, self.field = files, field
+
+    def records(self) -> Iterator[Record]:
+        before = 0
+        for path in self.files:
+            try:
+                with path.open("rb") as raw, _decompressed(raw, path) as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            yield Record(line, f"{path}, line {number}", before + raw.tell())
+            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                raise DataError(
+                    f"{path}: the compressed file is truncated or damaged ({error}); fetch it again"
+                ) from error
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+            before += path.stat().st_size
+
+    def parse(self, record: Record) -> str:
+        try:
+            row = json.loads(record.raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{record.place}: not UTF-8 ({error.reason})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{record.place}: not valid JSON ({error}); each line must be one object, and a "
+                "bad last line means the file is cut off"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{record.place}: holds a {type(row).__name__}, not a JSON object")
+        return _field_text(row, self.field, record.place)
+
+
+class ParquetFiles(Source):
+    """One document a row; only the text column is read, a few hundred rows at a time."""
+
+    def __init__(self, spec: str, files: list[Path], field: str) -> None:
+        super().__init__(spec, _stamp(files), _total_size(files))
+        self.files, self.field = files, field
+        _parquet()
+
+    def records(self) -> Iterator[Record]:
+        parquet = _parquet()
+        before = 0
+        for path in self.files:
+            size = path.stat().st_size
+            try:
+                with parquet.ParquetFile(path) as file:
+                    names, rows = file.schema_arrow.names, file.metadata.num_rows
+                    if self.field not in names:
+                        raise DataError(_no_field(str(path), self.field, names))
+                    row = 0
+                    for batch in file.iter_batches(PARQUET_ROWS, columns=[self.field]):
+                        for value in batch.column(0):
+                            row += 1
+                            yield Record(value, f"{path}, row {row}", before + size * row // rows)
+            except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+                raise DataError(
+                    f"{path}: not a readable Parquet file ({error}); fetch it again"
+                ) from error
+            before += size
+
+    def parse(self, record: Record) -> str:
+        try:
+            value = record.raw.as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{record.place}: not UTF-8 ({error.reason})") from error
+        return _field_text({self.field: value}, self.field, record.place)
+
+
+class HubDataset(Source):
+    """A Hugging Face dataset, streamed: nothing but the rows being read lies on this machine.
+
+    ``where`` is ``NAME[:CONFIG][:SPLIT]``; the split is ``train`` when left out, and
+    ``NAME::SPLIT`` takes the default configuration. NAME may be a directory of data files.
+    """
+
+    def __init__(self, spec: str, where: str, field: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{spec} needs the datasets library: pip install 'sparse-bitnet[data]'"
+            ) from error
+        parts = where.split(":")
+        if len(parts) > HUB_PARTS:
+            raise DataError(f"source {spec!r} is not understood: use hf:NAME[:CONFIG][:SPLIT]")
+        name, config, split = parts + [""] * (HUB_PARTS - len(parts))
+        self.field = field
+        try:
+            builder = datasets.load_dataset_builder(name, config or None)
+            self.rows = builder.as_streaming_dataset(split=split or "train")
+        except Exception as error:  # the library raises its own, the hub's and fsspec's errors
+            raise DataError(
+                f"{spec}: the dataset cannot be opened: {error}; check name, configuration, split "
+                "and network"
+            ) from error
+        # The builder's hash is the repository's commit, or that of a directory's files.
+        super().__init__(spec, f"{builder.hash} {split or 'train'}", None)
+
+    def records(self) -> Iterator[Record]:
+        rows = iter(self.rows)
+        number = 0
+        while True:
+            number += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # as above
+                raise DataError(f"{self.spec}, row {number}: cannot be read: {error}") from error
+            yield Record(row, f"{self.spec}, row {number}", 0)
+
+    def parse(self, record: Record) -> str:
+        return _field_text(record.raw, self.field, record.place)
+
+
+def _library_files() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        # _sysconfigdata is written by the build and differs between machines.
+        if not NOT_LIBRARY.intersection(path.relative_to(root).parts[:-1])
+        and not path.name.startswith("_sysconfigdata")
+    ]
+    if not files:
+        raise DataError(f"stdlib: {root} holds no .py files; this Python came without them")
+    return files
+
+
+def _match(where: str, spec: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that a path, directory or glob names, sorted."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        files = [p for p in files if not suffixes or p.name.endswith(suffixes)]
+        if not files:
+            wanted = " or ".join(suffixes) or "text"
+            raise DataError(f"{spec}: the directory {path} holds no {wanted} file")
+        return sorted(files)
+    if glob.has_magic(str(path)):
+        anchor = Path(path.anchor)  # "/" of an absolute pattern, "." of a relative one
+        found = anchor.glob(str(path.relative_to(path.anchor)))
+        files = [p for p in found if p.is_file()]
+        if not files:
+            raise DataError(f"{spec}: no file matches {path}")
+        return sorted(files)
+    raise DataError(f"{spec}: {path} does not exist")
+
+
+def _split_field(where: str) -> tuple[str, str]:
+    path, mark, field = where.rpartition("#")
+    return (path, field) if mark and path and field else (where, DEFAULT_FIELD)
+
+
+def _stamp(files: list[Path]) -> str:
+    stats = [(path.name, path.stat()) for path in files]
+    lines = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _total_size(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".xz":
+        return lzma.open(raw)
+    return raw
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            "parquet: needs the pyarrow library: pip install 'sparse-bitnet[data]'"
+        ) from error
+    return pyarrow.parquet
+
+
+def _field_text(row: dict[str, Any], field: str, place: str) -> str:
+    """The text in a field; refuses what UTF-8 cannot hold (JSON can escape half a character)."""
+    if field not in row:
+        raise DataError(_no_field(place, field, list(row)))
+    text = row[field]
+    if not isinstance(text, str):
+        raise DataError(f"{place}: field {field!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field {field!r} is not valid Unicode ({error.reason} at character "
+            f"{error.start})"
+        ) from error
+    return text
+
+
+def _no_field(place: str, field: str, fields: list[str]) -> str:
+    return (
+        f"{place}: no field {field!r}; it holds {', '.join(map(str, fields)) or 'none'}: "
+        "name one as PATH#FIELD"
+    )

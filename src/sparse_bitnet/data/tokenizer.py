@@ -1,0 +1,204 @@
+"""Tokenizers of data preparation: any Hugging Face one, or a byte-level BPE trained on the text."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sparse_bitnet.core.errors import ConfigError, DataError
+
+EOS = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the bytes and EOS
+TRAINING_CHARACTERS = 64 << 20  # enough for stable merges; more only costs time and memory
+PIECE_CHARACTERS = 1 << 20  # the tokenizer needs about 100 bytes of memory for each
+# What decides the ids of plain text; truncation, padding, templates and decoding do not.
+IDENTITY = ("added_tokens", "model", "normalizer", "pre_tokenizer")
+
+
+class Encoder:
+    """A tokenizer as data preparation uses it: text to token ids, each document ended by EOS.
+
+    Special tokens that stand in the text as characters are encoded as characters, so a document
+    can neither end itself nor start a chat.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer.
+        eos_id, vocab_size, hash: of the tokenizer; ``vocab_size`` is the largest id + 1.
+
+    Raises:
+        DataError: if the tokenizer has no EOS token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{where}: has no EOS token, which must separate the documents; set eos_token in "
+                "its tokenizer_config.json"
+            )
+        self.tokenizer, self.where = tokenizer, where
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocab_size = vocabulary_size(tokenizer)
+        self.hash = tokenizer_hash(tokenizer)
+        self._fast: Tokenizer | None = None
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            self._fast.encode_special_tokens = True
+
+    def encode(self, documents: Iterable[str]) -> np.ndarray:
+        """Token ids of the documents one after the other, each ended by EOS: uint32 ``[tokens]``.
+
+        Documents beyond a million characters are cut into pieces, at the end of a line where there
+        is one, so that memory stays bounded.
+
+        Raises:
+            DataError: if the tokenizer gives an id beyond its own vocabulary.
+        """
+        ids: list[int] = []
+        pending: list[str | None] = []  # None ends a document
+        characters = 0
+        for document in documents:
+            for piece in _pieces(document):
+                pending.append(piece)
+                characters += len(piece)
+                if characters >= PIECE_CHARACTERS:
+                    self._flush(pending, ids)
+                    characters = 0
+            pending.append(None)
+        self._flush(pending, ids)
+        tokens = np.array(ids, dtype=np.uint32)
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise DataError(
+                f"{self.where}: gave token id {int(tokens.max())}, beyond its own vocabulary of "
+                f"{self.vocab_size}"
+            )
+        return tokens
+
+    def _flush(self, pending: list[str | None], ids: list[int]) -> None:
+        texts = [piece for piece in pending if piece is not None]
+        if self._fast is not None:
+            # Without offsets, and with the interpreter's lock released: threads run in parallel.
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = iter([encoding.ids for encoding in encodings])
+        else:
+            encoded = iter([self._slow(text) for text in texts])
+        for piece in pending:
+            if piece is None:
+                ids.append(self.eos_id)
+            else:
+                ids.extend(next(encoded))
+        pending.clear()
+
+    def _slow(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Any tokenizer that ``AutoTokenizer`` reads, of a directory or a name on the hub.
+
+    Raises:
+        DataError: if there is none or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
+        raise DataError(
+            f"{name}: no tokenizer can be loaded from there: {error}; name a directory that "
+            "`save_pretrained` wrote, or leave the tokenizer out to train one"
+        ) from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the canonical JSON of what decides the ids of plain text.
+
+    Two tokenizers of one hash give the same ids, whatever their padding, truncation, chat template
+    and file format.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        identity: dict[str, Any] = {key: state.get(key) for key in IDENTITY}
+    else:
+        identity = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id + 1, added tokens included: the rows an embedding needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with GPT-2's splitting of words and the EOS token ``<|endoftext|>``.
+
+    The same documents give the same tokenizer. Of more than 64 million characters it takes a fair
+    sample of documents. A small text may have fewer merges than asked for, and so a smaller
+    vocabulary.
+
+    Raises:
+        ConfigError: if ``vocab_size`` does not hold the 256 bytes and EOS.
+        DataError: if there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}, "
+            "the 256 bytes and EOS"
+        )
+    sample = fair_sample(documents, TRAINING_CHARACTERS)
+    if not sample:
+        raise DataError("no text to train a tokenizer on: the source is empty")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sample, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+def fair_sample(documents: Iterable[str], limit: int) -> list[str]:
+    """Documents in order: all of them up to ``limit`` characters, else those of lowest hash.
+
+    The hash decides, so the choice does not depend on what stands first, and needs one pass. A
+    document longer than ``limit`` is cut off there.
+    """
+    kept: list[tuple[int, int, str]] = []  # a heap, the largest hash first
+    total = 0
+    for number, document in enumerate(documents):
+        text = document[:limit]
+        heapq.heappush(kept, (-document_hash(text.encode()), number, text))
+        total += len(text)
+        while total > limit and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2])
+    return [text for _, _, text in sorted(kept, key=lambda entry: entry[1])]
+
+
+def document_hash(text: bytes) -> int:
+    """64 bits that depend on a document's content alone."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = text.rfind("\n", start + 1, start + PIECE_CHARACTERS)
+        if end < 0:
+            end = start + PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
