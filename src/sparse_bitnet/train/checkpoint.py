@@ -1,0 +1,255 @@
+"""Checkpoints to resume from: sharded over ranks, complete or absent, checked when read.
+
+PyTorch's distributed checkpoint (DCP) plans which rank writes and reads which part of which tensor,
+so a run may continue on another number of ranks. Its own files are pickles (``.metadata``, and
+``torch.save`` around every tensor), and a pickle runs code when it is opened. DCP also has a
+safetensors backend, made for Hugging Face: the same plans, tensors in safetensors files, offsets of
+the shards in their JSON headers. That one is used here, so nothing is unpickled. What is no tensor
+stands in ``checkpoint.json``:
+
+    step-00000100/
+        shard-00001-model-00001-of-00001.safetensors    one for each rank: weights and both moments
+        checkpoint.json                                 step, config, data, size and crc of the rest
+
+A checkpoint is written under a temporary name, synced, and renamed; ``checkpoint.json`` comes last.
+So a name that exists is complete, unless somebody damaged it, which sizes and checksums tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from transformers import PreTrainedModel
+
+from sparse_bitnet.console import say
+from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, write_text
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.parallel import Ranks
+from sparse_bitnet.train.recipe import config_from_dict, differences, to_dict
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        directory: holds ``step-00000100`` and so on.
+        keep: how many of the last ones stay.
+        config: of the run; a checkpoint of another one is refused.
+        data: what identifies the tokens (see :func:`sparse_bitnet.train.loop`).
+        ranks: who takes part; every rank must call every method.
+    """
+
+    directory: Path
+    keep: int
+    config: TrainConfig
+    data: dict[str, Any]
+    ranks: Ranks
+
+    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Path:
+        """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``."""
+        target = self.path(step)
+        main = self.ranks.is_main
+        with atomic_directory(target) if main else contextlib.nullcontext() as own:
+            temporary = Path(self.ranks.from_main(str(own)))
+            with _no_warning_about_one_process():
+                dcp.save(
+                    _tensors(model, optimizer),
+                    storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+                    no_dist=not self.ranks.is_distributed,
+                )
+            self.ranks.wait()
+            files = sorted(path.name for path in temporary.iterdir())
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "ranks": self.ranks.world_size,
+                "config": to_dict(self.config),
+                "data": self.data,
+                "files": self._fingerprints(temporary, files),
+            }
+            if main:
+                write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        if main:
+            for old in self.steps()[self.keep :]:
+                _remove(self.path(old))
+        self.ranks.wait()
+        return target
+
+    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Fill model and optimizer with the state after ``step`` steps.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged or belongs to another run; names another
+                one that is whole, if there is.
+        """
+        path = self.path(step)
+        manifest = self._manifest(step)
+        self._check_same_run(path, manifest)
+        damage = self._damage(path, manifest)
+        if damage:
+            raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {self._way_out(step)}")
+        try:
+            with _no_warning_about_one_process():
+                dcp.load(
+                    _tensors(model, optimizer),
+                    storage_reader=HuggingFaceStorageReader(str(path)),
+                    no_dist=not self.ranks.is_distributed,
+                )
+        except Exception as error:  # DCP raises whatever its planner, reader or peers raised
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this model: {error}; {self._way_out(step)}"
+            ) from error
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["step"].fill_(step)
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return next(iter(self.steps()), None)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints (those with a manifest), newest first."""
+        found = []
+        for path in self.directory.glob("step-*"):
+            match = re.fullmatch(r"step-(\d{8,})", path.name)
+            if match and (path / MANIFEST).is_file():
+                found.append(int(match[1]))
+        return sorted(found, reverse=True)
+
+    def clean(self) -> None:
+        """Remove what an interrupted write left behind."""
+        if self.ranks.is_main:
+            for path in self.directory.glob(f"*{TEMPORARY_SUFFIX}"):
+                say(f"removing the unfinished checkpoint {path.name}")
+                shutil.rmtree(path, ignore_errors=True)
+        self.ranks.wait()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.directory / f"step-{step:08d}"
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        path = self.path(step) / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            sound = manifest["format"] == FORMAT and manifest["step"] == step
+            sound = sound and isinstance(manifest["files"], dict) and "config" in manifest
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise CheckpointError(
+                f"checkpoint {path.parent} is damaged or foreign: {MANIFEST} is not that of a "
+                f"checkpoint of step {step}; {self._way_out(step)}"
+            )
+        return manifest
+
+    def _check_same_run(self, path: Path, manifest: dict[str, Any]) -> None:
+        try:
+            theirs = config_from_dict(manifest["config"], f"{path / MANIFEST}")
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint {path} is foreign: {error}") from error
+        changed = differences(theirs, self.config)
+        if manifest["data"] != self.data:
+            changed.append("the data has changed")
+        if changed:
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another run: {'; '.join(changed)}. Go back to "
+                "those values, or choose another run.directory"
+            )
+
+    def _damage(self, path: Path, manifest: dict[str, Any]) -> str:
+        """What is wrong with a checkpoint's files, or the empty string. Ranks share the reading."""
+        expected = manifest["files"]
+        missing = [name for name in expected if not (path / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        found = self._fingerprints(path, sorted(expected))
+        for name, (size, crc) in found.items():
+            if [size, crc] != expected[name]:
+                return (
+                    f"{name} has {size} bytes and checksum {crc}, expected "
+                    f"{expected[name][0]} and {expected[name][1]}"
+                )
+        return ""
+
+    def _fingerprints(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
+        mine = names[self.ranks.rank :: self.ranks.world_size]
+        parts = self.ranks.gather({name: _fingerprint(directory / name) for name in mine})
+        return {name: mark for part in parts for name, mark in sorted(part.items())}
+
+    def _way_out(self, bad: int) -> str:
+        """What to do instead of using checkpoint ``bad``."""
+        for step in self.steps():
+            if step != bad and not self._broken(step):
+                return (
+                    f"checkpoint {self.path(step)} is whole: remove the other one to resume there"
+                )
+        return "there is no other whole checkpoint: remove it to start over"
+
+    def _broken(self, step: int) -> bool:
+        path = self.path(step)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            return manifest["step"] != step or any(
+                _fingerprint(path / name) != mark for name, mark in manifest["files"].items()
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return True
+
+
+def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a step changes, by name; tied weights once. DCP reads into these very tensors."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            tensors[f"model.{name}"] = value.detach()
+    for name, p in model.named_parameters():
+        for moment in MOMENTS:
+            if p in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
+    return tensors
+
+
+@contextlib.contextmanager
+def _no_warning_about_one_process() -> Iterator[None]:
+    """DCP warns that it "assumes" a single process, also when told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        yield
+
+
+def _fingerprint(path: Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _remove(path: Path) -> None:
+    """Under a temporary name first, so that half a removal is not taken for a checkpoint."""
+    doomed = path.with_name(path.name + TEMPORARY_SUFFIX)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

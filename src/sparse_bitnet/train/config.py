@@ -1,0 +1,226 @@
+"""What a training run is: nested, frozen dataclasses, checked when they are made.
+
+A recipe (YAML) and the command line fill the same fields by the same rules; see
+:mod:`sparse_bitnet.train.recipe`. Every field says its unit. Out of range is a
+:class:`~sparse_bitnet.core.ConfigError` that names the field, the value and what would do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from sparse_bitnet.core import ConfigError, Method, Pattern
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture to train."""
+
+    source: str = "tiny"
+    """A preset (see sparse_bitnet.train.presets), a Hugging Face directory whose weights to start
+    from, or a path to a config.json to start from scratch with its shape."""
+    vocab_size: int | None = None
+    """Rows of the embedding. By default what the data's tokenizer needs; presets with a published
+    vocabulary keep theirs."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of transformers."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "model")
+        _check(bool(self.source), "model.source", self.source, "a preset or a path")
+        _check_positive("model.vocab_size", self.vocab_size, optional=True)
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """What the linears become."""
+
+    pattern: str = "6:8"
+    """N:M, or dense: the pattern that training ends with."""
+    kind: Literal["bitnet", "bf16"] = "bitnet"
+    """Ternary weights and integer activations, or the full-precision twin with the same mask."""
+    method: Method = field(default_factory=Method)
+    """The published method, or one of its ablations."""
+    rules: Annotated[dict[str, str], tyro.conf.arg(metavar="{REGEX: PATTERN}")] = field(
+        default_factory=dict
+    )
+    """Module names (regular expressions) that get their own pattern, or "skip"."""
+    until: Annotated[dict[float, str], tyro.conf.arg(metavar="{FRACTION: PATTERN}")] = field(
+        default_factory=dict
+    )
+    """The schedule: patterns in force until a fraction of training, before the final one. Empty:
+    sparse from step 0. {0.5: dense}: dense for the first half. {0.33: dense, 0.66: "6:8"} with
+    pattern "4:8": a staircase."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "sparsity")
+        Pattern.parse(self.pattern)
+        for fraction, pattern in self.until.items():
+            wanted = "a fraction of training between 0 and 1"
+            _check(0 < fraction < 1, "sparsity.until", fraction, wanted)
+            Pattern.parse(pattern)
+        for pattern in self.rules.values():
+            if pattern != "skip":
+                Pattern.parse(pattern)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The tokens, and how many a step takes."""
+
+    path: str = ""
+    """A directory written by `sparse-bitnet data prepare`."""
+    mixture: Annotated[dict[str, float], tyro.conf.arg(metavar="{DIRECTORY: WEIGHT}")] = field(
+        default_factory=dict
+    )
+    """Instead of path: several such directories with the same tokenizer, and their weights."""
+    sequence_length: int = 512
+    """Tokens a sequence."""
+    batch_size: int = 32
+    """Sequences an optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int | None = None
+    """Sequences a rank takes at once; the rest is gradient accumulation. Default: all."""
+
+    def __post_init__(self) -> None:
+        one = bool(self.path) != bool(self.mixture)
+        _check(one, "data.path", self.path, "either a prepared directory here or a data.mixture")
+        for directory, weight in self.mixture.items():
+            _check(weight > 0, f"data.mixture[{directory}]", weight, "a weight above 0")
+        _check_positive("data.sequence_length", self.sequence_length)
+        _check_positive("data.batch_size", self.batch_size)
+        _check_positive("data.micro_batch_size", self.micro_batch_size, optional=True)
+        if self.micro_batch_size:
+            divides = self.batch_size % self.micro_batch_size == 0
+            wanted = f"a divisor of data.batch_size = {self.batch_size}"
+            _check(divides, "data.micro_batch_size", self.micro_batch_size, wanted)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norms, biases and embeddings are not decayed."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """At the start of training; see schedule.weight_decay."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _check_range("optimizer.learning_rate", self.learning_rate, 0, 10, open_left=True)
+        for beta in self.betas:
+            _check(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
+        _check_range("optimizer.epsilon", self.epsilon, 0, 1, open_left=True)
+        _check_range("optimizer.weight_decay", self.weight_decay, 0, 10)
+        _check_range("optimizer.clip", self.clip, 0, math.inf)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How rates change over training; see sparse_bitnet.train.schedule."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    warmup: float = 0.05
+    """Fraction of training in which the learning rate rises from 0 to its peak."""
+    final: float = 0.1
+    """Learning rate at the end, as a fraction of the peak (cosine in between)."""
+    weight_decay: Literal["auto", "cosine", "constant"] = "auto"
+    """Falling to 0 by a cosine, or constant. auto: cosine for bitnet, constant for bf16."""
+    weight_decay_until: float = 0.5
+    """Fraction of training at which a falling weight decay reaches 0."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "schedule")
+        _check_positive("schedule.steps", self.steps)
+        _check_range("schedule.warmup", self.warmup, 0, 1)
+        _check_range("schedule.final", self.final, 0, 1)
+        _check_range("schedule.weight_decay_until", self.weight_decay_until, 0, 1, open_left=True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run goes; nothing here but seed and precision changes the result."""
+
+    directory: str = "runs/train"
+    """Receives metrics.jsonl, config.yaml, checkpoints/ and model/."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, and dropout where a model has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast (master weights stay fp32). auto: bf16 on CUDA, fp32 on CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for every block and the loss. auto: on for CUDA."""
+    log_every: int = 10
+    """Steps between two rows of metrics.jsonl; flip rate and zeros are measured then."""
+    layers_every: int = 10
+    """Rows between two that hold flip rate and zeros of every layer; 0 never."""
+    validate_every: int = 0
+    """Steps between two validations; 0 only at the end."""
+    validation_sequences: int = 64
+    """Sequences of the validation split that a validation takes; 0 turns validation off."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; 0 never, not even at the end."""
+    keep: int = 2
+    """How many of the last checkpoints stay."""
+    export: bool = True
+    """Write the trained model to model/ at the end."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to tensorboard/ (extra: track)."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "run")
+        _check(bool(self.directory), "run.directory", self.directory, "a path")
+        _check_range("run.seed", self.seed, 0, 2**31 - 1)
+        _check_positive("run.log_every", self.log_every)
+        _check_positive("run.keep", self.keep)
+        for name in ("layers_every", "validate_every", "validation_sequences", "checkpoint_every"):
+            _check_range(f"run.{name}", getattr(self, name), 0, math.inf)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def _check(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
+
+
+def _check_positive(name: str, value: int | None, optional: bool = False) -> None:
+    if not (optional and value is None):
+        _check(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
+
+
+def _check_range(name: str, value: float, low: float, high: float, open_left: bool = False) -> None:
+    inside = (low < value if open_left else low <= value) and value <= high
+    bound = f"above {low}" if open_left else f"at least {low}"
+    upper = "" if high == math.inf else f" and at most {high}"
+    _check(inside, name, value, f"{bound}{upper}")
+
+
+def _check_choices(section: object, prefix: str) -> None:
+    for name, hint in get_type_hints(type(section)).items():
+        if get_origin(hint) is Literal:
+            value = getattr(section, name)
+            choices = ", ".join(map(str, get_args(hint)))
+            _check(value in get_args(hint), f"{prefix}.{name}", value, f"one of: {choices}")

@@ -1,0 +1,151 @@
+"""The trained model as a Hugging Face directory, and the way back.
+
+The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
+field can read it; ``sparse_bitnet.json`` says how the linears computed, and :func:`load_trained`
+converts them again. Packing (ternary weights, a small file) is another room: ``deploy``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from sparse_bitnet.core import CheckpointError, ConfigError, Method, PatternError
+from sparse_bitnet.files import atomic_directory, write_text
+from sparse_bitnet.nn import convert
+from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.parallel import Ranks
+
+SIDE_FILE = "sparse_bitnet.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ``sparse_bitnet.json`` holds: the linears' sparsity, and facts about the run."""
+
+    sparsity: SparsityConfig
+    run: dict[str, Any]
+
+
+def save_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    sparsity: SparsityConfig,
+    run: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
+) -> Path:
+    """Write a converted model's master weights, its tokenizer and ``sparse_bitnet.json``.
+
+    Args:
+        model: converted, sharded or not. Under FSDP2 every rank must call; rank 0 writes.
+        sparsity: as the model was converted.
+        run: facts worth keeping with the weights (steps, losses); any JSON.
+        ranks: who takes part; one process when left out.
+
+    Returns:
+        The directory. It appears whole or not at all.
+    """
+    directory = Path(directory)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gather = ranks is not None and ranks.is_distributed
+    weights = get_model_state_dict(model, options=options) if gather else None
+    if ranks is None or ranks.is_main:
+        with atomic_directory(directory) as temporary:
+            with _no_bars():
+                model.save_pretrained(temporary, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            kept = {"pattern", "kind", "method", "rules"}
+            described = dataclasses.asdict(sparsity)
+            described = {key: value for key, value in described.items() if key in kept}
+            text = json.dumps({"format": FORMAT, **described, "run": run or {}}, indent=1)
+            write_text(temporary / SIDE_FILE, text)
+    if ranks is not None:
+        ranks.wait()
+    return directory
+
+
+def read_trained(directory: str | Path) -> Trained:
+    """The contents of a directory's ``sparse_bitnet.json``.
+
+    Raises:
+        CheckpointError: if it is missing or not one of ours.
+    """
+    path = Path(directory) / SIDE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {values['format']!r}; this version reads format {FORMAT}"
+            )
+        sparsity = SparsityConfig(
+            pattern=values["pattern"],
+            kind=values["kind"],
+            method=Method(**values["method"]),
+            rules=values["rules"],
+        )
+        return Trained(sparsity, values["run"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory} is not a trained model: it has no {SIDE_FILE}; give the model/ directory "
+            "of a run"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, ConfigError, PatternError) as error:
+        raise CheckpointError(f"{path} is damaged or foreign: {error}") from error
+
+
+def load_trained(
+    directory: str | Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Read a directory that :func:`save_trained` wrote and convert the model as it was.
+
+    Returns:
+        The converted model in evaluation mode, float32 master weights, on ``device``; and the
+        tokenizer, or None if the directory has none.
+
+    Raises:
+        CheckpointError: if the directory is missing, damaged or not a trained model.
+    """
+    directory = Path(directory)
+    sparsity = read_trained(directory).sparsity
+    try:
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        has_tokenizer = (directory / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+    except Exception as error:  # safetensors, tokenizers and transformers each have their own
+        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    model = model.to(device).eval()  # type: ignore[arg-type]  # wrapped nn.Module.to
+    convert(
+        model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
+    )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars: one file, read or written in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,324 @@
+"""Training: batch → loss → backward → clip → step → pattern → log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.console import Task, progress, say
+from sparse_bitnet.core import Pattern, TrainingError
+from sparse_bitnet.nn import refresh, set_pattern
+from sparse_bitnet.train.batches import Batches
+from sparse_bitnet.train.checkpoint import Checkpoints
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.export import save_trained
+from sparse_bitnet.train.loss import CausalLoss
+from sparse_bitnet.train.model import build_model, convert_model
+from sparse_bitnet.train.monitor import History, Monitor, Reading, read_history
+from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
+from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard
+from sparse_bitnet.train.recipe import load_recipe
+from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, write_result
+from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
+from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run a training to its end, or on from where an earlier call was stopped.
+
+    One process by default; under ``torchrun`` the same call shards over all ranks. Everything goes
+    to ``config.run.directory``: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, and at the
+    end ``model/`` and ``result.json``. A finished run is not repeated.
+
+    Raises:
+        ConfigError: if the directory holds a run of another configuration, or values contradict.
+        DataError: if the tokens are missing or damaged.
+        CheckpointError: if the checkpoint to resume from is damaged.
+        TrainingError: if the loss or the gradient is not finite.
+        TrainingInterruptedError: after SIGTERM or Ctrl-C, once a checkpoint is saved.
+    """
+    with ranks(config.run.device) as here, stop_on_signals(here.is_main) as stop:
+        finished = claim(Path(config.run.directory), config, here)
+        if finished is None:
+            return _Run(config, here).finish(stop)
+        if here.is_main:
+            say(f"{finished.directory} is finished: {finished.steps} steps; reusing it")
+        return finished
+
+
+def train_recipe(recipe: str | Path, overrides: list[str]) -> TrainResult:
+    """The verb ``train``: :func:`train` with a recipe and ``--section.key value`` arguments.
+
+    Raises:
+        ConfigError: for an unknown key or a value out of range; and as :func:`train`.
+    """
+    return train(load_recipe(recipe, overrides))
+
+
+class _Run:
+    """A run in memory: the model, its optimizer, its data, and what watches them."""
+
+    def __init__(self, config: TrainConfig, here: Ranks) -> None:
+        self.config, self.here, self.directory = config, here, Path(config.run.directory)
+        self.started = time.perf_counter()
+        self.batches = Batches(config, here)
+        self.model = build_model(
+            config.model,
+            vocab_size=self.batches.vocab_size,
+            seed=config.run.seed,
+            device=here.device,
+            tokenizer=self.batches.tokenizer,
+        )
+        conversion = convert_model(self.model, config.sparsity)
+        self.linear_weights = conversion.weights
+        self._say(str(conversion))
+        self.loss_of = CausalLoss(self.model)
+        on_cuda = here.device.type == "cuda"
+        self.precision = _choose(config.run.precision, "bf16" if on_cuda else "fp32")
+        compiled = _choose(config.run.compile, "on" if on_cuda else "off") == "on"
+        if compiled:
+            compile_blocks(self.model)
+        if here.is_distributed:
+            shard(self.loss_of, here, compiled)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.monitor = Monitor(self.model)
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
+        )
+        self.first_bad = torch.full((), math.inf, device=here.device)
+        self.first_step = self._resume()
+
+    def finish(self, stop: StopRequest) -> TrainResult:
+        """Take the steps that are left, validate, export."""
+        run, steps = self.config.run, self.config.schedule.steps
+        pattern: Pattern | None = None
+        with self._history() as history, self._progress() as bar:
+            clock = _Clock(self.config.data.batch_size * self.config.data.sequence_length)
+            for step in range(self.first_step, steps):
+                done = step + 1
+                logged = done % run.log_every == 0 or done == steps
+                if pattern != (pattern := pattern_at(step, steps, self.config.sparsity)):
+                    set_pattern(self.model, pattern)
+                rates = self._set_rates(step)
+                loss = self._backward(step)
+                norm = clip_gradients(self.loss_of, self.config.optimizer.clip)
+                reading = self._step(measure=logged)
+                self._watch(done, loss, norm)
+                clock.tick()
+                if logged:
+                    self._stop_if_not_finite()
+                    row = {
+                        "step": done,
+                        "loss": loss.item(),
+                        "gradient_norm": norm.item(),
+                        "pattern": str(pattern),
+                        **rates,
+                        **_figures(reading, done, run.log_every * run.layers_every),
+                        **clock.read(),
+                    }
+                    history.add(row)
+                if bar:
+                    bar.advance(detail=_summary(row) if logged else None)
+                if done == steps or (run.validate_every and done % run.validate_every == 0):
+                    with clock.paused():
+                        history.add({"step": done, "validation_loss": self._validate()})
+                if run.checkpoint_every and (done % run.checkpoint_every == 0 or done == steps):
+                    with clock.paused():
+                        self._save(done)
+                if self.here.any(bool(stop)) and done < steps:
+                    self._leave(done, stop)
+        return self._conclude()
+
+    def _set_rates(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = learning_rate(step, config.schedule, config.optimizer.learning_rate)
+        decay = weight_decay(
+            step, config.schedule, config.optimizer.weight_decay, config.sparsity.kind
+        )
+        set_rates(self.optimizer, rate, decay)
+        return {"learning_rate": rate, "weight_decay": decay}
+
+    def _backward(self, step: int) -> Tensor:
+        """Gradients of one batch, micro-batch by micro-batch; its mean loss over all ranks."""
+        # Dropout, where a model has it, is a function of the step too: a resumed run repeats it.
+        torch.manual_seed(self.config.run.seed * 1_000_003 + step * 1009 + self.here.rank)
+        micro_batches = self.batches.train(step)
+        total = torch.zeros((), device=self.here.device)
+        for tokens in micro_batches:
+            with self._autocast():
+                loss = self.loss_of(tokens) / len(micro_batches)
+            loss.backward()
+            total += loss.detach()
+        return self.here.mean(total)
+
+    def _step(self, measure: bool) -> Reading | None:
+        """One optimizer step; the converted modules derive their weights anew by themselves."""
+        if measure:
+            self.monitor.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.monitor.after_step() if measure else None
+
+    def _watch(self, done: int, loss: Tensor, norm: Tensor) -> None:
+        """Remember the first step that was not finite, on the device: no synchronisation."""
+        bad = ~torch.isfinite(loss + norm)
+        self.first_bad = torch.where(bad, self.first_bad.clamp(max=done), self.first_bad)
+
+    def _stop_if_not_finite(self) -> None:
+        step = self.first_bad.item()
+        if math.isfinite(step):
+            good = self.checkpoints.latest()
+            where = "there is no checkpoint yet"
+            if good is not None:
+                where = f"the last good checkpoint is {self.checkpoints.path(good)}"
+            raise TrainingError(
+                f"loss or gradient is not finite at step {int(step)}; {where}. Try a lower "
+                "optimizer.learning_rate or a longer schedule.warmup"
+            )
+
+    def _save(self, done: int) -> Path:
+        self._stop_if_not_finite()
+        return self.checkpoints.save(done, self.model, self.optimizer)
+
+    def _leave(self, done: int, stop: StopRequest) -> None:
+        path = self._save(done)
+        raise TrainingInterruptedError(
+            f"stopped by {stop.name} after step {done} of {self.config.schedule.steps}; saved "
+            f"{path}. The same command goes on from there",
+            stop.number,
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        """Mean loss over the validation sequences, nats a token; None without a split."""
+        self.loss_of.eval()
+        losses = []
+        for tokens in self.batches.validation():
+            with self._autocast():
+                losses.append(self.loss_of(tokens).float())
+        self.loss_of.train()
+        return self.here.mean(torch.stack(losses).mean()).item() if losses else None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=enabled)
+
+    def _resume(self) -> int:
+        self.checkpoints.clean()
+        step = self.checkpoints.latest()
+        if step is None:
+            return 0
+        self.checkpoints.load(step, self.model, self.optimizer)
+        refresh(self.model)
+        self._say(f"resuming from {self.checkpoints.path(step)}")
+        return step
+
+    def _conclude(self) -> TrainResult:
+        """Read the last figures, export the model, write the result."""
+        config, steps = self.config, self.config.schedule.steps
+        self.loss_of.eval()
+        rows = self.here.from_main(read_history(self.directory / HISTORY))
+        checkpoint = self.checkpoints.latest()
+        result = TrainResult(
+            directory=self.directory,
+            steps=steps,
+            tokens=steps * config.data.batch_size * config.data.sequence_length,
+            loss=[row["loss"] for row in rows if "loss" in row][-1],
+            validation_loss=[r["validation_loss"] for r in rows if "validation_loss" in r][-1],
+            seconds=time.perf_counter() - self.started,
+            linear_weights=self.linear_weights,
+            history=self.directory / HISTORY,
+            model_directory=self.directory / "model" if config.run.export else None,
+            checkpoint=None if checkpoint is None else self.checkpoints.path(checkpoint),
+        )
+        if result.model_directory is not None:
+            save_trained(
+                self.model,
+                self.batches.tokenizer,
+                result.model_directory,
+                config.sparsity,
+                facts(result),
+                self.here,
+            )
+        write_result(result, config, self.here)
+        return replace(result, model=self.model, tokenizer=self.batches.tokenizer)
+
+    @contextlib.contextmanager
+    def _history(self) -> Iterator[History]:
+        run = self.config.run
+        history = History(self.directory, self.first_step, run.tensorboard, self.here.is_main)
+        try:
+            yield history
+        finally:
+            history.close()
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Task | None]:
+        if not self.here.is_main:
+            yield None
+            return
+        sparsity = self.config.sparsity
+        title = f"training {sparsity.kind} {sparsity.pattern}"
+        with progress(title, self.config.schedule.steps - self.first_step) as task:
+            yield task
+
+    def _say(self, message: str) -> None:
+        if self.here.is_main:
+            say(message)
+
+
+class _Clock:
+    """Tokens a second between two readings, without validation and saving."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._started = self._last = time.perf_counter()
+        self._paused, self._steps = 0.0, 0
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        busy = max(1e-9, now - self._last - self._paused)
+        rate = self._steps * self._tokens_per_step / busy
+        self._last, self._paused, self._steps = now, 0.0, 0
+        return {"tokens_per_second": rate, "seconds": now - self._started}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+
+def _choose(wanted: str, automatic: str) -> str:
+    return automatic if wanted == "auto" else wanted
+
+
+def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
+    if reading is None:
+        return {}
+    figures: dict[str, Any] = {"flip_rate": reading.flip_rate, "zeros": reading.zeros}
+    if layers_every and done % layers_every == 0:
+        figures["layers"] = {
+            name: {"flip_rate": layer.flip_rate, "zeros": layer.zeros}
+            for name, layer in reading.layers.items()
+        }
+    return figures
+
+
+def _summary(row: dict[str, Any]) -> str:
+    flips = "" if row["flip_rate"] is None else f"  flips {row['flip_rate']:.2%}"
+    return (
+        f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{flips}  "
+        f"zeros {row['zeros']:.1%}"
+    )

@@ -1,0 +1,138 @@
+"""Cross-entropy over hidden states, without ever holding all the logits.
+
+At a vocabulary of 151,936 the logits of 16,384 tokens take 10 GB in float32, and their gradient as
+much again. Here one chunk of tokens at a time is multiplied by the head, and its gradient is taken
+in the same breath, while the logits are there: three matrix products, none repeated, and memory for
+one chunk. PyTorch 2.13 has ``linear_cross_entropy`` for this; 2.11 has not.
+
+The products run in autocast's dtype, logarithms and sums in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparse_bitnet.nn import DerivedModule
+
+LOGITS_AT_ONCE = 2**27  # elements: 512 MB in float32
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Mean cross-entropy of ``hidden @ head.T`` against ``labels``, in nats a token.
+
+    Args:
+        hidden: ``[..., features]``.
+        head: ``[vocabulary, features]``, the output head's weight.
+        labels: ``[...]``, int64 token ids.
+        chunk: tokens at a time; by default as many as make 2²⁷ logits.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs), differentiable in ``hidden`` and ``head``.
+    """
+    tokens = chunk or max(1, LOGITS_AT_ONCE // head.shape[0])
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), tokens)
+    return loss
+
+
+def _loss_and_slope(logits: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and the derivative of their mean over ``count`` by the logits."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = exact.log_softmax(-1)
+    rows = labels.unsqueeze(-1)
+    loss = -log_p.gather(-1, rows).sum()
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    slope = (log_p.exp() - (classes == rows).to(exact.dtype)) / count
+    return loss, slope.to(logits.dtype)
+
+
+@cache
+def _fused_loss_and_slope() -> Any:
+    """One pass over the logits instead of six; compiled once for all runs of a process."""
+    return torch.compile(_loss_and_slope, dynamic=True)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, tokens: int) -> Tensor:
+        device = hidden.device.type
+        compute = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            compute = torch.get_autocast_dtype(device)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        count = labels.numel()
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_head = torch.zeros_like(head, dtype=exact) if needs_head else None
+        rows = head.to(compute)
+        evaluate = _fused_loss_and_slope() if hidden.is_cuda else _loss_and_slope
+        with torch.autocast(device, enabled=False):
+            for start in range(0, count, tokens):
+                part = slice(start, start + tokens)
+                x = hidden[part].to(compute)
+                loss, slope = evaluate(x @ rows.T, labels[part], count)
+                total += loss
+                if d_hidden is not None:
+                    d_hidden[part] = slope @ rows
+                if d_head is not None:
+                    d_head += slope.T @ x
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.head_dtype = head.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (upstream,) = grads
+        d_hidden, d_head = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * upstream
+        if d_head is not None:
+            d_head = (d_head * upstream).to(ctx.head_dtype)
+        return d_hidden, d_head, None, None
+
+
+class CausalLoss(nn.Module):
+    """A causal language model that returns its loss: what training calls, compiles and shards.
+
+    The loss is computed inside this module's forward, where FSDP2 has gathered the head (it stays
+    in the root's group); outside, the head is a shard.
+
+    Most architectures' logits are ``hidden @ head.T``, and get the chunked loss. Those that scale,
+    cap or bias them (Gemma, Granite, Phi) get the ordinary one, over full logits: decided once, by
+    comparing both on two tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.chunked = _logits_are_a_plain_product(model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mean loss in nats a token over ``[sequences, length + 1]`` token ids."""
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        if not self.chunked:
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+            return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        return chunked_cross_entropy(hidden, self.model.get_output_embeddings().weight, labels)
+
+
+@torch.no_grad()
+def _logits_are_a_plain_product(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    if isinstance(head, DerivedModule) or not isinstance(head, nn.Linear):
+        return False
+    training = model.training
+    model.eval()
+    tokens = torch.tensor([[0, 1]], device=head.weight.device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    logits = model(input_ids=tokens, use_cache=False).logits
+    model.train(training)
+    return torch.allclose(logits.float(), (hidden @ head.weight.T).float(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,100 @@
+"""The model of a run: built from a preset or a config.json, or read from a directory; converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.nn import Conversion, convert
+from sparse_bitnet.train.config import ModelConfig, SparsityConfig
+from sparse_bitnet.train.presets import PRESETS, preset_config
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    seed: int,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """A float32 causal language model on ``device``, not converted yet.
+
+    The same seed gives the same weights on one kind of device, on every rank.
+
+    Args:
+        vocab_size: how many token ids the data uses.
+        tokenizer: its end-of-sequence and padding ids go into the model's configuration.
+
+    Raises:
+        ConfigError: if the source is no preset, directory or config.json, cannot be read, or has
+            fewer embedding rows than the data needs.
+    """
+    directory = Path(config.source)
+    from_weights = config.source not in PRESETS and directory.is_dir()
+    if from_weights and config.vocab_size:
+        raise ConfigError(f"model.vocab_size cannot change the vocabulary of {config.source}")
+    try:
+        if from_weights:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation=config.attention
+            ).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+        else:
+            shape = _shape(config, vocab_size)
+            torch.manual_seed(seed)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(
+                    shape, dtype=torch.float32, attn_implementation=config.attention
+                )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model.source {config.source}: {error}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise ConfigError(
+            f"model.source {config.source} has {rows} embedding rows, but the data's tokenizer "
+            f"needs {vocab_size}: prepare the data with the model's own tokenizer"
+        )
+    if tokenizer is not None and not from_weights:
+        for settings in (model.config, model.generation_config):
+            settings.eos_token_id = tokenizer.eos_token_id
+            settings.bos_token_id = tokenizer.bos_token_id
+            settings.pad_token_id = tokenizer.pad_token_id
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def]  # HF's own class
+    if config.source in PRESETS:
+        rows = config.vocab_size or PRESETS[config.source].vocab_size or vocab_size
+        return preset_config(config.source, rows)
+    path = Path(config.source)
+    if path.suffix != ".json" or not path.is_file():
+        raise ConfigError(
+            f"model.source {config.source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face "
+            "directory and no config.json"
+        )
+    shape = AutoConfig.from_pretrained(path)
+    if config.vocab_size:
+        shape.vocab_size = config.vocab_size
+    return shape
+
+
+def convert_model(model: PreTrainedModel, config: SparsityConfig) -> Conversion:
+    """Swap the linears as the run's sparsity section says.
+
+    Raises:
+        ConfigError, PatternError: as :func:`sparse_bitnet.nn.convert`.
+    """
+    return convert(
+        model,
+        config.pattern,
+        kind=config.kind,
+        method=config.method,
+        rules=config.rules,
+    )

@@ -1,0 +1,75 @@
+"""AdamW as in the published runs.
+
+Decay falls on matrices only: not on norms and biases (one dimension), nor on embeddings and the
+head, whose rows are looked up rather than multiplied away; this is the field's common practice
+(GPT-2, Llama). The experts of a mixture are matrices too (three dimensions).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sparse_bitnet.train.config import OptimizerConfig
+
+
+def build_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW with two groups, decayed and not.
+
+    Build it after FSDP2 has sharded the model: sharding replaces the parameters.
+    """
+    tables = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
+    kept = [p for p in trained if p.ndim < 2 or id(p) in tables]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=True,
+    )
+    _initialise_state(optimizer)
+    return optimizer
+
+
+def _initialise_state(optimizer: torch.optim.AdamW) -> None:
+    """Make the moments now instead of at the first step, so that a checkpoint has where to load."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+
+
+def set_rates(optimizer: torch.optim.AdamW, learning_rate: float, weight_decay: float) -> None:
+    """Give the next step its learning rate and decay (the second group is never decayed)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+    """Scale the whole gradient down to a norm of ``largest``; 0 leaves it as it is.
+
+    Returns:
+        The norm before clipping, a scalar on the device (no synchronisation).
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # FSDP2: every rank has a part
+    if largest > 0:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm, foreach=True)
+    return norm

@@ -1,0 +1,242 @@
+"""Recipes: a YAML file first, then ``--section.key value`` from the command line.
+
+Both go through one strict conversion, so a wrong key or value gets the same message wherever it was
+written: the key, the place, the nearest key that exists.
+
+YAML is read with the number rules of YAML 1.2. Version 1.1, PyYAML's own, reads ``6:8`` as the
+sexagesimal number 368 and ``1e-3`` as text, both of which stand in every recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from sparse_bitnet.core import ConfigError, PatternError
+from sparse_bitnet.train.config import TrainConfig
+
+# What may differ between a run and its continuation: it changes neither weights nor losses.
+FREE_TO_CHANGE = {
+    f"run.{name}"
+    for name in (
+        *("directory", "device", "compile", "log_every", "layers_every", "validate_every"),
+        *("validation_sequences", "checkpoint_every", "keep", "export", "tensorboard"),
+    )
+} | {"data.micro_batch_size", "model.activation_checkpointing"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the integers, floats and booleans of YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe and lay command-line arguments over it.
+
+    Args:
+        path: a YAML file of sections ``model``, ``sparsity``, ``data``, ``optimizer``,
+            ``schedule`` and ``run``; a field left out has its default.
+        overrides: ``["--optimizer.learning-rate", "1e-3", "--run.seed=1", ...]``. Values are YAML
+            too, so a mapping is written ``--sparsity.until '{0.5: dense}'``.
+
+    Raises:
+        ConfigError: for a file that cannot be read, an unknown key (with the nearest valid one), a
+            value of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    config = {} if values is None else values
+    built = _convert(TrainConfig, config, "", str(path))
+    for key, value in _arguments(overrides):
+        _lay(built, key, value)
+    return _build(TrainConfig, built, str(path))
+
+
+def config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
+    """The strict conversion alone, for a configuration kept as JSON or YAML elsewhere.
+
+    Raises:
+        ConfigError: as :func:`load_recipe`.
+    """
+    return _build(TrainConfig, _convert(TrainConfig, values, "", place), place)
+
+
+def options_help(prog: str) -> str:
+    """Every option with its type, default and meaning, as a person wants to read it."""
+    from sparse_bitnet.train.config import DataConfig
+
+    default = TrainConfig(data=DataConfig(path="DIRECTORY"))
+    return tyro.extras.get_parser(TrainConfig, prog=prog, default=default).format_help()
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values, as YAML and JSON hold them."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as a recipe that :func:`load_recipe` reads back."""
+    values = json.loads(json.dumps(to_dict(config)))  # tuples become lists
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def digest(config: TrainConfig) -> str:
+    """sha256 of everything that decides the weights; runs with one digest are one run."""
+    text = json.dumps(_identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(there: TrainConfig, here: TrainConfig) -> list[str]:
+    """One line for each field that decides the weights and differs."""
+    old, new = _identity(there), _identity(here)
+    return [
+        f"{key} is {old[key]!r} there and {new[key]!r} here" for key in old if old[key] != new[key]
+    ]
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    flat = {}
+    for section, values in to_dict(config).items():
+        for name, value in values.items():
+            if f"{section}.{name}" not in FREE_TO_CHANGE:
+                flat[f"{section}.{name}"] = json.loads(json.dumps(value))
+    return flat
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place} is not YAML: {error}") from error
+
+
+def _arguments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """``--a.b-c value`` and ``--a.b-c=value`` as ``("a.b_c", value)``."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        argument = rest.pop(0)
+        if not re.match(r"--[A-Za-z]", argument):
+            raise ConfigError(
+                f"command line: {argument!r} stands where an option like "
+                "--optimizer.learning-rate was expected"
+            )
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest or re.match(r"--[A-Za-z]", rest[0]):
+                raise ConfigError(f"command line: --{name} needs a value")
+            value = rest.pop(0)
+        pairs.append((name.replace("-", "_"), _parse(value, f"command line: --{name}")))
+    return pairs
+
+
+def _lay(built: dict[str, Any], key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    kind: type = TrainConfig
+    here = built
+    for parent in parents:
+        _check_key(kind, parent, key, "command line")
+        kind = _fields(kind)[parent]
+        if not dataclasses.is_dataclass(kind):
+            raise ConfigError(f"command line: {key} is unknown: {parent} has no fields")
+        here = here.setdefault(parent, {})
+    _check_key(kind, name, key, "command line")
+    here[name] = _value(_fields(kind)[name], value, key, "command line")
+
+
+def _convert(kind: type, values: Any, prefix: str, place: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        where = f" at {prefix.rstrip('.')}" if prefix else ""
+        raise ConfigError(f"{place}{where}: expected a mapping of keys to values, found {values!r}")
+    result = {}
+    for name, value in values.items():
+        _check_key(kind, name, f"{prefix}{name}", place)
+        result[name] = _value(_fields(kind)[name], value, f"{prefix}{name}", place)
+    return result
+
+
+def _build(kind: type, values: dict[str, Any], place: str) -> Any:
+    made = {}
+    for field in dataclasses.fields(kind):
+        hint = _fields(kind)[field.name]
+        if dataclasses.is_dataclass(hint):
+            made[field.name] = _build(hint, values.get(field.name, {}), place)  # type: ignore[arg-type]
+        elif field.name in values:
+            made[field.name] = values[field.name]
+    try:
+        return kind(**made)
+    except (ConfigError, PatternError) as error:
+        raise type(error)(f"{place}: {error}") from error
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _check_key(kind: type, name: Any, key: str, place: str) -> None:
+    known = _fields(kind)
+    if name not in known:
+        prefix = key.rpartition(".")[0]
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        nearest = f"{prefix}.{near}" if prefix else near
+        raise ConfigError(f"{place}: {key} is unknown; the nearest key is {nearest}")
+
+
+def _value(hint: Any, value: Any, key: str, place: str) -> Any:
+    """``value`` as the field's type, or an error that names both."""
+    if dataclasses.is_dataclass(hint):
+        return _convert(hint, value, f"{key}.", place)  # type: ignore[arg-type]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _value(next(a for a in inner if a is not type(None)), value, key, place)
+    if origin is Literal and not isinstance(value, (dict, list)):
+        return value  # the section checks its choices and names them all
+    if origin is dict and isinstance(value, dict):
+        return {
+            _value(inner[0], k, f"{key} (key)", place): _value(inner[1], v, f"{key}[{k}]", place)
+            for k, v in value.items()
+        }
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(inner):
+        return tuple(_value(a, v, key, place) for a, v in zip(inner, value, strict=True))
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if hint is not float and isinstance(hint, type) and type(value) is hint:
+        return value
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a directory named 2024, say
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = wanted.get(hint, str(hint).replace("typing.", ""))
+    raise ConfigError(f"{place}: {key} is {value!r}: it must be {expected}")

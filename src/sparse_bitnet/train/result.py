@@ -1,0 +1,126 @@
+"""What a run leaves behind besides weights: its configuration, and its result once it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.files import write_text
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.parallel import Ranks
+from sparse_bitnet.train.recipe import differences, digest, load_recipe, to_yaml
+
+CONFIG, RESULT, HISTORY = "config.yaml", "result.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; all but ``model`` and ``tokenizer`` also stands in ``result.json``.
+
+    Attributes:
+        directory: of the run.
+        steps: optimizer steps of the whole run.
+        tokens: that the whole run has seen.
+        loss: of the last step, nats a token.
+        validation_loss: mean over the validation sequences, nats a token; None without a split.
+        seconds: of the last process, compilation and validation included.
+        linear_weights: how many weights were converted.
+        history: ``metrics.jsonl``.
+        model_directory: the exported model; None if ``run.export`` is off.
+        checkpoint: the last one; None if there is none.
+        reused: the run was finished before, and nothing was trained.
+        model: the trained model in evaluation mode (sharded if there are many ranks); None if
+            reused: :func:`sparse_bitnet.train.load_trained` reads ``model_directory``.
+        tokenizer: of the data; None if reused.
+    """
+
+    directory: Path
+    steps: int
+    tokens: int
+    loss: float
+    validation_loss: float | None
+    seconds: float
+    linear_weights: int
+    history: Path
+    model_directory: Path | None
+    checkpoint: Path | None
+    reused: bool = False
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the validation loss, per token."""
+        return None if self.validation_loss is None else math.exp(self.validation_loss)
+
+
+_PLAIN = ("steps", "tokens", "loss", "validation_loss", "seconds", "linear_weights")
+
+
+def facts(result: TrainResult) -> dict[str, Any]:
+    """The figures of a result, without paths."""
+    return {name: getattr(result, name) for name in _PLAIN}
+
+
+def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | None:
+    """Make the directory this run's, or recognise it; return its result if it is done.
+
+    Raises:
+        ConfigError: if the directory holds a run of another configuration.
+    """
+    path = directory / CONFIG
+    if path.is_file():
+        changed = differences(load_recipe(path), config)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds another run: {'; '.join(changed)}. Choose another "
+                "run.directory, or remove this one"
+            )
+    here.wait()  # until all have read what the main process writes next
+    if here.is_main:
+        write_text(path, to_yaml(config))
+    done = directory / RESULT
+    model = directory / "model"
+    if not done.is_file() or (config.run.export and not model.is_dir()):
+        return None
+    values = json.loads(done.read_text(encoding="utf-8"))
+    if values.get("config_digest") != digest(config):
+        return None
+    checkpoint = values["checkpoint"]
+    return TrainResult(
+        directory=directory,
+        **{name: values[name] for name in _PLAIN},
+        history=directory / HISTORY,
+        model_directory=model if model.is_dir() else None,
+        checkpoint=None if checkpoint is None else directory / checkpoint,
+        reused=True,
+    )
+
+
+def write_result(result: TrainResult, config: TrainConfig, here: Ranks) -> None:
+    """Write ``result.json``: the figures, and what ran them."""
+    checkpoint = result.checkpoint
+    if here.is_main:
+        values = {
+            **facts(result),
+            "checkpoint": None if checkpoint is None else f"checkpoints/{checkpoint.name}",
+            "config_digest": digest(config),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": device_name(here.device),
+            "ranks": here.world_size,
+        }
+        write_text(result.directory / RESULT, json.dumps(values, indent=1))
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
