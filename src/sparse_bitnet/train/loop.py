@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import Pattern, TrainingError
@@ -30,13 +31,18 @@ from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, write
 from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
+OnStep = Callable[[int, PreTrainedModel], None]
 
-def train(config: TrainConfig) -> TrainResult:
+
+def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     """Run a training to its end, or on from where an earlier call was stopped.
 
     One process by default; under ``torchrun`` the same call shards over all ranks. Everything goes
     to ``config.run.directory``: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, and at the
     end ``model/`` and ``result.json``. A finished run is not repeated.
+
+    Args:
+        on_step: called after every step with (steps done, the converted model), on every rank.
 
     Raises:
         ConfigError: if the directory holds a run of another configuration, or values contradict.
@@ -48,7 +54,7 @@ def train(config: TrainConfig) -> TrainResult:
     with ranks(config.run.device) as here, stop_on_signals(here.is_main) as stop:
         finished = claim(Path(config.run.directory), config, here)
         if finished is None:
-            return _Run(config, here).finish(stop)
+            return _Run(config, here).finish(stop, on_step)
         if here.is_main:
             say(f"{finished.directory} is finished: {finished.steps} steps; reusing it")
         return finished
@@ -96,7 +102,7 @@ class _Run:
         self.first_bad = torch.full((), math.inf, device=here.device)
         self.first_step = self._resume()
 
-    def finish(self, stop: StopRequest) -> TrainResult:
+    def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
@@ -125,6 +131,8 @@ class _Run:
                         **clock.read(),
                     }
                     history.add(row)
+                if on_step is not None:
+                    on_step(done, self.model)
                 if bar:
                     bar.advance(detail=_summary(row) if logged else None)
                 if done == steps or (run.validate_every and done % run.validate_every == 0):

@@ -67,16 +67,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: for a file that cannot be read, an unknown key (with the nearest valid one), a
             value of the wrong type or out of range.
     """
-    path = Path(path)
-    try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    values = read_yaml(path)
     config = {} if values is None else values
     built = _convert(TrainConfig, config, "", str(path))
     for key, value in _arguments(overrides):
         _lay(built, key, value)
     return _build(TrainConfig, built, str(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file by the number rules of YAML 1.2, in which ``6:8`` is text and ``1e-3`` a number.
+
+    Raises:
+        ConfigError: for a file that cannot be read or is not YAML.
+    """
+    path = Path(path)
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
 
 
 def config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
@@ -109,19 +118,20 @@ def to_yaml(config: TrainConfig) -> str:
 
 def digest(config: TrainConfig) -> str:
     """sha256 of everything that decides the weights; runs with one digest are one run."""
-    text = json.dumps(_identity(config), sort_keys=True)
+    text = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(there: TrainConfig, here: TrainConfig) -> list[str]:
     """One line for each field that decides the weights and differs."""
-    old, new = _identity(there), _identity(here)
+    old, new = identity(there), identity(here)
     return [
         f"{key} is {old[key]!r} there and {new[key]!r} here" for key in old if old[key] != new[key]
     ]
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Everything that decides the weights, flat: ``section.field`` → plain value."""
     flat = {}
     for section, values in to_dict(config).items():
         for name, value in values.items():
