@@ -1,1 +1,22 @@
-"""Measuring a model: perplexity and downstream tasks."""
+"""How good a model is: perplexity, cloze accuracy, tasks of lm-eval.
+
+Every function takes a loaded model and its tokenizer; loading is the business of other rooms.
+"""
+
+from sparse_bitnet.evaluate.cloze import ClozeAccuracy, ClozeItem, cloze_accuracy, cloze_items
+from sparse_bitnet.evaluate.harness import evaluate_tasks
+from sparse_bitnet.evaluate.measure import Measurements, Report, measure
+from sparse_bitnet.evaluate.perplexity import Perplexity, perplexity
+
+__all__ = [
+    "ClozeAccuracy",
+    "ClozeItem",
+    "Measurements",
+    "Perplexity",
+    "Report",
+    "cloze_accuracy",
+    "cloze_items",
+    "evaluate_tasks",
+    "measure",
+    "perplexity",
+]

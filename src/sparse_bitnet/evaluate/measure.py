@@ -1,0 +1,130 @@
+"""Several measurements of one loaded model at once: what the verb ``evaluate`` asks for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data import TokenShards, open_source
+from sparse_bitnet.evaluate.cloze import ClozeAccuracy, cloze_accuracy, cloze_items
+from sparse_bitnet.evaluate.harness import evaluate_tasks
+from sparse_bitnet.evaluate.perplexity import Perplexity, perplexity
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What to measure, and how.
+
+    Attributes:
+        shards: a directory of token shards, for perplexity.
+        text: text, for perplexity: a source such as text:PATH or jsonl:PATH.
+        cloze: held-out documents, for cloze accuracy: a source such as jsonl:PATH.
+        tasks: tasks of lm-eval.
+        include_path: a folder of task YAML files, instead of lm-eval's own.
+        window: tokens the model reads at once; give the length that it was trained with. By default
+            1024, or fewer where the model has fewer positions.
+        stride: tokens from one window of a perplexity to the next; by default half a window.
+        batch_size: windows, candidates or prompts at once; by default chosen by device.
+        limit: score at most this many tokens of a perplexity.
+        items: ask at most this many cloze items, and as many of each task.
+        few_shot: examples in a task's prompt; each task's own number by default.
+        seed: of the choice of cloze items and their candidates.
+    """
+
+    shards: Path | None = None
+    text: str | None = None
+    cloze: str | None = None
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int | None = None
+    limit: int | None = None
+    items: int | None = None
+    few_shot: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`measure` found; what was not asked for is None or empty.
+
+    ``str()`` is a few lines for people, :meth:`as_dict` is what JSON can hold.
+    """
+
+    shards: Perplexity | None = None
+    text: Perplexity | None = None
+    cloze: ClozeAccuracy | None = None
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value}
+
+    def __str__(self) -> str:
+        lines = [f"shards: {self.shards}"] if self.shards else []
+        lines += [f"text: {self.text}"] if self.text else []
+        lines += [str(self.cloze)] if self.cloze else []
+        for task, metrics in self.tasks.items():
+            for metric, value in metrics.items():
+                if "_stderr" not in metric:
+                    name, comma, filtered = metric.partition(",")
+                    error = metrics.get(f"{name}_stderr{comma}{filtered}")
+                    spread = "" if error is None else f" ± {error:.4f}"
+                    lines.append(f"{task}: {metric} {value:.4f}{spread}")
+        return "\n".join(lines)
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Measurements
+) -> Report:
+    """Measure a loaded model: perplexity, cloze accuracy, lm-eval tasks, as asked.
+
+    Every source is opened before the first measurement, so that a wrong path fails at once.
+
+    Raises:
+        ConfigError: if nothing is asked for, or an option is out of range.
+        DataError: for shards, text or tasks that are missing, damaged or of another vocabulary.
+        MissingExtraError: if tasks are asked for and lm-eval is not installed.
+    """
+    if wanted.shards is None and not (wanted.text or wanted.cloze or wanted.tasks):
+        raise ConfigError("nothing to measure: give shards, text, cloze or tasks")
+    shards = None if wanted.shards is None else TokenShards(wanted.shards)
+    text = open_source(wanted.text) if wanted.text else None
+    documents = open_source(wanted.cloze) if wanted.cloze else None
+    scores = {
+        name: perplexity(
+            model,
+            source,
+            tokenizer=tokenizer,
+            window=wanted.window,
+            stride=wanted.stride,
+            batch_size=wanted.batch_size,
+            limit=wanted.limit,
+            title=f"perplexity of {name}",
+        )
+        for name, source in (("shards", shards), ("text", text))
+        if source is not None
+    }
+    cloze = None
+    if documents is not None:
+        items = cloze_items(documents, limit=wanted.items, seed=wanted.seed)
+        cloze = cloze_accuracy(
+            model, tokenizer, items, window=wanted.window, batch_size=wanted.batch_size
+        )
+    tasks = {}
+    if wanted.tasks:
+        tasks = evaluate_tasks(
+            model,
+            tokenizer,
+            wanted.tasks,
+            include_path=wanted.include_path,
+            few_shot=wanted.few_shot,
+            limit=wanted.items,
+            window=wanted.window,
+            batch_size=wanted.batch_size,
+        )
+    return Report(scores.get("shards"), scores.get("text"), cloze, tasks)

@@ -1,0 +1,263 @@
+"""Perplexity of a causal language model over token shards, token arrays or text files.
+
+A model that reads at most ``window`` tokens scores a longer text in windows, each ``stride`` tokens
+after the one before. A window's input is ``window`` tokens; it predicts the token after each of
+them and is charged for those that no earlier window has scored. Window 6, stride 2, 13 tokens::
+
+    token          0   1   2   3   4   5   6   7   8   9  10  11  12
+    window 0     [ .   #   #   #   #   #]  #
+    window 1             [ .   .   .   .   .   #]  #
+    window 2                     [ .   .   .   .   .   #]  #
+    window 3                             [ .   .   .   .   .   #]  #
+
+    [ ] input    # predicted and scored    . context only
+
+Every token but the first is scored exactly once, and after the first window each has at least
+window − stride + 1 tokens of context. Stride = window is fastest; it is what training's validation
+loss computes. A small stride gives every token nearly a full window of context, at window / stride
+times the cost. The last window starts early enough to be a full one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_bitnet.console import progress
+from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.data import Source, TokenShards, open_source, tokenizer_hash
+from sparse_bitnet.data.tokenizer import Encoder
+from sparse_bitnet.evaluate.scoring import (
+    check_window,
+    choose_batch,
+    evaluating,
+    has_plain_head,
+    in_batches,
+    token_log_probabilities,
+    vocabulary,
+)
+
+Tokens = NDArray[np.integer] | Tensor | TokenShards
+Text = str | Path | Sequence[str | Path] | Source
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: mean over the scored tokens, nats a token.
+        perplexity: e^loss. Comparable between models of one tokenizer only.
+        bits_per_byte: total loss over the text's UTF-8 bytes, in bits; None if the number of bytes
+            is not known. Comparable between tokenizers.
+        byte_perplexity: 2^bits_per_byte.
+        tokens: number of scored tokens.
+        bytes: UTF-8 bytes of the scored text, or None.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    byte_perplexity: float | None
+    tokens: int
+    bytes: int | None
+
+    @classmethod
+    def of(cls, nats: float, tokens: int, text_bytes: int | None = None) -> Perplexity:
+        """From the summed loss of ``tokens`` tokens, which spell ``text_bytes`` bytes."""
+        loss = nats / tokens
+        bits = nats / math.log(2) / text_bytes if text_bytes else None
+        return cls(
+            loss=loss,
+            perplexity=_power(math.e, loss),
+            bits_per_byte=bits,
+            byte_perplexity=None if bits is None else _power(2.0, bits),
+            tokens=tokens,
+            bytes=text_bytes,
+        )
+
+    def __str__(self) -> str:
+        line = f"perplexity {self.perplexity:.2f} (loss {self.loss:.4f} nats/token"
+        if self.bits_per_byte is not None:
+            line += f", {self.bits_per_byte:.4f} bits/byte"
+        return f"{line}) over {self.tokens:,} tokens"
+
+
+def perplexity(
+    model: PreTrainedModel,
+    source: Tokens | Text,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    text_bytes: int | None = None,
+    title: str = "perplexity",
+) -> Perplexity:
+    """Score a text with strided windows, as drawn at the top of this file.
+
+    Runs where the model is, in the model's dtypes; wrap the call in ``torch.autocast`` for another.
+    The result does not depend on the batch size (beyond rounding).
+
+    Args:
+        source: token shards; a one-dimensional integer array or tensor of token ids; UTF-8 text
+            files (paths, directories or globs); or a source that is already open. Documents of
+            text are joined as in shards, with the end-of-sequence token, and one more stands
+            before the first, so that its first word is scored as well.
+        tokenizer: required for text; with shards, checked to be the one that made them.
+        window: tokens the model reads at once; give the length that it was trained with. By default
+            1024, or fewer where the model has fewer positions.
+        stride: tokens from one window to the next, 1 to ``window``; by default half a window.
+        batch_size: windows at once; by default chosen, and halved whenever memory runs out.
+        limit: score at most this many tokens, the first ones.
+        text_bytes: UTF-8 bytes that the tokens of an array spell, for the byte-normalised figures;
+            those of text and shards are known. A limit that cuts the text leaves them unknown.
+        title: what the progress bar says.
+
+    Raises:
+        DataError: if the text is empty or shorter than two tokens, a file cannot be read or is not
+            UTF-8, a token id lies outside the model's vocabulary, or shards and tokenizer differ.
+        ConfigError: for a window, stride, batch size or limit out of range, or a missing tokenizer.
+        WeightError: if the model returns NaN or infinity.
+    """
+    window = check_window(model, window)
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ConfigError(f"stride {stride} is out of range: 1 to the window, {window}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} is out of range: score at least 1 token")
+    vocab = vocabulary(model)
+    text = _open(source, tokenizer, text_bytes, vocab)
+    total = text.total if limit is None else min(text.total, limit + 1)
+    if total < 2:
+        raise DataError(f"{text.name}: too short, {total} token(s); perplexity needs at least 2")
+    window = min(window, total - 1)
+    last = total - 1 - window
+    windows = 1 + math.ceil(last / stride)
+
+    def first(row: int) -> int:
+        return min(row * stride, last)
+
+    def read(start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[rows, window + 1]`` of some windows, and which targets they are charged for."""
+        starts = [first(row) for row in range(start, end)]
+        scored_to = [first(row - 1) + window if row else 0 for row in range(start, end)]
+        tokens = torch.from_numpy(text.windows(starts, window + 1).astype(np.int64))
+        _refuse_foreign(tokens, starts, vocab, text.name)
+        targets = torch.tensor(starts).unsqueeze(-1) + torch.arange(1, window + 1)
+        return tokens, targets > torch.tensor(scored_to).unsqueeze(-1)
+
+    nats = 0.0
+    scored = 0
+    with evaluating(model), progress(title, total - 1) as task:
+        probe, _ = read(0, 1)
+        plain_head = has_plain_head(model, probe)
+
+        def work(start: int, end: int) -> None:
+            nonlocal nats, scored
+            tokens, wanted = read(start, end)
+            log_p = token_log_probabilities(
+                model, tokens[:, :-1], tokens[:, 1:], wanted, plain_head
+            )
+            nats -= log_p.sum().item()
+            scored += len(log_p)
+            task.advance(len(log_p), f"ppl {_power(math.e, nats / scored):.2f}")
+
+        in_batches(windows, choose_batch(model, window, plain_head, batch_size), work)
+    # How many bytes the first tokens of a longer text spell is not known.
+    return Perplexity.of(nats, scored, text.bytes if total == text.total else None)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A run of token ids, read by ``windows(starts, length)`` as integers ``[starts, length]``."""
+
+    name: str
+    total: int
+    bytes: int | None
+    windows: Callable[[list[int], int], NDArray[np.integer]]
+
+
+def _open(
+    source: Tokens | Text,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_bytes: int | None,
+    vocab: int,
+) -> _Text:
+    if isinstance(source, TokenShards):
+        source.require_vocabulary(vocab)
+        if tokenizer is not None:
+            source.require_tokenizer(tokenizer_hash(tokenizer))
+        name = f"token shards {source.path}"
+        return _Text(name, source.total_tokens, source.total_bytes, source.windows)
+    if isinstance(source, np.ndarray | Tensor):
+        name = "token array"
+    else:
+        name = "text"
+        source, text_bytes = encode_text(source, tokenizer)
+    array = source.numpy(force=True) if isinstance(source, Tensor) else source
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"token array: shape {tuple(array.shape)} of {array.dtype}; token ids are a "
+            "one-dimensional array of integers"
+        )
+
+    def windows(starts: list[int], length: int) -> NDArray[np.integer]:
+        return np.stack([array[start : start + length] for start in starts])
+
+    return _Text(name, len(array), text_bytes, windows)
+
+
+def encode_text(
+    text: Text, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[NDArray[np.int64], int]:
+    """Token ids of documents, the end-of-sequence token before, between and after them; bytes.
+
+    Empty documents are passed over.
+
+    Raises:
+        ConfigError: without a tokenizer.
+        DataError: if there is no text, a file is missing or not UTF-8, or the tokenizer has no
+            end-of-sequence token.
+    """
+    if tokenizer is None:
+        raise ConfigError("text needs a tokenizer: pass the model's own as `tokenizer`")
+    if isinstance(text, Source):
+        sources = [text]
+    else:
+        paths = [text] if isinstance(text, str | Path) else text
+        sources = [open_source(f"text:{path}") for path in paths]
+    documents = [document for source in sources for document in source if document]
+    if not documents:
+        named = ", ".join(source.spec for source in sources) or "no files given"
+        raise DataError(f"there is no text to score: {named}")
+    encoder = Encoder(tokenizer)
+    ids = encoder.encode(documents).astype(np.int64)
+    return np.concatenate([[encoder.eos_id], ids]), sum(len(d.encode()) for d in documents)
+
+
+def _refuse_foreign(tokens: Tensor, starts: list[int], vocab: int, name: str) -> None:
+    foreign = ((tokens < 0) | (tokens >= vocab)).nonzero()
+    if len(foreign):
+        row, column = foreign[0].tolist()
+        raise DataError(
+            f"{name}: token id {int(tokens[row, column])} at position {starts[row] + column} is "
+            f"outside the model's vocabulary of {vocab} ids; the tokens were made with another "
+            "tokenizer, prepare them with the model's own"
+        )
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
