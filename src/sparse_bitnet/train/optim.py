@@ -8,6 +8,7 @@ head, whose rows are looked up rather than multiplied away; this is the field's 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -63,13 +64,19 @@ def set_rates(optimizer: torch.optim.AdamW, learning_rate: float, weight_decay: 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scale the whole gradient down to a norm of ``largest``; 0 leaves it as it is.
 
+    The squares are summed in float64: the norm, and with it every weight after the step, then does
+    not depend on how the gradient is cut over ranks.
+
     Returns:
-        The norm before clipping, a scalar on the device (no synchronisation).
+        The norm before clipping, a float32 scalar on the device (no synchronisation).
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # FSDP2: every rank has a part
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = torch._foreach_norm(parts, 2.0, dtype=torch.float64)
+    squares = torch.stack(norms).square().sum()
+    if isinstance(gradients[0], DTensor):
+        dist.all_reduce(squares)
+    norm = squares.sqrt().float()
     if largest > 0:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm, foreach=True)
     return norm

@@ -9,9 +9,11 @@ sexagesimal number 368 and ``1e-3`` as text, both of which stand in every recipe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import math
 import re
@@ -24,7 +26,7 @@ import tyro
 import yaml
 
 from sparse_bitnet.core import ConfigError, PatternError
-from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.config import DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
 FREE_TO_CHANGE = {
@@ -70,8 +72,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = read_yaml(path)
     config = {} if values is None else values
     built = _convert(TrainConfig, config, "", str(path))
-    for key, value in _arguments(overrides):
-        _lay(built, key, value)
+    _lay(built, overrides)
     return _build(TrainConfig, built, str(path))
 
 
@@ -99,10 +100,11 @@ def config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
 
 def options_help(prog: str) -> str:
     """Every option with its type, default and meaning, as a person wants to read it."""
-    from sparse_bitnet.train.config import DataConfig
-
     default = TrainConfig(data=DataConfig(path="DIRECTORY"))
-    return tyro.extras.get_parser(TrainConfig, prog=prog, default=default).format_help()
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(TrainConfig, args=["--help"], default=default, prog=prog)
+    return text.getvalue()
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -147,9 +149,13 @@ def _parse(text: str, place: str) -> Any:
         raise ConfigError(f"{place} is not YAML: {error}") from error
 
 
-def _arguments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """``--a.b-c value`` and ``--a.b-c=value`` as ``("a.b_c", value)``."""
-    pairs, rest = [], list(overrides)
+def _lay(built: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Read command-line arguments into a tree of checked values, over what stands there.
+
+    ``--a.b-c value``, ``--a.b-c=value``; as tyro's help shows them, also ``--a.flag``,
+    ``--a.no-flag`` and ``--optimizer.betas 0.9 0.95``.
+    """
+    rest = list(overrides)
     while rest:
         argument = rest.pop(0)
         if not re.match(r"--[A-Za-z]", argument):
@@ -157,27 +163,59 @@ def _arguments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
                 f"command line: {argument!r} stands where an option like "
                 "--optimizer.learning-rate was expected"
             )
-        name, equals, value = argument[2:].partition("=")
-        if not equals:
-            if not rest or re.match(r"--[A-Za-z]", rest[0]):
+        name, equals, text = argument[2:].partition("=")
+        key, off = _without_no(name.replace("-", "_"))
+        hint = _hint(key)
+        if off:
+            value: Any = False
+        elif equals:
+            value = _parse(text, f"command line: --{name}")
+        else:
+            values = _take(rest, hint)
+            if not values and hint is not bool:
                 raise ConfigError(f"command line: --{name} needs a value")
-            value = rest.pop(0)
-        pairs.append((name.replace("-", "_"), _parse(value, f"command line: --{name}")))
-    return pairs
+            read = [_parse(value, f"command line: --{name}") for value in values]
+            value = True if not read else read if len(read) > 1 else read[0]
+        *parents, field = key.split(".")
+        here = built
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[field] = _value(hint, value, key, "command line")
 
 
-def _lay(built: dict[str, Any], key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    kind: type = TrainConfig
-    here = built
-    for parent in parents:
-        _check_key(kind, parent, key, "command line")
-        kind = _fields(kind)[parent]
-        if not dataclasses.is_dataclass(kind):
-            raise ConfigError(f"command line: {key} is unknown: {parent} has no fields")
-        here = here.setdefault(parent, {})
-    _check_key(kind, name, key, "command line")
-    here[name] = _value(_fields(kind)[name], value, key, "command line")
+def _take(rest: list[str], hint: Any) -> list[str]:
+    """The arguments that belong to an option: two for a pair, none needed for a flag, else one."""
+    most = len(get_args(hint)) if get_origin(hint) is tuple else 1
+    if hint is bool and rest and rest[0].lower() not in ("true", "false"):
+        most = 0
+    values: list[str] = []
+    while rest and len(values) < most and not re.match(r"--[A-Za-z]", rest[0]):
+        values.append(rest.pop(0))
+        if values[-1].startswith("["):
+            break
+    return values
+
+
+def _without_no(key: str) -> tuple[str, bool]:
+    """``run.no_export`` is ``run.export``, off."""
+    section, _, name = key.rpartition(".")
+    positive = f"{section}.{name.removeprefix('no_')}"
+    if name.startswith("no_") and _keys(TrainConfig, "").get(positive) is bool:
+        return positive, True
+    return key, False
+
+
+def _hint(key: str) -> Any:
+    """The type of a dotted key."""
+    known = _keys(TrainConfig, "")
+    parts = key.split(".")
+    for end in range(1, len(parts) + 1):
+        part = ".".join(parts[:end])
+        if part not in known:
+            raise ConfigError(
+                f"command line: {part} is unknown; the nearest key is {_nearest(part)}"
+            )
+    return known[key]
 
 
 def _convert(kind: type, values: Any, prefix: str, place: str) -> dict[str, Any]:
@@ -210,12 +248,30 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _check_key(kind: type, name: Any, key: str, place: str) -> None:
-    known = _fields(kind)
-    if name not in known:
-        prefix = key.rpartition(".")[0]
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        nearest = f"{prefix}.{near}" if prefix else near
-        raise ConfigError(f"{place}: {key} is unknown; the nearest key is {nearest}")
+    if name not in _fields(kind):
+        raise ConfigError(f"{place}: {key} is unknown; the nearest key is {_nearest(key)}")
+
+
+def _nearest(key: str) -> str:
+    """The valid key most like an unknown one: by its last part, the same section preferred."""
+    section, _, name = key.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        its_section, _, its_name = candidate.rpartition(".")
+        alike = difflib.SequenceMatcher(None, name, its_name).ratio()
+        return alike + 0.1 * (section == its_section)
+
+    return max(_keys(TrainConfig, ""), key=likeness)
+
+
+def _keys(kind: type, prefix: str) -> dict[str, Any]:
+    """All dotted keys below a section, sections included, with their types."""
+    keys = {}
+    for name, hint in _fields(kind).items():
+        keys[f"{prefix}{name}"] = hint
+        if dataclasses.is_dataclass(hint):
+            keys |= _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
 
 
 def _value(hint: Any, value: Any, key: str, place: str) -> Any:

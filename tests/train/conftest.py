@@ -1,0 +1,85 @@
+"""Fixtures of the training tests: tokens that can be learned, made without a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_bitnet.data.shards import Shard, index_text
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.recipe import config_from_dict
+
+VOCABULARY = 64
+
+
+def write_tokens(directory: Path, count: int, seed: int, vocabulary: int = VOCABULARY) -> None:
+    """Three tokens of four follow from the one before. Integer arithmetic: equal everywhere."""
+    tokens = np.empty(count, dtype="<u2")
+    state, token = seed, 0
+    for position in range(count):
+        state = (state * 1103515245 + 12345) % 2**31
+        draw = state >> 16
+        token = (token * 5 + 1) % vocabulary if draw % 4 else draw % vocabulary
+        tokens[position] = token
+    directory.mkdir(parents=True)
+    data = tokens.tobytes()
+    (directory / "0.bin").write_bytes(data)
+    shard = Shard("0.bin", count, 1, count, hashlib.sha256(data).hexdigest())
+    text = index_text([shard], tokenizer_hash="0" * 64, vocab_size=vocabulary, eos_id=0)
+    (directory / "index.json").write_text(text)
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "tokens"
+    write_tokens(directory / "train", 20_000, seed=1)
+    write_tokens(directory / "validation", 3_000, seed=2)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # The models are tiny: a second thread only waits, for the other test process above all.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Recipes:
+    """Configurations for tests, as a recipe would give them."""
+
+    def __init__(self, tokens: Path, directory: Path) -> None:
+        self.tokens, self.directory = tokens, directory
+
+    def values(self, name: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:
+        values: dict[str, dict[str, Any]] = {
+            "model": {"source": "tiny"},
+            "data": {"path": str(self.tokens), "sequence_length": 32, "batch_size": 8},
+            "optimizer": {"learning_rate": 3e-3},
+            "schedule": {"steps": 12},
+            "run": {
+                "directory": str(self.directory / name),
+                "device": "cpu",
+                "log_every": 1,
+                "checkpoint_every": 0,
+                "validation_sequences": 16,
+            },
+        }
+        for section, changes in sections.items():
+            values.setdefault(section, {}).update(changes)
+        return values
+
+    def __call__(self, name: str = "run", **sections: dict[str, Any]) -> TrainConfig:
+        return config_from_dict(self.values(name, **sections), "test")
+
+
+@pytest.fixture
+def recipe(tokens: Path, tmp_path: Path) -> Recipes:
+    return Recipes(tokens, tmp_path)
