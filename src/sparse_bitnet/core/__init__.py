@@ -25,6 +25,7 @@ from sparse_bitnet.core.polarization import (
 from sparse_bitnet.core.ternary import (
     absmean,
     check_finite,
+    check_segments,
     method_mask,
     round_ternary,
     row_scale,
@@ -48,6 +49,7 @@ __all__ = [
     "WeightError",
     "absmean",
     "check_finite",
+    "check_segments",
     "flip_rate",
     "method_mask",
     "nm_mask",

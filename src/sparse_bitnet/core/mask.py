@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_bitnet.core.errors import WeightError
 from sparse_bitnet.core.pattern import Pattern
 
 
@@ -13,8 +14,8 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
 
     A weight's rank in its group is the number of weights that beat it: those of larger magnitude,
     and those of equal magnitude at a lower index. The kept ones have rank below N. Counting ranks
-    takes M − 1 comparisons a weight and no sort, so it is exact, stable, and one fused loop when
-    compiled.
+    compares every pair of a group once and needs no sort, so it is exact and stable. Lanes come
+    first in memory meanwhile: each comparison then runs over contiguous values.
 
     Args:
         weight: ``[..., in]``, any float dtype, finite; ``in`` a multiple of M.
@@ -31,23 +32,36 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     pattern.check_divides(weight.shape[-1])
     if pattern.is_dense:
         return torch.ones_like(weight, dtype=torch.bool)
-    magnitude = weight.detach().abs().unflatten(-1, (-1, pattern.m))
-    lanes = magnitude.unbind(-1)
+    magnitude = weight.detach().abs().unflatten(-1, (-1, pattern.m)).movedim(-1, 0).contiguous()
     rank = torch.zeros_like(magnitude, dtype=torch.int8)
-    for j, lane in enumerate(lanes):
-        # Lane j beats the lanes before it only if larger, those after it also if equal.
-        rank[..., :j] += lane.unsqueeze(-1) > magnitude[..., :j]
-        rank[..., j + 1 :] += lane.unsqueeze(-1) >= magnitude[..., j + 1 :]
-    return (rank < pattern.n).flatten(-2)
+    for lane in range(pattern.m - 1):
+        # A later lane beats this one only if it is larger; if not, it is beaten.
+        beaten = magnitude[lane + 1 :] > magnitude[lane]
+        rank[lane] += beaten.sum(0, dtype=torch.int8)
+        rank[lane + 1 :] += ~beaten
+    return (rank < pattern.n).movedim(0, -1).flatten(-2)
 
 
 def flip_rate(before: Tensor, after: Tensor) -> float:
-    """Fraction of mask entries that changed between two masks of one shape."""
-    return (before != after).double().mean().item()
+    """Fraction of mask entries that changed between two masks of one shape; 0 if they are empty.
+
+    Raises:
+        WeightError: if the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise WeightError(
+            f"flip_rate: masks {tuple(before.shape)} and {tuple(after.shape)} are not of one weight"
+        )
+    return int((before != after).sum()) / max(1, before.numel())
 
 
 def worst_group(weight: Tensor, m: int) -> int:
-    """The largest number of non-zeros in any group of ``m`` along the last dimension."""
+    """The largest number of non-zeros in any group of ``m`` along the last dimension.
+
+    Raises:
+        PatternError: if ``m`` does not divide the last dimension.
+    """
+    Pattern(1, m).check_divides(weight.shape[-1])
     if weight.numel() == 0:
         return 0
     return int((weight != 0).unflatten(-1, (-1, m)).sum(-1).max())

@@ -22,10 +22,11 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m <= LARGEST_GROUP:
+        whole = isinstance(self.n, int) and isinstance(self.m, int)
+        if not whole or not 1 <= self.n <= self.m <= LARGEST_GROUP:
             raise PatternError(
-                f"pattern {self.n}:{self.m} is out of range: N:M needs 1 <= N <= M <= "
-                f"{LARGEST_GROUP}, for example 6:8"
+                f"pattern {self.n}:{self.m} is out of range: N:M needs whole numbers, "
+                f"1 <= N <= M <= {LARGEST_GROUP}, for example 6:8"
             )
 
     @classmethod
@@ -33,10 +34,16 @@ class Pattern:
         """Read ``"6:8"`` or ``"dense"``.
 
         Raises:
-            PatternError: if the text is neither.
+            PatternError: if the text is neither. YAML reads an unquoted 6:8 as the number 368
+                (six minutes, eight seconds), so a number gets that hint.
         """
         if isinstance(text, Pattern):
             return text
+        if not isinstance(text, str):
+            raise PatternError(
+                f'pattern {text!r} is not text: write "6:8" with quotes (in YAML, too, where 6:8 '
+                "without them is a number in base 60)"
+            )
         if text == "dense":
             return DENSE
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)

@@ -15,7 +15,9 @@ from sparse_bitnet.core.mask import nm_mask
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import absmean, row_scale
 
-HISTOGRAM_END = 4.0  # in units of γ; what lies beyond is counted in the last bin
+# In units of γ.
+HISTOGRAM_END = 4.0  # what lies beyond is counted in the last bin
+DEAD_ZONE = 0.5  # half rounds to even, so γ/2 itself becomes zero
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Polarization:
         zeros_before_mask: fraction of weights that round to zero without any mask (|w| ≤ γ/2).
         dead_zone_groups: fraction of groups whose threshold is in the dead zone, so that the mask
             changes none of their ternary values; 1.0 if dense.
-        kurtosis: fourth standardized moment of the signed weights (3 for a Gaussian, lower when
-            polarized).
+        kurtosis: fourth standardized moment of the weights relative to their γ, signs included
+            (3 for a Gaussian, lower when polarized, 0 if all weights are equal).
     """
 
     edges: list[float]
@@ -64,28 +66,35 @@ def polarization(
     rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
     relative = weight.detach().float() / rows
     thresholds = pruning_thresholds(weight, pattern).float() / rows
-    centred = relative - relative.mean()
-    kurtosis = (centred**4).mean() / (centred**2).mean().clamp(min=1e-30) ** 2
     return Polarization(
         edges=torch.linspace(0, HISTOGRAM_END, bins + 1).tolist(),
         magnitudes=_fractions(relative.abs(), bins),
         thresholds=_fractions(thresholds, bins),
-        zeros_before_mask=(relative.abs() <= 0.5).double().mean().item(),
-        dead_zone_groups=1.0 if pattern.is_dense else (thresholds <= 0.5).double().mean().item(),
-        kurtosis=kurtosis.item(),
+        zeros_before_mask=_fraction(relative.abs() <= DEAD_ZONE),
+        dead_zone_groups=1.0 if pattern.is_dense else _fraction(thresholds <= DEAD_ZONE),
+        kurtosis=_kurtosis(relative),
     )
 
 
 def zero_fraction(weight: Tensor, segments: tuple[int, ...] = ()) -> float:
     """Fraction of weights ``[..., out, in]`` that round to zero before any mask: |w| ≤ γ/2."""
     rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
-    return (weight.detach().abs() <= rows / 2).double().mean().item()
+    return _fraction(weight.detach().float().abs() <= rows * DEAD_ZONE)
+
+
+def _fraction(which: Tensor) -> float:
+    return int(which.sum()) / max(1, which.numel())
 
 
 def _fractions(values: Tensor, bins: int) -> list[float]:
-    if values.numel() == 0:
-        return [0.0] * bins
-    # The last bin's upper edge is excluded from rounding errors by clamping just inside it.
-    inside = values.flatten().clamp(max=HISTOGRAM_END)
-    counts = torch.histc(inside.float(), bins=bins, min=0, max=HISTOGRAM_END)
-    return (counts / values.numel()).tolist()
+    # Integer counts: a float32 histogram cannot count beyond 2²⁴ weights in a bin.
+    index = (values.flatten() * (bins / HISTOGRAM_END)).clamp(max=bins - 1).long()
+    return (torch.bincount(index, minlength=bins).double() / max(1, values.numel())).tolist()
+
+
+def _kurtosis(values: Tensor) -> float:
+    """In float64: the fourth power of what float32 holds does not fit into float32."""
+    centred = values.double()
+    centred = centred - centred.mean()
+    variance = (centred**2).mean().item()
+    return (centred**4).mean().item() / variance**2 if variance > 0 else 0.0

@@ -27,7 +27,11 @@ def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None 
 
     Returns:
         float32 ``[..., max(1, len(segments))]``.
+
+    Raises:
+        WeightError: if the segments do not sum to ``out``.
     """
+    check_segments(segments, weight.shape[-2])
     magnitude = weight.detach().abs()
     if mask is None:
         counts = [rows * weight.shape[-1] for rows in segments or weight.shape[-2:-1]]
@@ -81,6 +85,7 @@ def ternarize(
 
     Raises:
         PatternError: if M does not divide ``in``.
+        WeightError: if the segments do not sum to ``out``.
 
     Source: "quant-then-mask", section 3 of arXiv 2603.05168.
     """
@@ -106,6 +111,18 @@ def method_mask(
         rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
         return nm_mask(round_ternary(weight, rows), pattern)
     return nm_mask(weight, pattern)
+
+
+def check_segments(segments: tuple[int, ...], out_features: int, where: str = "weight") -> None:
+    """Refuse segments that do not cut ``out`` into logical matrices.
+
+    Raises:
+        WeightError: naming ``where``, the segments and the rows.
+    """
+    if segments and (min(segments) < 1 or sum(segments) != out_features):
+        raise WeightError(
+            f"{where}: segments {segments} must be positive and sum to its {out_features} rows"
+        )
 
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:

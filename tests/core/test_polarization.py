@@ -1,0 +1,159 @@
+"""Polarization: examples by hand, loops in Python, and weights that break careless statistics."""
+
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_bitnet.core import (
+    DENSE,
+    Method,
+    Pattern,
+    PatternError,
+    absmean,
+    method_mask,
+    polarization,
+    pruning_thresholds,
+    round_ternary,
+    ternarize,
+    zero_fraction,
+)
+
+
+def test_by_hand() -> None:
+    """Two groups of four, γ = 1; 2:4 removes (0.2, 0.4) and (0.6, 1.0)."""
+    weight = torch.tensor([[1.6, -0.4, 0.2, 1.2, 1.0, -0.6, 1.3, -1.7]])
+    assert absmean(weight).item() == 1.0
+    assert pruning_thresholds(weight, Pattern(2, 4)).tolist() == [[pytest.approx(0.4), 1.0]]
+    measured = polarization(weight, Pattern(2, 4), bins=8)
+    assert measured.edges == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+    assert measured.magnitudes == [2 / 8, 1 / 8, 3 / 8, 2 / 8, 0, 0, 0, 0]
+    assert measured.thresholds == [1 / 2, 0, 1 / 2, 0, 0, 0, 0, 0]
+    assert measured.zeros_before_mask == 2 / 8
+    assert measured.dead_zone_groups == 1 / 2
+
+
+def test_three_modes_by_hand() -> None:
+    """Fully polarized: half the weights at ±2, half at 0. γ = 1, and 2:4 costs nothing."""
+    weight = torch.tensor([[2.0, 0.0, -2.0, 0.0] * 4])
+    measured = polarization(weight, Pattern(2, 4), bins=4)
+    assert measured.magnitudes == [0.5, 0, 0.5, 0]
+    assert measured.thresholds == [1, 0, 0, 0]
+    assert (measured.zeros_before_mask, measured.dead_zone_groups) == (0.5, 1.0)
+    assert measured.kurtosis == 2.0  # mean of w⁴ / (mean of w²)² = 8 / 2²
+
+
+def test_gaussian() -> None:
+    torch.manual_seed(0)
+    measured = polarization(torch.randn(512, 512), Pattern(6, 8))
+    assert measured.kurtosis == pytest.approx(3, abs=0.05)
+    # P(|w| ≤ γ/2) with γ = √(2/π)
+    assert measured.zeros_before_mask == pytest.approx(0.310, abs=0.005)
+    assert sum(measured.magnitudes) == pytest.approx(1)
+    assert sum(measured.thresholds) == pytest.approx(1)
+
+
+def test_dense_has_no_thresholds() -> None:
+    measured = polarization(torch.randn(4, 7), DENSE)
+    assert pruning_thresholds(torch.randn(4, 7), DENSE).shape == (4, 0)
+    assert set(measured.thresholds) == {0.0}
+    assert measured.dead_zone_groups == 1.0
+
+
+@given(data=st.data(), rows=st.integers(1, 4), groups=st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_equals_the_loop(
+    slow: SimpleNamespace, data: st.DataObject, rows: int, groups: int
+) -> None:
+    weight = data.draw(slow.tensors(rows, 4 * groups))
+    pattern = Pattern(2, 4)
+    thresholds = pruning_thresholds(weight, pattern)
+    lost = []
+    for _, row in slow.rows_of(weight):
+        for start in range(0, len(row), 4):
+            group = row[start : start + 4]
+            kept = slow.mask_row(group, 2, 4)
+            lost.append(max(abs(v) for v, k in zip(group, kept, strict=True) if not k))
+    assert thresholds.flatten().tolist() == lost
+    measured = polarization(weight, pattern)
+    dense, _ = ternarize(weight, DENSE)
+    assert measured.zeros_before_mask == zero_fraction(weight) == (dense == 0).double().mean()
+    # A group whose threshold lies in the dead zone keeps its ternary values.
+    same = (ternarize(weight, pattern)[0] == dense).unflatten(-1, (-1, 4)).all(-1)
+    assert measured.dead_zone_groups == same.double().mean()
+    assert sum(measured.magnitudes) == pytest.approx(1)
+
+
+def test_kurtosis_equals_the_definition() -> None:
+    weight = torch.randn(7, 8).exp()
+    values = (weight / absmean(weight)).flatten().tolist()
+    mean = statistics.fmean(values)
+    variance = statistics.fmean((v - mean) ** 2 for v in values)
+    expected = statistics.fmean((v - mean) ** 4 for v in values) / variance**2
+    assert polarization(weight, Pattern(6, 8)).kurtosis == pytest.approx(expected, rel=1e-5)
+
+
+def test_segments_and_experts_are_relative_to_their_own_scale() -> None:
+    """The second matrix is ten times the first: alone they look the same."""
+    one = torch.randn(4, 8)
+    alone = polarization(one, Pattern(6, 8))
+    fused = polarization(torch.cat([one, 10 * one]), Pattern(6, 8), segments=(4, 4))
+    experts = polarization(torch.stack([one, 10 * one]), Pattern(6, 8))
+    for both in (fused, experts):
+        assert both.zeros_before_mask == alone.zeros_before_mask
+        assert both.magnitudes == pytest.approx(alone.magnitudes)
+        assert both.thresholds == pytest.approx(alone.thresholds)
+    assert zero_fraction(torch.cat([one, 10 * one]), (4, 4)) == alone.zeros_before_mask
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(4, 8),
+        torch.ones(4, 8),
+        torch.full((4, 8), 1e-45),
+        torch.full((4, 8), 3e38),
+        torch.tensor([[0.0] * 1023 + [3e38]]),
+        torch.empty(0, 8),
+    ],
+    ids=["zeros", "ones", "denormal", "huge", "one outlier", "empty"],
+)
+def test_statistics_stay_finite(weight: torch.Tensor) -> None:
+    measured = polarization(weight, Pattern(6, 8))
+    figures = [*measured.magnitudes, *measured.thresholds, measured.kurtosis]
+    figures += [measured.zeros_before_mask, measured.dead_zone_groups, zero_fraction(weight)]
+    assert torch.isfinite(torch.tensor(figures)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 16).to(dtype)
+    measured = polarization(weight, Pattern(6, 8))
+    rounded = round_ternary(weight, absmean(weight))
+    assert measured.zeros_before_mask == zero_fraction(weight) == (rounded == 0).double().mean()
+
+
+def test_histogram_counts_beyond_float32() -> None:
+    """A float32 histogram stops at 2²⁴; five sixths of these weights are in one bin."""
+    size = 3 * 2**23
+    weight = torch.zeros(3 * 2**3, 2**20)
+    weight[: 2**2] = 1.0
+    measured = polarization(weight, DENSE, bins=4)
+    assert weight.numel() == size
+    assert measured.magnitudes[0] == 5 / 6
+
+
+def test_refuses_a_row_that_m_does_not_divide() -> None:
+    with pytest.raises(PatternError, match="in_features 12"):
+        polarization(torch.ones(4, 12), Pattern(6, 8))
+
+
+def test_agrees_with_the_mask_in_force() -> None:
+    weight = torch.randn(16, 32)
+    mask = method_mask(weight, Pattern(6, 8), Method())
+    assert mask is not None
+    lost = weight.abs().masked_fill(mask, 0).unflatten(-1, (-1, 8)).amax(-1)
+    assert torch.equal(pruning_thresholds(weight, Pattern(6, 8)), lost)

@@ -1,0 +1,219 @@
+"""γ, rounding and the masked ternary weight against loops in Python, ablations included."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_bitnet.core import (
+    DENSE,
+    Method,
+    Pattern,
+    PatternError,
+    WeightError,
+    absmean,
+    check_finite,
+    method_mask,
+    round_ternary,
+    row_scale,
+    ternarize,
+    worst_group,
+)
+
+PATTERNS = st.sampled_from([Pattern(*p) for p in [(6, 8), (2, 4), (1, 2), (1, 8), (7, 8), (3, 5)]])
+METHODS = st.sampled_from(
+    [Method(), Method(mask_source="quantized"), Method(order="mask-then-quant")]
+)
+
+
+def compare(
+    slow: SimpleNamespace,
+    weight: Tensor,
+    pattern: Pattern,
+    method: Method,
+    segments: tuple[int, ...],
+) -> None:
+    """Each matrix of the leading dimensions and each segment, on its own."""
+    ternary, scale = ternarize(weight, pattern, method, segments)
+    assert ternary.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert ternary.shape == weight.shape
+    parts = segments or (weight.shape[-2],)
+    assert scale.shape == (*weight.shape[:-2], len(parts))
+    for index in itertools.product(*(range(size) for size in weight.shape[:-2])):
+        start = 0
+        for segment, rows in enumerate(parts):
+            part = weight[index][start : start + rows].float()
+            got = ternary[index][start : start + rows]
+            start += rows
+            one = scale[index][segment].item()
+            values = part.flatten().tolist()
+            if pattern.is_dense:
+                kept = torch.ones_like(part, dtype=torch.bool)
+            elif method.mask_source == "quantized":
+                rounded = [slow.ternary(v, one) for v in values]
+                kept = slow.mask(torch.tensor(rounded).reshape(part.shape), pattern.n, pattern.m)
+            else:
+                kept = slow.mask(part, pattern.n, pattern.m)
+            among = values
+            if method.order == "mask-then-quant":
+                among = [v for v, k in zip(values, kept.flatten().tolist(), strict=True) if k]
+            assert one == pytest.approx(slow.gamma(among), rel=1e-6)
+            expected = [
+                slow.ternary(v, one) if k else 0
+                for v, k in zip(values, kept.flatten().tolist(), strict=True)
+            ]
+            assert got.flatten().tolist() == expected
+
+
+@given(
+    data=st.data(),
+    pattern=PATTERNS,
+    method=METHODS,
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=80)
+def test_equals_the_loop(
+    slow: SimpleNamespace,
+    data: st.DataObject,
+    pattern: Pattern,
+    method: Method,
+    rows: int,
+    groups: int,
+) -> None:
+    weight = data.draw(slow.tensors(rows, groups * pattern.m))
+    compare(slow, weight, pattern, method, ())
+    assert worst_group(ternarize(weight, pattern, method)[0], pattern.m) <= pattern.n
+
+
+@given(data=st.data(), method=METHODS, segments=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_fused_segments_are_matrices_of_their_own(
+    slow: SimpleNamespace, data: st.DataObject, method: Method, segments: list[int]
+) -> None:
+    weight = data.draw(slow.tensors(sum(segments), 8))
+    compare(slow, weight, Pattern(2, 4), method, tuple(segments))
+
+
+@given(data=st.data(), method=METHODS, experts=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_experts_are_matrices_of_their_own(
+    slow: SimpleNamespace, data: st.DataObject, method: Method, experts: int
+) -> None:
+    weight = data.draw(slow.tensors(experts, 4, 8))
+    compare(slow, weight, Pattern(6, 8), method, ())
+    compare(slow, weight, Pattern(6, 8), method, (1, 3))
+    together, scale = ternarize(weight, Pattern(6, 8), method)
+    for expert in range(experts):
+        alone, own = ternarize(weight[expert], Pattern(6, 8), method)
+        assert torch.equal(together[expert], alone)
+        assert torch.equal(scale[expert], own)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("pattern", [Pattern(6, 8), DENSE, Pattern(8, 8)])
+def test_other_dtypes_compute_in_float32(
+    slow: SimpleNamespace, dtype: torch.dtype, pattern: Pattern
+) -> None:
+    compare(slow, torch.randn(5, 16).to(dtype), pattern, Method(), ())
+
+
+def test_by_hand() -> None:
+    """γ = 8/8 = 1: 1.6 and −1.5 become ±1, 0.5 is a tie and goes to the even zero."""
+    weight = torch.tensor([[1.6, -1.5, 0.5, 0.6, -0.4, 2.0, 0.4, 1.0]])
+    dense, scale = ternarize(weight, DENSE)
+    assert scale.tolist() == [1.0]
+    assert dense.tolist() == [[1, -1, 0, 1, 0, 1, 0, 1]]
+    sparse, same = ternarize(weight, Pattern(3, 8))
+    assert torch.equal(same, scale)  # γ is that of the dense weight
+    assert sparse.tolist() == [[1, -1, 0, 0, 0, 1, 0, 0]]
+    # The two −0.4 and 0.4 are what 6:8 removes, and they were zero before.
+    assert torch.equal(ternarize(weight, Pattern(6, 8))[0], dense)
+    # Mask first: γ is the mean of 1.6, 1.5 and 2.0, and the rest does not count.
+    _, kept_only = ternarize(weight, Pattern(3, 8), Method(order="mask-then-quant"))
+    assert kept_only.item() == pytest.approx(5.1 / 3)
+    # From the quantized weight: the five ±1 tie, so the first three stay.
+    ties, _ = ternarize(weight, Pattern(3, 8), Method(mask_source="quantized"))
+    assert ties.tolist() == [[1, -1, 0, 1, 0, 0, 0, 0]]
+
+
+def test_zeros_have_a_scale() -> None:
+    ternary, scale = ternarize(torch.zeros(2, 8), Pattern(6, 8))
+    assert not ternary.any()
+    assert scale.item() == pytest.approx(1e-5)
+    _, denormal = ternarize(torch.full((2, 8), 1e-45), Pattern(6, 8))
+    assert denormal.item() == pytest.approx(1e-5)
+
+
+def test_huge_weights_do_not_overflow() -> None:
+    ternary, scale = ternarize(torch.full((64, 64), 3e38), Pattern(6, 8))
+    assert scale.item() == pytest.approx(3e38)
+    assert ternary.sum() == 64 * 64 * 6 // 8
+
+
+def test_half_precision_sums_do_not_overflow() -> None:
+    assert absmean(torch.full((64, 64), 60000.0).half()).item() == 60000.0
+
+
+def test_gamma_does_not_depend_on_the_order_of_summation() -> None:
+    weight = torch.randn(300, 64) * torch.logspace(-6, 6, 300).unsqueeze(1)
+    gammas = {absmean(weight[torch.randperm(300)]).item() for _ in range(20)}
+    assert len(gammas) == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 4, 8), (2, 0, 8)])
+@pytest.mark.parametrize("method", [Method(), Method(order="mask-then-quant")])
+def test_empty(shape: tuple[int, ...], method: Method) -> None:
+    ternary, scale = ternarize(torch.empty(shape), Pattern(6, 8), method)
+    assert ternary.shape == shape
+    assert scale.shape == (*shape[:-2], 1)
+    assert (scale == 1e-5).all()
+
+
+def test_views_without_contiguous_memory() -> None:
+    weight = torch.randn(16, 24).t()
+    ternary, scale = ternarize(weight, Pattern(6, 8))
+    again, same = ternarize(weight.contiguous(), Pattern(6, 8))
+    assert torch.equal(ternary, again)
+    assert torch.equal(scale, same)
+
+
+def test_row_scale_repeats_each_segment() -> None:
+    assert row_scale(torch.tensor([1.0, 2.0]), (1, 3), 4).tolist() == [1, 2, 2, 2]
+    experts = row_scale(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (2, 1), 3)
+    assert experts.tolist() == [[1, 1, 2], [3, 3, 4]]
+    assert row_scale(torch.tensor([5.0]), (), 2).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("segments", [(1, 2), (4, 1), (0, 4), (-1, 5)])
+def test_refuses_segments_that_do_not_cut_the_rows(segments: tuple[int, ...]) -> None:
+    with pytest.raises(WeightError, match=r"must be positive and sum to its 4 rows"):
+        ternarize(torch.ones(4, 8), Pattern(6, 8), segments=segments)
+
+
+def test_refuses_a_row_that_m_does_not_divide() -> None:
+    with pytest.raises(PatternError, match="in_features 12"):
+        ternarize(torch.ones(4, 12), Pattern(6, 8))
+
+
+def test_dense_has_no_mask() -> None:
+    assert method_mask(torch.ones(2, 8), Pattern(8, 8), Method()) is None
+
+
+def test_rounding_is_half_to_even() -> None:
+    edge = torch.tensor([0.5, -0.5, 1.5, -1.5, 0.50000006])
+    assert round_ternary(edge, torch.tensor(1.0)).tolist() == [0, 0, 1, -1, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_check_finite_counts_and_names(bad: float) -> None:
+    weight = torch.zeros(3, 4)
+    check_finite(weight)
+    weight[1, 2] = weight[0, 0] = bad
+    with pytest.raises(WeightError, match=r"layer\.3: 2 of 12 values are NaN or infinite; .*take"):
+        check_finite(weight, "layer.3")
