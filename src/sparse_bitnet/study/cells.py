@@ -1,0 +1,235 @@
+"""A sweep as a recipe: blocks of settings, in the order of their value, expanded to cells.
+
+    name: evidence
+    base:                        # a training recipe's sections, shared by all cells
+      data: {path: data/prose, sequence_length: 512, batch_size: 128}
+    defaults: {size: study-5m, tokens_per_weight: 100}
+    blocks:
+      - name: collapse
+        pattern: [dense, 4:8]    # axes; the one written last varies fastest
+        kind: [bf16, bitnet]
+      - name: single runs
+        cells: [{kind: bf16, pattern: 2:4}]
+
+A cell that several blocks ask for is run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.core import ConfigError, Pattern, SparseBitNetError
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.presets import PRESETS
+from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml
+
+# The method's names in recipes, rows and reports.
+METHODS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "mask-then-quant": {"order": "mask-then-quant"},
+    "mask-from-quantized": {"mask_source": "quantized"},
+    "masked-gradient": {"gradient": "masked"},
+    "4-bit-activations": {"activation_bits": 4},
+}
+KINDS = ("bf16", "bitnet")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        kind: ``bitnet`` or its full-precision twin ``bf16``.
+        pattern: the pattern that training ends with, ``6:8`` or ``dense``.
+        size: a preset of :mod:`sparse_bitnet.train.presets`.
+        seed: of weights and data order.
+        method: a key of :data:`METHODS`.
+        until: the schedule: (fraction of training, pattern until then), ascending; empty for
+            sparse from scratch.
+        tokens_per_weight: training tokens over the weights of the model's linears.
+    """
+
+    kind: str = "bitnet"
+    pattern: str = "6:8"
+    size: str = "study-5m"
+    seed: int = 0
+    method: str = "published"
+    until: tuple[tuple[float, str], ...] = ()
+    tokens_per_weight: float = 100.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], place: str) -> Cell:
+        """Plain values, checked.
+
+        Raises:
+            ConfigError: for an unknown name or value, naming ``place``.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{place}: {name!r} is unknown; a cell has {', '.join(known)}")
+        values = dict(values)
+        until = values.get("until") or {}
+        pairs = until.items() if isinstance(until, dict) else until
+        try:
+            values["until"] = tuple(
+                sorted((float(part), str(Pattern.parse(p))) for part, p in pairs)
+            )
+            values["pattern"] = str(Pattern.parse(str(values.get("pattern", cls.pattern))))
+            values["seed"] = int(values.get("seed", 0))
+            given = values.get("tokens_per_weight", cls.tokens_per_weight)
+            values["tokens_per_weight"] = float(given)
+        except (SparseBitNetError, TypeError, ValueError) as error:
+            raise ConfigError(f"{place}: {error}") from error
+        cell = cls(**values)
+        for name, choices in (("kind", KINDS), ("size", tuple(PRESETS)), ("method", (*METHODS,))):
+            if getattr(cell, name) not in choices:
+                raise ConfigError(
+                    f"{place}: {name} is {getattr(cell, name)!r}; choose among {', '.join(choices)}"
+                )
+        if not cell.tokens_per_weight > 0:
+            raise ConfigError(f"{place}: tokens_per_weight is {cell.tokens_per_weight}: above 0")
+        return cell
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values as a recipe and a row hold them."""
+        return {**dataclasses.asdict(self), "until": dict(self.until)}
+
+    @property
+    def schedule(self) -> str:
+        """``scratch``, or what comes before the final pattern: ``dense to 25%``."""
+        if not self.until:
+            return "scratch"
+        return ", ".join(f"{pattern} to {fraction:.0%}" for fraction, pattern in self.until)
+
+    def __str__(self) -> str:
+        extra = [self.method] if self.method != "published" else []
+        extra += [self.schedule] if self.until else []
+        told = f", {', '.join(extra)}" if extra else ""
+        return (
+            f"{self.kind} {self.pattern} {self.size} seed {self.seed} "
+            f"{self.tokens_per_weight:g} t/w{told}"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured when a cell's training has ended.
+
+    Attributes:
+        window: tokens a window of the validation perplexity; 0 takes the training sequence length.
+        validation_tokens: tokens of the validation split that count; 0 takes all.
+        cloze_text: documents (``jsonl:PATH`` or another source) for the cloze questions; empty
+            leaves the cloze out.
+        cloze_questions: how many.
+    """
+
+    window: int = 0
+    validation_tokens: int = 0
+    cloze_text: str = ""
+    cloze_questions: int = 1000
+
+
+@dataclass(frozen=True)
+class SweepRecipe:
+    """A recipe, read and expanded."""
+
+    name: str
+    base: dict[str, Any]
+    evaluation: Evaluation
+    cells: list[Cell]
+    blocks: dict[Cell, list[str]] = field(default_factory=dict)
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """The whole training configuration of a cell (its directory is set by the sweep).
+
+        Raises:
+            ConfigError: as :func:`sparse_bitnet.train.recipe.config_from_dict`.
+        """
+        values = json.loads(json.dumps(self.base))
+        section = {name: values.setdefault(name, {}) for name in ("model", "sparsity", "data")}
+        schedule, run = values.setdefault("schedule", {}), values.setdefault("run", {})
+        section["model"]["source"] = cell.size
+        section["sparsity"] |= {
+            "kind": cell.kind,
+            "pattern": cell.pattern,
+            "method": METHODS[cell.method],
+            "until": dict(cell.until),
+        }
+        run["seed"] = cell.seed
+        schedule["steps"] = 1
+        data = config_from_dict(values, f"sweep {self.name}").data
+        wanted = cell.tokens_per_weight * PRESETS[cell.size].linear_weights
+        schedule["steps"] = max(1, round(wanted / (data.batch_size * data.sequence_length)))
+        return config_from_dict(values, f"sweep {self.name}, {cell}")
+
+    def key(self, cell: Cell, data_fingerprint: str) -> str:
+        """Twelve hex digits of everything that decides a cell's figures.
+
+        The data counts by content (``data_fingerprint``), not by path: rows made on another machine
+        are recognised.
+        """
+        settings = identity(self.config(cell))
+        settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.mixture")}
+        evaluation = dataclasses.asdict(self.evaluation)
+        evaluation["cloze_text"] = bool(self.evaluation.cloze_text)
+        text = json.dumps([settings, evaluation, data_fingerprint], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_sweep(path: str | Path) -> SweepRecipe:
+    """Read a sweep recipe.
+
+    Raises:
+        ConfigError: for a file that cannot be read, an unknown key, a value out of range.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
+    known = {"name", "base", "defaults", "evaluation", "blocks"}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path}: {name!r} is unknown; a sweep has {', '.join(known)}")
+    blocks: dict[Cell, list[str]] = {}
+    for index, block in enumerate(values.get("blocks") or []):
+        if not isinstance(block, dict):
+            raise ConfigError(f"{path}: block {index + 1} is {block!r}: it must be a mapping")
+        name = str(block.get("name", f"block {index + 1}"))
+        for cell in _expand(block, values.get("defaults") or {}, f"{path}, {name}"):
+            asked = blocks.setdefault(cell, [])
+            if name not in asked:
+                asked.append(name)
+    if not blocks:
+        raise ConfigError(f"{path}: no cells; add blocks")
+    try:
+        evaluation = Evaluation(**(values.get("evaluation") or {}))
+    except TypeError as error:
+        fields = ", ".join(f.name for f in dataclasses.fields(Evaluation))
+        raise ConfigError(f"{path}: evaluation: {error}; it has {fields}") from None
+    recipe = SweepRecipe(
+        name=str(values.get("name", path.stem)),
+        base=values.get("base") or {},
+        evaluation=evaluation,
+        cells=list(blocks),
+        blocks=blocks,
+    )
+    for cell in recipe.cells:
+        recipe.config(cell)
+    return recipe
+
+
+def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iterator[Cell]:
+    axes = {key: value for key, value in block.items() if key not in ("name", "cells")}
+    lists = [value if isinstance(value, list) else [value] for value in axes.values()]
+    for explicit in block.get("cells") or [{}]:
+        for values in itertools.product(*lists):
+            chosen = {**defaults, **dict(zip(axes, values, strict=True)), **explicit}
+            yield Cell.from_dict(chosen, place)

@@ -1,0 +1,274 @@
+"""Each published claim, our figure beside it, and a verdict by a stated rule.
+
+A claim is one or more comparisons, each a quantity that is above 0 if the claim is right, measured
+per seed. One comparison
+
+- holds if its mean is above 0, every seed is above 0, there are at least two seeds and the mean is
+  more than two standard errors from 0;
+- points the claimed way if only its mean is above 0;
+- does not hold otherwise.
+
+A claim holds if all its comparisons hold, does not hold here if none even points the claimed way,
+and holds in part in all other cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sparse_bitnet.study import published
+from sparse_bitnet.study.analysis import Estimate, Runs, first_beyond
+from sparse_bitnet.study.rows import Row
+
+RULE = (
+    "Rule: a comparison holds if every one of at least two seeds shows it and the mean lies more "
+    "than two standard errors from zero; it points the claimed way if only the mean does. A claim "
+    "holds if all its comparisons hold, does not hold here if none points the claimed way, and "
+    "holds in part otherwise. ± is the standard deviation over seeds."
+)
+HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"
+ZEROS_CLOSE = 0.05  # absolute distance from the published fraction that counts as the same
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line of the table; ``missing`` says which cells would decide it when it has no verdict."""
+
+    claim: str
+    published: str
+    ours: str
+    verdict: str
+    missing: str = ""
+
+
+def judge(comparisons: list[Estimate]) -> str:
+    """The rule at the top of this file."""
+    grades = [_grade(one) for one in comparisons]
+    if all(grade == HOLDS for grade in grades):
+        return HOLDS
+    return FAILS if all(grade == FAILS for grade in grades) else IN_PART
+
+
+def _grade(one: Estimate) -> str:
+    if one.mean <= 0:
+        return FAILS
+    sure = len(one.values) > 1 and min(one.values) > 0 and one.mean > 2 * one.standard_error
+    return HOLDS if sure else IN_PART
+
+
+def claims(runs: Runs, others: list[Runs]) -> list[Claim]:
+    """All claims, judged on one size; ``others`` are the other sizes, for the claim about size."""
+    makers: list[Callable[[Runs], Claim]] = [
+        _delta,
+        _every_pattern,
+        _collapse,
+        _accuracy,
+        _zeros,
+        _dead_zone,
+        _ablations,
+        _dense_to_sparse,
+    ]
+    return [maker(runs) for maker in makers] + [_size(runs, others)]
+
+
+def _undecided(claim: str, told: str, missing: str) -> Claim:
+    return Claim(claim, told, "–", "not measured", missing)
+
+
+def _delta(runs: Runs) -> Claim:
+    claim = "At 6:8 BitNet loses less perplexity than BF16, each against its own dense model"
+    told = ", ".join(
+        f"{size}: {published.DELTA_PPL_6_8['bf16'][size]:+.2f} BF16, "
+        f"{published.DELTA_PPL_6_8['bitnet'][size]:+.2f} BitNet"
+        for size in published.DELTA_PPL_6_8["bf16"]
+    )
+    bf16, bitnet = runs.delta("bf16", "6:8"), runs.delta("bitnet", "6:8")
+    gap = runs.advantage("6:8", "difference")
+    if bf16 is None or bitnet is None or gap is None:
+        return _undecided(claim, told, "bf16 and bitnet at dense and 6:8")
+    ours = f"{bf16.text(2, True)} BF16, {bitnet.text(2, True)} BitNet"
+    return Claim(claim, told, ours, judge([gap]))
+
+
+def _every_pattern(runs: Runs) -> Claim:
+    claim = "BitNet's normalised perplexity is below BF16's at every pattern N:8"
+    told = ", ".join(
+        f"{pattern}: {value:.2f} | {published.NORMALISED_PPL['bitnet'][pattern]:.2f}"
+        for pattern, value in published.NORMALISED_PPL["bf16"].items()
+    )
+    found = {p: runs.advantage(p) for p in published.NORMALISED_PPL["bf16"]}
+    gaps = {p: gap for p, gap in found.items() if gap is not None}
+    if len(gaps) < 2:
+        return _undecided(claim, f"{told} (BF16 | BitNet)", "bf16 and bitnet at the patterns N:8")
+    parts = []
+    for p in gaps:
+        bf16, bitnet = runs.ratio("bf16", p), runs.ratio("bitnet", p)
+        assert bf16 is not None and bitnet is not None  # their difference exists
+        parts.append(f"{p}: {bf16.mean:.3f} | {bitnet.mean:.3f}")
+    ours = f"{', '.join(parts)} (BF16 | BitNet)"
+    return Claim(claim, f"{told} (BF16 | BitNet)", ours, judge(list(gaps.values())))
+
+
+def _collapse(runs: Runs) -> Claim:
+    line = published.COLLAPSE_AT - 1
+    claim = f"BitNet stays within +{line:.0%} perplexity at a sparser pattern than BF16"
+    first = published.FIRST_BEYOND
+    told = f"first beyond: {first['bf16']} BF16, {first['bitnet']} BitNet"
+    ratios: dict[str, dict[str, Estimate]] = {}
+    for kind in ("bf16", "bitnet"):
+        found = {p: runs.ratio(kind, p) for p in published.NORMALISED_PPL[kind]}
+        ratios[kind] = {p: ratio for p, ratio in found.items() if ratio is not None}
+    shared = [p for p in ratios["bf16"] if p in ratios["bitnet"]]
+    if len(shared) < 2:
+        return _undecided(claim, told, "bf16 and bitnet at the patterns N:8")
+    means = {k: {p: ratios[k][p].mean for p in shared} for k in ratios}
+    beyond = {k: first_beyond(means[k], published.COLLAPSE_AT) for k in means}
+    names = {k: v or f"none down to {shared[-1]}" for k, v in beyond.items()}
+    ours = f"first beyond: {names['bf16']} BF16, {names['bitnet']} BitNet"
+    if beyond["bf16"] is None and beyond["bitnet"] is None:
+        return Claim(claim, told, ours, FAILS)
+    # BF16 above the line and BitNet below it, at the pattern where BF16 first crosses.
+    pattern = beyond["bf16"] or shared[-1]
+    above = Estimate(tuple(v - published.COLLAPSE_AT for v in ratios["bf16"][pattern].values))
+    below = Estimate(tuple(published.COLLAPSE_AT - v for v in ratios["bitnet"][pattern].values))
+    return Claim(claim, told, ours, _both(above, below))
+
+
+def _both(above: Estimate, below: Estimate) -> str:
+    """Two conditions that must hold at once: if either fails, so does the claim."""
+    return FAILS if above.mean <= 0 or below.mean <= 0 else judge([above, below])
+
+
+def _accuracy(runs: Runs) -> Claim:
+    claim = "At 6:8 BitNet loses less downstream accuracy than BF16 (ours: cloze, in points)"
+    told = ", ".join(
+        f"{size}: {published.DELTA_ACCURACY_6_8['bf16'][size]:+.2f} BF16, "
+        f"{published.DELTA_ACCURACY_6_8['bitnet'][size]:+.2f} BitNet"
+        for size in published.DELTA_ACCURACY_6_8["bf16"]
+    )
+    bf16 = runs.delta("bf16", "6:8", "accuracy")
+    bitnet = runs.delta("bitnet", "6:8", "accuracy")
+    if bf16 is None or bitnet is None:
+        return _undecided(claim, told, "bf16 and bitnet at dense and 6:8, with cloze questions")
+    count = min(len(bf16.values), len(bitnet.values))
+    pairs = zip(bitnet.values[:count], bf16.values[:count], strict=True)
+    gap = Estimate(tuple(b - a for b, a in pairs))
+    points = [Estimate(tuple(100 * v for v in one.values)) for one in (bf16, bitnet)]
+    ours = f"{points[0].text(2, True)} BF16, {points[1].text(2, True)} BitNet"
+    return Claim(claim, told, ours, judge([gap]))
+
+
+def _zeros(runs: Runs) -> Claim:
+    claim = "Ternary weights trained with 6:8 are near half zeros before any mask"
+    told = f"about {published.ZEROS_BEFORE_MASK:.0%}"
+    found = [row.zeros for row in runs.select(kind="bitnet", pattern="6:8")]
+    values = tuple(value for value in found if value is not None)
+    if not values:
+        return _undecided(claim, told, "bitnet at 6:8")
+    zeros = Estimate(values)
+    distance = abs(zeros.mean - published.ZEROS_BEFORE_MASK)
+    verdict = HOLDS if distance <= ZEROS_CLOSE else IN_PART
+    verdict = FAILS if distance > 2 * ZEROS_CLOSE else verdict
+    ours = Estimate(tuple(100 * v for v in values)).text(1) + " %"
+    return Claim(f"{claim} (same: within {ZEROS_CLOSE:.0%})", told, ours, verdict)
+
+
+def _dead_zone(runs: Runs) -> Claim:
+    claim = "The pruning threshold falls into the dead zone for more groups of BitNet than of BF16"
+    told = "shown in histograms, no figure"
+    pattern = "6:8"
+    shares = {
+        kind: {
+            row.cell.seed: share
+            for row in runs.select(kind=kind, pattern=pattern)
+            if (share := final_statistic(row, "dead_zone_groups")) is not None
+        }
+        for kind in ("bf16", "bitnet")
+    }
+    both = sorted(shares["bf16"].keys() & shares["bitnet"].keys())
+    if not both:
+        return _undecided(claim, told, f"bf16 and bitnet at {pattern}")
+    gap = Estimate(tuple(shares["bitnet"][s] - shares["bf16"][s] for s in both))
+    means = {k: Estimate(tuple(100 * v[s] for s in both)) for k, v in shares.items()}
+    ours = f"{means['bf16'].text(1)} % BF16, {means['bitnet'].text(1)} % BitNet, at {pattern}"
+    return Claim(claim, told, ours, judge([gap]))
+
+
+def _ablations(runs: Runs) -> Claim:
+    claim = "At 6:8 each ablation is worse than the published method"
+    base = published.ABLATIONS_PPL["published"]
+    told = ", ".join(
+        f"{name}: {'worse' if value is None else f'{value - (base or 0):+.2f}'}"
+        for name, value in published.ABLATIONS_PPL.items()
+        if name != "published"
+    )
+    found = {
+        name: runs.excess(
+            {"kind": "bitnet", "pattern": "6:8"}, kind="bitnet", pattern="6:8", method=name
+        )
+        for name in published.ABLATIONS_PPL
+        if name != "published"
+    }
+    gaps = {name: gap for name, gap in found.items() if gap is not None}
+    if not gaps:
+        return _undecided(claim, told, "bitnet at 6:8 with each ablation")
+    ours = ", ".join(f"{name}: {gap.text(2, True)}" for name, gap in gaps.items())
+    return Claim(claim, told, ours, judge(list(gaps.values())))
+
+
+def _dense_to_sparse(runs: Runs) -> Claim:
+    claim = "Dense first, then 6:8, ends worse than sparse from scratch"
+    scratch = published.DENSE_TO_SPARSE_PPL["sparse from scratch"]
+    switched = published.DENSE_TO_SPARSE_PPL["switched"]
+    assert isinstance(switched, tuple) and isinstance(scratch, float)
+    told = ", ".join(f"{value - scratch:+.2f}" for value in switched)
+    schedules = sorted(
+        {
+            row.cell.until
+            for row in runs.rows
+            if len(row.cell.until) == 1 and row.cell.until[0][1] == "dense"
+        }
+    )
+    found = {
+        until: runs.excess(
+            {"kind": "bitnet", "pattern": "6:8"}, kind="bitnet", pattern="6:8", until=until
+        )
+        for until in schedules
+    }
+    gaps = {until: gap for until, gap in found.items() if gap is not None}
+    if not gaps:
+        return _undecided(claim, told, "bitnet at 6:8, dense to 25, 50 and 75 % of training")
+    ours = ", ".join(f"{until[0][0]:.0%}: {gap.text(2, True)}" for until, gap in gaps.items())
+    return Claim(claim, told, ours, judge(list(gaps.values())))
+
+
+def _size(runs: Runs, others: list[Runs]) -> Claim:
+    claim = "ΔPPL at 6:8 falls with size, for both kinds"
+    told = "; ".join(
+        f"{kind}: " + " → ".join(f"{v:+.2f}" for v in values.values())
+        for kind, values in published.DELTA_PPL_6_8.items()
+    )
+    ordered = sorted([runs, *others], key=lambda one: one.weights)
+    comparisons, parts = [], []
+    for kind in ("bf16", "bitnet"):
+        found = [(one.label, one.delta(kind, "6:8")) for one in ordered]
+        deltas = [(label, delta) for label, delta in found if delta is not None]
+        if len(deltas) < 2:
+            return _undecided(claim, told, "dense and 6:8 of both kinds at a second size")
+        parts.append(f"{kind}: " + " → ".join(f"{d.text(2, True)}" for _, d in deltas))
+        for (_, small), (_, large) in pairwise(deltas):
+            count = min(len(small.values), len(large.values))
+            values = zip(small.values[:count], large.values[:count], strict=True)
+            comparisons.append(Estimate(tuple(a - b for a, b in values)))
+    return Claim(claim, told, "; ".join(parts), judge(comparisons))
+
+
+def final_statistic(row: Row, name: str, position: str = "all") -> float | None:
+    """A figure of the last polarization snapshot of a row."""
+    last = None
+    for one in row.raw.get("polarization") or []:
+        if isinstance(one, dict) and one.get("position") == position and name in one:
+            last = one[name]
+    return float(last) if isinstance(last, int | float) else None

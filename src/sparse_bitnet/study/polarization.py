@@ -1,0 +1,277 @@
+"""How far the weights of a checkpoint have polarized, layer by layer.
+
+Works on whatever holds master weights: the directory of a training run, any Hugging Face directory
+of safetensors, or a single safetensors file. Tensors are read one at a time, nothing is unpickled,
+and no model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sparse_bitnet.console import progress, say
+from sparse_bitnet.core import (
+    CheckpointError,
+    Pattern,
+    Polarization,
+    check_finite,
+    polarization,
+)
+from sparse_bitnet.files import write_text
+from sparse_bitnet.nn import master_weights
+from sparse_bitnet.study import plots
+from sparse_bitnet.train.export import SIDE_FILE, read_trained
+
+# What linears are not: lookup tables, the head, norms, routers.
+NOT_LINEAR = re.compile(r"(embed|lm_head|norm|wte|wpe|position|(^|\.)(router|gate)\.weight$)")
+# A dense model is measured with the pattern that it could be masked to.
+PROBE = Pattern(6, 8)
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One weight matrix: its name and shape, the pattern of the thresholds, and what was found."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    statistics: Polarization
+
+    @property
+    def size(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "pattern": self.pattern,
+            **as_dict(self.statistics),
+        }
+
+
+def as_dict(statistics: Polarization) -> dict[str, Any]:
+    """Plain values, rounded to what a plot can show."""
+    return {
+        name: [round(v, DIGITS) for v in value] if isinstance(value, list) else round(value, DIGITS)
+        for name, value in dataclasses.asdict(statistics).items()
+    }
+
+
+def pool(parts: Sequence[tuple[Polarization, int]]) -> Polarization:
+    """Statistics of several matrices together, each by its number of weights.
+
+    Histograms are exact (each matrix counts in units of its own γ); kurtosis is the mean over the
+    matrices.
+    """
+    total = sum(size for _, size in parts)
+
+    def mean(values: Iterable[float]) -> float:
+        pairs = zip(values, parts, strict=True)
+        return sum(value * size for value, (_, size) in pairs) / total
+
+    def bins(name: str) -> list[float]:
+        return [mean(column) for column in zip(*(getattr(p, name) for p, _ in parts), strict=True)]
+
+    return Polarization(
+        edges=parts[0][0].edges,
+        magnitudes=bins("magnitudes"),
+        thresholds=bins("thresholds"),
+        zeros_before_mask=mean(p.zeros_before_mask for p, _ in parts),
+        dead_zone_groups=mean(p.dead_zone_groups for p, _ in parts),
+        kurtosis=mean(p.kurtosis for p, _ in parts),
+    )
+
+
+def block_number(name: str) -> int | None:
+    """Index of the decoder block in a parameter's name; None outside the blocks."""
+    found = re.search(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+@torch.no_grad()
+def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
+    """First block, last block and all blocks of a converted model, each pooled.
+
+    Dense weights get the thresholds of 6:8 where 8 divides their rows, to be compared by.
+    """
+    found: dict[str, list[tuple[Polarization, int]]] = {"early": [], "late": [], "all": []}
+    weights = list(master_weights(model))
+    numbers = [n for n in (block_number(w.name) for w in weights) if n is not None]
+    used = "dense"
+    for weight in weights:
+        pattern = _probe(weight.pattern, weight.weight.shape[-1])
+        used = used if pattern.is_dense else str(pattern)
+        one = polarization(weight.weight, pattern, weight.segments), weight.weight.numel()
+        number = block_number(weight.name)
+        found["all"].append(one)
+        if numbers and number == min(numbers):
+            found["early"].append(one)
+        if numbers and number == max(numbers):
+            found["late"].append(one)
+    return [
+        {"position": position, "pattern": used, **as_dict(pool(parts))}
+        for position, parts in found.items()
+        if parts
+    ]
+
+
+def analyse(
+    checkpoint: str | Path, out: str | Path | None = None, *, pattern: str | None = None
+) -> dict[str, Any]:
+    """The verb ``polarization``: measure every linear of a checkpoint, write JSON and plots.
+
+    Args:
+        checkpoint: a training run, a Hugging Face directory, or a safetensors file.
+        out: receives ``polarization.json`` and the PNGs; by default ``polarization/`` in the
+            checkpoint's directory.
+        pattern: whose pruning thresholds to take; by default the one that the checkpoint was
+            trained with, else 6:8.
+
+    Returns:
+        What ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``, ``overall`` and
+        ``layers``.
+
+    Raises:
+        CheckpointError: if there are no readable master weights.
+        PatternError: if the pattern does not fit a weight.
+        WeightError: if a weight holds NaN or infinity.
+        MissingExtraError: without matplotlib.
+    """
+    directory = _model_directory(Path(checkpoint))
+    kind, trained_with = _trained_as(directory)
+    chosen = Pattern.parse(pattern) if pattern else Pattern.parse(trained_with or "6:8")
+    layers = _measure(directory, chosen)
+    if not layers:
+        raise CheckpointError(
+            f"{directory} holds no floating-point matrix of a linear layer; a packed model has no "
+            "master weights, give the directory it was packed from"
+        )
+    overall = pool([(layer.statistics, layer.size) for layer in layers])
+    result = {
+        "checkpoint": str(checkpoint),
+        "kind": kind or "unknown",
+        "pattern": str(_probe(chosen, 0)),
+        "overall": as_dict(overall),
+        "layers": [layer.to_dict() for layer in layers],
+    }
+    beside = directory if directory.is_dir() else directory.parent
+    target = Path(out) if out is not None else beside / "polarization"
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
+    for name, png in _pictures(layers, overall, kind or "").items():
+        (target / name).write_bytes(png)
+    say(
+        f"{len(layers)} matrices: {overall.zeros_before_mask:.1%} zeros before the mask, "
+        f"{overall.dead_zone_groups:.1%} of {result['pattern']} groups lose nothing, "
+        f"kurtosis {overall.kurtosis:.2f}; written to {target}"
+    )
+    return result
+
+
+def _measure(directory: Path, pattern: Pattern) -> list[LayerStatistics]:
+    layers = []
+    with progress("polarization") as task, torch.no_grad():
+        for name, weight in _linear_weights(directory):
+            check_finite(weight, name)
+            used = _probe(pattern, weight.shape[-1])
+            statistics = polarization(weight, used)
+            layers.append(LayerStatistics(name, tuple(weight.shape), str(used), statistics))
+            task.advance(detail=name)
+    return sorted(layers, key=lambda layer: _natural(layer.name))
+
+
+def _probe(pattern: Pattern, in_features: int) -> Pattern:
+    """The pattern itself, or for a dense one the 6:8 that it is compared by, where that fits."""
+    return PROBE if pattern.is_dense and in_features % PROBE.m == 0 else pattern
+
+
+def _linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    files = [directory] if directory.is_file() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{directory} has no *.safetensors; give a trained run, a Hugging Face directory saved "
+            "as safetensors, or one such file"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    shape = tensors.get_slice(name).get_shape()
+                    if len(shape) not in (2, 3) or NOT_LINEAR.search(name):
+                        continue
+                    if not (weight := tensors.get_tensor(name)).is_floating_point():
+                        continue
+                    yield name, weight.float()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _model_directory(path: Path) -> Path:
+    """Where the weights lie: a run keeps them in ``model/``."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a directory or a safetensors file")
+    return path / "model" if (path / "model").is_dir() else path
+
+
+def _trained_as(directory: Path) -> tuple[str | None, str | None]:
+    """(kind, pattern) of a model trained here; (None, None) for any other."""
+    if directory.is_dir() and (directory / SIDE_FILE).is_file():
+        sparsity = read_trained(directory).sparsity
+        return sparsity.kind, sparsity.pattern
+    return None, None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order ``layers.10`` behind ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _pictures(
+    layers: Sequence[LayerStatistics], overall: Polarization, kind: str
+) -> dict[str, bytes]:
+    """``polarization.png``: first block, last block, all. ``layers.png``: figures by block."""
+
+    def histogram(title: str, statistics: Polarization) -> plots.Histogram:
+        return plots.Histogram(
+            title, statistics.edges, statistics.magnitudes, statistics.thresholds, kind
+        )
+
+    blocks: dict[int, list[tuple[Polarization, int]]] = {}
+    for layer in layers:
+        number = block_number(layer.name)
+        if number is not None:
+            blocks.setdefault(number, []).append((layer.statistics, layer.size))
+    shown = [histogram("all linears", overall)]
+    if len(blocks) > 1:
+        first, last = min(blocks), max(blocks)
+        shown = [
+            histogram(f"block {first}", pool(blocks[first])),
+            histogram(f"block {last}", pool(blocks[last])),
+            *shown,
+        ]
+    pictures = {"polarization.png": plots.polarization([shown], "Weights in units of γ")}
+    if len(blocks) > 1:
+        pooled = {number: pool(parts) for number, parts in sorted(blocks.items())}
+        curves = [
+            plots.Curve(label, list(pooled), [getattr(p, name) for p in pooled.values()])
+            for label, name in (
+                ("zeros before the mask", "zeros_before_mask"),
+                ("groups that lose nothing", "dead_zone_groups"),
+            )
+        ]
+        pictures["layers.png"] = plots.lines(
+            curves, "Polarization by block", "decoder block", "fraction"
+        )
+    return pictures

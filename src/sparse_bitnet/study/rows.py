@@ -1,0 +1,149 @@
+"""``rows.jsonl``: one line for each finished cell, all that a report needs.
+
+A row holds the cell and its whole configuration, versions and device, wall time and speed, the
+final figures, and histories thinned to a few hundred points:
+
+    key, finished, status, cell, blocks, config, data, weights, tokens, steps
+    environment: python, torch, …, device, commit
+    seconds, train_seconds, tokens_per_second
+    validation: {loss, perplexity, tokens}
+    cloze: {accuracy, questions} or null
+    history: {tokens: [...], loss: [...], zeros: [...], flip_rate: [...], pattern: [...]}
+    layers: {names: [...], tokens: [...], zeros: [[...], ...], flip_rate: [[...], ...]}
+    polarization: [{fraction, position, name, magnitudes, thresholds, ...}, ...]
+
+Lines are appended whole and synced, so an interruption costs at most the line being written; a
+reader skips what it cannot use and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.study.cells import Cell
+
+ROWS_FILE = "rows.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished cell.
+
+    Attributes:
+        key: see :meth:`sparse_bitnet.study.cells.SweepRecipe.key`.
+        cell: what was run.
+        perplexity: on the validation split; NaN if training diverged.
+        accuracy: of the cloze, a fraction; None if it was not measured.
+        raw: everything the line holds.
+    """
+
+    key: str
+    cell: Cell
+    perplexity: float
+    accuracy: float | None
+    raw: dict[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.perplexity)
+
+    def series(self, name: str, group: str = "history") -> tuple[list[float], list[Any]]:
+        """(tokens, values) of a history, without the points where nothing was measured."""
+        history = self.raw.get(group)
+        history = history if isinstance(history, dict) else {}
+        tokens, values = history.get("tokens") or [], history.get(name) or []
+        pairs = [(t, v) for t, v in zip(tokens, values, strict=False) if _usable(v)]
+        return [t for t, _ in pairs], [v for _, v in pairs]
+
+    @property
+    def zeros(self) -> float | None:
+        """Fraction of weights that round to zero before any mask, at the end of training."""
+        _, values = self.series("zeros")
+        return values[-1] if values else None
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+    """Rows of a file (or of ``rows.jsonl`` in a directory), and what was wrong with the others.
+
+    A key that comes twice counts once, by its last line.
+
+    Raises:
+        DataError: if there is no such file.
+    """
+    path = Path(path)
+    path = path / ROWS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a sweep writes it, see `sparse-bitnet sweep`")
+    rows: dict[str, Row] = {}
+    problems = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+            problems.append(f"{path.name}, line {number}: skipped, {error}")
+            continue
+        rows[row.key] = row
+    return list(rows.values()), problems
+
+
+def append_row(path: str | Path, row: dict[str, Any]) -> None:
+    """Append one line and sync it. Not finite becomes null, which every JSON reader knows.
+
+    A line that an earlier crash left half written is closed first, so it spoils only itself.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
+        data = line.encode()
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(raw: Any) -> Row:
+    if not isinstance(raw, dict):
+        raise ValueError("not a JSON object")
+    values = raw["cell"]
+    known = Cell().to_dict()
+    cell = Cell.from_dict({k: v for k, v in values.items() if k in known}, "cell")
+    perplexity = (raw.get("validation") or {}).get("perplexity")
+    accuracy = (raw.get("cloze") or {}).get("accuracy")
+    return Row(
+        key=str(raw["key"]),
+        cell=cell,
+        perplexity=math.nan if perplexity is None else float(perplexity),
+        accuracy=None if accuracy is None else float(accuracy),
+        raw=raw,
+    )
+
+
+def _usable(value: Any) -> bool:
+    if value is None:
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

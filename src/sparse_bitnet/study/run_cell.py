@@ -1,0 +1,260 @@
+"""One cell of a sweep: train, measure, and everything that a row must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_bitnet.core import TrainingError
+from sparse_bitnet.data import TokenShards, open_source
+from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
+from sparse_bitnet.evaluate.perplexity import perplexity
+from sparse_bitnet.study.cells import Cell, Evaluation
+from sparse_bitnet.study.polarization import early_and_late
+from sparse_bitnet.train import train
+from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.monitor import read_history
+from sparse_bitnet.train.recipe import to_dict
+from sparse_bitnet.train.result import TrainResult
+from sparse_bitnet.train.signals import TrainingInterruptedError
+
+# Fractions of training at which the weights' histograms are taken.
+SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
+SNAPSHOT_FILE = "polarization.jsonl"
+POINTS = 250
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
+
+Report = Callable[[int, int], None]
+
+
+def run_cell(
+    cell: Cell, config: TrainConfig, evaluation: Evaluation, report: Report | None = None
+) -> dict[str, Any]:
+    """Train a cell in ``config.run.directory`` (going on where it was left) and measure it.
+
+    Args:
+        report: called with (steps done, steps) after every step.
+
+    Returns:
+        The row (see :mod:`sparse_bitnet.study.rows`), without ``key`` and ``blocks``. A run that
+        diverged gives a row of status ``diverged``, with the reason and the histories so far.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as :func:`sparse_bitnet.train.train`.
+        TrainingInterruptedError: after SIGTERM or Ctrl-C.
+    """
+    started = time.perf_counter()
+    directory = Path(config.run.directory)
+    steps = config.schedule.steps
+    wanted = {max(1, round(fraction * steps)): fraction for fraction in SNAPSHOTS}
+
+    def watch(done: int, model: PreTrainedModel) -> None:
+        if done in wanted:
+            _snapshot(directory, wanted[done], model)
+        if report is not None:
+            report(done, steps)
+
+    try:
+        result: TrainResult | None = train(config, watch)
+        problem = None
+    except TrainingInterruptedError:
+        raise
+    except TrainingError as error:
+        result, problem = None, str(error)
+    trained = time.perf_counter()
+    measured: dict[str, Any] = {"validation": None, "cloze": None}
+    if result is not None:
+        measured = _evaluate(*_model(result, config), config, evaluation)
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+    history = read_history(directory / "metrics.jsonl")
+    rates = [row["tokens_per_second"] for row in history if "tokens_per_second" in row]
+    return {
+        "schema": 1,
+        "status": "done" if problem is None else "diverged",
+        "problem": problem,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cell": cell.to_dict(),
+        "config": to_dict(config),
+        "evaluation": dataclasses.asdict(evaluation),
+        "data": data_facts(config),
+        "weights": result.linear_weights if result else None,
+        "tokens": steps * tokens_per_step,
+        "steps": steps,
+        "environment": environment(),
+        "seconds": time.perf_counter() - started,
+        "train_seconds": trained - started,
+        # The first reading holds compilation.
+        "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
+        **measured,
+        "history": _history(history, tokens_per_step),
+        "layers": _layers(history, tokens_per_step),
+        "polarization": _read_snapshots(directory),
+    }
+
+
+def data_facts(config: TrainConfig) -> dict[str, Any]:
+    """What identifies the tokens: tokenizer, and how many there are in each split."""
+    facts: dict[str, Any] = {}
+    for path in config.data.mixture or [config.data.path]:
+        for split in ("train", "validation"):
+            shards = TokenShards(Path(path) / split)
+            facts.setdefault(split, []).append(shards.total_tokens)
+            facts["tokenizer"] = shards.tokenizer_hash
+    return facts
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of this process."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The repository's commit, with ``+`` behind it if files differ; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _model(
+    result: TrainResult, config: TrainConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if result.model is not None:
+        return result.model, result.tokenizer
+    # Finished before, but interrupted before its row was written.
+    assert result.model_directory is not None
+    return load_trained(result.model_directory, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: TrainConfig,
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    device = model.device.type
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device == "cuda")
+    window = evaluation.window or config.data.sequence_length
+    directory = next(iter(config.data.mixture or [config.data.path]))
+    # Other batch shapes than in training: compiling for them would take longer than they do.
+    with (
+        torch.autocast(device, torch.bfloat16, enabled=bf16),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        found = perplexity(
+            model,
+            TokenShards(Path(directory) / "validation"),
+            window=window,
+            stride=window,
+            limit=evaluation.validation_tokens or None,
+        )
+        cloze = None
+        if evaluation.cloze_text and tokenizer is not None:
+            items = _items(evaluation.cloze_text, evaluation.cloze_questions)
+            cloze = cloze_accuracy(model, tokenizer, items, window=window)
+    return {
+        "validation": {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens},
+        "cloze": None
+        if cloze is None
+        else {
+            "accuracy": cloze.accuracy,
+            "questions": cloze.items,
+            "standard_error": cloze.standard_error,
+        },
+    }
+
+
+@cache
+def _items(spec: str, count: int) -> list[ClozeItem]:
+    """The same questions for every cell of a process."""
+    return cloze_items(open_source(spec), limit=count)
+
+
+def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:
+    line = json.dumps({"fraction": fraction, "positions": early_and_late(model)})
+    with (directory / SNAPSHOT_FILE).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def _read_snapshots(directory: Path) -> list[dict[str, Any]]:
+    """Snapshots by fraction; a step taken twice (after a resume) counts once."""
+    path = directory / SNAPSHOT_FILE
+    found: dict[float, list[dict[str, Any]]] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            found[values["fraction"]] = values["positions"]
+    return [{"fraction": f, **one} for f in sorted(found) for one in found[f]]
+
+
+def _history(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, list[Any]]:
+    rows = _thin([row for row in rows if "loss" in row], POINTS)
+    return {
+        "tokens": [row["step"] * tokens_per_step for row in rows],
+        **{
+            name: [_rounded(row.get(name)) for row in rows]
+            for name in ("loss", "zeros", "flip_rate", "gradient_norm", "learning_rate", "pattern")
+        },
+    }
+
+
+def _layers(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
+    rows = _thin([row for row in rows if "layers" in row], 20)
+    names = list(rows[0]["layers"]) if rows else []
+    return {
+        "names": names,
+        "tokens": [row["step"] * tokens_per_step for row in rows],
+        **{
+            figure: [[_rounded(row["layers"][name][figure]) for name in names] for row in rows]
+            for figure in ("zeros", "flip_rate")
+        },
+    }
+
+
+def _thin(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
+    """Evenly spaced rows, the first and last among them."""
+    if len(rows) <= points:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (points - 1))] for i in range(points)]
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value

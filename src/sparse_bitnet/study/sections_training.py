@@ -1,0 +1,236 @@
+"""Sections of a report about what happens during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_bitnet.study import plots
+from sparse_bitnet.study.analysis import Runs
+from sparse_bitnet.study.page import Figure, Section
+from sparse_bitnet.study.plots import NAME, Curve, Histogram
+from sparse_bitnet.study.rows import Row
+
+KINDS = ("bf16", "bitnet")
+SHOWN_PATTERNS = ("dense", "6:8", "4:8", "2:8")
+MILLION = 1e6
+SMOOTH = 5  # logged steps that a point of a loss curve averages
+
+
+def losses(runs: Runs) -> Section:
+    """Training loss of some patterns, BF16 beside BitNet."""
+    groups = {
+        NAME[kind]: [
+            Curve(row.cell.pattern, _millions(tokens), _smooth(values))
+            for row in _shown(runs, kind)
+            for tokens, values in [row.series("loss")]
+            if len(values) > 1
+        ]
+        for kind in KINDS
+    }
+    return _curves(
+        "loss",
+        "Training loss",
+        f"Loss of the training batches, mean over {SMOOTH} logged steps.",
+        groups,
+        "nats per token",
+        "training loss of " + ", ".join(SHOWN_PATTERNS),
+    )
+
+
+def flips(runs: Runs) -> Section:
+    """How much of the mask one optimizer step changes."""
+    groups = {
+        NAME[kind]: [
+            Curve(row.cell.pattern, _millions(tokens), values)
+            for row in _shown(runs, kind)
+            for tokens, values in [row.series("flip_rate")]
+            if len(values) > 1 and any(v > 0 for v in values)
+        ]
+        for kind in KINDS
+    }
+    return _curves(
+        "flips",
+        "Mask flip rate",
+        "Fraction of mask entries that one optimizer step changes.",
+        groups,
+        "flip rate",
+        "flip rate over training",
+        log_y=True,
+    )
+
+
+def zeros(runs: Runs) -> Section:
+    """Weights that round to zero before any mask: over training, and by layer at the end."""
+    over_time = [
+        Curve(row.cell.pattern, _millions(tokens), [100 * v for v in values])
+        for row in _shown(runs, "bitnet")
+        for tokens, values in [row.series("zeros")]
+        if len(values) > 1
+    ]
+    title = "Zeros before the mask"
+    if not over_time:
+        return Section("zeros", title, notes=["Needs bitnet runs of the main grid."])
+    png = plots.lines(
+        over_time,
+        f"Zeros before the mask, BitNet {runs.label}",
+        "training tokens, millions",
+        "% of weights with |w| ≤ γ/2",
+    )
+    figures = [
+        Figure(
+            "zeros",
+            png,
+            "Line plot of the percentage of weights that round to zero, over training. At the end: "
+            + ", ".join(f"{c.label} {c.y[-1]:.1f} %" for c in over_time),
+        )
+    ]
+    by_layer = _by_layer(runs)
+    if by_layer:
+        png = plots.panels(
+            by_layer, f"Zeros by layer at the end, BitNet {runs.label}", "decoder block", "%"
+        )
+        patterns = next(iter(by_layer.values()))
+        alt = "Line plots of zeros before the mask by decoder block, one panel for each linear: "
+        alt += f"{', '.join(by_layer)}; patterns {', '.join(c.label for c in patterns)}"
+        figures.append(Figure("zeros-by-layer", png, alt))
+    return Section(
+        "zeros",
+        title,
+        "Fraction of weights that are ternary zeros without any mask. Where it exceeds what the "
+        "pattern removes, a mask has little left to take.",
+        figures,
+    )
+
+
+def polarization(runs: Runs) -> Section:
+    """|w|/γ and the pruning thresholds: early and late layers, both kinds, over training."""
+    title = "Weight polarization"
+    pattern = next((p for p in ("6:8", "4:8") if runs.one(kind="bitnet", pattern=p)), None)
+    chosen = {k: runs.one(kind=k, pattern=pattern) for k in KINDS} if pattern else {}
+    rows = {kind: row for kind, row in chosen.items() if row is not None and _snapshots(row)}
+    if not rows:
+        return Section("polarization", title, notes=["Needs bf16 and bitnet at 6:8 or 4:8."])
+    positions = [("early", "first block"), ("late", "last block")]
+    grid = []
+    for kind, row in rows.items():
+        last = max(one["fraction"] for one in _snapshots(row))
+        grid.append(
+            [
+                _histogram(f"{NAME[kind]}, {name}", one, kind)
+                for position, name in positions
+                for one in _snapshots(row)
+                if one["position"] == position and one["fraction"] == last
+            ]
+        )
+    over = [
+        [
+            _histogram(f"{NAME[kind]}, {one['fraction']:.0%} of training", one, kind)
+            for one in _snapshots(row)
+            if one["position"] == "all"
+        ]
+        for kind, row in rows.items()
+    ]
+    figures = []
+    if any(grid):
+        png = plots.polarization(
+            [row for row in grid if row], f"|w|/γ at the end, {pattern}, {runs.label}"
+        )
+        alt = "Histograms of weight magnitude over γ with the pruning thresholds, first and last "
+        alt += f"block, {' and '.join(NAME[k] for k in rows)}. {_shares(rows)}"
+        figures.append(Figure("polarization", png, alt))
+    if any(len(row) > 1 for row in over):
+        png = plots.polarization(
+            [row for row in over if row], f"|w|/γ over training, {pattern}, {runs.label}"
+        )
+        alt = "Histograms of weight magnitude over γ at several fractions of training, one row for "
+        alt += "each of " + " and ".join(NAME[k] for k in rows)
+        figures.append(Figure("polarization-training", png, alt))
+    return Section(
+        "polarization",
+        title,
+        "Filled: distribution of |w|/γ. Line: distribution of the groups' pruning thresholds, "
+        "scaled to the same height. Yellow: the dead zone, where ternary weights are zero anyway, "
+        f"so that a threshold there costs nothing. {_shares(rows)}",
+        figures,
+    )
+
+
+def _curves(
+    name: str,
+    title: str,
+    text: str,
+    groups: dict[str, list[Curve]],
+    ylabel: str,
+    what: str,
+    log_y: bool = False,
+) -> Section:
+    groups = {kind: curves for kind, curves in groups.items() if curves}
+    if not groups:
+        return Section(name, title, notes=["Needs runs of the main grid with a history."])
+    png = plots.panels(groups, title, "training tokens, millions", ylabel, log_y)
+    ends = "; ".join(
+        f"{kind}: " + ", ".join(f"{c.label} {c.y[-1]:.4g}" for c in curves)
+        for kind, curves in groups.items()
+    )
+    return Section(
+        name, title, text, [Figure(name, png, f"Line plots of {what}. At the end: {ends}")]
+    )
+
+
+def _shown(runs: Runs, kind: str) -> list[Row]:
+    """The first seed of the patterns that curves are drawn for."""
+    found = (runs.one(kind=kind, pattern=pattern) for pattern in SHOWN_PATTERNS)
+    return [row for row in found if row is not None]
+
+
+def _by_layer(runs: Runs) -> dict[str, list[Curve]]:
+    """Linear's name → a curve over blocks for each pattern, at the end of training."""
+    panels: dict[str, list[Curve]] = {}
+    for row in _shown(runs, "bitnet"):
+        layers = row.raw.get("layers") or {}
+        names, values = layers.get("names") or [], (layers.get("zeros") or [[]])[-1]
+        by_linear: dict[str, list[float]] = {}
+        for name, value in zip(names, values, strict=False):
+            by_linear.setdefault(str(name).removesuffix(".weight").rpartition(".")[2], []).append(
+                100 * value
+            )
+        for linear, blocks in by_linear.items():
+            if len(blocks) > 1 and linear in ("q_proj", "o_proj", "gate_proj", "down_proj"):
+                panels.setdefault(linear, []).append(
+                    Curve(row.cell.pattern, list(range(len(blocks))), blocks)
+                )
+    return panels
+
+
+def _snapshots(row: Row) -> list[dict[str, Any]]:
+    found = row.raw.get("polarization")
+    return [
+        one
+        for one in (found if isinstance(found, list) else [])
+        if isinstance(one, dict) and {"fraction", "position", "edges", "magnitudes"} <= set(one)
+    ]
+
+
+def _histogram(title: str, one: dict[str, Any], kind: str) -> Histogram:
+    return Histogram(title, one["edges"], one["magnitudes"], one.get("thresholds") or [], kind)
+
+
+def _shares(rows: dict[str, Row]) -> str:
+    parts = []
+    for kind, row in rows.items():
+        ends = [one for one in _snapshots(row) if one["position"] == "all"]
+        if ends and "dead_zone_groups" in ends[-1]:
+            parts.append(f"{NAME[kind]} {ends[-1]['dead_zone_groups']:.1%}")
+    return f"Groups whose threshold is in the dead zone: {', '.join(parts)}." if parts else ""
+
+
+def _millions(tokens: Sequence[float]) -> list[float]:
+    return [t / MILLION for t in tokens]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [
+        sum(values[max(0, i - SMOOTH + 1) : i + 1]) / len(values[max(0, i - SMOOTH + 1) : i + 1])
+        for i in range(len(values))
+    ]

@@ -1,0 +1,324 @@
+"""``sweep``: run every cell of a recipe on whatever is there, and write a row for each.
+
+Worker processes are pinned to GPUs, several side by side on one where that is faster (small models
+leave most of a big GPU idle), or share the CPU. Each takes cells one after the other, so that a
+shape is compiled once a worker and not once a cell.
+
+Interruptions cost little: finished cells are recognised by the hash of their settings and skipped;
+a cell that was stopped goes on from its last checkpoint, if the recipe writes any, or starts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet.console import say
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.files import write_text
+from sparse_bitnet.study.board import Board
+from sparse_bitnet.study.cells import SweepRecipe, read_sweep
+from sparse_bitnet.study.pool import Job, Pool
+from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, read_rows
+from sparse_bitnet.study.run_cell import data_facts
+from sparse_bitnet.train.config import TrainConfig
+
+HISTORY_ROWS = 200
+LAYER_ROWS = 20
+SAFETY = 1.05  # a cell must fit with this margin before the deadline
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep came to.
+
+    Attributes:
+        rows: the file with a line for each finished cell.
+        done: cells finished, in this call and before.
+        failed: cell → reason, of this call.
+        left: cells not run, for want of time or after a failure.
+    """
+
+    rows: Path
+    done: int
+    failed: dict[str, str]
+    left: list[str]
+
+
+def sweep(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    per_gpu: int = 1,
+    cpu_workers: int = 1,
+    scratch: str | Path | None = None,
+    keep_runs: bool = False,
+    dry_run: bool = False,
+) -> SweepResult:
+    """Run a sweep to its end, or on from where it was stopped.
+
+    Args:
+        recipe: a sweep recipe (see :mod:`sparse_bitnet.study.cells`), cells in order of value.
+        out: receives ``rows.jsonl``, ``sweep.yaml`` (the recipe) and ``logs/``.
+        minutes: stop by then: no cell is started that cannot be expected to finish (a later,
+            shorter one may be), and what still runs is asked to save and leave.
+        per_gpu: workers side by side on each GPU.
+        cpu_workers: workers where there is no GPU.
+        scratch: where runs live until their row is written; ``out/cells`` by default.
+        keep_runs: keep their directories (checkpoints, exported models) afterwards.
+        dry_run: say what would be run, and run nothing.
+
+    Raises:
+        ConfigError: for a recipe that cannot be read, or if another sweep runs in ``out``.
+        DataError: if the tokens are missing.
+    """
+    started = time.monotonic()
+    deadline = None if minutes is None else started + 60 * minutes
+    for name, value in (("per_gpu", per_gpu), ("cpu_workers", cpu_workers)):
+        if value < 1:
+            raise ConfigError(f"sweep: {name} is {value}; at least 1")
+    plan = read_sweep(recipe)
+    out = Path(out)
+    jobs = _jobs(plan, Path(scratch) if scratch else out / "cells")
+    with _locked(out):
+        rows_path = out / ROWS_FILE
+        rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
+        for problem in problems:
+            say(problem)
+        done = {row.key for row in rows}
+        waiting = [job for job in jobs if job.key not in done]
+        say(
+            f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
+            f"{len(waiting)} to run"
+        )
+        if dry_run:
+            for job in waiting:
+                say(f"  {job.key}  {job.cell}  {job.tokens / 1e6:,.0f}M tokens")
+            return SweepResult(
+                rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting]
+            )
+        write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
+        run = _Sweep(plan, jobs, waiting, rows, rows_path, deadline, keep_runs)
+        places = _places(per_gpu, cpu_workers)
+        places = places[: max(1, len(waiting))]
+        with Pool(places, out / "logs") as pool, Board(plan.name, len(jobs)) as board:
+            run.work(pool, board)
+    left = [str(job.cell) for job in run.waiting]
+    finished = len(jobs) - len(left) - len(run.failed)
+    say(
+        f"sweep {plan.name}: {finished} of {len(jobs)} cells finished, {len(run.failed)} failed, "
+        f"{len(left)} left, {time.monotonic() - started:.0f} s; rows in {rows_path}"
+    )
+    return SweepResult(rows_path, finished, run.failed, left)
+
+
+class _Sweep:
+    """What is waiting, what is known about speed, and what to do when a worker reports."""
+
+    def __init__(
+        self,
+        plan: SweepRecipe,
+        jobs: list[Job],
+        waiting: list[Job],
+        rows: list[Row],
+        rows_path: Path,
+        deadline: float | None,
+        keep_runs: bool,
+    ) -> None:
+        self.plan, self.jobs, self.waiting = plan, jobs, waiting
+        self.rows_path, self.deadline, self.keep_runs = rows_path, deadline, keep_runs
+        self.failed: dict[str, str] = {}
+        self.speeds = _Speeds(rows)
+        self.finished = len(jobs) - len(waiting)
+
+    def work(self, pool: Pool, board: Board) -> None:
+        """Hand out cells until none is left, or none fits before the deadline."""
+        try:
+            self._hand_out(pool)
+            while pool.running:
+                for job, message in pool.reports(POLL_SECONDS):
+                    self._heed(job, message)
+                self._hand_out(pool)
+                board.show(
+                    self.finished, len(self.waiting), self.failed, pool, self._time_left(pool)
+                )
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    say("sweep: out of time; asking what still runs to save and leave")
+                    break
+        finally:
+            # Whatever ended the loop (time, Ctrl-C, an error): runs are saved, and counted as left.
+            self.waiting = [job for job, _ in pool.stop()] + self.waiting
+
+    def _heed(self, job: Job, message: dict[str, Any]) -> None:
+        if "row" in message:
+            row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
+            row["environment"] = {**row["environment"], "side_by_side": job.side_by_side}
+            append_row(self.rows_path, row)
+            self.speeds.add(row)
+            self.finished += 1
+            if not self.keep_runs:
+                shutil.rmtree(job.config.run.directory, ignore_errors=True)
+            say(f"done: {job.cell}: {_figures(row)}")
+        elif "failed" in message:
+            self.failed[str(job.cell)] = message["failed"]
+            say(f"failed: {job.cell}: {message['failed']}")
+        elif "interrupted" in message:
+            self.waiting.insert(0, job)
+
+    def _hand_out(self, pool: Pool) -> None:
+        for worker in pool.idle():
+            job = self._next(pool)
+            if job is None:
+                return
+            self.waiting.remove(job)
+            pool.start(worker, job)
+
+    def _next(self, pool: Pool) -> Job | None:
+        """The first cell in the recipe's order that can be expected to finish in time."""
+        if self.deadline is None:
+            return self.waiting[0] if self.waiting else None
+        left = self.deadline - time.monotonic()
+        for job in self.waiting:
+            estimate = self.speeds.seconds(job, pool.per_device)
+            if left > 0 and (estimate is None or estimate * SAFETY <= left):
+                return job
+        return None
+
+    def _time_left(self, pool: Pool) -> float | None:
+        """Seconds until everything is done at the speeds seen; None while nothing is known."""
+        total = 0.0
+        for job in self.waiting:
+            seconds = self.speeds.seconds(job, pool.per_device)
+            if seconds is None:
+                return None
+            total += seconds
+        for running in pool.running:
+            left = running.seconds_left()
+            if left is None:
+                return None
+            total += left
+        return total / max(1, pool.size)
+
+
+class _Speeds:
+    """How long cells take, from rows of the same device with as many side by side."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._seen: list[tuple[str, str, int, float, float]] = []
+        self._device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        for row in rows:
+            self.add(row.raw)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Remember (size, kind, side by side, seconds a token, seconds besides)."""
+        environment = row.get("environment") or {}
+        if self._device is not None and environment.get("device") != self._device:
+            return
+        speed, tokens, seconds = (row.get(k) for k in ("tokens_per_second", "tokens", "seconds"))
+        cell = row.get("cell") or {}
+        if speed and tokens and seconds and row.get("status") == "done":
+            besides = max(0.0, seconds - tokens / speed)
+            self._seen.append(
+                (cell["size"], cell["kind"], environment.get("side_by_side", 1), 1 / speed, besides)
+            )
+
+    def seconds(self, job: Job, side_by_side: int) -> float | None:
+        """Expected wall time of a cell; None if nothing like it has been seen."""
+        cell = job.cell
+        same_size = [s for s in self._seen if s[0] == cell.size]
+        same_kind = [s for s in same_size if s[1] == cell.kind] or same_size
+        alike = [s for s in same_kind if s[2] == side_by_side] or same_kind
+        if not alike:
+            return None
+        each = statistics.median(s[3] for s in alike)
+        return job.tokens * each + statistics.median(s[4] for s in alike)
+
+
+def _jobs(plan: SweepRecipe, scratch: Path) -> list[Job]:
+    fingerprints: dict[str, str] = {}
+    jobs = []
+    for cell in plan.cells:
+        config = plan.config(cell)
+        place = json.dumps([config.data.path, config.data.mixture])
+        if place not in fingerprints:
+            fingerprints[place] = json.dumps(data_facts(config), sort_keys=True)
+        key = plan.key(cell, fingerprints[place])
+        jobs.append(
+            Job(
+                key=key,
+                cell=cell,
+                config=_run_settings(plan, config, scratch / key),
+                evaluation=asdict(plan.evaluation),
+                tokens=config.schedule.steps * config.data.batch_size * config.data.sequence_length,
+            )
+        )
+    return jobs
+
+
+def _run_settings(plan: SweepRecipe, config: TrainConfig, directory: Path) -> TrainConfig:
+    """The directory, and how often to log, where the recipe does not say."""
+    given = plan.base.get("run") or {}
+    steps = config.schedule.steps
+    log_every = max(1, steps // HISTORY_ROWS)
+    chosen = {
+        "log_every": log_every,
+        "layers_every": max(1, steps // log_every // LAYER_ROWS),
+        # The end is measured on the whole validation split; a checkpoint is a person's choice.
+        "validation_sequences": 0,
+        "checkpoint_every": 0,
+        "export": False,
+    }
+    kept = {k: v for k, v in chosen.items() if k not in given}
+    return replace(config, run=replace(config.run, directory=str(directory), **kept))  # type: ignore[arg-type]
+
+
+def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
+    """Environment of each worker: one GPU and no other, or its share of the cores."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = gpus if torch.cuda.is_available() else []
+    workers = per_gpu * len(gpus) or cpu_workers
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    if not gpus:
+        return [{"OMP_NUM_THREADS": threads}] * cpu_workers
+    return [
+        {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
+        for _ in range(per_gpu)
+        for gpu in gpus
+    ]
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another sweep is running in {out}; wait for it, or choose another directory"
+            ) from None
+        yield
+
+
+def _figures(row: dict[str, Any]) -> str:
+    if row["status"] != "done":
+        return f"{row['status']}: {row['problem']}"
+    cloze = "" if row["cloze"] is None else f", cloze {row['cloze']['accuracy']:.1%}"
+    return (
+        f"perplexity {row['validation']['perplexity']:.3f}{cloze}, {row['seconds']:.0f} s, "
+        f"{row['tokens_per_second'] or 0:,.0f} tokens/s"
+    )

@@ -1,0 +1,72 @@
+"""A worker process of a sweep: takes cells one after the other, so each shape is compiled once.
+
+Started as ``python -m sparse_bitnet.study.worker FD`` with one end of a socket pair; messages are
+JSON both ways. It ends when the other end closes, so it never outlives its sweep.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet.core import SparseBitNetError
+from sparse_bitnet.study.cells import Cell, Evaluation
+from sparse_bitnet.study.run_cell import run_cell
+from sparse_bitnet.train.recipe import config_from_dict
+from sparse_bitnet.train.signals import TrainingInterruptedError
+
+REPORT_SECONDS = 0.5
+
+
+def serve(connection: Connection) -> None:
+    """Run the cells that arrive until the sweep closes the connection."""
+    while True:
+        try:
+            order = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            answer: dict[str, Any] = {"row": _run(order, connection)}
+        except TrainingInterruptedError as error:
+            answer = {"interrupted": str(error)}
+        except BrokenPipeError:
+            return
+        except Exception as error:
+            where = "" if isinstance(error, SparseBitNetError) else traceback.format_exc()
+            traceback.print_exc()
+            answer = {"failed": f"{type(error).__name__}: {error}", "traceback": where}
+        connection.send_bytes(json.dumps(answer).encode())
+        if "interrupted" in answer:
+            return
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _run(order: dict[str, Any], connection: Connection) -> dict[str, Any]:
+    cell = Cell.from_dict(order["cell"], "order")
+    config = config_from_dict(order["config"], "order")
+    Path(config.run.directory).mkdir(parents=True, exist_ok=True)
+    last = 0.0
+
+    def report(done: int, steps: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS or done == steps:
+            last = now
+            # Raises once the sweep is gone, which ends the run.
+            connection.send_bytes(json.dumps({"done": done, "steps": steps}).encode())
+
+    return run_cell(cell, config, Evaluation(**order["evaluation"]), report)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
