@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -142,20 +140,13 @@ def test_limit_draws_from_all_documents(prose):
         cloze_items(documents, limit=0)
 
 
-def test_same_items_in_another_process(prose, items, tmp_path):
-    (tmp_path / "prose.txt").write_text(prose, encoding="utf-8")
-    code = (
-        "import sys, pathlib; from sparse_bitnet.evaluate.cloze import cloze_items;"
-        "print(cloze_items([pathlib.Path(sys.argv[1]).read_text('utf-8')]))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code, str(tmp_path / "prose.txt")],
-        env={"PYTHONHASHSEED": "123", "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == repr(items)
+def test_same_items_in_every_process(items):
+    # Written down, so that an order that depends on the process (sets, hashes) would show.
+    assert [(item.candidates, item.answer) for item in items[:3]] == [
+        ((" green", " brown", " quick", " jumps"), 3),
+        ((" foxes", " over", " brown", " while"), 1),
+        ((" foxes", " birds", " seven", " lazy"), 3),
+    ]
 
 
 def test_what_cannot_be_asked(model, make_model, tokenizer, items):
