@@ -1,5 +1,95 @@
-"""The command line: parsing only, one sub-command a verb."""
+"""The command line: parsing only, one sub-command a verb.
+
+Each verb is a function with typed arguments; tyro turns its signature and docstring into options,
+required ones positional. Only the verb that was asked for is imported, so that an overview or a
+typing error is answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from typing import Any
+
+import tyro
+
+from sparse_bitnet.console import out, say
+from sparse_bitnet.core import ConfigError, SparseBitNetError
+
+# verb: (module, function, one line for the overview)
+VERBS = {
+    "demo": ("demo", "demo", "the whole way on this machine: train, measure, pack, run"),
+    "data prepare": ("data.prepare", "prepare", "text → tokenized, memory-mapped shards"),
+    "train": ("train.command", "train_command", "train a recipe, from scratch or from a model"),
+    "evaluate": ("deploy.verbs", "evaluate", "perplexity, cloze accuracy, tasks of a model"),
+    "pack": ("deploy.verbs", "pack", "trained model → packed directory"),
+    "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
+    "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
+    "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
+    "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
+    "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),
+    "kernels": ("kernels.dispatch", "explain", "which kernel serves what on this machine, and why"),
+}
+# Verbs whose options are not known before their first argument is read.
+READ_THEIR_OWN_ARGUMENTS = {"train"}
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 
-def main() -> None:
-    """Entry point of `sparse-bitnet`."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``sparse-bitnet``.
+
+    Exits 1 for an error of ours, 2 for arguments that make no sense, 128 + the signal's number when
+    interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
+    if verb is None:
+        _overview()
+        if not arguments or arguments[0] in {"-h", "--help"}:
+            return
+        say(f"error: there is no verb {arguments[0]!r}")
+        sys.exit(MISUSED)
+    try:
+        _show(_call(verb, arguments[len(verb.split()) :]))
+    except ConfigError as error:
+        say(f"error: {error}")
+        sys.exit(MISUSED)
+    except SparseBitNetError as error:
+        say(f"error: {error}")
+        sys.exit(getattr(error, "exit_code", FAILED))
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+def _call(verb: str, arguments: list[str]) -> Any:
+    module, function, _ = VERBS[verb]
+    call = getattr(import_module(f"sparse_bitnet.{module}"), function)
+    if verb in READ_THEIR_OWN_ARGUMENTS:
+        return call(arguments)
+    return tyro.cli(
+        call,
+        prog=f"sparse-bitnet {verb}",
+        args=arguments,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+
+
+def _show(result: Any) -> None:
+    """Results go to standard output: figures as JSON, everything else as its own text."""
+    if result is None:
+        return
+    if is_dataclass(result) and type(result).__str__ is object.__str__:
+        result = asdict(result)  # type: ignore[arg-type]
+    if isinstance(result, dict | list):
+        result = json.dumps(result, indent=1, default=str, ensure_ascii=False)
+    out.print(str(result), markup=False)
+
+
+def _overview() -> None:
+    out.print("usage: sparse-bitnet VERB [options]      sparse-bitnet VERB --help\n", markup=False)
+    for verb, (_, _, line) in VERBS.items():
+        out.print(f"  {verb:14} {line}", markup=False)
