@@ -114,18 +114,38 @@ def open_source(spec: str) -> Source:
     )
 
 
-class TextFiles(Source):
+class FileSource(Source):
+    """A source of files.
+
+    Attributes:
+        files: in order; ``field`` names the one that holds the text, where the format has fields.
+    """
+
+    def __init__(self, spec: str, files: list[Path], field: str = DEFAULT_FIELD) -> None:
+        stats = [path.stat() for path in files]
+        self.files, self.field = files, field
+        self._sizes = [stat.st_size for stat in stats]
+        lines = [
+            f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            for path, stat in zip(files, stats, strict=True)
+        ]
+        stamp = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+        super().__init__(spec, stamp, sum(self._sizes))
+
+    def _with_sizes(self) -> Iterator[tuple[Path, int, int]]:
+        """Each file with its size and the sizes before it."""
+        before = 0
+        for path, size in zip(self.files, self._sizes, strict=True):
+            yield path, size, before
+            before += size
+
+
+class TextFiles(FileSource):
     """One document a file, UTF-8."""
 
-    def __init__(self, spec: str, files: list[Path]) -> None:
-        super().__init__(spec, _stamp(files), _total_size(files))
-        self.files = files
-
     def records(self) -> Iterator[Record]:
-        position = 0
-        for path in self.files:
-            position += path.stat().st_size
-            yield Record(path, str(path), position)
+        for path, size, before in self._with_sizes():
+            yield Record(path, str(path), before + size)
 
     def parse(self, record: Record) -> str:
         try:
@@ -139,16 +159,11 @@ class TextFiles(Source):
             raise DataError(f"{record.place}: cannot be read: {error.strerror}") from error
 
 
-class JsonLines(Source):
+class JsonLines(FileSource):
     """One JSON object a line; compression by the file's suffix. Blank lines are passed over."""
 
-    def __init__(self, spec: str, files: list[Path], field: str) -> None:
-        super().__init__(spec, _stamp(files), _total_size(files))
-        self.files, self.field = files, field
-
     def records(self) -> Iterator[Record]:
-        before = 0
-        for path in self.files:
+        for path, _, before in self._with_sizes():
             try:
                 with path.open("rb") as raw, _decompressed(raw, path) as lines:
                     for number, line in enumerate(lines, start=1):
@@ -160,7 +175,6 @@ class JsonLines(Source):
                 ) from error
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-            before += path.stat().st_size
 
     def parse(self, record: Record) -> str:
         try:
@@ -177,21 +191,17 @@ class JsonLines(Source):
         return _field_text(row, self.field, record.place)
 
 
-class ParquetFiles(Source):
+class ParquetFiles(FileSource):
     """One document a row; only the text column is read, a few hundred rows at a time."""
 
     def __init__(self, spec: str, files: list[Path], field: str) -> None:
-        super().__init__(spec, _stamp(files), _total_size(files))
-        self.files, self.field = files, field
-        _parquet()
+        super().__init__(spec, files, field)
+        self._parquet = _parquet()
 
     def records(self) -> Iterator[Record]:
-        parquet = _parquet()
-        before = 0
-        for path in self.files:
-            size = path.stat().st_size
+        for path, size, before in self._with_sizes():
             try:
-                with parquet.ParquetFile(path) as file:
+                with self._parquet.ParquetFile(path) as file:
                     names, rows = file.schema_arrow.names, file.metadata.num_rows
                     if self.field not in names:
                         raise DataError(_no_field(str(path), self.field, names))
@@ -204,7 +214,6 @@ class ParquetFiles(Source):
                 raise DataError(
                     f"{path}: not a readable Parquet file ({error}); fetch it again"
                 ) from error
-            before += size
 
     def parse(self, record: Record) -> str:
         try:
@@ -238,8 +247,8 @@ class HubDataset(Source):
             self.rows = builder.as_streaming_dataset(split=split or "train")
         except Exception as error:  # the library raises its own, the hub's and fsspec's errors
             raise DataError(
-                f"{spec}: the dataset cannot be opened: {error}; check name, configuration, split "
-                "and network"
+                f"{spec}: the dataset cannot be opened; check its name, configuration and split, "
+                f"and the network ({error})"
             ) from error
         # The builder's hash is the repository's commit, or that of a directory's files.
         super().__init__(spec, f"{builder.hash} {split or 'train'}", None)
@@ -300,16 +309,6 @@ def _match(where: str, spec: str, suffixes: tuple[str, ...]) -> list[Path]:
 def _split_field(where: str) -> tuple[str, str]:
     path, mark, field = where.rpartition("#")
     return (path, field) if mark and path and field else (where, DEFAULT_FIELD)
-
-
-def _stamp(files: list[Path]) -> str:
-    stats = [(path.name, path.stat()) for path in files]
-    lines = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in stats]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _total_size(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
 
 
 def _decompressed(raw: BinaryIO, path: Path) -> Any:

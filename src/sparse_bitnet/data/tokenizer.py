@@ -63,7 +63,7 @@ class Encoder:
         Raises:
             DataError: if the tokenizer gives an id beyond its own vocabulary.
         """
-        ids: list[int] = []
+        arrays: list[np.ndarray] = []
         pending: list[str | None] = []  # None ends a document
         characters = 0
         for document in documents:
@@ -71,11 +71,11 @@ class Encoder:
                 pending.append(piece)
                 characters += len(piece)
                 if characters >= PIECE_CHARACTERS:
-                    self._flush(pending, ids)
-                    characters = 0
+                    arrays += self._arrays(pending)
+                    pending, characters = [], 0
             pending.append(None)
-        self._flush(pending, ids)
-        tokens = np.array(ids, dtype=np.uint32)
+        arrays += self._arrays(pending)
+        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32)
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.where}: gave token id {int(tokens.max())}, beyond its own vocabulary of "
@@ -83,20 +83,19 @@ class Encoder:
             )
         return tokens
 
-    def _flush(self, pending: list[str | None], ids: list[int]) -> None:
+    def _arrays(self, pending: list[str | None]) -> Iterator[np.ndarray]:
+        """The ids of each piece; None becomes EOS."""
         texts = [piece for piece in pending if piece is not None]
+        encoded: Iterator[list[int]]
         if self._fast is not None:
             # Without offsets, and with the interpreter's lock released: threads run in parallel.
             encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-            encoded = iter([encoding.ids for encoding in encodings])
+            encoded = (encoding.ids for encoding in encodings)
         else:
-            encoded = iter([self._slow(text) for text in texts])
+            encoded = map(self._slow, texts)
         for piece in pending:
-            if piece is None:
-                ids.append(self.eos_id)
-            else:
-                ids.extend(next(encoded))
-        pending.clear()
+            ids = [self.eos_id] if piece is None else next(encoded)
+            yield np.array(ids, dtype=np.uint32)
 
     def _slow(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
@@ -114,8 +113,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
         raise DataError(
-            f"{name}: no tokenizer can be loaded from there: {error}; name a directory that "
-            "`save_pretrained` wrote, or leave the tokenizer out to train one"
+            f"{name}: no tokenizer can be loaded from there; name a directory that "
+            f"`save_pretrained` wrote, or leave the tokenizer out to train one ({error})"
         ) from error
 
 
@@ -156,7 +155,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
             "the 256 bytes and EOS"
         )
     sample = fair_sample(documents, TRAINING_CHARACTERS)
-    if not sample:
+    if not any(sample):
         raise DataError("no text to train a tokenizer on: the source is empty")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

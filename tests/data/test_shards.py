@@ -1,0 +1,234 @@
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_bitnet.core.errors import DataError
+from sparse_bitnet.data import TokenShards
+from sparse_bitnet.data.shards import LARGEST_INDEX_BYTES, token_dtype
+
+
+@pytest.fixture
+def copy(tmp_path: Path, prepared: Path) -> Path:
+    """The training shards, free to be damaged."""
+    return Path(shutil.copytree(prepared / "train", tmp_path / "train"))
+
+
+def edit(directory: Path, change: Any) -> None:
+    path = directory / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def all_tokens(directory: Path) -> np.ndarray:
+    files = sorted(directory.glob("*.bin"))
+    return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
+
+
+def test_tokens_across_shards(prepared: Path) -> None:
+    shards = TokenShards(prepared / "train")
+    everything = all_tokens(shards.path)
+    assert len(shards.shards) > 2
+    assert shards.total_tokens == len(everything)
+    assert (shards.tokens(0, len(everything)) == everything).all()
+    assert shards.tokens(3, 0).size == 0
+    assert shards.tokens(0, 5).dtype == np.int64
+    shards.verify()
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_windows_are_slices(prepared: Path, data: st.DataObject) -> None:
+    shards, everything = TokenShards(prepared / "train"), all_tokens(prepared / "train")
+    length = data.draw(st.integers(0, len(everything)))
+    starts = data.draw(st.lists(st.integers(0, len(everything) - length), max_size=5))
+    windows = shards.windows(np.array(starts, dtype=np.uint64), length)
+    assert windows.shape == (len(starts), length)
+    for start, window in zip(starts, windows, strict=True):
+        assert (window == everything[start : start + length]).all()
+
+
+def test_reading_beyond_the_end(prepared: Path) -> None:
+    shards = TokenShards(prepared / "train")
+    total = shards.total_tokens
+    for start, count in ((total, 1), (-1, 2), (0, total + 1), (total - 2, 3)):
+        with pytest.raises(DataError, match=f"tokens {start} to {start + count} asked of {total}"):
+            shards.tokens(start, count)
+
+
+def test_few_maps_are_held_open(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_bitnet.data.shards.OPEN_SHARDS", 1)
+    shards = TokenShards(prepared / "train")
+    for _ in range(2):
+        assert (shards.tokens(0, shards.total_tokens) == all_tokens(shards.path)).all()
+
+
+def test_dtype_follows_the_vocabulary() -> None:
+    assert token_dtype(1 << 16) == np.dtype("<u2")
+    assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
+
+
+def test_missing_directory_index_or_shard(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such directory; make it with"):
+        TokenShards(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"index\.json: missing; the directory is not token shards"):
+        TokenShards(tmp_path)
+    (copy / "00001.bin").unlink()
+    with pytest.raises(DataError, match=r"00001\.bin: named by the index, but missing"):
+        TokenShards(copy)
+    (copy / "00001.bin").mkdir()
+    with pytest.raises(DataError, match=r"00001\.bin: named by the index, but missing"):
+        TokenShards(copy)
+
+
+@pytest.mark.parametrize("change", [-1, -2, 2])
+def test_truncated_or_grown_shard(copy: Path, change: int) -> None:
+    path = copy / "00002.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
+    with pytest.raises(
+        DataError, match=rf"00002\.bin: {len(data) + change} bytes, but the index s"
+    ):
+        TokenShards(copy)
+
+
+def test_verify_finds_a_flipped_bit(copy: Path) -> None:
+    data = bytearray((copy / "00001.bin").read_bytes())
+    data[100] ^= 1
+    (copy / "00001.bin").write_bytes(data)
+    with pytest.raises(DataError, match=r"00001\.bin: its sha256 is not the index's"):
+        TokenShards(copy).verify()
+
+
+def test_verify_finds_tokens_beyond_the_vocabulary(copy: Path) -> None:
+    edit(copy, lambda index: index.update(vocab_size=100))
+    with pytest.raises(
+        DataError, match=r"00000\.bin: holds token id \d+, but the vocabulary has 1"
+    ):
+        TokenShards(copy).verify()
+
+
+def test_wrong_vocabulary(prepared: Path) -> None:
+    shards = TokenShards(prepared / "train")
+    shards.require_tokenizer(shards.tokenizer_hash)
+    shards.require_vocabulary(shards.vocab_size)
+    shards.require_vocabulary(shards.vocab_size + 100)  # embeddings are often padded
+    with pytest.raises(DataError, match="shard of the wrong vocabulary: made by tokenizer"):
+        shards.require_tokenizer("0" * 64)
+    with pytest.raises(DataError, match="384 tokens, the model has 10; prepare the"):
+        shards.require_vocabulary(10)
+
+
+def shard_change(**values: Any) -> Any:
+    return lambda index: index["shards"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.update(format="other"), "not an index of sparse-bitnet token shards"),
+        (lambda i: i.update(version=2), "format version 2, this program reads 1"),
+        (lambda i: i.update(version=True), "format version True"),
+        (lambda i: i.pop("eos_id"), "lacks eos_id"),
+        (lambda i: i.update(vocab_size=0), "vocab_size is 0"),
+        (lambda i: i.update(vocab_size=1 << 40), "vocab_size is 1099511627776"),
+        (
+            lambda i: i.update(dtype="uint32"),
+            "dtype is 'uint32', a vocabulary of that size is kept",
+        ),
+        (lambda i: i.update(dtype="object"), "dtype is 'object'"),
+        (lambda i: i.update(eos_id=-1), "eos_id is -1"),
+        (lambda i: i.update(eos_id=10_000), "eos_id is 10000"),
+        (lambda i: i.update(tokenizer_hash="x" * 500), "tokenizer_hash is 'xxx.*xx\\.\\.\\.;"),
+        (lambda i: i.update(shards=[]), "names no shards"),
+        (lambda i: i.update(shards={"0": 1}), "names no shards"),
+        (lambda i: i["shards"].append(i["shards"][0]), "file name '00000.bin' is not allowed"),
+        (
+            lambda i: i["shards"][0].pop("bytes"),
+            "does not hold file, tokens, documents, bytes, sha",
+        ),
+        (shard_change(extra=1), "does not hold file, tokens, documents, bytes, sha256"),
+        (shard_change(file="../train/00000.bin"), r"'\.\./train/00000\.bin' is not allowed"),
+        (shard_change(file="/etc/passwd"), "'/etc/passwd' is not allowed"),
+        (shard_change(file=".."), "is not allowed"),
+        (shard_change(file="00000.bin\n"), "is not allowed"),
+        (shard_change(file="0\0.bin"), "is not allowed"),
+        (shard_change(file=None), "shard file name None is not allowed"),
+        (shard_change(tokens=0), "counts of shard 00000.bin are not positive integers"),
+        (shard_change(tokens=2.0), "counts of shard 00000.bin are not positive integers"),
+        (shard_change(tokens=True), "counts of shard 00000.bin are not positive integers"),
+        (shard_change(tokens=1 << 70), "counts of shard 00000.bin are not positive integers"),
+        (shard_change(tokens=1 << 60), "bytes, but the index says"),
+        (shard_change(documents=1 << 30), "has more documents than tokens"),
+        (shard_change(sha256="Z" * 64), "sha256 of shard 00000.bin is"),
+    ],
+)
+def test_edited_index(copy: Path, change: Any, message: str) -> None:
+    edit(copy, change)
+    with pytest.raises(DataError, match=message):
+        TokenShards(copy)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{", '"' * 9, "[" * 100_000, '{"format": ' + "9" * 5000 + "}", "\ud800"],
+)
+def test_index_that_is_no_index(copy: Path, text: str) -> None:
+    (copy / "index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match=r"index\.json: not (valid JSON|an index of)"):
+        TokenShards(copy)
+
+
+def test_giant_index(copy: Path) -> None:
+    with (copy / "index.json").open("ab") as file:
+        file.truncate(LARGEST_INDEX_BYTES + 1)  # sparse: takes no space
+    with pytest.raises(DataError, match="not an index of ours"):
+        TokenShards(copy)
+
+
+HOSTILE = [None, True, -1, 0, 1, 1.5, 1 << 64, 1e308, "", "x", "../00000.bin", "\0", [], [[]], {}]
+
+
+def test_mutated_indexes_open_consistently_or_are_refused(copy: Path) -> None:
+    """Two hundred random edits: each leaves something sound, or is a DataError."""
+    rng = random.Random(0)
+    original = (copy / "index.json").read_text()
+    refused = 0
+    for _ in range(200):
+        if rng.random() < 0.5:  # one value replaced or removed
+            index = json.loads(original)
+            parent = rng.choice([index, *index["shards"]])
+            key = rng.choice(list(parent))
+            if rng.random() < 0.2:
+                del parent[key]
+            else:
+                parent[key] = rng.choice(HOSTILE)
+            text = json.dumps(index).encode()
+        else:  # bytes overwritten, removed or repeated
+            text = bytearray(original.encode())
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(len(text))
+                match rng.randrange(3):
+                    case 0:
+                        text[at] = rng.randrange(256)
+                    case 1:
+                        del text[at : at + rng.randint(1, 30)]
+                    case 2:
+                        text[at:at] = text[at : at + rng.randint(1, 30)]
+        (copy / "index.json").write_bytes(text)
+        try:
+            shards = TokenShards(copy)
+        except DataError:
+            refused += 1
+            continue
+        tokens = shards.tokens(0, shards.total_tokens)
+        assert len(tokens) == shards.total_tokens > 0
+        assert all(Path(shard.file).parent == Path() for shard in shards.shards)
+    assert refused > 120
