@@ -241,3 +241,8 @@ def test_swap_refuses_unknown_modules():
 def test_empty_packed_checks_the_pattern():
     with pytest.raises(ValueError, match=r"down.weight \(4, 12\).*in_features 12 is not a mult"):
         empty_packed(nn.Linear(12, 4), PackedSpec(pattern=P68), "down")
+
+
+def test_segments_have_to_sum_to_the_rows():
+    with pytest.raises(ConfigError, match=r"qkv: segments \(4, 2\) do not sum to 8 output rows"):
+        PackedLinear(16, 8, spec=PackedSpec(segments=(4, 2)), where="qkv")

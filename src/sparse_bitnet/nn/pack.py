@@ -54,8 +54,7 @@ def pack_module(module: DerivedModule, storage: StorageName, where: str) -> Pack
     """
     spec = packed_spec(module, storage, where)
     packed = empty_packed(module, spec, where)
-    module.refresh()
-    for name, (ternary, scale) in _derived(module).items():
+    for name, (ternary, scale) in derived_ternary(module).items():
         full = f"{where}.{name}"
         master = module.master_parameters()[name]
         if isinstance(master, DTensor) or master.is_meta:
@@ -91,10 +90,17 @@ def swap_packed(model: nn.Module, specs: dict[str, PackedSpec]) -> None:
         model.set_submodule(name, empty_packed(modules[name], spec, name))
 
 
-def _derived(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
+def derived_ternary(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight name → the ternary weight and scales that a trained module computes with now.
+
+    Empty for the full-precision twin.
+    """
+    module.refresh()
     if isinstance(module, SparseBitLinear):
         return {"weight": (module.ternary, module.scale)}
-    return {
-        name: (module.get_buffer(f"{name}_ternary"), module.get_buffer(f"{name}_scale"))
-        for name in module.master_parameters()
-    }
+    if isinstance(module, SparseBitExperts):
+        return {
+            name: (module.get_buffer(f"{name}_ternary"), module.get_buffer(f"{name}_scale"))
+            for name in module.master_parameters()
+        }
+    return {}

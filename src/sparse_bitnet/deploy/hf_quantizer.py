@@ -1,0 +1,119 @@
+"""Packed models in transformers: importing this module lets ``from_pretrained`` load them.
+
+transformers calls the quantizer twice: with the model on the meta device, where the named modules
+are swapped for packed ones and the files are checked against the result, and once the tensors are
+in. Buffers have the names of the stored tensors, so no conversion is needed in between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError
+from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.deploy.tensor_file import checksum_metadata
+from sparse_bitnet.deploy.verify import check_shard_name, is_outside, name_in, verify_files
+from sparse_bitnet.nn.pack import swap_packed
+from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+
+PLUGIN = '''\
+"""Lets transformers load this model with trust_remote_code=True.
+
+Needs: pip install sparse-bitnet. Importing the package is what makes the packed weights known;
+`import sparse_bitnet` before loading does the same without trusting any code from here.
+"""
+
+from sparse_bitnet.deploy.hf_quantizer import PackedModelConfig
+
+__all__ = ["PackedModelConfig"]
+'''
+PLUGIN_FILE = "hf_plugin.py"
+AUTO_MAP = {"AutoConfig": "hf_plugin.PackedModelConfig"}
+
+register_quantization_config(QUANT_METHOD)(SparseBitNetConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseBitNetQuantizer(HfQuantizer):
+    """Swaps packed modules in, refuses files that do not fit, writes checksums when saving."""
+
+    requires_calibration = True  # a model is packed by `sparse-bitnet pack`, not while loading
+    quantization_config: SparseBitNetConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        names = {name for name, _ in model.named_modules()}
+        specs: dict[str, PackedSpec] = {}
+        for name, spec in self.quantization_config.specs().items():
+            here = name_in(model, name, names)
+            if here is not None:
+                specs[here] = spec
+            elif not is_outside(model, name):
+                raise _foreign(model, f"{name}: the model has no such module")
+        try:
+            swap_packed(model, specs)
+        except (ConfigError, PatternError) as error:
+            raise _foreign(model, str(error)) from None
+        if checkpoint_files:
+            verify_files(_inside(checkpoint_files, model), model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, PackedModule) and not any(b.is_meta for b in module.buffers()):
+                module.check()
+        # The plugin file is not among what save_pretrained writes, so nothing may point to it.
+        if getattr(model.config, "auto_map", None) == AUTO_MAP:
+            del model.config.auto_map
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """None: stored names are the model's own, not those of some original checkpoint."""
+        return []
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, checksum_metadata(model.state_dict())
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class PackedModelConfig(PreTrainedConfig):
+    """What ``hf_plugin.py`` names: by now this package is imported, so load the usual way."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # Not at the top: this file may be imported while transformers itself is.
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
+
+
+def _inside(files: list[str], model: Any) -> list[Path]:
+    """Refuse weight files that an edited index put elsewhere."""
+    root = Path(getattr(model.config, "name_or_path", ""))
+    for file in files:
+        path = Path(file)
+        check_shard_name(path.name, path.parent)
+        outside = not path.is_relative_to(root) or ".." in path.relative_to(root).parts
+        if root.is_dir() and outside:
+            check_shard_name(file, root)
+    return [Path(file) for file in files]
+
+
+def _foreign(model: nn.Module, reason: str) -> PackedFormatError:
+    return PackedFormatError(
+        f"config.json does not describe this {type(model).__name__}: {reason}; its "
+        "quantization_config and the rest are of different models, pack the model again"
+    )

@@ -1,0 +1,109 @@
+"""What ``config.json`` says of a packed model: the ``quantization_config`` that transformers reads.
+
+    {"quant_method": "sparse_bitnet", "format_version": 1, "storage": "two-bit",
+     "modules": {"model.layers.0.self_attn.q_proj": {"pattern": "6:8", "activation_bits": 8}, …}}
+
+A module with several matrices fused into its rows also has ``segments``, the rows of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_bitnet.core import PackedFormatError, Pattern, PatternError
+from sparse_bitnet.formats import STORAGES
+from sparse_bitnet.nn.packed_module import PackedSpec
+
+QUANT_METHOD = "sparse_bitnet"
+FORMAT_VERSION = 1
+FIELDS = {"quant_method", "format_version", "storage", "modules"}
+MODULE_FIELDS = {"pattern", "activation_bits", "segments"}
+
+
+class SparseBitNetConfig(QuantizationConfigMixin):
+    """The quantization configuration of a packed model.
+
+    Args:
+        modules: module name → its pattern, activation bits and segments, as in ``config.json``.
+        storage: how the bytes of all of them are stored.
+        format_version: of the directory.
+
+    Raises:
+        PackedFormatError: if a field is missing, unknown or out of range, or if a newer version of
+            this package wrote it.
+    """
+
+    def __init__(
+        self,
+        modules: object = None,
+        storage: object = None,
+        format_version: object = None,
+        quant_method: object = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise _wrong("quant_method", quant_method, f"it should be {QUANT_METHOD!r}")
+        if type(format_version) is not int or format_version < 1:
+            raise _wrong("format_version", format_version, "it should be a positive integer")
+        if format_version > FORMAT_VERSION:
+            raise PackedFormatError(
+                f"config.json: this model has format version {format_version}, and this "
+                f"sparse-bitnet reads versions up to {FORMAT_VERSION}; "
+                "run: pip install --upgrade sparse-bitnet"
+            )
+        if unknown:
+            raise _wrong(", ".join(sorted(unknown)), "present", f"only {sorted(FIELDS)} are known")
+        if storage not in list(STORAGES):
+            raise _wrong("storage", storage, f"it should be among {sorted(STORAGES)}")
+        if not isinstance(modules, dict) or not modules:
+            raise _wrong("modules", modules, "it should name the packed modules")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enum is closed
+        self.format_version = format_version
+        self.storage = storage
+        self.modules: dict[str, dict[str, Any]] = modules
+        self.specs()
+
+    @classmethod
+    def of(cls, specs: dict[str, PackedSpec]) -> SparseBitNetConfig:
+        """The configuration of modules that all have the same storage."""
+        (name,) = {spec.storage for spec in specs.values()}
+        return cls({key: _to_json(spec) for key, spec in specs.items()}, name, FORMAT_VERSION)
+
+    def specs(self) -> dict[str, PackedSpec]:
+        """Module name → what its packed form has to know."""
+        return {name: self._spec(name, value) for name, value in self.modules.items()}
+
+    def _spec(self, name: str, value: object) -> PackedSpec:
+        where = f"modules[{name!r}]"
+        if not isinstance(value, dict) or not {"pattern"} <= value.keys() <= MODULE_FIELDS:
+            raise _wrong(where, value, f"it should have fields among {sorted(MODULE_FIELDS)}")
+        try:
+            pattern = Pattern.parse(str(value["pattern"]))
+        except PatternError as error:
+            raise _wrong(where, value["pattern"], str(error)) from None
+        bits = value.get("activation_bits", 8)
+        if bits not in (8, 4):
+            raise _wrong(f"{where}.activation_bits", bits, "it should be 8 or 4")
+        segments = value.get("segments", [])
+        if not isinstance(segments, list) or not all(
+            type(rows) is int and rows > 0 for rows in segments
+        ):
+            raise _wrong(f"{where}.segments", segments, "it should be a list of row counts")
+        return PackedSpec(self.storage, pattern, bits, tuple(segments))  # type: ignore[arg-type]
+
+
+def _to_json(spec: PackedSpec) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "pattern": str(spec.pattern),
+        "activation_bits": spec.activation_bits,
+    }
+    return value | ({"segments": list(spec.segments)} if spec.segments else {})
+
+
+def _wrong(field: str, value: object, expected: str) -> PackedFormatError:
+    return PackedFormatError(
+        f"config.json: quantization_config.{field} is {str(value)[:200]}; {expected}. The file was "
+        "edited or damaged: get it again, or pack the model again"
+    )

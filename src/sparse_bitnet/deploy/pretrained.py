@@ -1,0 +1,118 @@
+"""Packed and trained directories → models that run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparse_bitnet.core import PackedFormatError
+from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
+from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.deploy.tensor_file import read_header
+from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
+from sparse_bitnet.train.export import load_trained
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def is_packed(directory: str | Path) -> bool:
+    """Does the directory's ``config.json`` say that it is one of ours?
+
+    Raises:
+        PackedFormatError: if there is a ``config.json`` and it is damaged.
+    """
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        return False
+    described = read_json(path).get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], SparseBitNetConfig]:
+    """A packed directory's ``config.json``, and what its quantization says.
+
+    Raises:
+        PackedFormatError: if it is missing, damaged, newer than this package, or foreign.
+    """
+    if not is_packed(directory):
+        raise PackedFormatError(
+            f"{directory}: there is no config.json of a packed Sparse-BitNet model; make one with: "
+            "sparse-bitnet pack"
+        )
+    config = read_json(directory / CONFIG)
+    return config, SparseBitNetConfig(**config["quantization_config"])
+
+
+def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a packed directory, with an error of ours for everything that is wrong with it.
+
+    ``AutoModelForCausalLM.from_pretrained(directory)`` does the same once this package is imported,
+    but a damaged ``config.json`` or index is then reported by transformers, in its own words.
+
+    Args:
+        directory: a packed directory.
+        options: for ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+    Raises:
+        PackedFormatError: naming the file, what is wrong with it and what to do.
+    """
+    directory = Path(directory)
+    config, _ = read_config(directory)
+    tensors = sum(len(read_header(path).tensors) for path in weight_files(directory))
+    layers = config.get("num_hidden_layers", 0)
+    if type(layers) is not int or not 0 <= layers <= tensors:
+        # Checked here because transformers would first build that many layers.
+        raise PackedFormatError(
+            f"{directory / CONFIG}: num_hidden_layers is {str(layers)[:40]}, but there are "
+            f"{tensors} tensors in the weight files; the file was edited or damaged, get it again"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
+    except PackedFormatError:
+        raise
+    except Exception as error:  # whatever a damaged config.json makes transformers and torch raise
+        raise PackedFormatError(
+            f"{directory}: transformers cannot build this model: {str(error)[:500]}; its "
+            "config.json was edited or damaged, or is for another version of transformers (it was "
+            f"written with {str(config.get('transformers_version'))[:20]})"
+        ) from error
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseBitNetQuantizer):
+        raise PackedFormatError(f"{directory}: transformers did not recognise the packed weights")
+    return model
+
+
+def load(
+    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a packed or a trained directory, ready to run, and its tokenizer if it has one.
+
+    Args:
+        directory: as written by packing or by training.
+        dtype: to compute in; the stored one when left out.
+        device: where to put the model.
+
+    Raises:
+        PackedFormatError: if a packed directory is damaged.
+        CheckpointError: if it is neither packed nor a trained model.
+    """
+    directory = Path(directory)
+    if not is_packed(directory):
+        model, tokenizer = load_trained(directory, device)
+        return (model if dtype is None else model.to(getattr(torch, dtype))), tokenizer
+    model = load_packed(directory, dtype="auto" if dtype is None else getattr(torch, dtype))
+    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise PackedFormatError(
+            f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
+        ) from error
+    return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
