@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_bitnet.core.errors import DataError
+from sparse_bitnet.core.errors import DataError, MissingExtraError
 from sparse_bitnet.data import open_source
 
 TEXTS = ["one", "two\nlines", "", "žluťoučký 数据 🙂", "five"]
@@ -113,6 +114,25 @@ def test_hugging_face_dataset_from_a_directory(tmp_path: Path) -> None:
         open_source(f"hf:{tmp_path}::nosuch")
     with pytest.raises(DataError, match=r"use hf:NAME\[:CONFIG\]\[:SPLIT\]"):
         open_source("hf:a:b:c:d")
+
+
+def test_hugging_face_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    write_jsonl(tmp_path / "train.jsonl", ["A"])
+    before = open_source(f"hf:{tmp_path}").fingerprint
+    assert open_source(f"hf:{tmp_path}").fingerprint == before
+    write_jsonl(tmp_path / "train.jsonl", ["A", "B"])
+    assert open_source(f"hf:{tmp_path}").fingerprint != before
+
+
+@pytest.mark.parametrize(("kind", "library"), [("hf", "datasets"), ("parquet", "pyarrow")])
+def test_missing_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[data\]'"):
+        open_source(f"{kind}:{tmp_path}")
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class Loader:
         if step < 0:
             raise ConfigError(f"step {step} does not exist; steps count from 0")
         rows = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * rows
+        first = int(step) * self.batch_size + self.rank * rows
         places = [self._place(sample) for sample in range(first, first + rows)]
         owners = np.array([source for source, _ in places])
         numbers = np.array([k for _, k in places], dtype=np.uint64)

@@ -196,12 +196,12 @@ class ParquetFiles(FileSource):
 
     def __init__(self, spec: str, files: list[Path], field: str) -> None:
         super().__init__(spec, files, field)
-        self._parquet = _parquet()
+        self._arrow = _arrow()
 
     def records(self) -> Iterator[Record]:
         for path, size, before in self._with_sizes():
             try:
-                with self._parquet.ParquetFile(path) as file:
+                with self._arrow.parquet.ParquetFile(path) as file:
                     names, rows = file.schema_arrow.names, file.metadata.num_rows
                     if self.field not in names:
                         raise DataError(_no_field(str(path), self.field, names))
@@ -210,7 +210,7 @@ class ParquetFiles(FileSource):
                         for value in batch.column(0):
                             row += 1
                             yield Record(value, f"{path}, row {row}", before + size * row // rows)
-            except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            except (OSError, self._arrow.ArrowException) as error:
                 raise DataError(
                     f"{path}: not a readable Parquet file ({error}); fetch it again"
                 ) from error
@@ -319,14 +319,14 @@ def _decompressed(raw: BinaryIO, path: Path) -> Any:
     return raw
 
 
-def _parquet() -> Any:
+def _arrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError(
             "parquet: needs the pyarrow library: pip install 'sparse-bitnet[data]'"
         ) from error
-    return pyarrow.parquet
+    return pyarrow
 
 
 def _field_text(row: dict[str, Any], field: str, place: str) -> str:
