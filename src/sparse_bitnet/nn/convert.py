@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, check_finite, method_mask
-from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
@@ -20,8 +22,9 @@ Kind = Literal["bitnet", "bf16"]
 LINEAR = {"bitnet": SparseBitLinear, "bf16": SparseLinear}
 EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
 
-# Routers decide which expert sees a token: a handful of weights that a rounding would flip.
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+# Routers decide which expert sees a token: a handful of weights that a rounding would flip. Some
+# architectures wrap the linear layer once more (`router.layer`, `gate.wg`).
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
 @dataclass
@@ -71,9 +74,13 @@ class MasterWeight:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which weights are kept now, boolean of the weight's shape; None if dense."""
+        """Which weights are kept now, boolean of the weight's shape; None if dense.
+
+        Where the weight is sharded, every rank must ask.
+        """
         with torch.no_grad():
-            return method_mask(self.weight, self.pattern, self.module.method, self.segments)
+            weight = whole(self.weight)
+            return method_mask(weight, self.pattern, self.module.method, self.segments)
 
 
 def convert(
@@ -87,8 +94,8 @@ def convert(
     """Swap a model's linear layers (and mixture-of-experts weights) for Sparse-BitNet ones.
 
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
-    modules, so an optimizer made before still holds them; half-precision ones are widened, because
-    master weights are float32. The state dict keeps its keys.
+    modules, so an optimizer made before still holds them; those of another dtype become float32,
+    because master weights are. The state dict keeps its keys.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -96,13 +103,14 @@ def convert(
         kind: ``"bitnet"``, or ``"bf16"`` for the full-precision twin with the same mask.
         method: the published method, or one of its ablations.
         rules: regular expression → pattern or ``"skip"``; the first that is found in a module's
-            name decides for it.
+            name decides for it, and every rule must decide for at least one module.
 
     Raises:
         ConfigError: for an unknown kind, a broken or unused rule, a model that is converted
-            already or has nothing to convert.
-        PatternError: if M does not divide a module's input features, naming module and shape.
-        WeightError: if a weight holds NaN or infinity.
+            already, is sharded already, or has nothing to convert. The model is then unchanged.
+        PatternError: if M does not divide a module's input features, naming module and shape; then,
+            too, the model is unchanged.
+        WeightError: likewise, if a weight holds NaN or infinity, or overflows float32.
     """
     if kind not in LINEAR:
         raise ConfigError(f"convert: kind is {kind!r}; choose among {sorted(LINEAR)}")
@@ -110,40 +118,52 @@ def convert(
         raise ConfigError("convert: the model is converted already; use set_pattern to change it")
     default = Pattern.parse(pattern)
     compiled = _compile_rules(rules or {})
+    decided: dict[str, list[str]] = {rule: [] for rule in rules or {}}
     report = Conversion(kind, default)
-    head = _output_head(model)
+    embeddings = _embeddings(model)
     plan: list[tuple[str, nn.Module, Pattern, Pattern | None]] = []
     for name, module in model.named_modules():
         is_experts = _looks_like_experts(module)
         if not (isinstance(module, nn.Linear) or is_experts):
             continue
-        choice = next((value for rule, value in compiled if rule.search(name)), None)
-        reason = _why_not(name, module, head, choice, is_experts)
+        rule, choice = next(
+            ((rule, value) for rule, value in compiled if rule.search(name)), (None, None)
+        )
+        reason = _why_not(name, module, embeddings, choice, is_experts)
         if reason:
             report.skipped[name] = reason
+        if rule is not None and (reason is None or choice == "skip"):
+            decided[rule.pattern].append(name)
+        if reason:
             continue
         own = None if choice is None else Pattern.parse(choice)
         for parameter, weight in _weights(module):
-            where = f"{name}.{parameter} {tuple(weight.shape)}"
-            (own or default).check_divides(weight.shape[-1], where)
-            if not weight.is_meta:
-                check_finite(weight, where)
+            where = f"{name or type(module).__name__}.{parameter} {tuple(weight.shape)}"
+            _check_weight(weight, own or default, where)
         plan.append((name, module, own or default, own))
-    _check_rules_used(compiled, [name for name, *_ in plan] + list(report.skipped))
+    _check_rules_used(decided, [name for name, *_ in plan], report.skipped)
+    if any(not name for name, *_ in plan):
+        raise ConfigError(
+            f"convert: the model is itself a {type(model).__name__}, so it cannot be swapped in "
+            "place; put it into a module first"
+        )
     if not plan:
         raise ConfigError(
             "convert: the model has no nn.Linear or expert weights to convert "
             f"({len(report.skipped)} were left out: {_some(list(report.skipped))})"
         )
-    for name, module, chosen, own in plan:
-        for _, weight in _weights(module):
-            weight.data = weight.data.float()
-            report.weights += weight.numel()
+    names = _names_of_each(model)
+    for _, module, chosen, own in plan:
+        for tensor in module.parameters(recurse=False):
+            tensor.data = tensor.data.float()
+        report.weights += sum(weight.numel() for _, weight in _weights(module))
         swap = (LINEAR if isinstance(module, nn.Linear) else EXPERTS)[kind]
         new = swap(module, chosen, method)
         new.own_pattern = own
-        model.set_submodule(name, new)
+        for name in names[module]:
+            model.set_submodule(name, new)
         report.modules += 1
+    _keep_from_broadcasts(model)
     return report
 
 
@@ -153,19 +173,27 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
     A module that a rule gave a pattern of its own uses that one whenever ``pattern`` is not dense.
 
     Raises:
-        PatternError: if M does not divide a module's input features, naming the module.
+        PatternError: if M does not divide a module's input features, naming the module; no module
+            has changed then.
     """
     pattern = Pattern.parse(pattern)
+    chosen: list[tuple[DerivedModule, Pattern]] = []
     for name, module in converted_modules(model):
-        chosen = pattern if pattern.is_dense else (module.own_pattern or pattern)
-        try:
-            module.set_pattern(chosen)
-        except PatternError as error:
-            raise PatternError(f"{name}.{error}") from None
+        one = pattern if pattern.is_dense else (module.own_pattern or pattern)
+        for parameter, weight in module.master_parameters().items():
+            where = f"{name or type(module).__name__}.{parameter} {tuple(weight.shape)}"
+            one.check_divides(weight.shape[-1], where)
+        chosen.append((module, one))
+    for module, one in chosen:
+        module.set_pattern(one)
 
 
 def refresh(model: nn.Module) -> None:
-    """Derive what is stale in all converted modules. Needed only after edits through ``.data``."""
+    """Derive all converted modules' buffers anew, whatever their version counters say.
+
+    Needed after edits that those do not see: through ``.data``, or of FSDP2 shards outside an
+    optimizer and ``load_state_dict``. On shards every rank must call.
+    """
     for _, module in converted_modules(model):
         module.invalidate()
         module.refresh()
@@ -194,18 +222,50 @@ def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, w) for n, w in module.named_parameters(recurse=False) if n != "bias"]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _check_weight(weight: nn.Parameter, pattern: Pattern, where: str) -> None:
+    if isinstance(weight, DTensor):
+        raise ConfigError(f"convert: {where} is sharded already; convert first, then fully_shard")
+    pattern.check_divides(weight.shape[-1], where)
+    if not weight.is_meta:
+        check_finite(weight.float(), where)
+
+
+def _embeddings(model: nn.Module) -> set[Tensor]:
+    """Weights of the input embeddings and of the output head."""
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    head = get() if callable(get) else None
+    found: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return found | (set(head.parameters()) if isinstance(head, nn.Module) else set())
+
+
+def _keep_from_broadcasts(model: nn.Module) -> None:
+    """Tell DistributedDataParallel, which would broadcast all buffers before every forward, that
+    each rank derives these itself."""
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    for name, module in converted_modules(model):
+        ignored += [f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def _names_of_each(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of a module, for one that stands in several places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def _why_not(
-    name: str, module: nn.Module, head: nn.Module | None, choice: str | None, is_experts: bool
+    name: str,
+    module: nn.Module,
+    embeddings: set[Tensor],
+    choice: str | None,
+    is_experts: bool,
 ) -> str | None:
     """The reason to leave a module as it is, or None."""
     if choice == "skip":
         return "a rule skips it"
-    if module is head:
+    if isinstance(module, nn.Linear) and module.weight in embeddings:
         return "the output head stays in full precision"
     if is_experts:
         return why_not_experts(module)
@@ -230,12 +290,23 @@ def _compile_rules(rules: dict[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return compiled
 
 
-def _check_rules_used(compiled: list[tuple[re.Pattern[str], str]], names: list[str]) -> None:
-    for rule, _ in compiled:
-        if not any(rule.search(name) for name in names):
+def _check_rules_used(
+    decided: dict[str, list[str]], converted: list[str], skipped: dict[str, str]
+) -> None:
+    """A rule that changes nothing is a mistake that would go unnoticed."""
+    for rule, names in decided.items():
+        if names:
+            continue
+        found = [name for name in [*converted, *skipped] if re.search(rule, name)]
+        if not found:
             raise ConfigError(
-                f"rule {rule.pattern!r} matches no linear module; there are {_some(names)}"
+                f"rule {rule!r} matches no linear module; there are {_some([*converted, *skipped])}"
             )
+        reason = skipped.get(found[0], "")
+        raise ConfigError(
+            f"rule {rule!r} decides for no module: of {_some(found)} "
+            + (f"the first is left out ({reason})" if reason else "an earlier rule decides")
+        )
 
 
 def _some(names: list[str]) -> str:

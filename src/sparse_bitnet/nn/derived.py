@@ -9,17 +9,21 @@ so it happens when the weight has changed, not in every forward:
 - in an eager forward, if the weight's version counter says that it was edited in place;
 - when asked: :func:`refresh`.
 
-A compiled forward contains none of these checks, so it never breaks the graph and is never
-recompiled for a new pattern: the derived buffers are its inputs. Under FSDP2 the parameter is a
-``DTensor`` shard between forwards and its step only marks the buffers stale; the first forward
-after it finds the gathered weight and derives.
+A compiled forward contains none of these checks, so it never breaks the graph: the derived buffers
+are its inputs, and a new pattern recompiles nothing (the full-precision twin once, when it turns
+from dense to sparse).
 
-Edits through ``weight.data`` are invisible to PyTorch's version counter: call :func:`refresh` after
-them.
+Under FSDP2 parameters are ``DTensor`` shards when the optimizer steps. They are gathered once, one
+weight at a time and in float32, to derive; that is a collective operation, which every rank
+reaches in the same order. So a forward may gather them in bf16 without moving a mask or a scale.
+
+Edits through ``weight.data``, and of shards outside an optimizer, are invisible to the version
+counter that a forward sees: call :func:`sparse_bitnet.nn.refresh` after them.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -33,6 +37,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_bitnet.core import Method, Pattern
 
 _live: weakref.WeakSet[DerivedModule] = weakref.WeakSet()
+_serials = itertools.count()
+
+# What a derived state came from: whether from shards, then identity and version of each weight.
+# The identity sees a replaced parameter, whose version counter starts anew.
+_Origin = tuple[bool, tuple[tuple[int, int], ...]]
 
 
 class DerivedModule(nn.Module, ABC):
@@ -56,15 +65,19 @@ class DerivedModule(nn.Module, ABC):
     def _track(self, pattern: Pattern, method: Method) -> None:
         """Last line of a constructor but for ``refresh``: from here on steps are followed."""
         self.pattern, self.method = pattern, method
+        # Compiled code may guard on this, but not on N and M, which a staircase changes often.
+        self.is_dense = pattern.is_dense
         # The pattern to return to when a schedule goes from dense to sparse; None follows the
         # schedule's own pattern.
         self.own_pattern: Pattern | None = None
-        self._derived_from: tuple[int, ...] | None = None
+        self._derived_from: _Origin | None = None
         self.register_load_state_dict_post_hook(_refresh_after_load)
+        self._serial = next(_serials)
         _live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._serial = next(_serials)
         _live.add(self)  # copies are made without __init__
 
     def set_pattern(self, pattern: Pattern) -> None:
@@ -76,7 +89,7 @@ class DerivedModule(nn.Module, ABC):
         if pattern != self.pattern:
             for name, weight in self.master_parameters().items():
                 pattern.check_divides(weight.shape[-1], name)
-            self.pattern = pattern
+            self.pattern, self.is_dense = pattern, pattern.is_dense
             self.invalidate()
             self.refresh()
 
@@ -85,15 +98,30 @@ class DerivedModule(nn.Module, ABC):
         self._derived_from = None
 
     def refresh(self) -> None:
-        """Derive the buffers if the master weight has changed; nothing to do on shards or meta."""
-        weights = self.master_parameters().values()
-        if any(isinstance(weight, DTensor) or weight.is_meta for weight in weights):
+        """Derive the buffers if the master weight has changed; nothing to do on meta.
+
+        Where the master weight is sharded, every rank must call.
+        """
+        weights = list(self.master_parameters().values())
+        if any(weight.is_meta for weight in weights):
             return
-        versions = tuple(0 if weight.is_inference() else weight._version for weight in weights)
-        if versions != self._derived_from:
+        sharded = any(isinstance(weight, DTensor) for weight in weights)
+        if self._derived_from is not None and self._derived_from[0] and not sharded:
+            return  # what a forward sees are gathered copies of the shards derived from
+        origin = (sharded, tuple((id(weight), _version(weight)) for weight in weights))
+        if origin != self._derived_from:
             with torch.no_grad():
                 self.derive()
-            self._derived_from = versions
+            self._derived_from = origin
+
+    def _fill(self, name: str, value: Tensor) -> None:
+        """Write a derived buffer in place, or make it if there is none but on meta."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if buffer.is_meta and not value.is_meta:
+            self._buffers[name] = value.to(buffer.dtype)
+        else:
+            buffer.copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DerivedModule:
         super()._apply(fn, recurse)
@@ -102,7 +130,19 @@ class DerivedModule(nn.Module, ABC):
             if buffer is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.float()
         self.invalidate()
+        # Not on shards: `.to_empty()` has nothing to derive from, and gathering is collective.
+        if not any(isinstance(weight, DTensor) for weight in self.master_parameters().values()):
+            self.refresh()
         return self
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight as one plain tensor, gathered if it is sharded (every rank must call)."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _refresh_after_load(module: nn.Module, _keys: object) -> None:
@@ -111,15 +151,21 @@ def _refresh_after_load(module: nn.Module, _keys: object) -> None:
     module.refresh()
 
 
+# Kept out of a compiled `optimizer.step`: it is bookkeeping, not arithmetic.
+@torch._disable_dynamo
 def _refresh_after_step(
     optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
 ) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for module in list(_live):
-        if any(id(weight) in stepped for weight in module.master_parameters().values()):
-            # A gathered FSDP2 weight keeps its version counter, so mark first and derive if we can.
-            module.invalidate()
-            module.refresh()
+    changed = [
+        module
+        for module in list(_live)
+        if any(id(weight) in stepped for weight in module.master_parameters().values())
+    ]
+    # In one order on every rank: deriving from shards is a collective operation.
+    for module in sorted(changed, key=lambda module: module._serial):
+        module.invalidate()  # fused optimizers do not raise the version counter
+        module.refresh()
 
 
 register_optimizer_step_post_hook(_refresh_after_step)

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, method_mask, row_scale
+from sparse_bitnet.core import DENSE, Method, Pattern, row_scale
 from sparse_bitnet.kernels import ternarize
-from sparse_bitnet.nn.derived import DerivedModule
-from sparse_bitnet.nn.sparse_bit_linear import BitProduct, output_dtype
+from sparse_bitnet.nn.derived import DerivedModule, whole
+from sparse_bitnet.nn.sparse_bit_linear import BitProduct, kept_weights, output_dtype
 from sparse_bitnet.nn.sparse_linear import masked_weight
+
+# What transformers calls act_fn(gate) * up; a class with another gate brings its own function.
+PLAIN_GATE = "_default_apply_gate"
 
 
 def why_not_experts(module: nn.Module) -> str | None:
@@ -36,6 +39,13 @@ def why_not_experts(module: nn.Module) -> str | None:
         )
     if not callable(getattr(module, "act_fn", None)):
         return "it has no act_fn"
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is not None and gate.__name__ != PLAIN_GATE:
+        return "its gate is not act_fn(gate) * up"
+    if not getattr(module, "is_concatenated", True):
+        return "it interleaves the rows of gate and up"
+    if getattr(module, "has_post_expert_norm", False):
+        return "it normalizes each expert's output"
     return None
 
 
@@ -84,8 +94,9 @@ class _Experts(DerivedModule):
         self.num_experts: int = down.shape[0]
         self.hidden_dim: int = down.shape[1]
         self.intermediate_dim: int = down.shape[2]
+        self.method = method or Method()
         self._add_buffers()
-        self._track(pattern, method or Method())
+        self._track(pattern, self.method)
         self.train(experts.training)
         self.refresh()
 
@@ -106,7 +117,8 @@ class SparseBitExperts(_Experts):
     """Experts with ternary N:M weights and integer activations; γ per expert, gate, up and down.
 
     Parameters keep the names and shapes of transformers' experts. Derived from each:
-    ``<name>_ternary`` (int8, its shape) and ``<name>_scale`` (float32 ``[E, segments]``).
+    ``<name>_ternary`` (int8, its shape), ``<name>_scale`` (float32 ``[E, segments]``) and, if the
+    method masks gradients, ``<name>_kept`` (bool, its shape).
 
     Raises:
         PatternError: if M does not divide the hidden or the intermediate size.
@@ -129,12 +141,18 @@ class SparseBitExperts(_Experts):
             shape = (self.num_experts, max(1, len(self.segments_of(name))))
             scale = torch.empty(shape, device=weight.device)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
+            if self.method.gradient == "masked":
+                kept = torch.empty_like(weight, dtype=torch.bool)
+                self.register_buffer(f"{name}_kept", kept, persistent=False)
 
     def derive(self) -> None:
-        for name, weight in self.master_parameters().items():
-            ternary, scale = ternarize(weight, self.pattern, self.method, self.segments_of(name))
-            getattr(self, f"{name}_ternary").copy_(ternary)
-            getattr(self, f"{name}_scale").copy_(scale)
+        for name, parameter in self.master_parameters().items():
+            weight, fused = whole(parameter), self.segments_of(name)
+            ternary, scale = ternarize(weight, self.pattern, self.method, fused)
+            self._fill(f"{name}_ternary", ternary)
+            self._fill(f"{name}_scale", scale)
+            if self.method.gradient == "masked":
+                self._fill(f"{name}_kept", kept_weights(weight, self.pattern, self.method, fused))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -152,9 +170,7 @@ class SparseBitExperts(_Experts):
         weight = self.master_parameters()[name]
         ternary, scale = getattr(self, f"{name}_ternary"), getattr(self, f"{name}_scale")
         rows = row_scale(scale, self.segments_of(name), weight.shape[-2])
-        kept = None
-        if self.method.gradient == "masked":
-            kept = method_mask(weight, self.pattern, self.method, self.segments_of(name))
+        kept = getattr(self, f"{name}_kept", None)
         masters = weight.unbind(0)
 
         def product(index: int, x: Tensor) -> Tensor:
@@ -193,9 +209,7 @@ class SparseExperts(_Experts):
 
     def derive(self) -> None:
         for name, weight in self.master_parameters().items():
-            mask = method_mask(weight, self.pattern, self.method, self.segments_of(name))
-            buffer = getattr(self, f"{name}_mask")
-            buffer.fill_(True) if mask is None else buffer.copy_(mask)
+            self._fill(f"{name}_mask", kept_weights(whole(weight), self.pattern, self.method))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -204,7 +218,8 @@ class SparseExperts(_Experts):
         down = masked_weight(self, self.down_proj, self.down_proj_mask).unbind(0)
 
         def expert(index: int, x: Tensor) -> Tensor:
-            gate, up = F.linear(x, gate_up[index]).chunk(2, dim=-1)
-            return F.linear(self.act_fn(gate) * up, down[index])
+            gate, up = F.linear(x, gate_up[index].to(x.dtype)).chunk(2, dim=-1)
+            inner = self.act_fn(gate) * up
+            return F.linear(inner, down[index].to(inner.dtype))
 
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from sparse_bitnet.core import DENSE, Method, Pattern, method_mask, row_scale
+from sparse_bitnet.core import DENSE, Method, Pattern, check_segments, method_mask, row_scale
 from sparse_bitnet.kernels import quantize_activations, ternarize, ternary_matmul
-from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.derived import DerivedModule, whole
 
 
 class BitProduct(torch.autograd.Function):
@@ -21,7 +22,7 @@ class BitProduct(torch.autograd.Function):
 
     and dW is not masked: a weight that the mask removed keeps learning and can come back. The int8
     activations are what is kept for backward, half the memory of bf16. The master weight takes part
-    only to receive its gradient.
+    only to receive its gradient. There are no second derivatives: asking for them is an error.
 
     Source: section 3 of arXiv 2603.05168.
     """
@@ -45,23 +46,33 @@ class BitProduct(torch.autograd.Function):
         return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,) = grads
         x_q, x_scale, ternary, w_scale, kept = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        compute = dy.dtype
+        compute = dy.dtype  # the scales are float32, so half-precision dy is scaled in float32
         dx = dw = dbias = None
         if needs_x:
-            dx = (dy.float() * w_scale).to(compute) @ ternary.to(compute)
+            dx = (dy * w_scale).to(compute) @ ternary.to(compute)
             dx = dx.to(ctx.x_dtype)
         if needs_w:
-            scaled = (dy.float() * x_scale).to(compute).flatten(0, -2)
-            dw = (scaled.t() @ x_q.to(compute).flatten(0, -2)).to(ctx.w_dtype)
+            scaled = (dy * x_scale).to(compute).reshape(-1, dy.shape[-1])
+            dw = (scaled.t() @ x_q.to(compute).reshape(-1, x_q.shape[-1])).to(ctx.w_dtype)
             if kept is not None:
                 dw = dw * kept
         if needs_bias:
-            dbias = dy.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            at_least_float = torch.promote_types(compute, torch.float32)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
         return dx, dw, dbias, None, None, None, None, None
+
+
+def kept_weights(
+    weight: Tensor, pattern: Pattern, method: Method, segments: tuple[int, ...] = ()
+) -> Tensor:
+    """The mask in force, boolean of the weight's shape; all True if dense."""
+    mask = method_mask(weight, pattern, method, segments)
+    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -75,7 +86,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
 
     ``weight`` (and ``bias``) are ordinary parameters and all that a state dict holds. The buffers
     ``ternary`` (int8 ``[out, in]``) and ``scale`` (float32 ``[segments]``) are derived from the
-    master weight once per optimizer step; see :mod:`sparse_bitnet.nn.derived`.
+    master weight once per optimizer step; see :mod:`sparse_bitnet.nn.derived`. So is ``kept`` (bool
+    ``[out, in]``), there only if the method masks gradients.
 
     Args:
         linear: the layer to take over; its parameters are shared, not copied.
@@ -85,12 +97,14 @@ class SparseBitLinear(DerivedModule, nn.Linear):
 
     Raises:
         PatternError: if M does not divide ``in_features``.
+        WeightError: if the segments do not sum to ``out_features``.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
 
     ternary: Tensor
     scale: Tensor
+    kept: Tensor | None
 
     def __init__(
         self,
@@ -101,6 +115,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         pattern.check_divides(linear.in_features)
+        check_segments(segments, linear.out_features)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.segments = segments
@@ -109,7 +124,11 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         )
         scale = torch.empty(max(1, len(segments)), device=linear.weight.device)
         self.register_buffer("scale", scale, persistent=False)
-        self._track(pattern, method or Method())
+        method = method or Method()
+        masked = method.gradient == "masked"
+        kept = torch.empty_like(linear.weight, dtype=torch.bool) if masked else None
+        self.register_buffer("kept", kept, persistent=False)
+        self._track(pattern, method)
         self.train(linear.training)
         self.refresh()
 
@@ -120,23 +139,23 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         return self.segments
 
     def derive(self) -> None:
-        ternary, scale = ternarize(self.weight, self.pattern, self.method, self.segments)
-        self.ternary.copy_(ternary)
-        self.scale.copy_(scale)
+        weight = whole(self.weight)
+        ternary, scale = ternarize(weight, self.pattern, self.method, self.segments)
+        self._fill("ternary", ternary)
+        self._fill("scale", scale)
+        if self.kept is not None:
+            self._fill("kept", kept_weights(weight, self.pattern, self.method, self.segments))
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.refresh()
-        kept = None
-        if self.method.gradient == "masked":
-            kept = method_mask(self.weight, self.pattern, self.method, self.segments)
         return BitProduct.apply(
             x,
             self.weight,
             self.bias,
             self.ternary,
             row_scale(self.scale, self.segments, self.out_features),
-            kept,
+            self.kept,
             self.method.activation_bits,
             output_dtype(x),
         )

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, method_mask
-from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.core import DENSE, Method, Pattern
+from sparse_bitnet.nn.derived import DerivedModule, whole
+from sparse_bitnet.nn.sparse_bit_linear import kept_weights
 
 
 class MaskWithDenseGradient(torch.autograd.Function):
@@ -56,13 +57,14 @@ class SparseLinear(DerivedModule, nn.Linear):
         return ()
 
     def derive(self) -> None:
-        mask = method_mask(self.weight, self.pattern, self.method)
-        self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
+        self._fill("mask", kept_weights(whole(self.weight), self.pattern, self.method))
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.refresh()
-        return F.linear(x, masked_weight(self, self.weight, self.mask), self.bias)
+        # Master weights are float32 even where the rest of the model is not.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, masked_weight(self, self.weight, self.mask).to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"
@@ -70,7 +72,7 @@ class SparseLinear(DerivedModule, nn.Linear):
 
 def masked_weight(module: DerivedModule, weight: Tensor, mask: Tensor) -> Tensor:
     """The weight a masked module computes with, carrying the gradient its method asks for."""
-    if module.pattern.is_dense:
+    if module.is_dense:
         return weight
     if module.method.gradient == "masked":
         return weight * mask

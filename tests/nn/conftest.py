@@ -1,0 +1,98 @@
+"""Tiny models, a count of derivations, and PyTorch kept to the two cores that the tests have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "mistral": {"sliding_window": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PreTrainedModel]:
+    """``tiny("qwen2", **config)``: the same random model every time."""
+
+    def make(architecture: str = "qwen2", **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        sizes = SIZES | OWN_SIZES.get(architecture, {}) | changes
+        config = AutoConfig.for_model(architecture, **sizes)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (2, 12))
+
+
+@pytest.fixture
+def derives(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that derived, in order, since the test began (or cleared the list)."""
+    seen: list[nn.Module] = []
+    for kind in (SparseBitLinear, SparseLinear, SparseBitExperts, SparseExperts):
+
+        def counted(self: Any, _original: Callable[[Any], None] = kind.derive) -> None:
+            seen.append(self)
+            _original(self)
+
+        monkeypatch.setattr(kind, "derive", counted)
+    return seen
+
+
+@pytest.fixture
+def logits() -> Callable[[nn.Module, Tensor], Tensor]:
+    def compute(model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model.eval()(input_ids=tokens).logits
+        return result
+
+    return compute
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """One thread: sums in one order, so runs can be compared bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

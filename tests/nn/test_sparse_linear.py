@@ -1,0 +1,82 @@
+"""The full-precision twin: masked forward, dense gradient, nothing else."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_bitnet.core import Method, Pattern, PatternError, nm_mask
+from sparse_bitnet.nn import SparseLinear
+
+
+def twin(pattern: str = "6:8", method: Method | None = None) -> tuple[nn.Linear, SparseLinear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 6)
+    return linear, SparseLinear(linear, Pattern.parse(pattern), method)
+
+
+@pytest.mark.parametrize("pattern", ["dense", "8:8"])
+def test_dense_is_the_linear_layer(pattern: str) -> None:
+    linear, module = twin(pattern)
+    x = torch.randn(3, 16)
+    assert torch.equal(module(x), linear(x))
+    assert module.mask.all()
+
+
+def test_masks_forward() -> None:
+    linear, module = twin()
+    mask = nm_mask(linear.weight, Pattern(6, 8))
+    x = torch.randn(2, 3, 16)
+    expected = nn.functional.linear(x, linear.weight * mask, linear.bias)
+    assert torch.equal(module(x), expected)
+    assert torch.equal(module.mask, mask)
+
+
+@pytest.mark.parametrize("gradient", ["dense", "masked"])
+def test_gradients_equal_the_formulas(gradient: str) -> None:
+    linear, module = twin(method=Method(gradient=gradient))  # type: ignore[arg-type]
+    module.double()
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(5, 6, dtype=torch.float64)
+    assert module.bias is not None
+    dx, dw, db = torch.autograd.grad(module(x), (x, module.weight, module.bias), dy)
+    mask = nm_mask(linear.weight, Pattern(6, 8))
+    torch.testing.assert_close(dx, dy @ (linear.weight * mask), rtol=1e-12, atol=1e-12)
+    full = dy.t() @ x
+    expected = full * mask if gradient == "masked" else full
+    torch.testing.assert_close(dw, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(db, dy.sum(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", ["6:8", "dense"])
+def test_half_precision_inputs_meet_float32_master_weights(pattern: str) -> None:
+    _, module = twin(pattern)
+    x = torch.randn(3, 16)
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = module(x.to(dtype).requires_grad_())
+            assert y.dtype == torch.bfloat16
+            y.sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad.dtype == torch.float32
+
+
+def test_mask_follows_the_optimizer() -> None:
+    _, module = twin("1:2")
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    before = module.mask.clone()
+    module(torch.randn(64, 16)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(module.mask, nm_mask(module.weight, Pattern(1, 2)))
+    assert not torch.equal(module.mask, before)
+
+
+def test_refuses_a_row_that_m_does_not_divide() -> None:
+    with pytest.raises(PatternError, match="in_features 12"):
+        SparseLinear(nn.Linear(12, 4), Pattern(6, 8))
+
+
+def test_state_dict_is_that_of_a_linear_layer() -> None:
+    _, module = twin()
+    assert list(module.state_dict()) == ["weight", "bias"]
+    assert "pattern=6:8" in repr(module)
