@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ class Recipes:
 
     def __call__(self, name: str = "run", **sections: dict[str, Any]) -> TrainConfig:
         return config_from_dict(self.values(name, **sections), "test")
+
+
+@pytest.fixture(scope="session")
+def recipes_in(tokens: Path) -> Callable[[Path], Recipes]:
+    """For fixtures that outlive a test: recipes whose runs lie in a given directory."""
+    return lambda directory: Recipes(tokens, directory)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Checkpoints:
         main = self.ranks.is_main
         with atomic_directory(target) if main else contextlib.nullcontext() as own:
             temporary = Path(self.ranks.from_main(str(own)))
-            with _no_warning_about_one_process():
+            with _dcp(f"checkpoint {target} cannot be written"):
                 dcp.save(
                     _tensors(model, optimizer),
                     storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
@@ -108,16 +108,14 @@ class Checkpoints:
         if damage:
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {self._way_out(step)}")
         try:
-            with _no_warning_about_one_process():
+            with _dcp(f"checkpoint {path} does not fit this model"):
                 dcp.load(
                     _tensors(model, optimizer),
                     storage_reader=HuggingFaceStorageReader(str(path)),
                     no_dist=not self.ranks.is_distributed,
                 )
-        except Exception as error:  # DCP raises whatever its planner, reader or peers raised
-            raise CheckpointError(
-                f"checkpoint {path} does not fit this model: {error}; {self._way_out(step)}"
-            ) from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._way_out(step)}") from error
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].fill_(step)
@@ -232,11 +230,16 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 @contextlib.contextmanager
-def _no_warning_about_one_process() -> Iterator[None]:
-    """DCP warns that it "assumes" a single process, also when told so."""
+def _dcp(trouble: str) -> Iterator[None]:
+    """Make what DCP raises one of our errors: it wraps all, of every rank, in a BaseException."""
     with warnings.catch_warnings():
+        # It warns that it "assumes" a single process, also when told so.
         warnings.filterwarnings("ignore", message=".*single process")
-        yield
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            _, (cause, _) = next(iter(error.failures.items()))
+            raise CheckpointError(f"{trouble}: {cause}") from error
 
 
 def _fingerprint(path: Path) -> list[int]:

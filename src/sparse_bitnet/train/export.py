@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sparse_bitnet.core import CheckpointError, ConfigError, Method, PatternError
+from sparse_bitnet.core import CheckpointError, Method
 from sparse_bitnet.files import atomic_directory, write_text
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import SparsityConfig
@@ -107,7 +107,7 @@ def read_trained(directory: str | Path) -> Trained:
             f"{directory} is not a trained model: it has no {SIDE_FILE}; give the model/ directory "
             "of a run"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, ConfigError, PatternError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or foreign: {error}") from error
 
 

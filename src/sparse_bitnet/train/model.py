@@ -65,7 +65,10 @@ def build_model(
             settings.bos_token_id = tokenizer.bos_token_id
             settings.pad_token_id = tokenizer.pad_token_id
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers is renaming it; both spellings stand until version 6.
+        older = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})
     return model.train()
 
 

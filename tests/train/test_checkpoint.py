@@ -1,0 +1,223 @@
+"""Checkpoints: complete or absent, checked when read, nothing unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparse_bitnet.core import CheckpointError
+from sparse_bitnet.train import checkpoint as module
+from sparse_bitnet.train.checkpoint import MANIFEST, Checkpoints
+from sparse_bitnet.train.config import OptimizerConfig
+from sparse_bitnet.train.model import convert_model
+from sparse_bitnet.train.optim import build_optimizer
+from sparse_bitnet.train.parallel import Ranks
+from sparse_bitnet.train.presets import preset_config
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+IDS = torch.arange(16).view(2, 8)
+
+
+class Setup:
+    """A model that has learned a little, and its checkpoints."""
+
+    def __init__(self, directory: Path, config: Any, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_config(preset_config("tiny", 32))
+        convert_model(self.model, config.sparsity)
+        self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.files = Checkpoints(directory, 2, config, {"tokens": [1]}, ALONE)
+
+    def learn(self) -> None:
+        self.model(IDS, labels=IDS).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, step: int) -> Path:
+        return self.files.save(step, self.model, self.optimizer)
+
+    def load(self, step: int) -> None:
+        self.files.load(step, self.model, self.optimizer)
+
+
+@pytest.fixture
+def setup(tmp_path: Path, recipe: Any) -> Setup:
+    return Setup(tmp_path / "checkpoints", recipe())
+
+
+def weights_file(path: Path) -> Path:
+    return next(path.glob("*.safetensors"))
+
+
+def test_round_trip_restores_every_bit(setup: Setup, tmp_path: Path, recipe: Any) -> None:
+    for _ in range(3):
+        setup.learn()
+    setup.save(3)
+    other = Setup(tmp_path / "checkpoints", recipe(), seed=1)
+    other.load(3)
+    assert other.files.latest() == 3
+    for _ in range(2):
+        setup.learn()
+        other.learn()
+    for p, q in zip(setup.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(setup.optimizer.state[p][name], other.optimizer.state[q][name])
+
+
+def test_only_safetensors_and_json_are_written(setup: Setup) -> None:
+    path = setup.save(1)
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_nothing_is_unpickled(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = setup.save(1)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a checkpoint was unpickled")
+
+    # What DCP's own reader would open first; here it is a stranger's file of no interest.
+    (path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    setup.load(1)
+
+
+def test_the_last_ones_stay(setup: Setup) -> None:
+    assert setup.files.latest() is None
+    for step in (5, 10, 15, 20):
+        setup.save(step)
+    assert setup.files.steps() == [20, 15]
+    assert sorted(p.name for p in setup.files.directory.iterdir()) == [
+        "step-00000015",
+        "step-00000020",
+    ]
+
+
+def test_saving_a_step_again_replaces_it(setup: Setup) -> None:
+    setup.save(5)
+    setup.learn()
+    path = setup.save(5)
+    setup.load(5)
+    assert setup.files.steps() == [5]
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
+
+
+def test_unfinished_ones_are_not_found_and_cleaned(setup: Setup) -> None:
+    good = setup.save(5)
+    partial = good.with_name("step-00000010.123.partial")
+    shutil.copytree(good, partial)
+    without_manifest = good.with_name("step-00000015")
+    shutil.copytree(good, without_manifest)
+    (without_manifest / MANIFEST).unlink()
+    (good.parent / "notes").touch()
+    assert setup.files.latest() == 5
+    setup.files.clean()
+    assert not partial.exists()
+
+
+def test_a_crash_while_writing_leaves_the_old_ones(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.save(5)
+    setup.save(10)
+
+    def crash(*_args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "write_text", crash)
+    with pytest.raises(OSError, match="no space"):
+        setup.save(15)
+    assert setup.files.steps() == [10, 5]
+    assert len(list(setup.files.directory.iterdir())) == 2
+
+
+def test_a_full_disk_is_an_error_of_ours(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(CheckpointError, match=r"step-00000005 cannot be written: no space left"):
+        setup.save(5)
+    assert list(setup.files.directory.iterdir()) == []
+
+
+def damage_truncate(path: Path) -> None:
+    file = weights_file(path)
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def damage_flip(path: Path) -> None:
+    data = bytearray(weights_file(path).read_bytes())
+    data[-5] ^= 1
+    weights_file(path).write_bytes(data)
+
+
+def damage_remove(path: Path) -> None:
+    weights_file(path).unlink()
+
+
+def damage_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text("{")
+
+
+def damage_step(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"step": 1}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_truncate, r"is damaged: shard-.* has \d+ bytes and checksum \d+, expected \d+"),
+        (damage_flip, r"is damaged: shard-.* checksum"),
+        (damage_remove, r"is damaged: shard-.* is missing"),
+        (damage_manifest, r"checkpoint\.json is not that of a checkpoint of step 10"),
+        (damage_step, r"checkpoint\.json is not that of a checkpoint of step 10"),
+    ],
+)
+def test_damage_is_named_and_the_way_out(setup: Setup, damage: Any, reason: str) -> None:
+    good, bad = setup.save(5), setup.save(10)
+    damage(bad)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        setup.load(10)
+    assert f"checkpoint {good} is whole: remove the other one" in str(caught.value)
+    damage_flip(good)
+    with pytest.raises(CheckpointError, match="there is no other whole checkpoint"):
+        setup.load(10)
+
+
+def test_other_runs_are_refused(setup: Setup, tmp_path: Path, recipe: Any) -> None:
+    setup.save(5)
+    other = Setup(tmp_path / "checkpoints", recipe(optimizer={"learning_rate": 1.0}))
+    with pytest.raises(
+        CheckpointError,
+        match=r"belongs to another run: optimizer\.learning_rate is 0\.003 there and 1\.0 here",
+    ):
+        other.load(5)
+    same = Setup(tmp_path / "checkpoints", recipe(run={"log_every": 7}))
+    same.load(5)
+    moved = Checkpoints(same.files.directory, 2, same.files.config, {"tokens": [2]}, ALONE)
+    with pytest.raises(CheckpointError, match="the data has changed"):
+        moved.load(5, same.model, same.optimizer)
+
+
+def test_foreign_configurations_and_models(setup: Setup) -> None:
+    path = setup.save(5)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"config": {"speed": "high"}}))
+    with pytest.raises(CheckpointError, match=r"is foreign: .*speed is unknown"):
+        setup.load(5)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    wider = AutoModelForCausalLM.from_config(preset_config("demo", 32))
+    optimizer = build_optimizer(wider, OptimizerConfig())
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        setup.files.load(5, wider, optimizer)

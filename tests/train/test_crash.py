@@ -1,0 +1,101 @@
+"""Killed without warning, or asked to leave: the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparse_bitnet.train import train
+from sparse_bitnet.train.recipe import config_from_dict
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Runner:
+    """Starts a worker, waits for a line of its, sends it a signal."""
+
+    def __init__(self, recipe: Any, tmp_path: Path) -> None:
+        self.values = recipe.values("killed", run={"checkpoint_every": 4})
+        self.path = tmp_path / "killed.yaml"
+        self.path.write_text(yaml.safe_dump(self.values))
+        self.directory = Path(self.values["run"]["directory"])
+
+    def signalled(self, number: int, line: str, *mode: str) -> subprocess.CompletedProcess[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), str(self.path), *mode],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            assert process.stdout is not None
+            for printed in process.stdout:
+                if printed.startswith(line):
+                    process.send_signal(number)
+                    break
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def resume(self) -> list[dict[str, Any]]:
+        return rows(train(config_from_dict(self.values, "test")).directory)
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """The history without the times."""
+    volatile = {"tokens_per_second", "seconds"}
+    text = (directory / "metrics.jsonl").read_text()
+    parsed = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if k not in volatile} for row in parsed]
+
+
+@pytest.fixture
+def runner(recipe: Any, tmp_path: Path) -> Runner:
+    return Runner(recipe, tmp_path)
+
+
+@pytest.fixture
+def uninterrupted(recipe: Any) -> list[dict[str, Any]]:
+    return rows(train(recipe("whole")).directory)
+
+
+def test_kill_9_in_training(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
+    ended = runner.signalled(signal.SIGKILL, "after step 7", "step", "7")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(rows(runner.directory)) == 7
+    assert runner.resume() == uninterrupted
+
+
+def test_kill_9_while_a_checkpoint_is_written(
+    runner: Runner, uninterrupted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = runner.signalled(signal.SIGKILL, "writing", "write", "8")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    found = sorted(path.name for path in (runner.directory / "checkpoints").iterdir())
+    assert found[0] == "step-00000004"
+    assert found[1].startswith("step-00000008.")
+    assert found[1].endswith(".partial")
+    assert runner.resume() == uninterrupted
+    shown = capsys.readouterr().err
+    assert "removing the unfinished checkpoint step-00000008." in shown
+    assert "step-00000004" in shown
+
+
+def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
+    ended = runner.signalled(signal.SIGTERM, "after step 3", "slow")
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert "SIGTERM: finishing this step, then saving; again to abort" in ended.stderr
+    assert "stopped by SIGTERM after step " in ended.stderr
+    assert "The same command goes on from there" in ended.stderr
+    assert 3 <= len(rows(runner.directory)) < 12
+    assert runner.resume() == uninterrupted

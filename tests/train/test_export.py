@@ -1,0 +1,136 @@
+"""A trained model as a directory, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+from sparse_bitnet.core import CheckpointError, Method
+from sparse_bitnet.data.tokenizer import train_bpe
+from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights
+from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.export import SIDE_FILE, load_trained, read_trained, save_trained
+from sparse_bitnet.train.model import convert_model
+from sparse_bitnet.train.presets import preset_config
+
+TOKENS = torch.arange(20).view(2, 10)
+
+
+def trained(sparsity: SparsityConfig, shape: object = None) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_config(shape or preset_config("tiny", 32)).eval()
+    convert_model(model, sparsity)
+    return model
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        SparsityConfig(pattern="6:8"),
+        SparsityConfig(pattern="2:4", kind="bf16"),
+        SparsityConfig(
+            pattern="4:8",
+            method=Method(activation_bits=4, order="mask-then-quant"),
+            rules={"q_proj": "skip", "down_proj": "2:4"},
+            until={0.5: "dense"},
+        ),
+    ],
+    ids=["published", "twin", "ablation"],
+)
+def test_round_trip(tmp_path: Path, sparsity: SparsityConfig) -> None:
+    model = trained(sparsity)
+    assert save_trained(model, None, tmp_path / "out", sparsity, {"steps": 3}) == tmp_path / "out"
+    again, tokenizer = load_trained(tmp_path / "out")
+    assert tokenizer is None
+    assert not again.training
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    for ours, theirs in zip(master_weights(again), master_weights(model), strict=True):
+        assert ours.name == theirs.name
+        assert ours.pattern == theirs.pattern
+        assert ours.module.method == theirs.module.method
+        assert isinstance(ours.module, SparseLinear if sparsity.kind == "bf16" else SparseBitLinear)
+    assert read_trained(tmp_path / "out").run == {"steps": 3}
+
+
+def test_others_read_it_as_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    model = trained(SparsityConfig())
+    save_trained(model, None, tmp_path / "out", SparsityConfig())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert plain.dtype == torch.float32
+    convert(plain, "6:8")
+    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_experts_round_trip(tmp_path: Path) -> None:
+    shape = Qwen2MoeConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+    model = trained(SparsityConfig(), shape)
+    save_trained(model, None, tmp_path / "out", SparsityConfig())
+    again, _ = load_trained(tmp_path / "out")
+    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_tokenizer_travels(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["some text to learn from, some more text"], 300)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", len(tokenizer)))
+    convert(model, "6:8")
+    save_trained(model, tokenizer, tmp_path / "out", SparsityConfig())
+    _, again = load_trained(tmp_path / "out")
+    assert again is not None
+    assert again.encode("more text") == tokenizer.encode("more text")
+
+
+def test_replaces_what_was_there(tmp_path: Path) -> None:
+    model = trained(SparsityConfig())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").touch()
+    save_trained(model, None, tmp_path / "out", SparsityConfig())
+    assert not (tmp_path / "out" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a trained model: it has no sparse_bitnet"):
+        load_trained(tmp_path)
+    side = tmp_path / SIDE_FILE
+    good = {"format": 1, "pattern": "6:8", "kind": "bitnet", "method": {}, "rules": {}, "run": {}}
+    for change in (
+        {"format": 2},
+        {"pattern": "8:6"},
+        {"kind": "int4"},
+        {"method": {"order": "none"}},
+        {"method": {"speed": 1}},
+        {"rules": {"a": "b"}},
+        {"rules": None},
+    ):
+        side.write_text(json.dumps(good | change))
+        with pytest.raises(CheckpointError, match=r"damaged or foreign|reads format 1"):
+            load_trained(tmp_path)
+    for text in ("{", "[]", "null", json.dumps({"format": 1})):
+        side.write_text(text)
+        with pytest.raises(CheckpointError, match="damaged or foreign"):
+            read_trained(tmp_path)
+    side.write_text(json.dumps(good))
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be loaded"):
+        load_trained(tmp_path)
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_trained(tmp_path / "out")

@@ -1,0 +1,290 @@
+"""Whole runs in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_bitnet.core import ConfigError, DataError, TrainingError
+from sparse_bitnet.nn import master_weights
+from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
+from sparse_bitnet.train.command import train_command
+from sparse_bitnet.train.presets import preset_config
+from sparse_bitnet.train.recipe import load_recipe
+
+
+def rows(result_or_directory: Any) -> list[dict[str, Any]]:
+    directory = getattr(result_or_directory, "directory", result_or_directory)
+    text = (Path(directory) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(result: Any) -> list[float]:
+    return [row["loss"] for row in rows(result) if "loss" in row]
+
+
+def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
+    def on_step(done: int, _model: object) -> None:
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
+def test_a_run_from_start_to_model(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(schedule={"steps": 40}, run={"log_every": 10, "layers_every": 2})
+    result = train(config)
+    assert result.steps == 40
+    assert result.tokens == 40 * 8 * 32
+    assert result.linear_weights == 73_728
+    assert result.loss < 3.0 < losses(result)[0] < math.log(64) + 0.2
+    assert result.perplexity == pytest.approx(math.exp(result.validation_loss))
+    assert [row["step"] for row in rows(result)] == [10, 20, 30, 40, 40]
+    row = rows(result)[1]
+    assert row["pattern"] == "6:8"
+    assert 0 < row["flip_rate"] < 0.2
+    assert 0.2 < row["zeros"] < 0.5
+    assert row["tokens_per_second"] > 0
+    assert len(row["layers"]) == 14
+    assert "layers" not in rows(result)[0]
+    assert load_recipe(result.directory / "config.yaml") == config
+    # What was exported computes what was trained.
+    model, tokenizer = load_trained(result.model_directory)
+    assert tokenizer is None
+    tokens = torch.arange(32).view(1, 32)
+    assert torch.equal(model(tokens).logits, result.model(tokens).logits)
+    shown = capsys.readouterr().err
+    assert "14 modules with 73,728 weights converted to bitnet 6:8" in shown
+
+
+def test_a_finished_run_is_reused(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = train(recipe())
+    before = (first.directory / "metrics.jsonl").stat().st_mtime_ns
+    second = train(recipe())
+    assert second.reused
+    assert second.model is None
+    for name in ("loss", "validation_loss", "steps", "seconds", "model_directory", "checkpoint"):
+        assert getattr(second, name) == getattr(first, name)
+    assert (first.directory / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "is finished: 12 steps; reusing it" in capsys.readouterr().err
+
+
+def test_another_configuration_is_refused(recipe: Any) -> None:
+    train(recipe())
+    with pytest.raises(ConfigError) as caught:
+        train(recipe(optimizer={"learning_rate": 1e-4}, sparsity={"pattern": "4:8"}))
+    assert "holds another run: sparsity.pattern is '6:8' there and '4:8' here; " in str(
+        caught.value
+    )
+    assert "optimizer.learning_rate is 0.003 there and 0.0001 here" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_uninterrupted(recipe: Any, number: signal.Signals) -> None:
+    whole = train(recipe("whole"))
+    config = recipe("stopped")
+    with pytest.raises(TrainingInterruptedError) as caught:
+        train(config, stop_at(5, number))
+    assert caught.value.exit_code == 128 + number
+    message = str(caught.value)
+    assert message.startswith(f"stopped by {number.name} after step 5 of 12; saved ")
+    assert message.endswith("step-00000005. The same command goes on from there")
+    assert [row["step"] for row in rows(config.run.directory)] == [1, 2, 3, 4, 5]
+    resumed = train(config)
+    assert losses(resumed) == losses(whole)
+    assert resumed.validation_loss == whole.validation_loss
+    volatile = {"tokens_per_second", "seconds"}
+    for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
+        assert {k: v for k, v in ours.items() if k not in volatile} == {
+            k: v for k, v in theirs.items() if k not in volatile
+        }
+    pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_resume_repeats_dropout_and_schedule(recipe: Any, tmp_path: Path) -> None:
+    shape = preset_config("tiny", 64)
+    shape.attention_dropout = 0.2
+    shape.save_pretrained(tmp_path)
+    sections: dict[str, Any] = {
+        "model": {"source": str(tmp_path / "config.json")},
+        "sparsity": {"pattern": "4:8", "until": {0.25: "dense", 0.7: "6:8"}},
+    }
+    whole = train(recipe("whole", **sections))
+    config = recipe("stopped", **sections)
+    with pytest.raises(TrainingInterruptedError):
+        train(config, stop_at(5))
+    assert losses(train(config)) == losses(whole)
+    assert [row["pattern"] for row in rows(whole)[:12]] == ["dense"] * 3 + ["6:8"] * 6 + ["4:8"] * 3
+    flips = [row["flip_rate"] for row in rows(whole)[:12]]
+    assert flips[:3] == [None] * 3
+    assert all(rate > 0 for rate in flips[3:])
+
+
+def test_checkpoints_come_at_their_steps_and_the_last_stay(recipe: Any) -> None:
+    result = train(recipe(run={"checkpoint_every": 5, "keep": 2}))
+    found = sorted(path.name for path in (result.directory / "checkpoints").iterdir())
+    assert found == ["step-00000010", "step-00000012"]
+    assert result.checkpoint.name == "step-00000012"
+
+
+def test_a_crash_before_the_export_is_made_good(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(run={"checkpoint_every": 100})
+
+    def crash(*_args: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_bitnet.train.loop.save_trained", crash)
+        with pytest.raises(OSError, match="no space"):
+            train(config)
+    result = train(config)  # nothing left to train: it reads the last step, and exports
+    assert not result.reused
+    assert result.loss == losses(result)[-1]
+    assert len(losses(result)) == 12
+    assert result.model_directory.is_dir()
+
+
+def test_accumulation_is_the_same_training(recipe: Any) -> None:
+    # A sum in another order differs in its last bits; a few steps later a ternary weight rounds
+    # the other way and the losses part, so only the first ones can be compared.
+    whole = train(recipe("whole", schedule={"steps": 3}))
+    parts = train(recipe("parts", schedule={"steps": 3}, data={"micro_batch_size": 2}))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert parts.validation_loss == pytest.approx(whole.validation_loss, abs=1e-3)
+
+
+def test_seeds_are_other_runs(recipe: Any) -> None:
+    one = train(recipe("one", schedule={"steps": 2}))
+    same = train(recipe("same", schedule={"steps": 2}))
+    other = train(recipe("other", schedule={"steps": 2}, run={"seed": 1}))
+    assert losses(one) == losses(same)
+    assert losses(one) != losses(other)
+
+
+def test_the_twin_learns_better_at_first(recipe: Any) -> None:
+    ternary = train(recipe("ternary", schedule={"steps": 40}))
+    sections: dict[str, Any] = {"schedule": {"steps": 40}, "sparsity": {"kind": "bf16"}}
+    twin = train(recipe("twin", **sections))
+    assert twin.loss < ternary.loss
+    assert rows(twin)[-2]["weight_decay"] == 0.1
+    assert rows(ternary)[-2]["weight_decay"] == 0.0
+
+
+def test_bf16_autocast(recipe: Any) -> None:
+    exact = train(recipe("fp32", schedule={"steps": 4}))
+    rounded = train(recipe("bf16", schedule={"steps": 4}, run={"precision": "bf16"}))
+    assert losses(rounded) != losses(exact)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=0.01)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+def test_dense_checkpoint_to_sparse(recipe: Any, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    dense.save_pretrained(tmp_path / "dense")
+    config = recipe(
+        model={"source": str(tmp_path / "dense")},
+        sparsity={"pattern": "2:4", "rules": {r"layers\.0\..*q_proj": "skip"}},
+        schedule={"steps": 1, "warmup": 0},
+        optimizer={"learning_rate": 1e-8, "weight_decay": 0.0},
+    )
+    result = train(config)
+    weights = {weight.name: weight for weight in master_weights(result.model)}
+    assert len(weights) == 13
+    for name, p in dense.named_parameters():
+        torch.testing.assert_close(result.model.get_parameter(name), p, atol=1e-6, rtol=0)
+    assert all(str(weight.pattern) == "2:4" for weight in weights.values())
+
+
+def test_losses_that_are_not_finite_stop_the_run(recipe: Any) -> None:
+    config = recipe(run={"log_every": 100, "checkpoint_every": 4, "export": False})
+
+    def poison(done: int, model: torch.nn.Module) -> None:
+        if done == 6:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(math.nan)
+
+    with pytest.raises(TrainingError) as caught:
+        train(config, poison)
+    good = Path(config.run.directory) / "checkpoints" / "step-00000004"
+    assert str(caught.value) == (
+        f"loss or gradient is not finite at step 7; the last good checkpoint is {good}. Try a "
+        "lower optimizer.learning_rate or a longer schedule.warmup"
+    )
+    assert [path.name for path in good.parent.iterdir()] == ["step-00000004"]
+    # From that checkpoint the run goes on as if nothing had happened.
+    assert train(config).loss == train(recipe("clean", run={"log_every": 100})).loss
+
+
+def test_not_finite_without_a_checkpoint(recipe: Any) -> None:
+    def poison(_done: int, model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            model.model.norm.weight.fill_(math.inf)
+
+    with pytest.raises(TrainingError, match=r"not finite at step 2; there is no checkpoint yet"):
+        train(recipe(), poison)
+
+
+def test_validation_happens_when_asked(recipe: Any, tokens: Path) -> None:
+    result = train(recipe(run={"validate_every": 5, "log_every": 100}))
+    validations = [row["step"] for row in rows(result) if "validation_loss" in row]
+    assert validations == [5, 10, 12]
+    without = train(recipe("without", run={"validation_sequences": 0}))
+    assert without.validation_loss is None
+    assert without.perplexity is None
+
+
+def test_data_errors(recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such directory"):
+        train(recipe("missing", data={"path": str(tmp_path / "nowhere")}))
+    with pytest.raises(ConfigError, match="has 16 embedding rows, but the data's tokenizer needs"):
+        train(recipe("small", model={"vocab_size": 16}))
+
+
+def test_mixture(recipe: Any, tokens: Path) -> None:
+    values = recipe.values("mixture", schedule={"steps": 2})
+    values["data"] |= {"path": "", "mixture": {str(tokens): 2.0}}
+    from sparse_bitnet.train.recipe import config_from_dict
+
+    one = train(config_from_dict(values, "test"))
+    assert losses(one) == losses(train(recipe("single", schedule={"steps": 2})))
+
+
+def test_tensorboard_events(recipe: Any) -> None:
+    pytest.importorskip("tensorboard")
+    result = train(recipe(run={"tensorboard": True}, schedule={"steps": 2}))
+    assert list((result.directory / "tensorboard").glob("events.*"))
+
+
+def test_cuda_without_cuda(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"run\.device is cuda, but PyTorch finds no CUDA"):
+        train(recipe(run={"device": "cuda"}))
+
+
+def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.values()))
+    train_command([str(path), "--schedule.steps", "2"])
+    printed = capsys.readouterr().out
+    assert "steps       2 (512 tokens)" in printed
+    assert "perplexity" in printed
+    assert f"model       {tmp_path / 'run' / 'model'}" in printed
+    train_command(["--help"])
+    assert "--schedule.steps INT" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="the recipe comes first"):
+        train_command([])
+    with pytest.raises(ConfigError, match=r"schedule\.step is unknown"):
+        train_command([str(path), "--schedule.step", "2"])

@@ -1,0 +1,147 @@
+"""The chunked loss against PyTorch's over full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+
+from sparse_bitnet.train import loss as loss_module
+from sparse_bitnet.train.loss import CausalLoss, chunked_cross_entropy
+from sparse_bitnet.train.presets import preset_config
+
+
+def full(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ head.T).flatten(0, -2), labels.flatten())
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    tokens=st.integers(1, 9),
+    features=st.integers(1, 5),
+    vocabulary=st.integers(1, 11),
+    chunk=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+)
+def test_value_and_gradients_in_float64(
+    tokens: int, features: int, vocabulary: int, chunk: int, seed: int, scale: float
+) -> None:
+    torch.manual_seed(seed)
+    hidden = (torch.randn(1, tokens, features, dtype=torch.float64) * scale).requires_grad_()
+    head = torch.randn(vocabulary, features, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(vocabulary, (1, tokens))
+    loss = chunked_cross_entropy(hidden, head, labels, chunk)
+    got = torch.autograd.grad(3.0 * loss, (hidden, head))
+    reference = full(hidden, head, labels)
+    expected = torch.autograd.grad(3.0 * reference, (hidden, head))
+    torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    hidden, head = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3])
+    chunked_cross_entropy(hidden, head, labels).backward()
+    assert head.grad is not None
+    hidden.requires_grad_()
+    head.requires_grad_(False)
+    chunked_cross_entropy(hidden, head, labels).backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        assert not chunked_cross_entropy(hidden, head, labels).requires_grad
+
+
+def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 32, requires_grad=True)
+    head = torch.randn(100, 32, requires_grad=True)
+    labels = torch.randint(100, (64,))
+    exact = full(hidden, head, labels)
+    expected = torch.autograd.grad(exact, (hidden, head))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, head, labels, 10)
+    assert loss.dtype == torch.float32
+    assert loss.item() != exact.item()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, head)), expected, strict=True):
+        assert ours.dtype == torch.float32
+        # bf16 keeps eight bits: two roundings of a factor and one of the product.
+        assert (ours - theirs).norm() / theirs.norm() < 2e-2
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_full_logits_are_never_there() -> None:
+    tokens, vocabulary, chunk = 256, 1000, 8
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    head = torch.randn(vocabulary, 4, requires_grad=True)
+    labels = torch.randint(vocabulary, (tokens,))
+    with _Largest() as largest:
+        chunked_cross_entropy(hidden, head, labels, chunk).backward()
+    assert largest.elements == chunk * vocabulary
+
+
+def test_default_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 2**19)
+    hidden = torch.randn(10, 2, requires_grad=True)
+    head = torch.randn(151_936, 2)
+    with _Largest() as largest:
+        chunked_cross_entropy(hidden, head, torch.zeros(10, dtype=torch.int64)).backward()
+    assert largest.elements == 3 * 151_936
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
+    shape: Qwen2Config = preset_config("tiny", 50)
+    shape.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(shape)
+    loss_of = CausalLoss(model)
+    assert loss_of.chunked
+    tokens = torch.randint(50, (3, 17))
+    loss = loss_of(tokens)
+    loss.backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = model(tokens, labels=tokens).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_architectures_that_change_their_logits_keep_their_own() -> None:
+    shape = Gemma2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    loss_of = CausalLoss(model)
+    assert not loss_of.chunked
+    assert model.training, "asking does not change the mode"
+    tokens = torch.randint(50, (2, 9))
+    torch.testing.assert_close(loss_of(tokens), model(tokens, labels=tokens).loss)

@@ -1,0 +1,96 @@
+"""Where a run's model comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.train.config import ModelConfig, SparsityConfig
+from sparse_bitnet.train.model import build_model, convert_model
+
+CPU = torch.device("cpu")
+LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+
+
+def build(vocab_size: int = 40, seed: int = 0, **config: object) -> torch.nn.Module:
+    settings = ModelConfig(**config)  # type: ignore[arg-type]
+    return build_model(settings, vocab_size=vocab_size, seed=seed, device=CPU)
+
+
+def test_presets_are_a_function_of_the_seed() -> None:
+    one, same, other = build(seed=1), build(seed=1), build(seed=2)
+    assert one.dtype == torch.float32
+    assert one.training
+    pairs = zip(one.parameters(), same.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.lm_head.weight.shape[0] == 40
+
+
+def test_vocabulary_can_be_larger_than_the_data_needs() -> None:
+    model = build_model(ModelConfig(vocab_size=64), vocab_size=40, seed=0, device=CPU)
+    assert model.config.vocab_size == 64
+
+
+def test_from_config_json(tmp_path: Path) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    model = build(source=str(tmp_path / "config.json"))
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_from_weights(tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_config(LLAMA).to(torch.bfloat16)
+    dense.save_pretrained(tmp_path)
+    model = build(source=str(tmp_path))
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, dense.lm_head.weight.float())
+    report = convert_model(model, SparsityConfig(pattern="2:4", rules={"down_proj": "skip"}))
+    assert report.modules == 6
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'tinny' is no preset \(tiny, demo, .*no config\.json"):
+        build(source="tinny")
+    with pytest.raises(ConfigError, match=f"model.source {tmp_path}"):
+        build(source=str(tmp_path))  # an empty directory
+    LLAMA.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"model.source {tmp_path}"):
+        build(source=str(tmp_path))  # a configuration without weights
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ConfigError, match=f"model.source {broken}"):
+        build(source=str(broken))
+    LLAMA.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has 40 embedding rows, but the data's tokenizer needs"):
+        build(vocab_size=41, source=str(tmp_path / "config.json"))
+
+
+def test_vocabulary_of_weights_is_fixed(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size cannot change the vocabulary of"):
+        build_model(
+            ModelConfig(source=str(tmp_path), vocab_size=64), vocab_size=40, seed=0, device=CPU
+        )
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    tokens = torch.arange(32).view(2, 16)
+    gradients = []
+    for wanted in (False, True):
+        model = build(activation_checkpointing=wanted)
+        convert_model(model, SparsityConfig())
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == wanted
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

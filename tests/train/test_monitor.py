@@ -1,0 +1,192 @@
+"""Flip rate and zeros against slow loops; the history file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+from sparse_bitnet.core import Method, MissingExtraError, Pattern, method_mask
+from sparse_bitnet.nn import convert, set_pattern
+from sparse_bitnet.train.monitor import History, Monitor, read_history
+from sparse_bitnet.train.presets import preset_config
+
+
+def kept(row: list[float], n: int, m: int) -> list[bool]:
+    """The mask of one row, the obvious way."""
+    mask = []
+    for start in range(0, len(row), m):
+        group = row[start : start + m]
+        best = sorted(range(m), key=lambda i: (-abs(group[i]), i))[:n]
+        mask += [i in best for i in range(m)]
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+def test_against_loops(kind: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 5), torch.nn.Linear(8, 5), torch.nn.Linear(16, 3)
+    )
+    convert(model, "2:4", kind=kind, rules={"^1$": "1:4"})  # type: ignore[arg-type]
+    monitor = Monitor(model)
+    monitor.before_step()
+    before = [module.weight.detach().clone() for module in model]
+    with torch.no_grad():
+        for module in model:
+            module.weight += 0.1 * torch.randn_like(module.weight)
+    reading = monitor.after_step()
+    flips = zeros = total = 0
+    for index, (module, old) in enumerate(zip(model, before, strict=True)):
+        n = 1 if index == 1 else 2
+        pairs = [
+            (a, b)
+            for x, y in zip(old.tolist(), module.weight.tolist(), strict=True)
+            for a, b in zip(kept(x, n, 4), kept(y, n, 4), strict=True)
+        ]
+        flipped = sum(a != b for a, b in pairs)
+        gamma = module.weight.abs().double().mean().item()
+        zero = sum(abs(w) <= gamma / 2 for row in module.weight.tolist() for w in row)
+        layer = reading.layers[f"{index}.weight"]
+        assert layer.flip_rate == pytest.approx(flipped / len(pairs))
+        assert layer.zeros == pytest.approx(zero / len(pairs))
+        assert layer.size == len(pairs)
+        flips, zeros, total = flips + flipped, zeros + zero, total + len(pairs)
+    assert flips > 0
+    assert reading.flip_rate == pytest.approx(flips / total)
+    assert reading.zeros == pytest.approx(zeros / total)
+    assert list(reading.layers) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_dense_has_no_flips_and_mixed_counts_the_masked_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 4))
+    convert(model, "dense")
+    monitor = Monitor(model)
+    monitor.before_step()
+    assert monitor.after_step().flip_rate is None
+    mixed = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 4))
+    convert(mixed, "2:4", rules={"1": "dense"})
+    monitor = Monitor(mixed)
+    monitor.before_step()
+    with torch.no_grad():
+        mixed[0].weight.copy_(mixed[0].weight.flip(-1))
+        mixed[1].weight.copy_(mixed[1].weight.flip(-1))
+    reading = monitor.after_step()
+    assert reading.layers["1.weight"].flip_rate is None
+    assert reading.flip_rate == reading.layers["0.weight"].flip_rate > 0
+
+
+def test_without_a_first_half_only_zeros_are_measured() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    convert(model, "2:4")
+    reading = Monitor(model).after_step()
+    assert reading.flip_rate is None
+    assert 0 < reading.zeros < 1
+
+
+def test_the_mask_measured_is_the_method_s() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16))
+    method = Method(mask_source="quantized")
+    convert(model, "4:8", method=method)
+    monitor = Monitor(model)
+    monitor.before_step()
+    before = method_mask(model[0].weight, Pattern(4, 8), method)
+    with torch.no_grad():
+        model[0].weight += 0.1 * torch.randn_like(model[0].weight)
+    after = method_mask(model[0].weight, Pattern(4, 8), method)
+    expected = (before != after).double().mean().item()
+    assert monitor.after_step().flip_rate == pytest.approx(expected)
+
+
+def test_experts_have_a_scale_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Qwen2MoeConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=3,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=16,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    convert(model, "4:8")
+    whole = Monitor(model).after_step()
+    name, experts = next((n, p) for n, p in model.named_parameters() if p.ndim == 3)
+    halves = experts.chunk(2, dim=1)  # gate and up
+    zero = sum(
+        int((half[e].abs() <= half[e].abs().double().mean() / 2).sum())
+        for half in halves
+        for e in range(3)
+    )
+    assert whole.layers[name].zeros == pytest.approx(zero / experts.numel())
+    # In small portions: the same figures.
+    monkeypatch.setattr("sparse_bitnet.train.monitor.ELEMENTS_AT_ONCE", 1)
+    assert Monitor(model).after_step() == whole
+
+
+def test_schedules_change_what_is_measured() -> None:
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 16))
+    convert(model, "6:8")
+    set_pattern(model, "dense")
+    monitor = Monitor(model)
+    monitor.before_step()
+    assert monitor.after_step().flip_rate is None
+    set_pattern(model, "6:8")
+    monitor.before_step()
+    assert monitor.after_step().flip_rate == 0.0
+
+
+def test_history_resumes_and_skips_what_a_crash_cut(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 3):
+        history.add({"step": step, "loss": 1.0 / step})
+    history.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_history(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    history = History(tmp_path, 2, tensorboard=False)
+    history.add({"step": 3, "loss": 9.0})
+    history.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 9.0},
+    ]
+    assert read_history(tmp_path / "missing") == []
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    history = History(tmp_path, 0, tensorboard=True, writes=False)
+    history.add({"step": 1})
+    history.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = History(tmp_path, 0, tensorboard=True)
+    layers = {"a.weight": {"flip_rate": None, "zeros": 0.25}}
+    history.add({"step": 5, "loss": 0.5, "pattern": "6:8", "layers": layers})
+    history.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("zeros/a.weight")] == [(5, 0.25)]
+
+
+def test_missing_tensorboard_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[track\]'"):
+        History(tmp_path, 0, tensorboard=True)

@@ -1,0 +1,157 @@
+"""Two processes with FSDP2 over gloo train what one trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
+from sparse_bitnet.train.checkpoint import MANIFEST
+from sparse_bitnet.train.parallel import Ranks, blocks, ranks
+from sparse_bitnet.train.recipe import config_from_dict
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def torchrun(values: dict[str, Any], directory: Path, processes: int = 2) -> None:
+    path = directory / f"{Path(values['run']['directory']).name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(WORKER), str(path)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(directory: str | Path) -> list[dict[str, Any]]:
+    text = (Path(directory) / "metrics.jsonl").read_text()
+    volatile = {"tokens_per_second", "seconds"}
+    parsed = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if k not in volatile} for row in parsed]
+
+
+@pytest.fixture(scope="module")
+def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The configuration of a finished run of two processes."""
+    directory = tmp_path_factory.mktemp("parallel")
+    values = recipes_in(directory).values(
+        "two",
+        sparsity={"pattern": "6:8", "until": {0.2: "dense"}},
+        run={"checkpoint_every": 6, "keep": 3},
+        # Each of two ranks takes four sequences; one process takes two times four.
+        data={"micro_batch_size": 4},
+    )
+    torchrun(values, directory)
+    return values
+
+
+def as_one(values: dict[str, Any], name: str) -> dict[str, Any]:
+    directory = Path(values["run"]["directory"]).with_name(name)
+    return values | {"run": values["run"] | {"directory": str(directory)}}
+
+
+def test_two_processes_equal_one(two: dict[str, Any]) -> None:
+    """Losses, norms, flip rates, zeros: within 1e-5, in fact to the last bit.
+
+    γ and the gradient's norm are summed in float64, and each rank's gradient is one micro-batch's,
+    so nothing depends on how the weights are cut.
+    """
+    one = train(config_from_dict(as_one(two, "one"), "test"))
+    ours, theirs = rows(two["run"]["directory"]), rows(one.directory)
+    assert len(ours) == 13
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "gradient_norm", "flip_rate", "zeros", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+        assert a["pattern"] == b["pattern"] if "pattern" in a else True
+    # The exported models are the same too, and load like any other.
+    model, _ = load_trained(Path(two["run"]["directory"]) / "model")
+    for p, q in zip(model.parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_two_ranks_then_one(two: dict[str, Any]) -> None:
+    whole = rows(two["run"]["directory"])
+    values = as_one(two, "then-one")
+    directory = Path(values["run"]["directory"])
+    source = Path(two["run"]["directory"]) / "checkpoints" / "step-00000006"
+    assert json.loads((source / MANIFEST).read_text())["ranks"] == 2
+    assert len(list(source.glob("*.safetensors"))) == 2
+    shutil.copytree(source, directory / "checkpoints" / source.name)
+    resumed = train(config_from_dict(values, "test"))
+    late = [row for row in whole if row["step"] > 6]
+    for a, b in zip(rows(resumed.directory), late, strict=True):
+        for key in ("loss", "flip_rate", "zeros", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.slow
+def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
+    values = as_one(two, "then-two")
+
+    def stop(done: int, _model: object) -> None:
+        if done == 6:
+            os.kill(os.getpid(), 15)
+
+    with pytest.raises(TrainingInterruptedError):
+        train(config_from_dict(values, "test"), stop)
+    torchrun(values, tmp_path)
+    for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+
+
+def test_batches_must_divide(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_bitnet.train.batches import Batches
+
+    third = Ranks(0, 3, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"data\.batch_size is 8: it must be a multiple of the 3"):
+        Batches(recipe(), third)
+    fourth = Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"it must divide the 6 sequences of each of 2 ranks"):
+        Batches(recipe(data={"batch_size": 12, "micro_batch_size": 4}), fourth)
+
+
+def test_one_process_has_no_group() -> None:
+    with ranks("cpu") as here:
+        assert (here.rank, here.world_size, here.device.type) == (0, 1, "cpu")
+        assert not torch.distributed.is_initialized()
+        assert here.any(True)
+        assert not here.any(False)
+        assert here.gather("x") == ["x"]
+        assert here.from_main("y") == "y"
+        assert here.mean(torch.tensor(2.0)).item() == 2.0
+
+
+def test_too_many_processes_for_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    message = "local rank 1, but there are 1 CUDA devices"
+    with pytest.raises(ConfigError, match=message), ranks("auto"):
+        pass
+
+
+def test_blocks_are_the_decoder_s() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from sparse_bitnet.train.presets import preset_config
+
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 16))
+    assert [type(block).__name__ for block in blocks(model)] == ["Qwen2DecoderLayer"] * 2

@@ -1,0 +1,66 @@
+"""Rates and patterns as functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_bitnet.core import DENSE, Pattern
+from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
+from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    schedule = ScheduleConfig(steps=100, warmup=0.1, final=0.2)
+    rates = [learning_rate(step, schedule, 1.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[99] == pytest.approx(0.2)
+    middle = 10 + 89 / 2  # half of the cosine: half-way between peak and end
+    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx(0.6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    steps=st.integers(1, 50),
+    warmup=st.floats(0, 1),
+    final=st.floats(0, 1),
+)
+def test_learning_rate_stays_in_bounds(steps: int, warmup: float, final: float) -> None:
+    schedule = ScheduleConfig(steps=steps, warmup=warmup, final=final)
+    for step in range(steps):
+        assert 0 <= learning_rate(step, schedule, 2.0) <= 2.0
+    if round(warmup * steps) < steps - 1:
+        assert learning_rate(steps - 1, schedule, 2.0) == pytest.approx(2.0 * final)
+
+
+def test_weight_decay_falls_to_zero_at_half_for_bitnet_only() -> None:
+    schedule = ScheduleConfig(steps=100)
+    decays = [weight_decay(step, schedule, 0.1, "bitnet") for step in range(100)]
+    assert decays[0] == 0.1
+    assert decays[25] == pytest.approx(0.05)
+    assert decays[50:] == [0.0] * 50
+    assert weight_decay(99, schedule, 0.1, "bf16") == 0.1
+    constant = ScheduleConfig(steps=100, weight_decay="constant")
+    assert weight_decay(99, constant, 0.1, "bitnet") == 0.1
+    to_the_end = ScheduleConfig(steps=100, weight_decay="cosine", weight_decay_until=1.0)
+    assert weight_decay(50, to_the_end, 0.1, "bf16") == pytest.approx(0.05)
+
+
+def test_patterns_by_step() -> None:
+    def run(until: dict[float, str]) -> list[Pattern]:
+        sparsity = SparsityConfig(pattern="4:8", until=until)
+        return [pattern_at(step, 10, sparsity) for step in range(10)]
+
+    four, six = Pattern(4, 8), Pattern(6, 8)
+    assert run({}) == [four] * 10
+    assert run({0.5: "dense"}) == [DENSE] * 5 + [four] * 5
+    # The order in which a recipe names them does not matter.
+    staircase = run({0.66: "6:8", 0.33: "8:8"})
+    assert [p.is_dense for p in staircase] == [True] * 4 + [False] * 6
+    assert staircase[4:] == [six] * 3 + [four] * 3
+    assert run({0.01: "dense"})[0].is_dense

@@ -1,0 +1,60 @@
+"""A training process for tests that kill it or run several: ``worker.py RECIPE [hang AT]``.
+
+Says on standard output where it hangs, so that the test kills it there and not by chance.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sparse_bitnet.core import SparseBitNetError
+from sparse_bitnet.train import checkpoint, load_recipe, train
+
+
+def hang(where: str) -> None:
+    print(where, flush=True)
+    time.sleep(600)
+
+
+def hang_after_step(wanted: int) -> object:
+    def on_step(done: int, _model: object) -> None:
+        if done == wanted:
+            hang(f"after step {done}")
+
+    return on_step
+
+
+def hang_while_writing(wanted: int) -> None:
+    """When the tensors of a checkpoint are on disk and its manifest is not."""
+    write_text = checkpoint.write_text
+
+    def write(path: Path, text: str) -> None:
+        if f"step-{wanted:08d}" in str(path):
+            hang(f"writing {path}")
+        write_text(path, text)
+
+    checkpoint.write_text = write
+
+
+def main(recipe: str, mode: str = "run", at: str = "0") -> None:
+    torch.set_num_threads(1)
+    on_step = None
+    if mode == "step":
+        on_step = hang_after_step(int(at))
+    elif mode == "write":
+        hang_while_writing(int(at))
+    elif mode == "slow":
+        on_step = lambda done, _: (print(f"after step {done}", flush=True), time.sleep(0.2))  # noqa: E731
+    try:
+        train(load_recipe(recipe), on_step)
+    except SparseBitNetError as error:
+        print(error, file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
