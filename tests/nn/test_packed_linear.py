@@ -244,5 +244,7 @@ def test_empty_packed_checks_the_pattern():
 
 
 def test_segments_have_to_sum_to_the_rows():
-    with pytest.raises(ConfigError, match=r"qkv: segments \(4, 2\) do not sum to 8 output rows"):
+    with pytest.raises(
+        WeightError, match=r"qkv: segments \(4, 2\) must be positive and sum to its 8"
+    ):
         PackedLinear(16, 8, spec=PackedSpec(segments=(4, 2)), where="qkv")

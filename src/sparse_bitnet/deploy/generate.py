@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.pretrained import DType, load
+from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,7 @@ def generate(
         PackedFormatError, CheckpointError: if the directory cannot be loaded.
         ConfigError: if it has no tokenizer, or the prompt does not fit the model.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load(directory, dtype=dtype, device=device)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{directory} has no tokenizer; pack the model again with one: --tokenizer DIRECTORY"
-        )
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     return generate_text(model, tokenizer, prompt, max_new_tokens, sampling or Sampling(), write)
 
 

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError
+from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError, WeightError
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import checksum_metadata
 from sparse_bitnet.deploy.verify import check_shard_name, is_outside, name_in, verify_files
@@ -59,7 +59,7 @@ class SparseBitNetQuantizer(HfQuantizer):
                 raise _foreign(model, f"{name}: the model has no such module")
         try:
             swap_packed(model, specs)
-        except (ConfigError, PatternError) as error:
+        except (ConfigError, PatternError, WeightError) as error:
             raise _foreign(model, str(error)) from None
         if checkpoint_files:
             verify_files(_inside(checkpoint_files, model), model)

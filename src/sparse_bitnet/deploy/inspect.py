@@ -158,7 +158,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
         CheckpointError: if it is neither packed nor a trained model.
     """
     directory = Path(directory)
-    model, _ = load(directory)
+    model, _ = load(directory, device="cpu")
     modules = {
         name: module
         for name, module in model.named_modules()

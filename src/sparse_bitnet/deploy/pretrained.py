@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparse_bitnet.core import PackedFormatError
+from sparse_bitnet.core import ConfigError, PackedFormatError
 from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
@@ -90,20 +90,22 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load(
-    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device = "cpu"
+    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a packed or a trained directory, ready to run, and its tokenizer if it has one.
 
     Args:
         directory: as written by packing or by training.
         dtype: to compute in; the stored one when left out.
-        device: where to put the model.
+        device: where to put the model; the GPU when left out, if there is one.
 
     Raises:
         PackedFormatError: if a packed directory is damaged.
         CheckpointError: if it is neither packed nor a trained model.
     """
     directory = Path(directory)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_packed(directory):
         model, tokenizer = load_trained(directory, device)
         return (model if dtype is None else model.to(getattr(torch, dtype))), tokenizer
@@ -116,3 +118,19 @@ def load(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
         ) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
+
+
+def load_with_tokenizer(
+    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """:func:`load`, for uses that need the tokenizer too.
+
+    Raises:
+        ConfigError: if the directory has no tokenizer.
+    """
+    model, tokenizer = load(directory, dtype=dtype, device=device)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{directory} has no tokenizer; copy its files there, or pack the model again with one"
+        )
+    return model, tokenizer

@@ -1,30 +1,39 @@
-"""The verbs ``pack``, ``inspect`` and ``generate`` of the command line."""
+"""The verbs ``pack``, ``inspect``, ``generate`` and ``evaluate`` of the command line.
+
+What a verb returns is its result, which the command line prints; what it prints itself has to
+come earlier, or in another form.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from sparse_bitnet.console import out, say
-from sparse_bitnet.deploy import generate as generating
 from sparse_bitnet.deploy import inspect as inspecting
 from sparse_bitnet.deploy import packing
-from sparse_bitnet.deploy.pretrained import DType
+from sparse_bitnet.deploy.generate import Sampling, generate_text
+from sparse_bitnet.deploy.packing import PackResult
+from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.evaluate import Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
+
+AsJson = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")]
+DEFAULT_SAMPLING = Sampling()
+DEFAULT_MEASUREMENTS = Measurements()
 
 
 def pack(
-    source: tyro.conf.Positional[Path],
-    directory: tyro.conf.Positional[Path],
+    source: Path,
+    directory: Path,
     *,
     storage: StorageName = "two-bit",
     dtype: DType | None = None,
     tokenizer: Path | None = None,
-) -> None:
+) -> PackResult:
     """Write a trained model as a packed directory that transformers loads.
 
     Args:
@@ -36,15 +45,11 @@ def pack(
     """
     started = time.perf_counter()
     result = packing.pack(source, directory, storage=storage, dtype=dtype, tokenizer=tokenizer)
-    out.print(str(result), markup=False)
     say(f"packed in {time.perf_counter() - started:.1f} s")
+    return result
 
 
-def inspect(
-    directory: tyro.conf.Positional[Path],
-    *,
-    as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")] = False,
-) -> None:
+def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str:
     """What a packed or trained directory holds, measured: patterns, zeros, bits, sizes.
 
     Args:
@@ -53,23 +58,21 @@ def inspect(
     """
     report = inspecting.inspect(directory)
     if as_json:
-        print(json.dumps(report.as_dict(), indent=1))
-        return
+        return report.as_dict()
     out.print(report.table())
-    out.print()
-    out.print(report.summary(), markup=False)
+    return f"\n{report.summary()}"
 
 
 def generate(
-    directory: tyro.conf.Positional[Path],
-    prompt: tyro.conf.Positional[str],
+    directory: Path,
+    prompt: str,
     *,
     max_new_tokens: int = 200,
-    sampling: tyro.conf.OmitArgPrefixes[generating.Sampling] = generating.Sampling(),  # noqa: B008
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = DEFAULT_SAMPLING,
     dtype: DType | None = None,
     device: str | None = None,
 ) -> None:
-    """Continue a prompt, streaming the text to the terminal.
+    """Print a prompt and its continuation, streaming the text to the terminal.
 
     Args:
         directory: of a packed or trained model.
@@ -79,14 +82,36 @@ def generate(
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
     """
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     print(prompt, end="", flush=True)
-    generating.generate(
-        directory,
+    generate_text(
+        model,
+        tokenizer,
         prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        dtype=dtype,
-        device=device,
+        max_new_tokens,
+        sampling,
         write=lambda text: print(text, end="", flush=True),
     )
     print()
+
+
+def evaluate(
+    directory: Path,
+    *,
+    measurements: tyro.conf.OmitArgPrefixes[Measurements] = DEFAULT_MEASUREMENTS,
+    dtype: DType | None = None,
+    device: str | None = None,
+    as_json: AsJson = False,
+) -> Report | dict[str, Any]:
+    """Perplexity, cloze accuracy and lm-eval tasks of a packed or trained model.
+
+    Args:
+        directory: of the model.
+        measurements: what to measure, and how.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+        as_json: print JSON instead of lines.
+    """
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    report = measure(model, tokenizer, measurements)
+    return report.as_dict() if as_json else report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.core import ConfigError
+from sparse_bitnet.core import check_segments
 from sparse_bitnet.kernels import quantize_activations, ternary_matmul
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
@@ -24,7 +24,7 @@ class PackedLinear(PackedModule):
         device, dtype: where to make the (empty) buffers, and the dtype of the bias.
 
     Raises:
-        ConfigError: if the segments do not sum to ``out_features``.
+        WeightError: if the segments do not sum to ``out_features``.
         PatternError: if M does not divide ``in_features``.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
@@ -44,10 +44,7 @@ class PackedLinear(PackedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(spec or PackedSpec(), where)
-        if self.spec.segments and sum(self.spec.segments) != out_features:
-            raise ConfigError(
-                f"{where}: segments {self.spec.segments} do not sum to {out_features} output rows"
-            )
+        check_segments(self.spec.segments, out_features, where)
         self.in_features, self.out_features = in_features, out_features
         self._add_weight("weight", out_features, in_features, device=device)
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
