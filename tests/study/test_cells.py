@@ -1,0 +1,144 @@
+"""Recipes: expansion, order, identity, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.study.cells import Cell, read_sweep
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "sweeps"
+BASE = """
+base: {data: {path: somewhere, sequence_length: 64, batch_size: 16}}
+defaults: {size: tiny, tokens_per_weight: 2}
+"""
+
+
+def write(tmp_path: Path, blocks: str, base: str = BASE) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(base + blocks)
+    return path
+
+
+def test_axes_multiply_in_written_order_and_repeated_cells_run_once(tmp_path: Path) -> None:
+    recipe = read_sweep(
+        write(
+            tmp_path,
+            """
+blocks:
+  - name: a
+    pattern: [dense, 4:8]
+    kind: [bf16, bitnet]
+  - name: b
+    pattern: 4:8
+    cells: [{kind: bitnet}, {kind: bitnet, seed: 1, until: {0.5: dense}}]
+""",
+        )
+    )
+    told = [(c.kind, c.pattern, c.seed) for c in recipe.cells]
+    assert told == [
+        ("bf16", "dense", 0),
+        ("bitnet", "dense", 0),
+        ("bf16", "4:8", 0),
+        ("bitnet", "4:8", 0),
+        ("bitnet", "4:8", 1),
+    ]
+    assert recipe.blocks[recipe.cells[3]] == ["a", "b"]
+    assert recipe.cells[4].schedule == "dense to 50%"
+
+
+def test_steps_follow_from_tokens_per_weight(tmp_path: Path) -> None:
+    recipe = read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]"))
+    # tiny: 2 blocks of 64·64·3 + 3·64·128 weights
+    weights = 2 * (64 * 64 * 3 + 3 * 64 * 128)
+    config = recipe.config(recipe.cells[0])
+    assert config.schedule.steps == round(2 * weights / (16 * 64))
+    assert config.sparsity.pattern == "4:8"
+    assert config.model.source == "tiny"
+
+
+def test_key_is_of_what_decides_the_figures(tmp_path: Path) -> None:
+    first = read_sweep(write(tmp_path, "blocks: [{pattern: [4:8, 6:8], method: published}]"))
+    a, b = (first.key(cell, "data") for cell in first.cells)
+    assert a != b
+    assert first.key(first.cells[0], "other data") != a
+    moved = read_sweep(
+        write(
+            tmp_path,
+            "blocks: [{pattern: 4:8}]\nname: other",
+            BASE.replace("somewhere", "elsewhere"),
+        )
+    )
+    assert moved.key(moved.cells[0], "data") == a  # a path is not what is in it
+    faster = read_sweep(
+        write(tmp_path, "blocks: [{pattern: 4:8}]", BASE + "evaluation: {window: 32}\n")
+    )
+    assert faster.key(faster.cells[0], "data") != a
+
+
+def test_a_cell_survives_json() -> None:
+    cell = Cell.from_dict({"kind": "bf16", "until": {0.66: "6:8", 0.33: "dense"}}, "here")
+    assert cell.until == ((0.33, "dense"), (0.66, "6:8"))
+    assert Cell.from_dict(cell.to_dict(), "there") == cell
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blocks: [{kind: fp8}]", "kind is 'fp8'; choose among bf16, bitnet"),
+        ("blocks: [{size: huge}]", "size is 'huge'; choose among tiny"),
+        ("blocks: [{methods: published}]", "'methods' is unknown; a cell has kind, pattern"),
+        ("blocks: [{method: [nonsense]}]", "method is 'nonsense'; choose among published"),
+        ("blocks: [{pattern: 9:8}]", "9:8 is out of range"),
+        ("blocks: [{tokens_per_weight: 0}]", "tokens_per_weight is 0.0: above 0"),
+        ("blocks: [{until: {half: dense}}]", "could not convert"),
+        ("blocks: []", "no cells"),
+        ("block: []", "'block' is unknown; a sweep has"),
+        ("blocks: [7]", "block 1 is 7: it must be a mapping"),
+        ("blocks: [{pattern: 4:8}]\nevaluation: {windows: 3}", "it has window"),
+    ],
+)
+def test_refusals_name_place_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_sweep(write(tmp_path, text))
+    assert message in str(error.value)
+    assert "sweep.yaml" in str(error.value)
+
+
+def test_wrong_training_settings_are_found_before_anything_runs(tmp_path: Path) -> None:
+    base = BASE + "\nbase: {data: {path: x, batchsize: 3}}\n"
+    with pytest.raises(ConfigError, match=r"batchsize is unknown.*batch_size"):
+        read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]", base))
+
+
+@pytest.mark.parametrize("name", ["toy", "evidence-5m", "evidence-20m"])
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = read_sweep(RECIPES / f"{name}.yaml")
+    assert recipe.name == name
+
+
+def test_evidence_has_the_whole_grid() -> None:
+    cells = set(read_sweep(RECIPES / "evidence-5m.yaml").cells)
+
+    def has(**values: object) -> bool:
+        return Cell.from_dict({"tokens_per_weight": 100, **values}, "test") in cells
+
+    eights = [f"{n}:8" for n in range(2, 8)]
+    for kind in ("bf16", "bitnet"):
+        assert all(has(kind=kind, pattern=p) for p in ["dense", *eights, "2:4", "3:4"])
+        seeds = [(s, p) for s in (0, 1, 2) for p in ("dense", "6:8", "4:8", "3:8")]
+        assert all(has(kind=kind, pattern=p, seed=s) for s, p in seeds)
+        lengths = [(n, p) for n in (4, 16, 64, 128) for p in ("dense", "4:8")]
+        assert all(has(kind=kind, pattern=p, tokens_per_weight=n) for n, p in lengths)
+    for pattern in ("6:8", "4:8"):
+        for method in (
+            "mask-then-quant",
+            "mask-from-quantized",
+            "masked-gradient",
+            "4-bit-activations",
+        ):
+            assert has(pattern=pattern, method=method)
+        assert all(has(pattern=pattern, until={part: "dense"}) for part in (0.25, 0.5, 0.75))
+    assert any(len(cell.until) == 2 for cell in cells)

@@ -1,0 +1,66 @@
+"""The verdict rule, and that verdicts follow the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_bitnet.study.analysis import Estimate, Runs
+from sparse_bitnet.study.claims import FAILS, HOLDS, IN_PART, Claim, claims, judge
+from sparse_bitnet.study.rows import append_row, read_rows
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "verdict"),
+    [
+        ([(1.0, 1.1, 0.9)], HOLDS),
+        ([(1.0,)], IN_PART),  # one seed decides nothing
+        ([(3.0, 0.1, -0.2)], IN_PART),  # a seed on the other side
+        ([(1.0, 0.01)], IN_PART),  # within two standard errors
+        ([(-1.0, 0.5)], FAILS),
+        ([(0.0, 0.0)], FAILS),
+        ([(1.0, 1.1), (-1.0, -1.1)], IN_PART),
+        ([(1.0, 1.1), (2.0, 2.1)], HOLDS),
+        ([(-1.0,), (-2.0,)], FAILS),
+    ],
+)
+def test_rule(comparisons: list[tuple[float, ...]], verdict: str) -> None:
+    assert judge([Estimate(values) for values in comparisons]) == verdict
+
+
+def by_start(found: list[Claim], start: str) -> Claim:
+    (claim,) = [claim for claim in found if claim.claim.startswith(start)]
+    return claim
+
+
+def test_rows_in_the_published_order_confirm_the_claims(evidence: Path) -> None:
+    runs = Runs(read_rows(evidence)[0], "study-5m")
+    found = claims(runs, [])
+    assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == HOLDS
+    collapse = by_start(found, "BitNet stays within")
+    assert collapse.verdict == HOLDS
+    assert collapse.ours == "first beyond: 4:8 BF16, 3:8 BitNet"
+    assert by_start(found, "Ternary weights trained with 6:8").verdict == HOLDS
+    assert by_start(found, "The pruning threshold").verdict == HOLDS
+    assert by_start(found, "Dense first").verdict == IN_PART  # one seed
+    size = by_start(found, "ΔPPL at 6:8 falls")
+    assert (size.verdict, size.ours) == ("not measured", "–")
+    assert "second size" in size.missing
+
+
+def test_the_opposite_order_is_said_plainly(tmp_path: Path, make_row: Make) -> None:
+    for kind, factor in (("bf16", 1.02), ("bitnet", 1.2)):
+        for seed in (0, 1):
+            dense = 30.0 + seed
+            for pattern, ratio in (("dense", 1.0), ("6:8", factor), ("4:8", factor + 0.03)):
+                row = make_row(dense * ratio, kind=kind, pattern=pattern, seed=seed)
+                append_row(tmp_path / "rows.jsonl", row)
+    found = claims(Runs(read_rows(tmp_path)[0], "study-5m"), [])
+    assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == FAILS
+    assert by_start(found, "BitNet's normalised perplexity").verdict == FAILS
+    assert by_start(found, "BitNet stays within").verdict == FAILS

@@ -1,0 +1,172 @@
+"""The page: every plot there, every picture readable, nothing fetched, gaps said."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_bitnet.core import DataError
+from sparse_bitnet.study.report import report
+from sparse_bitnet.study.rows import append_row
+
+Make = Callable[..., dict[str, Any]]
+PLOTS = {
+    "collapse",
+    "length",
+    "group-size",
+    "ablations",
+    "dense-to-sparse",
+    "cloze",
+    "loss",
+    "flips",
+    "zeros",
+    "zeros-by-layer",
+    "polarization",
+    "polarization-training",
+}
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
+
+
+class Page(HTMLParser):
+    """Pictures, section ids, addresses and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: dict[str, dict[str, str | None]] = {}
+        self.sections: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self._figure = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.addresses += [v for k, v in attrs if k in ("src", "href") and v]
+        if tag == "section":
+            self.sections.append(values["id"] or "")
+        elif tag == "figure":
+            self._figure = (values["id"] or "").removeprefix("figure-")
+        elif tag == "img":
+            self.images[self._figure] = values
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_every_plot_is_on_the_page_and_beside_it(evidence: Path) -> None:
+    written = report(evidence)
+    page = Page(written.page.read_text(encoding="utf-8"))
+    assert set(page.images) == PLOTS
+    assert {path.stem for path in written.pictures} == PLOTS
+    for name, image in page.images.items():
+        alt, source = image["alt"] or "", image["src"] or ""
+        assert len(alt) > 40, f"{name} has no alternative text"
+        data = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
+        assert min(png_size(data)) > 300
+        assert (evidence / "plots" / f"{name}.png").read_bytes() == data
+    outside = [a for a in page.addresses if not a.startswith(("#", "data:image/png;base64,"))]
+    assert outside == []
+    assert {a[1:] for a in page.addresses if a.startswith("#")} == set(page.sections)
+
+
+def test_figures_are_those_of_the_rows(evidence: Path) -> None:
+    page = Page(report(evidence).page.read_text(encoding="utf-8"))
+    assert "first beyond: 4:8 BF16, 3:8 BitNet" in page.text
+    # BF16 costs 1.02, 1.05, 1.10, 1.13 at 4, 16, 64 and 100 tokens a weight, BitNet 1.06 to 1.07.
+    assert "The curves cross at about 2" in page.text
+    assert "Groups whose threshold is in the dead zone: BF16 50.0%, BitNet 90.0%." in page.text
+    assert "second size" in page.text  # what the claim about size lacks
+
+
+def test_sections_without_data_say_which_cells_are_missing(tmp_path: Path, make_row: Make) -> None:
+    for pattern, perplexity in (("dense", 30.0), ("4:8", 32.0)):
+        row = make_row(perplexity, None, kind="bitnet", pattern=pattern)
+        row["polarization"] = None
+        row["layers"] = {}
+        append_row(tmp_path / "rows.jsonl", row)
+    page = Page(report(tmp_path).page.read_text(encoding="utf-8"))
+    assert set(page.images) == {"collapse", "loss", "flips", "zeros"}
+    assert "Missing: bf16 7:8, bf16 6:8" in page.text
+    assert "Needs bitnet with each ablation. Missing: mask-then-quant" in page.text
+    assert "not measured" in page.text
+
+
+def test_hostile_rows_do_not_break_the_page(evidence: Path, make_row: Make) -> None:
+    row = make_row(float("nan"), kind="bitnet", pattern="2:8", seed=7)
+    row |= {"status": "diverged", "problem": "<script>alert(1)</script>"}
+    append_row(evidence / "rows.jsonl", row)
+    odd = make_row(40, kind="bf16", pattern="1:8")
+    odd |= {"history": None, "polarization": [3], "layers": None, "tokens": "many", "weights": None}
+    odd["environment"] = 5
+    append_row(evidence / "rows.jsonl", odd)
+    with (evidence / "rows.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')
+    written = report(evidence)
+    html = written.page.read_text(encoding="utf-8")
+    assert len(written.problems) == 1
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert set(Page(html).images) == PLOTS
+
+
+def test_a_second_size_gets_sections_of_its_own(evidence: Path, make_row: Make) -> None:
+    for kind, dense in (("bf16", 20.0), ("bitnet", 25.0)):
+        for pattern, factor in (("dense", 1.0), ("6:8", 1.01)):
+            row = make_row(dense * factor, kind=kind, pattern=pattern, size="study-20m")
+            append_row(evidence / "rows.jsonl", row | {"weights": 20_000_000})
+    page = Page(report(evidence).page.read_text(encoding="utf-8"))
+    assert "collapse-study-20m" in page.sections
+    assert "collapse-study-20m" in page.images
+    assert "ablations-study-20m" not in page.sections
+    assert "20M weights" in page.text
+
+
+def test_nothing_to_report(tmp_path: Path, make_row: Make) -> None:
+    append_row(tmp_path / "rows.jsonl", make_row(float("nan"), pattern="6:8"))
+    with pytest.raises(DataError, match="no finished cell in its rows yet"):
+        report(tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+def test_chromium_shows_the_plots(evidence: Path, tmp_path: Path) -> None:
+    page = report(evidence).page
+    probe = evidence / "probe.html"
+    # After loading, the page itself counts the pictures that it could decode.
+    count = (
+        "<script>addEventListener('load', () => { const shown = [...document.images].filter("
+        "i => i.complete && i.naturalWidth > 300); document.title = 'decoded ' + shown.length; "
+        "});</script></body>"
+    )
+    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", count), encoding="utf-8")
+    shown = subprocess.run(
+        [
+            str(CHROMIUM),
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            *("--virtual-time-budget=10000", "--dump-dom", probe.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    found = Page(shown)
+    assert set(found.images) == PLOTS
+    assert f"decoded {len(PLOTS)}" in found.text

@@ -1,0 +1,184 @@
+"""Toy sweeps on CPU: real training, killed and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.study.report import report
+from sparse_bitnet.study.rows import read_rows
+from sparse_bitnet.study.sweep import sweep
+
+RECIPE = """
+name: test
+base:
+  data: {{path: {tokens}, sequence_length: 32, batch_size: 8}}
+  run: {{checkpoint_every: 6, log_every: 3}}
+evaluation: {{validation_tokens: 1000}}
+defaults: {{size: tiny, tokens_per_weight: {length}}}
+blocks:
+  - pattern: [dense, 4:8]
+    kind: [bf16, bitnet]
+"""
+STEPS = 24
+WEIGHTS = 2 * (64 * 64 * 3 + 3 * 64 * 128)
+
+RUN = "import sys; from sparse_bitnet.study.sweep import sweep; sweep(*sys.argv[1:])"
+
+
+def write_recipe(tmp_path: Path, tokens: Path, steps: int = STEPS, more: str = "") -> Path:
+    path = tmp_path / "sweep.yaml"
+    length = steps * 8 * 32 / WEIGHTS
+    path.write_text(RECIPE.format(tokens=tokens, length=length) + more)
+    return path
+
+
+def finished(out: Path) -> int:
+    path = out / "rows.jsonl"
+    return len(read_rows(path)[0]) if path.is_file() else 0
+
+
+def unfinished_with_checkpoint(out: Path) -> bool:
+    done = {row.key for row in read_rows(out)[0]}
+    return any(path.parts[-3] not in done for path in out.glob("cells/*/checkpoints/step-*"))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def test_four_cells_killed_and_resumed(
+    tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, toy_tokens), tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(recipe), str(out)], env=environment)
+    deadline = time.monotonic() + 120
+    try:
+        # Killed once a cell is finished and the next has a checkpoint.
+        while not (finished(out) and unfinished_with_checkpoint(out)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = children(process.pid)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = (out / "rows.jsonl").read_bytes()
+    while any(alive(pid) for pid in workers):  # a worker ends by itself when its sweep is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    result = sweep(recipe, out)
+    told = capfd.readouterr().err
+    assert (result.done, result.failed, result.left) == (4, {}, [])
+    assert "4 cells, 1 finished before, 3 to run" in told
+    assert (out / "rows.jsonl").read_bytes().startswith(before)
+    rows, problems = read_rows(out)
+    assert problems == []
+    assert [(r.cell.pattern, r.cell.kind) for r in rows] == [
+        ("dense", "bf16"),
+        ("dense", "bitnet"),
+        ("4:8", "bf16"),
+        ("4:8", "bitnet"),
+    ]
+    log = (out / "logs" / "worker-0.log").read_text()
+    assert "resuming from" in log
+    for row in rows:
+        assert row.raw["config"]["schedule"]["steps"] == STEPS
+        assert row.raw["weights"] == WEIGHTS
+        assert 1 < row.perplexity < 400
+        tokens, losses = row.series("loss")
+        assert (tokens[-1], len(losses)) == (STEPS * 8 * 32, STEPS // 3)
+        assert {one["fraction"] for one in row.raw["polarization"]} == {0.0, 0.1, 0.5, 1.0}
+        assert {"python", "torch", "device", "commit"} <= set(row.raw["environment"])
+        # What is stored is enough to repeat it.
+        assert row.raw["config"]["run"]["seed"] == row.cell.seed
+        assert row.raw["data"]["train"]
+    assert list((out / "cells").iterdir()) == []
+
+    again = sweep(recipe, out)
+    assert again.done == 4
+    assert (out / "rows.jsonl").read_bytes().count(b"\n") == 4
+
+    written = report(out)
+    assert {"collapse", "loss", "flips", "zeros"} <= {path.stem for path in written.pictures}
+
+
+def test_a_deadline_starts_nothing_that_cannot_finish(
+    tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, toy_tokens, steps=5), tmp_path / "out"
+    assert sweep(recipe, out).done == 4
+    # The rows say how long such a cell takes; ones a thousand times as long cannot fit.
+    longer = write_recipe(tmp_path, toy_tokens, steps=500_000)
+    result = sweep(longer, out, minutes=0.5)
+    assert result.done == 0
+    assert len(result.left) == 4
+    assert finished(out) == 4
+    # Where nothing is known a cell is started, and stopped when time is up.
+    capfd.readouterr()
+    fresh = sweep(longer, tmp_path / "fresh", minutes=0.1)
+    assert len(fresh.left) == 4
+    assert "out of time" in capfd.readouterr().err
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, toy_tokens: Path) -> None:
+    # A rule that no module's name matches: found when the model is converted.
+    recipe = write_recipe(tmp_path, toy_tokens, steps=2)
+    recipe.write_text(recipe.read_text().replace("[dense, 4:8]", "[dense, 3:5]"))
+    result = sweep(recipe, tmp_path / "out", cpu_workers=2)
+    assert len(result.failed) == 2
+    assert all("is not a multiple of M = 5" in reason for reason in result.failed.values())
+    rows, _ = read_rows(tmp_path / "out")
+    assert {row.cell.pattern for row in rows} == {"dense"}
+
+
+def test_two_sweeps_in_one_directory(tmp_path: Path, toy_tokens: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another sweep is running in"):
+            sweep(write_recipe(tmp_path, toy_tokens), out)
+
+
+def test_dry_run_lists_and_runs_nothing(
+    tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = sweep(write_recipe(tmp_path, toy_tokens), tmp_path / "out", dry_run=True)
+    assert (result.done, len(result.left)) == (0, 4)
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    assert capfd.readouterr().err.count("bitnet 4:8 tiny seed 0") == 1
+
+
+def test_refused_settings(tmp_path: Path, toy_tokens: Path) -> None:
+    with pytest.raises(ConfigError, match="per_gpu is 0; at least 1"):
+        sweep(write_recipe(tmp_path, toy_tokens), tmp_path / "out", per_gpu=0)
+
+
+def test_rows_are_plain_json(tmp_path: Path, toy_tokens: Path) -> None:
+    recipe, out = write_recipe(tmp_path, toy_tokens, steps=3), tmp_path / "out"
+    sweep(recipe, out, cpu_workers=2, keep_runs=True)
+    for line in (out / "rows.jsonl").read_text().splitlines():
+        assert json.loads(line)["status"] == "done"
+        assert len(line) < 100_000
+    assert len(list((out / "cells").iterdir())) == 4
