@@ -27,6 +27,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_bitnet.core import Method, Pattern
+
+LARGEST_STACKED = 2**20  # weights; above that a matrix of its own keeps a device busy
 
 _live: weakref.WeakSet[DerivedModule] = weakref.WeakSet()
 _serials = itertools.count()
@@ -61,6 +64,13 @@ class DerivedModule(nn.Module, ABC):
     @abstractmethod
     def derive(self) -> None:
         """Write the derived buffers from the master parameters, in place."""
+
+    def derived(self, weight: Tensor) -> dict[str, Tensor] | None:
+        """Derived buffers by name, of the one master weight or of a stack ``[count, out, in]``.
+
+        None (the default) for a module whose weights cannot be stacked with those of others.
+        """
+        return None
 
     def _track(self, pattern: Pattern, method: Method) -> None:
         """Last line of a constructor but for ``refresh``: from here on steps are followed."""
@@ -163,9 +173,40 @@ def _refresh_after_step(
         if any(id(weight) in stepped for weight in module.master_parameters().values())
     ]
     # In one order on every rank: deriving from shards is a collective operation.
-    for module in sorted(changed, key=lambda module: module._serial):
+    changed.sort(key=lambda module: module._serial)
+    for module in changed:
         module.invalidate()  # fused optimizers do not raise the version counter
+    _derive_stacked([m for m in changed if all(p.is_cuda for p in m.master_parameters().values())])
+    for module in changed:
         module.refresh()
+
+
+@torch.no_grad()
+def _derive_stacked(modules: list[DerivedModule]) -> None:
+    """Derive small weights of one shape together, for devices where launching is what costs.
+
+    A model of forty small matrices so takes some two hundred kernels a step instead of thousands.
+    """
+    stacks: dict[Any, list[DerivedModule]] = {}
+    for module in modules:
+        weight, *others = module.master_parameters().values()
+        plain = not (others or isinstance(weight, DTensor) or weight.is_meta)
+        if plain and weight.numel() <= LARGEST_STACKED:
+            kind = (type(module), weight.shape, weight.device, weight.dtype)
+            choices = (module.pattern, module.method, module.segments_of("weight"))
+            stacks.setdefault((*kind, *choices), []).append(module)
+    for members in stacks.values():
+        if len(members) < 2:
+            continue
+        weights: list[Tensor] = [*chain(*(m.master_parameters().values() for m in members))]
+        values = members[0].derived(torch.stack(weights))
+        if values is None:
+            continue
+        for name, stack in values.items():
+            buffers = [module.get_buffer(name) for module in members]
+            torch._foreach_copy_(buffers, list(stack.unbind(0)))
+        for module, master in zip(members, weights, strict=True):
+            module._derived_from = (False, ((id(master), _version(master)),))
 
 
 register_optimizer_step_post_hook(_refresh_after_step)

@@ -78,7 +78,9 @@ def kept_weights(
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would return for ``x``: autocast's dtype where that is on."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype  # on the meta device, for one, there is no autocast to ask for
 
 
 class SparseBitLinear(DerivedModule, nn.Linear):
@@ -138,13 +140,16 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return self.segments
 
-    def derive(self) -> None:
-        weight = whole(self.weight)
+    def derived(self, weight: Tensor) -> dict[str, Tensor]:
         ternary, scale = ternarize(weight, self.pattern, self.method, self.segments)
-        self._fill("ternary", ternary)
-        self._fill("scale", scale)
+        values = {"ternary": ternary, "scale": scale}
         if self.kept is not None:
-            self._fill("kept", kept_weights(weight, self.pattern, self.method, self.segments))
+            values["kept"] = kept_weights(weight, self.pattern, self.method, self.segments)
+        return values
+
+    def derive(self) -> None:
+        for name, value in self.derived(whole(self.weight)).items():
+            self._fill(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

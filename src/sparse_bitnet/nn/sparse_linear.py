@@ -56,8 +56,11 @@ class SparseLinear(DerivedModule, nn.Linear):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return ()
 
+    def derived(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"mask": kept_weights(weight, self.pattern, self.method)}
+
     def derive(self) -> None:
-        self._fill("mask", kept_weights(whole(self.weight), self.pattern, self.method))
+        self._fill("mask", self.derived(whole(self.weight))["mask"])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
