@@ -288,3 +288,18 @@ def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
         train_command([])
     with pytest.raises(ConfigError, match=r"schedule\.step is unknown"):
         train_command([str(path), "--schedule.step", "2"])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(recipe: Any) -> None:
+    """And one compilation serves every pattern and every block."""
+    from torch._dynamo.utils import counters
+
+    exact = train(recipe("eager", schedule={"steps": 3}))
+    compiled = train(recipe("compiled", schedule={"steps": 3}, run={"compile": "on"}))
+    assert losses(compiled) == pytest.approx(losses(exact), abs=1e-4)
+    frames = counters["frames"]["ok"]
+    sparsity = {"pattern": "2:4", "until": {0.5: "dense"}}
+    train(recipe("other", schedule={"steps": 3}, run={"compile": "on"}, sparsity=sparsity))
+    assert counters["frames"]["ok"] == frames
+    assert not counters["graph_break"]

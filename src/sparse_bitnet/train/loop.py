@@ -89,11 +89,10 @@ class _Run:
         self.loss_of = CausalLoss(self.model)
         on_cuda = here.device.type == "cuda"
         self.precision = _choose(config.run.precision, "bf16" if on_cuda else "fp32")
-        compiled = _choose(config.run.compile, "on" if on_cuda else "off") == "on"
-        if compiled:
+        if _choose(config.run.compile, "on" if on_cuda else "off") == "on":
             compile_blocks(self.model)
         if here.is_distributed:
-            shard(self.loss_of, here, compiled)
+            shard(self.loss_of, here)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.monitor = Monitor(self.model)
         self.checkpoints = Checkpoints(

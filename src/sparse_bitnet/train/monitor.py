@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparse_bitnet.core import Method, MissingExtraError, Pattern, absmean, method_mask, row_scale
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import MasterWeight, master_weights
-from sparse_bitnet.train.parallel import whole
+from sparse_bitnet.nn.derived import whole
 
 ELEMENTS_AT_ONCE = 2**26
 

@@ -4,9 +4,8 @@
 and no process group. Many processes shard with FSDP2: every block is a group of its own, and the
 rest (embeddings, last norm, head) is the root's, so the head is whole where the loss is computed.
 
-Parameters are gathered in float32. FSDP2 could gather them in bf16, but ternary weights and masks
-are derived from the float32 master weight, and a rounded one gives another mask; autocast makes the
-products bf16 afterwards.
+Parameters are gathered in float32, as they are kept: norms, embeddings and head compute in full
+precision, and one process computes with the very same values. Autocast makes products bf16.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.nn import DerivedModule
 from sparse_bitnet.train.loss import CausalLoss
 
 
@@ -135,24 +132,9 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
-def shard(model: CausalLoss, where: Ranks, compiled: bool) -> None:
+def shard(model: CausalLoss, where: Ranks) -> None:
     """Cut a model over all ranks with FSDP2, in place."""
     mesh = init_device_mesh(where.device.type, (where.world_size,))
     for block in blocks(model.model):
         fully_shard(block, mesh=mesh)
-        if compiled:
-            # A compiled forward derives nothing; this runs between gathering and computing.
-            block.register_forward_pre_hook(_derive)
     fully_shard(model, mesh=mesh)
-
-
-@torch._dynamo.disable
-def _derive(block: nn.Module, _inputs: object) -> None:
-    for module in block.modules():
-        if isinstance(module, DerivedModule):
-            module.refresh()
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight as one plain tensor, gathered if it is sharded (every rank must call)."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
