@@ -45,6 +45,11 @@ def check_ternary(weight: Tensor, where: str) -> None:
             f"{where}: packing needs an int8 tensor [..., in], not {weight.dtype} of shape "
             f"{tuple(weight.shape)}; ternarize the weight first"
         )
+    if weight.numel() == 0:
+        return
+    low, high = torch.aminmax(weight)
+    if low >= -1 and high <= 1:
+        return
     for first, rows in chunks(weight):
         wrong = (rows < -1) | (rows > 1)
         if wrong.any():
