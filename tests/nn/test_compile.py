@@ -1,0 +1,155 @@
+"""torch.compile: whole graphs, the eager losses, no recompilation when the pattern changes."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from sparse_bitnet.core import Method
+from sparse_bitnet.nn import convert, set_pattern
+
+Tiny = Callable[..., PreTrainedModel]
+SCHEDULE = ["dense", "8:8", "6:8", "4:8", "2:8", "dense", "7:8"]
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def train(
+    model: nn.Module, tokens: Tensor, patterns: list[str], autocast: bool = False
+) -> tuple[list[float], list[int]]:
+    """Losses, and the graphs compiled so far, after each step with its own pattern."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, compiled = [], []
+    for pattern in patterns:
+        set_pattern(model, pattern)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        compiled.append(graphs())
+    return losses, compiled
+
+
+@pytest.mark.parametrize("gradient", ["dense", "masked"])
+@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+def test_blocks_follow_a_schedule_of_patterns(
+    tiny: Tiny, tokens: Tensor, kind: Any, gradient: Any
+) -> None:
+    method = Method(gradient=gradient)
+    eager, model = tiny(), tiny()
+    for each in (eager, model):
+        convert(each, "6:8", kind=kind, method=method)
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    expected, _ = train(eager, tokens, SCHEDULE)
+    losses, compiled = train(model, tokens, SCHEDULE)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    # Ternary layers never recompile; the twin once, when its mask first comes into force.
+    at_the_end = compiled[0] if kind == "bitnet" else 2 * compiled[0]
+    assert compiled == [compiled[0]] * 2 + [at_the_end] * 5
+
+
+def test_inductor() -> None:
+    """The backend that people use; small, because its C++ compiler is slow."""
+    eager = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16))
+    convert(eager, "6:8")
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True)
+    for each in (eager, model):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for pattern in ("6:8", "2:4", "dense"):
+            set_pattern(each, pattern)
+            x = torch.randn(4, 16, generator=generator)
+            (compiled if each is model else eager)(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert graphs() == 1
+
+
+def test_whole_model_under_autocast(tiny: Tiny, tokens: Tensor) -> None:
+    eager, model = tiny(), tiny()
+    for each in (eager, model):
+        convert(each, "6:8")
+    model.compile(backend="aot_eager")
+    expected, _ = train(eager, tokens, ["6:8"] * 3, autocast=True)
+    losses, compiled = train(model, tokens, ["6:8"] * 3, autocast=True)
+    assert losses == pytest.approx(expected, abs=2e-2)
+    assert compiled[0] == compiled[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_checkpointed_blocks(tiny: Tiny, tokens: Tensor) -> None:
+    eager, model = tiny(), tiny()
+    for each in (eager, model):
+        convert(each, "6:8")
+        each.train()
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected, _ = train(eager, tokens, ["6:8"] * 3)
+    losses, _ = train(model, tokens, ["6:8"] * 3)
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluation_sees_loaded_weights(tiny: Tiny, tokens: Tensor) -> None:
+    """A compiled forward derives nothing, so loading must."""
+    source, model = tiny(), tiny()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for each in (source, model):
+        convert(each, "6:8")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(input_ids=tokens, use_cache=False).logits
+        model.load_state_dict(source.state_dict())
+        after = compiled(input_ids=tokens, use_cache=False).logits
+        expected = source(input_ids=tokens, use_cache=False).logits
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected)
+
+
+def test_a_compiled_optimizer_step_still_derives(derives: list[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    convert(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
+    derives.clear()
+    for _ in range(3):
+        model(torch.randn(4, 16)).sum().backward()
+        step()
+    assert derives == [model[0], model[1]] * 3
+
+
+def test_experts_run_compiled_with_graph_breaks(tiny: Tiny, tokens: Tensor) -> None:
+    """Which experts are hit depends on the data, so the graph breaks there; results do not."""
+    eager, model = tiny("mixtral"), tiny("mixtral")
+    for each in (eager, model):
+        convert(each, "6:8")
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    expected, _ = train(eager, tokens, ["6:8", "4:8"])
+    losses, _ = train(model, tokens, ["6:8", "4:8"])
+    assert losses == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,360 @@
+"""convert on the architectures of transformers 5, its rules, and every refusal."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, WeightError, worst_group
+from sparse_bitnet.nn import (
+    SparseBitExperts,
+    SparseBitLinear,
+    SparseExperts,
+    SparseLinear,
+    convert,
+    converted_modules,
+    set_pattern,
+)
+
+Tiny = Callable[..., PreTrainedModel]
+Logits = Callable[[nn.Module, Tensor], Tensor]
+
+# (modules, weights) converted: attention 4 and MLP 3 a layer of two; experts count as one module.
+ATTENTION = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+COUNTS = {
+    "qwen2": (14, ATTENTION + 2 * 3 * 32 * 48),
+    "llama": (14, ATTENTION + 2 * 3 * 32 * 48),
+    "mistral": (14, ATTENTION + 2 * 3 * 32 * 48),
+    "qwen2_moe": (16, ATTENTION + 2 * 3 * 32 * (4 * 16 + 24)),
+    "mixtral": (10, ATTENTION + 2 * 3 * 32 * 4 * 48),
+    "gpt_oss": (8, ATTENTION),
+}
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+
+
+@pytest.mark.parametrize("architecture", COUNTS)
+class TestArchitectures:
+    def test_trains(self, tiny: Tiny, tokens: Tensor, architecture: str) -> None:
+        model = tiny(architecture)
+        keys = list(model.state_dict())
+        report = convert(model, "6:8")
+        assert (report.modules, report.weights) == COUNTS[architecture]
+        assert list(model.state_dict()) == keys
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model.train()
+        losses = []
+        for _ in range(3):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[2] < losses[1] < losses[0]
+        for _, module in converted_modules(model):
+            for buffer in module.buffers():
+                assert buffer.dtype != torch.int8 or worst_group(buffer, 8) <= 6
+
+    def test_dense_twin_is_the_model_itself(
+        self, tiny: Tiny, logits: Logits, tokens: Tensor, architecture: str
+    ) -> None:
+        model = tiny(architecture)
+        expected = logits(model, tokens)
+        convert(model, "dense", kind="bf16")
+        torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-6)
+
+    def test_saved_as_a_plain_checkpoint(
+        self, tiny: Tiny, logits: Logits, tokens: Tensor, architecture: str, tmp_path: Path
+    ) -> None:
+        model = tiny(architecture)
+        convert(model, "6:8")
+        expected = logits(model, tokens)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not list(converted_modules(loaded))
+        assert (logits(loaded, tokens) - expected).abs().max() > 1e-3  # it is the dense model
+        convert(loaded, "6:8")
+        assert torch.equal(logits(loaded, tokens), expected)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+def test_generates(tiny: Tiny, tokens: Tensor, architecture: str) -> None:
+    model = tiny(architecture)
+    convert(model, "6:8")
+    made = model.eval().generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert made.shape == (2, 16)
+
+
+class TestReport:
+    def test_says_what_it_did(self, tiny: Tiny) -> None:
+        report = convert(tiny(), "6:8")
+        assert str(report) == (
+            "14 modules with 15,360 weights converted to bitnet 6:8, 1 left as they were"
+        )
+        assert report.skipped == {"lm_head": "the output head stays in full precision"}
+        assert str(convert(tiny(), "dense", kind="bf16")).endswith(
+            "converted to bf16 dense, 1 left as they were"
+        )
+        assert str(convert(perceptron(8, 8))) == (
+            "1 modules with 64 weights converted to bitnet 6:8"
+        )
+
+    def test_experts_of_other_shapes_are_left_with_a_reason(self, tiny: Tiny) -> None:
+        model = tiny("gpt_oss")
+        report = convert(model)
+        reason = report.skipped["model.layers.1.mlp.experts"]
+        assert "not gate_up_proj and down_proj alone" in reason
+        assert isinstance(model.model.layers[0].self_attn.q_proj, SparseBitLinear)
+
+    def test_routers_stay(self, tiny: Tiny) -> None:
+        report = convert(tiny("qwen2_moe"))
+        gates = [name for name, why in report.skipped.items() if "routers" in why]
+        assert gates == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
+
+    @pytest.mark.parametrize("name", ["router", "gate"])
+    def test_routers_wrapped_once_more_stay(self, name: str) -> None:
+        class Wrapped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.add_module(name, perceptron(8, 4))
+                self.gate_proj = nn.Linear(8, 8)
+
+        report = convert(Wrapped())
+        assert report.modules == 1
+        assert report.skipped == {f"{name}.0": "routers stay in full precision"}
+
+    def test_subclasses_of_linear_stay(self) -> None:
+        class Special(nn.Linear):
+            pass
+
+        model = nn.Sequential(nn.Linear(8, 8), Special(8, 8), nn.Conv1d(8, 8, 3))
+        report = convert(model)
+        assert report.skipped["1"] == "it is a Special, not a plain nn.Linear"
+        assert "2" in report.skipped
+
+
+class TestSharing:
+    def test_parameters_are_shared_not_copied(self, tiny: Tiny) -> None:
+        model = tiny()
+        before = dict(model.named_parameters())
+        convert(model)
+        after = dict(model.named_parameters())
+        assert list(before) == list(after)
+        assert all(before[name] is after[name] for name in before)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_master_weights_are_float32(
+        self, tiny: Tiny, tokens: Tensor, dtype: torch.dtype
+    ) -> None:
+        model = tiny().to(dtype)
+        convert(model)
+        for _, module in converted_modules(model):
+            assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert model.get_input_embeddings().weight.dtype == dtype
+        assert model(input_ids=tokens).logits.dtype == dtype
+
+    @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+    @pytest.mark.parametrize("architecture", ["qwen2", "qwen2_moe"])
+    def test_half_precision_models_train(
+        self, tiny: Tiny, tokens: Tensor, kind: Any, architecture: str
+    ) -> None:
+        model = tiny(architecture).bfloat16()
+        convert(model, kind=kind)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        for _, module in converted_modules(model):
+            assert all(p.grad is not None for p in module.parameters())
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_tied_head_stays_tied(self, tiny: Tiny, tied: bool) -> None:
+        model = tiny(tie_word_embeddings=tied)
+        convert(model)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        assert type(head) is nn.Linear
+        assert (head.weight is embedding.weight) == tied
+
+    def test_a_head_tied_by_hand_is_found(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = nn.Embedding(8, 8)
+                self.inner = nn.Linear(8, 8)
+                self.head = nn.Linear(8, 8, bias=False)
+                self.head.weight = self.embedding.weight
+
+        model = Model()
+        assert convert(model).skipped == {"head": "the output head stays in full precision"}
+        assert type(model.head) is nn.Linear
+
+    def test_one_module_in_two_places_stays_one(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Linear(8, 8)
+                self.again = self.first
+
+        model = Model()
+        report = convert(model)
+        assert (report.modules, report.weights) == (1, 64)
+        assert isinstance(model.first, SparseBitLinear)
+        assert model.again is model.first
+
+    def test_training_mode_and_frozen_weights_are_kept(self) -> None:
+        model = perceptron(8, 8, 8).eval()
+        model[0].weight.requires_grad_(False)
+        convert(model)
+        assert not model[0].training
+        assert not model[0].weight.requires_grad
+        assert model[1].weight.requires_grad
+
+    def test_data_parallel_broadcasts_no_derived_buffer(self, tiny: Tiny) -> None:
+        model = tiny("mixtral")
+        model._ddp_params_and_buffers_to_ignore = ["kept"]
+        convert(model)
+        ignored = model._ddp_params_and_buffers_to_ignore
+        assert ignored[0] == "kept"
+        derived = {name for name, buffer in model.named_buffers() if "inv_freq" not in name}
+        assert derived == set(ignored[1:])
+
+
+class TestRules:
+    def test_first_rule_that_is_found_decides(self, tiny: Tiny) -> None:
+        model = tiny()
+        rules = {r"layers\.0\.mlp": "skip", r"q_proj|down_proj": "2:4", "v_proj": "dense"}
+        report = convert(model, "6:8", rules=rules)
+        assert {n: w for n, w in report.skipped.items() if n != "lm_head"} == {
+            f"model.layers.0.mlp.{name}_proj": "a rule skips it" for name in ("gate", "up", "down")
+        }
+        patterns = {name: str(module.pattern) for name, module in converted_modules(model)}
+        assert patterns["model.layers.0.self_attn.q_proj"] == "2:4"
+        assert patterns["model.layers.1.mlp.down_proj"] == "2:4"
+        assert patterns["model.layers.1.self_attn.v_proj"] == "dense"
+        assert patterns["model.layers.1.self_attn.k_proj"] == "6:8"
+        assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+
+    def test_own_patterns_outlive_a_schedule(self, tiny: Tiny) -> None:
+        """Dense first: a rule's pattern returns as soon as the schedule is sparse, whatever N:M."""
+        model = tiny()
+        convert(model, "6:8", rules={"q_proj": "2:4", "v_proj": "dense"})
+        attention = model.model.layers[0].self_attn
+        for scheduled, q, k in [("dense", "dense", "dense"), ("7:8", "2:4", "7:8"), ("4:8",) * 3]:
+            set_pattern(model, scheduled)
+            assert str(attention.k_proj.pattern) == k
+            assert str(attention.q_proj.pattern) == (q if scheduled != "4:8" else "2:4")
+            assert attention.v_proj.pattern.is_dense
+
+    def test_a_rule_is_the_remedy_that_the_error_names(self) -> None:
+        model = perceptron(8, 12, 8)
+        convert(model, "6:8", rules={"1": "2:4"})
+        assert [str(m.pattern) for _, m in converted_modules(model)] == ["6:8", "2:4"]
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ({"(": "6:8"}, r"rule '\(' is not a regular expression"),
+            ({"q_proj": "6/8"}, r"rule 'q_proj': pattern '6/8' is not understood.*or write 'skip'"),
+            ({"q_proj": 248}, r"rule 'q_proj': pattern 248 is not text"),
+            ({"q_prj": "skip"}, r"rule 'q_prj' matches no linear module; there are model\.layers"),
+            ({"lm_head": "6:8"}, r"rule 'lm_head' decides for no module.*stays in full precision"),
+            (
+                {"proj": "4:8", "q_proj": "skip"},
+                r"rule 'q_proj' decides for no module.*an earlier rule decides",
+            ),
+        ],
+    )
+    def test_refuses_what_has_no_effect_or_no_meaning(
+        self, tiny: Tiny, rules: dict[str, Any], message: str
+    ) -> None:
+        model = tiny()
+        with pytest.raises(ConfigError, match=message):
+            convert(model, rules=rules)
+        assert not list(converted_modules(model))
+
+
+class TestRefusals:
+    def test_a_row_that_m_does_not_divide(self, tiny: Tiny) -> None:
+        model = tiny(intermediate_size=44)
+        with pytest.raises(PatternError) as error:
+            convert(model, "6:8")
+        assert str(error.value) == (
+            "model.layers.0.mlp.down_proj.weight (32, 44): in_features 44 is not a multiple of "
+            "M = 8 of pattern 6:8; use a group size among [2, 4], or a rule that gives this module "
+            "another pattern or skips it"
+        )
+        assert not list(converted_modules(model))  # nothing was swapped before the refusal
+
+    def test_experts_that_m_does_not_divide(self, tiny: Tiny) -> None:
+        model = tiny("mixtral", intermediate_size=20)
+        with pytest.raises(PatternError, match=r"mlp\.experts\.down_proj \(4, 32, 20\): in_fea"):
+            convert(model, "6:8")
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_damaged_weights(self, tiny: Tiny, bad: float) -> None:
+        model = tiny()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = bad
+        with pytest.raises(
+            WeightError,
+            match=r"model\.layers\.1\.mlp\.up_proj\.weight \(48, 32\): 1 of 1536 values",
+        ):
+            convert(model)
+        assert not list(converted_modules(model))
+
+    def test_weights_that_float32_cannot_hold(self) -> None:
+        model = perceptron(8, 8).double()
+        model[0].weight.data.fill_(1e300)
+        with pytest.raises(WeightError, match="64 of 64 values are NaN or infinite"):
+            convert(model)
+
+    def test_twice(self, tiny: Tiny) -> None:
+        model = tiny()
+        convert(model)
+        with pytest.raises(ConfigError, match="converted already; use set_pattern"):
+            convert(model, "4:8")
+
+    def test_nothing_to_convert(self) -> None:
+        with pytest.raises(ConfigError, match=r"no nn\.Linear or expert weights .*\(0 were left"):
+            convert(nn.Sequential(nn.ReLU()))
+
+    def test_everything_skipped(self, tiny: Tiny) -> None:
+        with pytest.raises(ConfigError, match=r"\(15 were left out: model\.layers\.0.*, …\)"):
+            convert(tiny(), rules={".": "skip"})
+
+    def test_the_model_itself_is_a_layer(self) -> None:
+        with pytest.raises(ConfigError, match=r"is itself a Linear.*put it into a module first"):
+            convert(nn.Linear(8, 8))
+
+    def test_unknown_kind(self) -> None:
+        with pytest.raises(ConfigError, match=r"kind is 'fp8'; choose among \['bf16', 'bitnet'\]"):
+            convert(perceptron(8, 8), kind="fp8")  # type: ignore[arg-type]
+
+    def test_wrong_pattern(self) -> None:
+        with pytest.raises(PatternError, match="write N:M as in 6:8, or dense"):
+            convert(perceptron(8, 8), "six of eight")
+
+    def test_set_pattern_changes_all_or_nothing(self) -> None:
+        model = perceptron(8, 4, 8)
+        convert(model, "2:4")
+        with pytest.raises(PatternError, match=r"^1\.weight \(8, 4\): in_features 4 is not"):
+            set_pattern(model, "6:8")
+        assert {str(m.pattern) for _, m in converted_modules(model)} == {"2:4"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "experts"),
+    [("bitnet", SparseBitLinear, SparseBitExperts), ("bf16", SparseLinear, SparseExperts)],
+)
+def test_kinds_and_methods_reach_every_module(
+    tiny: Tiny, kind: Any, linear: type, experts: type
+) -> None:
+    model = tiny("mixtral")
+    method = Method(gradient="masked", activation_bits=4)
+    convert(model, "2:4", kind=kind, method=method)
+    modules = [module for _, module in converted_modules(model)]
+    assert {type(module) for module in modules} == {linear, experts}
+    assert all(m.method == method and m.pattern == Pattern(2, 4) for m in modules)

@@ -1,0 +1,179 @@
+"""Mixture-of-experts weights: each expert is the linear layers it would be on its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_bitnet.core import DENSE, Method, Pattern, PatternError, nm_mask, worst_group
+from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
+from sparse_bitnet.nn.experts import route, why_not_experts
+
+EXPERTS, HIDDEN, INNER, TOKENS = 4, 16, 8, 20
+
+
+class Experts(nn.Module):
+    """The parameters of transformers' experts, and no forward: it must not be needed."""
+
+    def __init__(self, gate_up: tuple[int, ...] = (EXPERTS, 2 * INNER, HIDDEN)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(gate_up))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER))
+        self.act_fn = nn.SiLU()
+
+
+def routing() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and two of the first three experts for each token: the fourth gets none."""
+    hidden = torch.randn(TOKENS, HIDDEN)
+    index = torch.stack([torch.randperm(EXPERTS - 1)[:2] for _ in range(TOKENS)])
+    return hidden, index, torch.rand(TOKENS, 2)
+
+
+def one_by_one(
+    experts: Experts, kind: Any, hidden: Tensor, index: Tensor, weights: Tensor, **options: Any
+) -> Tensor:
+    """Every token through three separate layers of each of its experts."""
+
+    def linear(weight: Tensor) -> nn.Module:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        plain.weight.data = weight.detach().clone()
+        module: nn.Module = kind(plain, **options)
+        return module
+
+    result = torch.zeros_like(hidden)
+    for token in range(len(hidden)):
+        for place, expert in enumerate(index[token].tolist()):
+            gate = linear(experts.gate_up_proj[expert, :INNER])(hidden[token])
+            up = linear(experts.gate_up_proj[expert, INNER:])(hidden[token])
+            down = linear(experts.down_proj[expert])(nn.functional.silu(gate) * up)
+            result[token] += weights[token, place] * down
+    return result
+
+
+@pytest.mark.parametrize("pattern", ["dense", "6:8", "2:4"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ternary_experts_equal_separate_layers(pattern: str, bits: Any) -> None:
+    experts, inputs = Experts(), routing()
+    options = {"pattern": Pattern.parse(pattern), "method": Method(activation_bits=bits)}
+    module = SparseBitExperts(experts, **options)
+    expected = one_by_one(experts, SparseBitLinear, *inputs, **options)
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert module.gate_up_proj_scale.shape == (EXPERTS, 2)  # gate and up are matrices of their own
+    assert module.down_proj_scale.shape == (EXPERTS, 1)
+
+
+@pytest.mark.parametrize("pattern", ["dense", "6:8", "2:4"])
+def test_the_twin_equals_separate_layers(pattern: str) -> None:
+    experts, inputs = Experts(), routing()
+    options = {"pattern": Pattern.parse(pattern)}
+    module = SparseExperts(experts, **options)
+    expected = one_by_one(experts, SparseLinear, *inputs, **options)
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mask_runs_along_in() -> None:
+    module = SparseBitExperts(Experts(), Pattern(6, 8))
+    assert worst_group(module.gate_up_proj_ternary, 8) <= 6
+    assert worst_group(module.down_proj_ternary, 8) <= 6
+    twin = SparseExperts(Experts(), Pattern(6, 8))
+    assert torch.equal(twin.down_proj_mask, nm_mask(twin.down_proj, Pattern(6, 8)))
+
+
+@pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
+@pytest.mark.parametrize("gradient", ["dense", "masked"])
+def test_gradients(kind: Any, gradient: Any) -> None:
+    """Chosen experts learn, masked weights too unless the ablation says no; others get zero."""
+    module = kind(Experts(), Pattern(2, 8), Method(gradient=gradient))
+    hidden, index, weights = routing()
+    hidden.requires_grad_()
+    module(hidden, index, weights).square().sum().backward()
+    assert hidden.grad is not None
+    for parameter in module.master_parameters().values():
+        mask = nm_mask(parameter, Pattern(2, 8))
+        grad = parameter.grad
+        assert (grad[-1] == 0).all()
+        for expert in range(EXPERTS - 1):
+            lost = grad[expert][~mask[expert]]
+            assert (lost == 0).all() if gradient == "masked" else (lost != 0).float().mean() > 0.9
+
+
+def test_an_index_beyond_the_last_expert_is_no_expert() -> None:
+    """What transformers' expert parallelism writes for tokens of another rank."""
+    hidden, index, weights = routing()
+    module = SparseBitExperts(Experts(), Pattern(6, 8))
+    index[3] = EXPERTS
+    assert torch.equal(module(hidden, index, weights)[3], torch.zeros(HIDDEN))
+
+
+def test_no_tokens() -> None:
+    module = SparseBitExperts(Experts(), Pattern(6, 8))
+    empty = torch.empty(0, 2, dtype=torch.long)
+    assert module(torch.empty(0, HIDDEN), empty, empty.float()).shape == (0, HIDDEN)
+
+
+def test_route_weighs_and_sums() -> None:
+    hidden = torch.tensor([[1.0], [10.0]])
+    index = torch.tensor([[0, 1], [1, 0]])
+    weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
+    result = route(hidden, index, weights, 2, lambda expert, x: x * (expert + 1))
+    assert result.tolist() == [[0.5 * 1 + 0.25 * 2], [1.0 * 20 + 0.0]]
+
+
+@pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
+def test_half_precision(kind: Any) -> None:
+    module = kind(Experts(), Pattern(6, 8))
+    hidden, index, weights = routing()
+    full = module(hidden, index, weights)
+    half = module(hidden.bfloat16(), index, weights.bfloat16())
+    assert half.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = module(hidden, index, weights)
+    for other in (half, auto):
+        assert (other.float() - full).norm() < 0.05 * full.norm()
+
+
+def test_refuses_a_size_that_m_does_not_divide() -> None:
+    with pytest.raises(PatternError, match="gate_up_proj: in_features 16 is not a multiple of M"):
+        SparseBitExperts(Experts(), Pattern(6, 32))
+
+
+def test_says_what_it_is() -> None:
+    text = repr(SparseBitExperts(Experts(), DENSE))
+    assert "experts=4, hidden=16, intermediate=8, pattern=dense" in text
+
+
+class TestWhyNot:
+    def test_takes_what_it_knows(self) -> None:
+        assert why_not_experts(Experts()) is None
+
+    def test_other_parameters(self) -> None:
+        module = Experts()
+        module.down_proj_bias = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))
+        assert "not gate_up_proj and down_proj alone" in str(why_not_experts(module))
+        assert "are ['weight']" in str(why_not_experts(nn.Conv1d(2, 2, 2, bias=False)))
+
+    def test_other_layouts(self) -> None:
+        transposed = why_not_experts(Experts((EXPERTS, HIDDEN, 2 * INNER)))
+        # As it happens 2I = H here, so the shape alone cannot tell; a larger one can.
+        assert transposed is None or "are not [E, 2I, H]" in transposed
+        wrong = str(why_not_experts(Experts((EXPERTS, HIDDEN, 4 * INNER))))
+        assert "gate_up_proj (4, 16, 32) and down_proj (4, 16, 8) are not [E, 2I, H]" in wrong
+        flat = Experts()
+        flat.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))
+        assert "three dimensions" in str(why_not_experts(flat))
+
+    def test_other_arithmetic(self) -> None:
+        class Clamped(Experts):
+            def _apply_gate(self, gate_up: Tensor) -> Tensor:
+                return gate_up.clamp(max=7)
+
+        assert "gate is not act_fn(gate) * up" in str(why_not_experts(Clamped()))
+        interleaved, normed, bare = Experts(), Experts(), Experts()
+        interleaved.is_concatenated = False
+        normed.has_post_expert_norm = True
+        del bare.act_fn
+        assert "interleaves" in str(why_not_experts(interleaved))
+        assert "normalizes" in str(why_not_experts(normed))
+        assert "no act_fn" in str(why_not_experts(bare))
