@@ -45,6 +45,15 @@ def test_value_and_gradients_in_float64(
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_the_form_for_fusion_is_the_same() -> None:
+    logits, labels = torch.randn(7, 11, dtype=torch.bfloat16), torch.randint(11, (7,))
+    ours = loss_module._loss_and_slope_for_fusion(logits.clone(), labels)
+    theirs = loss_module._loss_and_slope(logits.clone(), labels)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     hidden, head = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, masking_utils
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
-from sparse_bitnet.train.model import build_model, convert_model
+from sparse_bitnet.train.model import MASKLESS, build_model, convert_model, maskless_attention
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(
@@ -94,3 +94,33 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         model(tokens, labels=tokens).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_maskless_attention_is_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    look = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils,
+        "find_packed_sequence_indices",
+        lambda positions: (asked.append(positions), look(positions))[1],
+    )
+    model = build().eval()
+    tokens = torch.arange(32).view(2, 16)
+    with maskless_attention(model):
+        assert model.config._attn_implementation == MASKLESS
+        got = model(tokens).logits
+        assert not asked, "nothing is asked of the device"
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(tokens).logits, got)
+    assert asked, "transformers would have asked"
+
+
+def test_windows_keep_their_masks(tmp_path: Path) -> None:
+    shape = MistralConfig(**(LLAMA.to_dict() | {"sliding_window": 4, "model_type": "mistral"}))
+    shape.save_pretrained(tmp_path)
+    model = build(source=str(tmp_path / "config.json"))
+    with maskless_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    eager = build(attention="eager")
+    with maskless_attention(eager):
+        assert eager.config._attn_implementation == "eager"

@@ -78,9 +78,11 @@ def kept_weights(
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would return for ``x``: autocast's dtype where that is on."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The meta device has no autocast to ask for. (`is_autocast_available` would say so, but breaks
+    # the graph of torch 2.11.)
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return x.dtype  # on the meta device, for one, there is no autocast to ask for
+    return x.dtype
 
 
 class SparseBitLinear(DerivedModule, nn.Linear):

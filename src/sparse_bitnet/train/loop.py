@@ -22,10 +22,10 @@ from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import save_trained
 from sparse_bitnet.train.loss import CausalLoss
-from sparse_bitnet.train.model import build_model, convert_model
+from sparse_bitnet.train.model import build_model, convert_model, maskless_attention
 from sparse_bitnet.train.monitor import History, Monitor, Reading, read_history
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
-from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard
+from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
 from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, write_result
 from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
@@ -105,7 +105,7 @@ class _Run:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
-        with self._history() as history, self._progress() as bar:
+        with maskless_attention(self.model), self._history() as history, self._progress() as bar:
             clock = _Clock(self.config.data.batch_size * self.config.data.sequence_length)
             for step in range(self.first_step, steps):
                 done = step + 1
@@ -232,6 +232,7 @@ class _Run:
         """Read the last figures, export the model, write the result."""
         config, steps = self.config, self.config.schedule.steps
         self.loss_of.eval()
+        uncompile_blocks(self.model)
         rows = self.here.from_main(read_history(self.directory / HISTORY))
         checkpoint = self.checkpoints.latest()
         result = TrainResult(

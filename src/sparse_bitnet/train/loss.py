@@ -10,6 +10,7 @@ The products run in autocast's dtype, logarithms and sums in float32 (float64 fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -41,20 +42,28 @@ def chunked_cross_entropy(
     return loss
 
 
-def _loss_and_slope(logits: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and the derivative of their mean over ``count`` by the logits."""
+def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and its derivative by the logits: softmax, less one at the label."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows = labels.unsqueeze(-1)
     log_p = exact.log_softmax(-1)
     loss = -log_p.gather(-1, rows).sum()
     slope = log_p.exp_().scatter_add_(-1, rows, -torch.ones_like(rows, dtype=exact.dtype))
-    return loss, slope.div_(count).to(logits.dtype)
+    return loss, slope.to(logits.dtype)
+
+
+def _loss_and_slope_for_fusion(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a scatter, so that a compiler makes two passes over the logits of it."""
+    log_p = logits.float().log_softmax(-1)
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
+    loss = -torch.where(is_label, log_p, 0.0).sum()
+    return loss, (log_p.exp() - is_label.float()).to(logits.dtype)
 
 
 @cache
-def _fused_loss_and_slope() -> Any:
-    """One pass over the logits instead of six; compiled once for all runs of a process."""
-    return torch.compile(_loss_and_slope, dynamic=True)
+def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Compiled once for all runs of a process."""
+    return torch.compile(_loss_and_slope_for_fusion, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -66,30 +75,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             compute = torch.get_autocast_dtype(device)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        count = labels.numel()
         total = torch.zeros((), dtype=exact, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=exact) if needs_head else None
         rows = head.to(compute)
-        evaluate = _fused_loss_and_slope() if hidden.is_cuda else _loss_and_slope
+        evaluate = _fused() if hidden.is_cuda else _loss_and_slope
         with torch.autocast(device, enabled=False):
-            for start in range(0, count, tokens):
+            for start in range(0, labels.numel(), tokens):
                 part = slice(start, start + tokens)
                 x = hidden[part].to(compute)
-                loss, slope = evaluate(x @ rows.T, labels[part], count)
+                loss, slope = evaluate(x @ rows.T, labels[part])
                 total += loss
                 if d_hidden is not None:
                     d_hidden[part] = slope @ rows
                 if d_head is not None:
                     d_head += slope.T @ x
         ctx.save_for_backward(d_hidden, d_head)
-        ctx.head_dtype = head.dtype
-        return total / count
+        ctx.head_dtype, ctx.count = head.dtype, labels.numel()
+        return total / labels.numel()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (upstream,) = grads
         d_hidden, d_head = ctx.saved_tensors
+        upstream = grads[0] / ctx.count
         if d_hidden is not None:
             d_hidden = d_hidden * upstream
         if d_head is not None:

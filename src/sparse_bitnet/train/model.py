@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.presets import PRESETS, preset_config
+
+MASKLESS = "sparse_bitnet_maskless_sdpa"
 
 
 def build_model(
@@ -86,6 +97,30 @@ def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def
     if config.vocab_size:
         shape.vocab_size = config.vocab_size
     return shape
+
+
+@contextlib.contextmanager
+def maskless_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with ``sdpa`` rely on the kernel's own causal mask while this is open.
+
+    transformers asks the device at every forward whether sequences are packed, and waits for the
+    answer: a GPU then never has its next step queued. An attention implementation that it knows no
+    mask function for is asked nothing. Training's sequences are whole and unpadded, so there is
+    nothing to mask but the future. Models with sliding windows keep their masks.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    plain = kinds == {"full_attention"} and not any(windows)
+    if not plain or config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+    model.set_attn_implementation(MASKLESS)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def convert_model(model: PreTrainedModel, config: SparsityConfig) -> Conversion:

@@ -132,6 +132,12 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
+def uncompile_blocks(model: PreTrainedModel) -> None:
+    """Make an ordinary model of it again, which does not compile for every new shape."""
+    for block in blocks(model):
+        block._compiled_call_impl = None
+
+
 def shard(model: CausalLoss, where: Ranks) -> None:
     """Cut a model over all ranks with FSDP2, in place."""
     mesh = init_device_mesh(where.device.type, (where.world_size,))
