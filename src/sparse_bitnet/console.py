@@ -36,6 +36,7 @@ class Task:
     def __init__(self, description: str, total: int | None, bar: Progress | None) -> None:
         self._description, self._total, self._bar = description, total, bar
         self._done, self._detail = 0, ""
+        self._said: tuple[int, str] | None = None
         self._started = self._printed = time.monotonic()
         self._row = bar.add_task(description, total=total, detail="") if bar else None
 
@@ -48,12 +49,18 @@ class Task:
         elif time.monotonic() - self._printed >= PLAIN_LINE_SECONDS:
             self._print_line()
 
+    def finish(self) -> None:
+        """Say where it ended, if it took long enough to have said anything."""
+        long = time.monotonic() - self._started >= PLAIN_LINE_SECONDS
+        if self._bar is None and long and self._said != (self._done, self._detail):
+            self._print_line()
+
     def _print_line(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._said = time.monotonic(), (self._done, self._detail)
         elapsed = self._printed - self._started
         of = "" if self._total is None else f"/{self._total}"
         left = ""
-        if self._total and self._done:
+        if self._total and 0 < self._done <= self._total:
             left = f", {elapsed * (self._total / self._done - 1):.0f} s left"
         detail = f"  {self._detail}" if self._detail else ""
         say(f"{self._description}: {self._done}{of}, {elapsed:.0f} s{left}{detail}")
@@ -61,18 +68,25 @@ class Task:
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Task]:
-    """Show a bar with time left on a terminal; elsewhere a line every five seconds."""
+    """Show a bar with time left on a terminal; elsewhere a line every five seconds and at the end.
+
+    One may stand inside another. Descriptions and details are shown as they are, without markup.
+    """
     if not err.is_terminal:
-        yield Task(description, total, None)
+        task = Task(description, total, None)
+        try:
+            yield task
+        finally:
+            task.finish()
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=err, transient=False) as bar:
         yield Task(description, total, bar)

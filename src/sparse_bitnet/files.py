@@ -1,24 +1,36 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves the old one or the new one, never half of one.
+
+Everything is written beside its place under a temporary name, synced to the disk, and renamed. One
+rename replaces a file. A directory that exists takes two: were a machine to stop between them, the
+old one waits as ``NAME.<process>.old.partial`` and the next write to NAME puts it back first.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".partial"
+ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; on success sync it and rename it to ``path``, else remove it."""
-    path = Path(path)
+    """Yield a temporary path; on success sync it and rename it to ``path``, else remove it.
+
+    A file that was there hands down its permissions; a symbolic link stays, and its target changes.
+    """
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -31,11 +43,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory; on success sync its files and let it take the place of ``path``.
 
     An existing ``path`` is first renamed aside and removed only once the new one stands.
+
+    Raises:
+        NotADirectoryError: if ``path`` is a file.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; choose another name for the directory")
+    _put_back(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    aside = path.with_name(f"{path.name}.{os.getpid()}.old{TEMPORARY_SUFFIX}")
+    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -44,12 +62,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if path.exists():
+            shutil.copymode(path, temporary)
             path.rename(aside)
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -58,7 +78,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _put_back(path: Path) -> None:
+    """Where a replacement stopped between its two renames, undo the first."""
+    aside = re.compile(rf"{re.escape(path.name)}\.\d+{re.escape(ASIDE_SUFFIX)}")
+    if not path.exists():
+        for other in path.parent.iterdir():
+            if aside.fullmatch(other.name):
+                other.rename(path)
+                return
+
+
 def _sync(path: Path) -> None:
+    if path.is_symlink():
+        return  # lives in its directory, which is synced
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

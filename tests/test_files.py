@@ -1,0 +1,228 @@
+"""A crash leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_bitnet import files
+from sparse_bitnet.files import atomic_directory, atomic_file, write_text
+
+
+def fill(temporary: Path, text: str, is_directory: bool) -> None:
+    if is_directory:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text(text)
+    else:
+        temporary.write_text(text)
+
+
+def content(path: Path) -> str:
+    return (path / "inner" / "file" if path.is_dir() else path).read_text()
+
+
+WRITERS = pytest.mark.parametrize(
+    ("writer", "is_directory"), [(atomic_file, False), (atomic_directory, True)]
+)
+Writer = Callable[[Path], AbstractContextManager[Path]]
+
+
+@WRITERS
+def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    target = tmp_path / "new" / "parents" / "target"
+    for text in ("first", "second"):
+        with writer(target) as temporary:
+            assert temporary.parent == target.parent
+            fill(temporary, text, is_directory)
+        assert content(target) == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+@WRITERS
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failing_writer_leaves_the_old_and_nothing_else(
+    tmp_path: Path, writer: Writer, is_directory: bool, error: type[BaseException]
+) -> None:
+    target = tmp_path / "target"
+    for expected in ([], [target]):
+        with pytest.raises(error), writer(target) as temporary:
+            fill(temporary, "half", is_directory)
+            raise error
+        assert list(tmp_path.iterdir()) == expected
+        if not expected:
+            with writer(target) as temporary:
+                fill(temporary, "old", is_directory)
+    assert content(target) == "old"
+
+
+def test_a_directory_loses_files_that_the_new_one_lacks(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    with atomic_directory(target) as temporary:
+        (temporary / "new").touch()
+    assert [file.name for file in target.iterdir()] == ["new"]
+
+
+@WRITERS
+def test_killed_while_writing(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    """SIGKILL gives no chance to clean up; the old content stands all the same."""
+    target = tmp_path / "target"
+    with writer(target) as temporary:
+        fill(temporary, "old", is_directory)
+    script = (
+        "import sys; from pathlib import Path\n"
+        f"from sparse_bitnet.files import {writer.__name__} as writer\n"
+        "with writer(sys.argv[1]) as temporary:\n"
+        f"    file = temporary / 'file' if {is_directory} else temporary\n"
+        "    file.write_text('half')\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert content(target) == "old"
+    with writer(target) as temporary:
+        fill(temporary, "new", is_directory)
+    assert content(target) == "new"
+
+
+@pytest.mark.parametrize("victim", ["temporary", "aside"])
+def test_a_directory_survives_a_stop_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    target = tmp_path / "target"
+    with atomic_directory(target) as temporary:
+        fill(temporary, "old", True)
+    original = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        is_last = Path(to) == target and "old" not in self.name
+        if is_last == (victim == "temporary"):
+            raise OSError("no space left on device")
+        return original(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space left"), atomic_directory(target) as temporary:
+        fill(temporary, "new", True)
+    monkeypatch.undo()
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_next_write_puts_back_what_a_stopped_machine_left_aside(tmp_path: Path) -> None:
+    aside = tmp_path / "target.4711.old.partial"
+    other = tmp_path / "target.else.4711.old.partial"
+    for directory in (aside, other):
+        directory.mkdir()
+        fill(directory, "old", True)
+    with pytest.raises(ValueError, match="stop"), atomic_directory(tmp_path / "target"):
+        raise ValueError("stop")
+    assert content(tmp_path / "target") == "old"
+    assert not aside.exists()
+    assert other.exists()  # another directory's
+
+
+@WRITERS
+def test_permissions_are_handed_down(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    target = tmp_path / "target"
+    mode = 0o700 if is_directory else 0o640
+    with writer(target) as temporary:
+        fill(temporary, "old", is_directory)
+    target.chmod(mode)
+    with writer(target) as temporary:
+        fill(temporary, "new", is_directory)
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+
+
+def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "text")
+    (tmp_path / "usual").write_text("text")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    with (
+        pytest.raises(NotADirectoryError, match="target is a file; choose another name"),
+        atomic_directory(target),
+    ):
+        raise AssertionError("must not be entered")
+    assert target.read_text() == "precious"
+
+
+def test_a_file_does_not_replace_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "target", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
+@WRITERS
+def test_content_reaches_the_disk_before_the_name_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Writer, is_directory: bool
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def logged_fsync(descriptor: int) -> None:
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def logged(original: Any) -> Any:
+        def move(self: Path, to: Path) -> Path:
+            events.append(("rename", Path(to).name))
+            result: Path = original(self, to)
+            return result
+
+        return move
+
+    monkeypatch.setattr(files.os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged(rename))
+    monkeypatch.setattr(Path, "replace", logged(replace))
+    with writer(tmp_path / "target") as temporary:
+        fill(temporary, "text", is_directory)
+    own = f"target.{os.getpid()}.partial"
+    contents = (
+        [("sync", "inner"), ("sync", "file"), ("sync", own)] if is_directory else [("sync", own)]
+    )
+    assert sorted(events[:-2]) == sorted(contents)
+    assert events[-2:] == [("rename", "target"), ("sync", tmp_path.name)]
+
+
+def test_text_is_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    write_text(tmp_path / "text", "γ ≈ ½")
+    assert (tmp_path / "text").read_bytes() == "γ ≈ ½".encode()
+
+
+def test_names_with_pattern_characters(tmp_path: Path) -> None:
+    target = tmp_path / "a[b]*.c"
+    for text in ("first", "second"):
+        with atomic_directory(target) as temporary:
+            fill(temporary, text, True)
+    assert content(target) == "second"
