@@ -162,6 +162,9 @@ class RunConfig:
     """bf16: autocast (master weights stay fp32). auto: bf16 on CUDA, fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for every block and the loss. auto: on for CUDA."""
+    cuda_graph: bool = False
+    """Replay forward and backward as one CUDA graph: for models so small that the GPU waits for the
+    host (below about 100M weights). One process only."""
     log_every: int = 10
     """Steps between two rows of metrics.jsonl; flip rate and zeros are measured then."""
     layers_every: int = 10

@@ -68,7 +68,7 @@ def save_trained(
     weights = get_model_state_dict(model, options=options) if gather else None
     if ranks is None or ranks.is_main:
         with atomic_directory(directory) as temporary:
-            with _no_bars():
+            with no_bars():
                 model.save_pretrained(temporary, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
@@ -123,24 +123,40 @@ def load_trained(
     Raises:
         CheckpointError: if the directory is missing, damaged or not a trained model.
     """
-    directory = Path(directory)
-    sparsity = read_trained(directory).sparsity
-    try:
-        with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        has_tokenizer = (directory / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
-    except Exception as error:  # safetensors, tokenizers and transformers each have their own
-        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-    model = model.to(device).eval()  # type: ignore[arg-type]  # wrapped nn.Module.to
+    model, tokenizer, sparsity = load_master(directory)
+    model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
     convert(
         model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
     )
     return model, tokenizer
 
 
+def load_master(
+    directory: str | Path,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, SparsityConfig]:
+    """Read a directory that :func:`save_trained` wrote as the dense model of its master weights.
+
+    Returns:
+        The model on the CPU, float32, in evaluation mode, not converted; the tokenizer, or None if
+        the directory has none; and what the linears became in training.
+
+    Raises:
+        CheckpointError: if the directory is missing, damaged or not a trained model.
+    """
+    directory = Path(directory)
+    sparsity = read_trained(directory).sparsity
+    try:
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        has_tokenizer = (directory / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+    except Exception as error:  # safetensors, tokenizers and transformers each have their own
+        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    return model.eval(), tokenizer, sparsity
+
+
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without transformers' own progress bars: one file, read or written in a moment."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

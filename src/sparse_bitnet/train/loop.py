@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
-from sparse_bitnet.core import Pattern, TrainingError
+from sparse_bitnet.core import ConfigError, Pattern, TrainingError
 from sparse_bitnet.nn import refresh, set_pattern
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import save_trained
+from sparse_bitnet.train.graph import GraphedBackward
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import build_model, convert_model, maskless_attention
 from sparse_bitnet.train.monitor import History, Monitor, Reading, read_history
@@ -93,7 +94,9 @@ class _Run:
             compile_blocks(self.model)
         if here.is_distributed:
             shard(self.loss_of, here)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.graph = self._graph() if config.run.cuda_graph else None
         self.monitor = Monitor(self.model)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
@@ -112,9 +115,11 @@ class _Run:
                 logged = done % run.log_every == 0 or done == steps
                 if pattern != (pattern := pattern_at(step, steps, self.config.sparsity)):
                     set_pattern(self.model, pattern)
+                    if self.graph:
+                        self.graph.reset()
                 rates = self._set_rates(step)
                 loss = self._backward(step)
-                norm = clip_gradients(self.loss_of, self.config.optimizer.clip)
+                norm = clip_gradients(self.parameters, self.config.optimizer.clip)
                 reading = self._step(measure=logged)
                 self._watch(done, loss, norm)
                 clock.tick()
@@ -157,21 +162,33 @@ class _Run:
         """Gradients of one batch, micro-batch by micro-batch; its mean loss over all ranks."""
         # Dropout, where a model has it, is a function of the step too: a resumed run repeats it.
         torch.manual_seed(self.config.run.seed * 1_000_003 + step * 1009 + self.here.rank)
-        micro_batches = self.batches.train(step)
+        backward = self.graph or self._accumulate
+        return self.here.mean(backward(self.batches.train(step)))
+
+    def _accumulate(self, micro_batches: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=self.here.device)
         for tokens in micro_batches:
             with self._autocast():
                 loss = self.loss_of(tokens) / len(micro_batches)
             loss.backward()
             total += loss.detach()
-        return self.here.mean(total)
+        return total
+
+    def _graph(self) -> GraphedBackward:
+        if self.here.device.type != "cuda" or self.here.is_distributed:
+            raise ConfigError(
+                "run.cuda_graph needs one process on CUDA; this run has "
+                f"{self.here.world_size} on {self.here.device.type}"
+            )
+        return GraphedBackward(self._accumulate, self.parameters)
 
     def _step(self, measure: bool) -> Reading | None:
         """One optimizer step; the converted modules derive their weights anew by themselves."""
         if measure:
             self.monitor.before_step()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.graph:  # which writes gradients over the last ones
+            self.optimizer.zero_grad()
         return self.monitor.after_step() if measure else None
 
     def _watch(self, done: int, loss: Tensor, norm: Tensor) -> None:

@@ -7,9 +7,11 @@ head, whose rows are looked up rather than multiplied away; this is the field's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -61,7 +63,7 @@ def set_rates(optimizer: torch.optim.AdamW, learning_rate: float, weight_decay: 
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
-def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+def clip_gradients(parameters: Sequence[Tensor], largest: float) -> Tensor:
     """Scale the whole gradient down to a norm of ``largest``; 0 leaves it as it is.
 
     The squares are summed in float64: the norm, and with it every weight after the step, then does
@@ -70,7 +72,7 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     Returns:
         The norm before clipping, a float32 scalar on the device (no synchronisation).
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     norms = torch._foreach_norm(parts, 2.0, dtype=torch.float64)
     squares = torch.stack(norms).square().sum()
@@ -78,5 +80,5 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
         dist.all_reduce(squares)
     norm = squares.sqrt().float()
     if largest > 0:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm

@@ -32,7 +32,15 @@ from sparse_bitnet.train.config import DataConfig, TrainConfig
 FREE_TO_CHANGE = {
     f"run.{name}"
     for name in (
-        *("directory", "device", "compile", "log_every", "layers_every", "validate_every"),
+        *(
+            "directory",
+            "device",
+            "compile",
+            "cuda_graph",
+            "log_every",
+            "layers_every",
+            "validate_every",
+        ),
         *("validation_sequences", "checkpoint_every", "keep", "export", "tensorboard"),
     )
 } | {"data.micro_batch_size", "model.activation_checkpointing"}
