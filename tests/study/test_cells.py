@@ -113,7 +113,7 @@ def test_wrong_training_settings_are_found_before_anything_runs(tmp_path: Path) 
         read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]", base))
 
 
-@pytest.mark.parametrize("name", ["toy", "evidence-5m", "evidence-20m"])
+@pytest.mark.parametrize("name", ["toy", "evidence-1m", "evidence-5m", "evidence-20m"])
 def test_shipped_recipes_are_valid(name: str) -> None:
     recipe = read_sweep(RECIPES / f"{name}.yaml")
     assert recipe.name == name

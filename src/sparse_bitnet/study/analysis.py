@@ -56,6 +56,13 @@ class Runs:
         lengths = Counter(row.cell.tokens_per_weight for row in plain)
         # Of equally many, the longer one: short runs serve the curve over tokens per weight.
         self.main_length = max(lengths, key=lambda n: (lengths[n], n)) if lengths else math.nan
+        # A learning rate is chosen by its dense model's perplexity, and most cells have that one.
+        self.main_rate = {
+            kind: Counter(r.learning_rate for r in plain if r.cell.kind == kind).most_common(1)[0][
+                0
+            ]
+            for kind in {row.cell.kind for row in plain}
+        }
 
     @property
     def weights(self) -> float:
@@ -69,14 +76,30 @@ class Runs:
         return f"{self.weights / 1e6:.3g}M weights" if self.weights else self.size
 
     def select(self, **wanted: Any) -> list[Row]:
-        """Rows whose cell has these values; what is not named has the main grid's."""
+        """Rows whose cell has these values; what is not named has the main grid's.
+
+        The learning rate is the one that most rows of the kind have.
+        """
         fields = {
             "method": "published",
             "until": (),
             "tokens_per_weight": self.main_length,
             **wanted,
         }
-        return [r for r in self.rows if all(getattr(r.cell, k) == v for k, v in fields.items())]
+        return [
+            r
+            for r in self.rows
+            if all(getattr(r.cell, k) == v for k, v in fields.items())
+            and r.learning_rate == self.main_rate.get(r.cell.kind, r.learning_rate)
+        ]
+
+    def rates(self, kind: str) -> dict[float, float]:
+        """Learning rate → perplexity of the dense model of the lowest seed, at the main length."""
+        fields = {"kind": kind, "pattern": "dense", "tokens_per_weight": self.main_length}
+        found = [r for r in self.rows if all(getattr(r.cell, k) == v for k, v in fields.items())]
+        found.sort(key=lambda row: -row.cell.seed)
+        rates = {r.learning_rate: r.perplexity for r in found if r.learning_rate is not None}
+        return dict(sorted(rates.items()))
 
     def one(self, **wanted: Any) -> Row | None:
         """The row of the lowest seed, or None."""
@@ -149,6 +172,13 @@ def sizes(rows: Sequence[Row]) -> list[str]:
     """Sizes in the rows, the one with most rows first."""
     counts = Counter(row.cell.size for row in rows)
     return [size for size, _ in counts.most_common()]
+
+
+def best_rates(rows: Sequence[Row], size: str) -> dict[str, float]:
+    """For each kind the learning rate whose dense model has the lowest perplexity."""
+    runs = Runs(rows, size)
+    found = {kind: runs.rates(kind) for kind in ("bf16", "bitnet")}
+    return {kind: min(rates, key=rates.__getitem__) for kind, rates in found.items() if rates}
 
 
 def crossing(

@@ -3,6 +3,8 @@
     name: evidence
     base:                        # a training recipe's sections, shared by all cells
       data: {path: data/prose, sequence_length: 512, batch_size: 128}
+    kinds:                       # what differs between the kinds, laid over base
+      bf16: {optimizer: {learning_rate: 2.0e-3}}
     defaults: {size: study-5m, tokens_per_weight: 100}
     blocks:
       - name: collapse
@@ -54,6 +56,7 @@ class Cell:
         until: the schedule: (fraction of training, pattern until then), ascending; empty for
             sparse from scratch.
         tokens_per_weight: training tokens over the weights of the model's linears.
+        learning_rate: the peak; None for the recipe's.
     """
 
     kind: str = "bitnet"
@@ -63,6 +66,7 @@ class Cell:
     method: str = "published"
     until: tuple[tuple[float, str], ...] = ()
     tokens_per_weight: float = 100.0
+    learning_rate: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], place: str) -> Cell:
@@ -86,6 +90,8 @@ class Cell:
             values["seed"] = int(values.get("seed", 0))
             given = values.get("tokens_per_weight", cls.tokens_per_weight)
             values["tokens_per_weight"] = float(given)
+            if values.get("learning_rate") is not None:
+                values["learning_rate"] = float(values["learning_rate"])
         except (SparseBitNetError, TypeError, ValueError) as error:
             raise ConfigError(f"{place}: {error}") from error
         cell = cls(**values)
@@ -112,6 +118,7 @@ class Cell:
     def __str__(self) -> str:
         extra = [self.method] if self.method != "published" else []
         extra += [self.schedule] if self.until else []
+        extra += [f"rate {self.learning_rate:g}"] if self.learning_rate is not None else []
         told = f", {', '.join(extra)}" if extra else ""
         return (
             f"{self.kind} {self.pattern} {self.size} seed {self.seed} "
@@ -143,6 +150,7 @@ class SweepRecipe:
 
     name: str
     base: dict[str, Any]
+    kinds: dict[str, dict[str, Any]]
     evaluation: Evaluation
     cells: list[Cell]
     blocks: dict[Cell, list[str]] = field(default_factory=dict)
@@ -153,7 +161,7 @@ class SweepRecipe:
         Raises:
             ConfigError: as :func:`sparse_bitnet.train.recipe.config_from_dict`.
         """
-        values = json.loads(json.dumps(self.base))
+        values = _laid_over(self.base, self.kinds.get(cell.kind, {}))
         section = {name: values.setdefault(name, {}) for name in ("model", "sparsity", "data")}
         schedule, run = values.setdefault("schedule", {}), values.setdefault("run", {})
         section["model"]["source"] = cell.size
@@ -163,6 +171,8 @@ class SweepRecipe:
             "method": METHODS[cell.method],
             "until": dict(cell.until),
         }
+        if cell.learning_rate is not None:
+            values.setdefault("optimizer", {})["learning_rate"] = cell.learning_rate
         run["seed"] = cell.seed
         schedule["steps"] = 1
         data = config_from_dict(values, f"sweep {self.name}").data
@@ -194,10 +204,14 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
-    known = {"name", "base", "defaults", "evaluation", "blocks"}
+    known = ("name", "base", "kinds", "defaults", "evaluation", "blocks")
     for name in values:
         if name not in known:
             raise ConfigError(f"{path}: {name!r} is unknown; a sweep has {', '.join(known)}")
+    kinds = values.get("kinds") or {}
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"{path}: kinds: {kind!r}; choose among {', '.join(KINDS)}")
     blocks: dict[Cell, list[str]] = {}
     for index, block in enumerate(values.get("blocks") or []):
         if not isinstance(block, dict):
@@ -217,6 +231,7 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     recipe = SweepRecipe(
         name=str(values.get("name", path.stem)),
         base=values.get("base") or {},
+        kinds=kinds,
         evaluation=evaluation,
         cells=list(blocks),
         blocks=blocks,
@@ -224,6 +239,16 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     for cell in recipe.cells:
         recipe.config(cell)
     return recipe
+
+
+def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``base`` with the fields of each section of ``upper`` in place of its own."""
+    result: dict[str, Any] = json.loads(json.dumps(base))
+    for section, fields in upper.items():
+        own = result.get(section)
+        laid = isinstance(own, dict) and isinstance(fields, dict)
+        result[section] = dict(own or {}, **fields) if laid else fields
+    return result
 
 
 def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iterator[Cell]:

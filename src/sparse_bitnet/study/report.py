@@ -22,6 +22,7 @@ from sparse_bitnet.study.sections_quality import (
     delta_by_size,
     dense_to_sparse,
     group_size,
+    learning_rate,
     tokens_per_weight,
 )
 from sparse_bitnet.study.sections_training import flips, losses, polarization, zeros
@@ -35,6 +36,7 @@ ABOUT_A_SIZE: tuple[Callable[[Runs], Section], ...] = (
     ablations,
     dense_to_sparse,
     cloze,
+    learning_rate,
     losses,
     flips,
     zeros,

@@ -50,6 +50,14 @@ class Row:
     raw: dict[str, Any]
 
     @property
+    def learning_rate(self) -> float | None:
+        """The peak that it was trained with; None if the row does not say."""
+        config = self.raw.get("config")
+        optimizer = config.get("optimizer") if isinstance(config, dict) else None
+        rate = optimizer.get("learning_rate") if isinstance(optimizer, dict) else None
+        return float(rate) if isinstance(rate, int | float) else self.cell.learning_rate
+
+    @property
     def diverged(self) -> bool:
         return not math.isfinite(self.perplexity)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -137,7 +138,10 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with ``+`` behind it if files differ; None outside a repository."""
+    """The repository's commit, with ``+`` behind it if files differ.
+
+    Outside a repository what the environment variable ``GIT_COMMIT`` says, or None.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -148,7 +152,7 @@ def _commit() -> str | None:
         commit = git("rev-parse", "HEAD")
         return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
 
 
 def _model(

@@ -332,6 +332,37 @@ def dense_to_sparse(runs: Runs) -> Section:
     )
 
 
+def learning_rate(runs: Runs) -> Section:
+    """Is either dense model held back by its learning rate?"""
+    title = "Learning rate of the dense models"
+    found = {kind: runs.rates(kind) for kind in KINDS}
+    if all(len(rates) < 2 for rates in found.values()):
+        return Section(
+            "rate", title, notes=["Needs dense models of both kinds with other learning rates."]
+        )
+    shown = sorted({rate for rates in found.values() for rate in rates})
+    used = {kind: runs.main_rate.get(kind) for kind in KINDS}
+    rows = [
+        (
+            f"{rate:g}",
+            *(
+                f"{found[k][rate]:.2f}{' (used)' if used[k] == rate else ''}"
+                if rate in found[k]
+                else "–"
+                for k in KINDS
+            ),
+        )
+        for rate in shown
+    ]
+    return Section(
+        "rate",
+        title,
+        "Perplexity without a mask at several peak learning rates, one seed. A comparison is fair "
+        "only if neither kind is held back by its rate.",
+        tables=[Table(("learning rate", *(NAME[k] for k in KINDS)), rows)],
+    )
+
+
 def cloze(runs: Runs) -> Section:
     """Accuracy of choosing a paragraph's last word among four."""
     patterns = ["dense", *runs.patterns()]
