@@ -250,6 +250,7 @@ class _Run:
         config, steps = self.config, self.config.schedule.steps
         self.loss_of.eval()
         uncompile_blocks(self.model)
+        self.optimizer.zero_grad()
         rows = self.here.from_main(read_history(self.directory / HISTORY))
         checkpoint = self.checkpoints.latest()
         result = TrainResult(

@@ -29,21 +29,13 @@ from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.train.config import DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
-FREE_TO_CHANGE = {
+FREE_TO_CHANGE = frozenset(
     f"run.{name}"
     for name in (
-        *(
-            "directory",
-            "device",
-            "compile",
-            "cuda_graph",
-            "log_every",
-            "layers_every",
-            "validate_every",
-        ),
-        *("validation_sequences", "checkpoint_every", "keep", "export", "tensorboard"),
-    )
-} | {"data.micro_batch_size", "model.activation_checkpointing"}
+        "directory device compile cuda_graph log_every layers_every validate_every "
+        "validation_sequences checkpoint_every keep export tensorboard"
+    ).split()
+) | {"data.micro_batch_size", "model.activation_checkpointing"}
 
 
 class _Loader(yaml.SafeLoader):
