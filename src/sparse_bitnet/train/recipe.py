@@ -29,13 +29,9 @@ from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.train.config import DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
-FREE_TO_CHANGE = frozenset(
-    f"run.{name}"
-    for name in (
-        "directory device compile cuda_graph log_every layers_every validate_every "
-        "validation_sequences checkpoint_every keep export tensorboard"
-    ).split()
-) | {"data.micro_batch_size", "model.activation_checkpointing"}
+# Of the section `run` that is all but these.
+FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing"}
+DECIDES_WEIGHTS = {"run.seed", "run.precision"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,8 +133,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     flat = {}
     for section, values in to_dict(config).items():
         for name, value in values.items():
-            if f"{section}.{name}" not in FREE_TO_CHANGE:
-                flat[f"{section}.{name}"] = json.loads(json.dumps(value))
+            key = f"{section}.{name}"
+            if key in DECIDES_WEIGHTS or not (section == "run" or key in FREE_TO_CHANGE):
+                flat[key] = json.loads(json.dumps(value))
     return flat
 
 
