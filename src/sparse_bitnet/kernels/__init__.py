@@ -3,8 +3,20 @@
 One folder an operation, one file a backend; ``reference.py`` is the judge of the others.
 """
 
-from sparse_bitnet.kernels.matmul import ternary_matmul
+from sparse_bitnet.kernels.matmul import (
+    integer_matmul,
+    packed_matmul,
+    structured_matmul,
+    ternary_matmul,
+)
 from sparse_bitnet.kernels.quantize_activations import quantize_activations
 from sparse_bitnet.kernels.ternarize import ternarize
 
-__all__ = ["quantize_activations", "ternarize", "ternary_matmul"]
+__all__ = [
+    "integer_matmul",
+    "packed_matmul",
+    "quantize_activations",
+    "structured_matmul",
+    "ternarize",
+    "ternary_matmul",
+]

@@ -1,5 +1,149 @@
 """int8 activations × ternary weights, scaled once."""
 
-from sparse_bitnet.kernels.matmul.reference import integer_matmul, ternary_matmul
+from __future__ import annotations
 
-__all__ = ["integer_matmul", "ternary_matmul"]
+import torch
+from torch import Tensor
+
+from sparse_bitnet.kernels.library import register
+from sparse_bitnet.kernels.matmul import reference
+from sparse_bitnet.kernels.matmul.reference import integer_matmul
+from sparse_bitnet.kernels.platform import runs_triton
+
+__all__ = ["integer_matmul", "packed_matmul", "structured_matmul", "ternary_matmul"]
+
+
+def ternary_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    ternary: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias; arguments and results of the reference.
+
+    One Triton kernel on CUDA, the reference elsewhere. Both give the same values.
+    """
+    if not runs_triton(x_q):
+        return reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
+    return torch.ops.sparse_bitnet.dense_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
+
+
+def packed_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same for few tokens, from two-bit rows: uint8 of ``triton_packed.pack_rows``. CUDA."""
+    return torch.ops.sparse_bitnet.packed_matmul(x_q, x_scale, packed, w_scale, bias, out_dtype)
+
+
+def structured_matmul(
+    x_q: Tensor,
+    x_scale: Tensor | None,
+    compressed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The same in bf16 on sparse tensor cores, from ``cusparselt.compress``. CUDA.
+
+    The library rounds to bf16 before the token scale, which it cannot apply, so a result carries
+    two roundings. Without ``x_scale`` it is left to the caller (``quantize_fused`` takes it as
+    ``factor``); inside ``torch.compile`` it becomes part of whatever kernel reads Y.
+    """
+    if x_scale is not None and torch.compiler.is_compiling():
+        y = torch.ops.sparse_bitnet.structured_matmul(x_q, None, compressed, w_scale, None)
+        y = y.float() * x_scale
+        return (y if bias is None else y + bias.float()).to(torch.bfloat16)
+    return torch.ops.sparse_bitnet.structured_matmul(x_q, x_scale, compressed, w_scale, bias)
+
+
+def _rows(x_q: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return x_q.reshape(-1, x_q.shape[-1]).contiguous(), x_scale.reshape(-1).contiguous()
+
+
+def _dense(
+    x_q: Tensor,
+    x_scale: Tensor,
+    ternary: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from sparse_bitnet.kernels.matmul import triton_dense
+
+    rows, scale = _rows(x_q, x_scale)
+    y = triton_dense.matmul(
+        rows, scale, ternary.contiguous(), w_scale.contiguous(), bias, out_dtype
+    )
+    return y.view(*x_q.shape[:-1], ternary.shape[0])
+
+
+def _packed(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from sparse_bitnet.kernels.matmul import triton_packed
+
+    rows, scale = _rows(x_q, x_scale)
+    y = triton_packed.matmul(rows, scale, packed, w_scale.contiguous(), bias, out_dtype)
+    return y.view(*x_q.shape[:-1], packed.shape[0])
+
+
+def _fake_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    ternary: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+
+def _structured(
+    x_q: Tensor,
+    x_scale: Tensor | None,
+    compressed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    from sparse_bitnet.kernels.matmul import cusparselt, triton_finish
+
+    y = cusparselt.matmul(x_q.reshape(-1, x_q.shape[-1]), compressed, w_scale.contiguous())
+    if x_scale is not None:
+        triton_finish.finish(y, x_scale.reshape(-1).contiguous(), bias)
+    return y.view(*x_q.shape[:-1], w_scale.shape[0])
+
+
+def _fake_structured(
+    x_q: Tensor,
+    x_scale: Tensor | None,
+    compressed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.bfloat16)
+
+
+for _name, _function in (("dense_matmul", _dense), ("packed_matmul", _packed)):
+    register(
+        f"{_name}(Tensor x_q, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, "
+        "ScalarType out_dtype) -> Tensor",
+        _function,
+        _fake_matmul,
+    )
+register(
+    "structured_matmul(Tensor x_q, Tensor? x_scale, Tensor compressed, Tensor w_scale, "
+    "Tensor? bias) -> Tensor",
+    _structured,
+    _fake_structured,
+)

@@ -75,7 +75,7 @@ def ternary_matmul(
         ``[..., out]``.
     """
     product = integer_matmul(x_q.reshape(-1, x_q.shape[-1]), ternary)
-    y = product.float() * x_scale.reshape(-1, 1) * w_scale
+    y = product.float().mul_(x_scale.reshape(-1, 1)).mul_(w_scale)
     if bias is not None:
-        y = y + bias.float()
+        y.add_(bias)
     return y.to(out_dtype).reshape(*x_q.shape[:-1], ternary.shape[0])

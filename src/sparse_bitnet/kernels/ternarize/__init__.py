@@ -1,5 +1,54 @@
 """Master weight → masked ternary weight and scales."""
 
-from sparse_bitnet.kernels.ternarize.reference import ternarize
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.method import Method
+from sparse_bitnet.core.pattern import Pattern
+from sparse_bitnet.kernels.library import register
+from sparse_bitnet.kernels.platform import runs_triton
+from sparse_bitnet.kernels.ternarize import reference
 
 __all__ = ["ternarize"]
+
+PUBLISHED = Method()
+
+
+def ternarize(
+    weight: Tensor,
+    pattern: Pattern,
+    method: Method | None = None,
+    segments: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Masked ternary weight and γ; arguments, results and errors of ``core.ternarize``.
+
+    Two Triton passes on CUDA for the published method; the reference for its ablations and
+    elsewhere. Both give the same values.
+    """
+    method = method or PUBLISHED
+    ours = method.order == PUBLISHED.order and method.mask_source == PUBLISHED.mask_source
+    if not (ours and runs_triton(weight) and weight.ndim >= 2):
+        return reference.ternarize(weight, pattern, method, segments)
+    pattern.check_divides(weight.shape[-1])
+    ternary, scale = torch.ops.sparse_bitnet.ternarize(
+        weight.detach(), pattern.n, pattern.m, list(segments)
+    )
+    return ternary, scale
+
+
+def _cuda(weight: Tensor, n: int, m: int, segments: list[int]) -> tuple[Tensor, Tensor]:
+    from sparse_bitnet.kernels.ternarize import triton
+
+    return triton.ternarize(weight, Pattern(n, m), tuple(segments))
+
+
+def _fake(weight: Tensor, n: int, m: int, segments: list[int]) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(weight.shape, dtype=torch.int8, device=weight.device),
+        weight.new_empty((*weight.shape[:-2], max(1, len(segments))), dtype=torch.float32),
+    )
+
+
+register("ternarize(Tensor weight, int n, int m, int[] segments) -> (Tensor, Tensor)", _cuda, _fake)

@@ -1,0 +1,107 @@
+"""What the GPU benchmarks share: fair timing, the environment, one table and one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet import console, files
+
+RESULTS = Path(__file__).parent / "results"
+Calls = Sequence[Callable[[], object]]
+
+
+def capture(calls: Calls, rounds: int = 1) -> torch.cuda.CUDAGraph:
+    """Warm up, then put every call ``rounds`` times into one CUDA graph."""
+    for _ in range(2):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    return graph
+
+
+def interleaved(
+    candidates: dict[str, Calls], repeats: int = 9, rounds: int = 1
+) -> dict[str, list[float]]:
+    """Microseconds of one call of every candidate, all repeats.
+
+    Each candidate is a CUDA graph of its calls (the same work on different memory, where the caches
+    would hold it), replayed in turn with the others, so that clocks and temperature hit all alike.
+    """
+    graphs = {name: capture(calls, rounds) for name, calls in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            count = rounds * len(candidates[name])
+            times[name].append(start.elapsed_time(end) * 1e3 / count)
+    return times
+
+
+def copies_beyond_cache(smallest_bytes: int) -> int:
+    """How many copies of the smallest operand overflow the L2 cache twice, at most 24."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(24, max(1, -(-2 * cache // max(1, smallest_bytes))))
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and clocks."""
+
+    def output(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    import triton
+
+    from sparse_bitnet.kernels.matmul import cusparselt
+
+    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
+    return {
+        "commit": os.environ.get("BENCHMARK_COMMIT") or output("git", "rev-parse", "HEAD"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "cusparselt": cusparselt.version(0),
+        "gpu": output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"),
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
+    """Write rows and environment to ``results/<gpu>/<name>.json``; returns the path."""
+    gpu = torch.cuda.get_device_name(0).lower().replace(" ", "-")
+    path = (out or RESULTS / gpu) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(), "rows": rows}, indent=1)
+    files.write_text(path, text + "\n")
+    console.say(f"wrote {path}")
+    return path
+
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and all repeats, microseconds."""
+    return {
+        "median": statistics.median(times),
+        "min": min(times),
+        "max": max(times),
+        "all": [round(t, 3) for t in times],
+    }

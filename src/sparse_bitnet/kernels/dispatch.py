@@ -1,0 +1,392 @@
+"""Which backend serves which weight at which token count, and why.
+
+A weight is prepared once, in every layout that some backend of its device reads:
+
+=========  =============================  ======================  ================================
+backend    weight                         bytes a weight          served
+=========  =============================  ======================  ================================
+reference  int8                           1                       CPU, GPUs before sm_80
+dense      int8                           1                       every shape, dense tensor cores
+packed     two bits                       0.25                    up to 32 tokens
+2:4        compressed                     0.63                    bf16 results, no lifting
+windows    compressed                     0.83 (4:6) – 1.2        bf16 results, lifted activations
+=========  =============================  ======================  ================================
+
+The choice is by measured time of the whole layer, activation quantization, lifting, scales and bias
+included. Dense always takes part, so no choice is slower than it was when measured. Token counts
+share a measurement with the next power of two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet import console
+from sparse_bitnet.core.errors import BackendError, ConfigError
+from sparse_bitnet.core.pattern import DENSE, Pattern
+from sparse_bitnet.core.ternary import row_scale
+from sparse_bitnet.formats import sparse24, windows
+from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels.matmul import packed_matmul, structured_matmul, ternary_matmul
+from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
+from sparse_bitnet.kernels.quantize_activations import quantize_fused
+from sparse_bitnet.kernels.ternarize import ternarize
+
+MOST_PACKED_TOKENS = 32
+FEWEST_SPARSE_TOKENS = 256
+"""Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
+LARGEST_TUNING_COPIES = 64
+SPARSE_BACKENDS = ("2:4", "windows")
+
+
+@dataclass(frozen=True)
+class TernaryWeight:
+    """One ternary weight on one device, in the layouts its backends read; see :func:`prepare`."""
+
+    pattern: Pattern
+    w_scale: Tensor
+    dense: Tensor
+    packed: Tensor | None = None
+    structured: Tensor | None = None
+    group: int = 0
+    """Lanes of a window group; 0 if ``structured`` is plain 2:4."""
+
+    @property
+    def out_features(self) -> int:
+        return self.dense.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.dense.shape[1]
+
+    @property
+    def sparse_backend(self) -> str | None:
+        if self.structured is None:
+            return None
+        return "windows" if self.group else "2:4"
+
+
+def prepare(ternary: Tensor, w_scale: Tensor, pattern: Pattern = DENSE) -> TernaryWeight:
+    """Lay out a ternary weight for the device it is on.
+
+    Args:
+        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
+        w_scale: float32 ``[out]``, γ of every row.
+        pattern: what the weight keeps to; decides whether windows are built.
+
+    Raises:
+        WeightError: if the weight breaks its pattern and so cannot be written as windows.
+    """
+    ternary = ternary.contiguous()
+    if not runs_triton(ternary):
+        return TernaryWeight(pattern, w_scale, ternary)
+    from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
+
+    out, columns = ternary.shape
+    packed = triton_packed.pack_rows(ternary) if columns < triton_packed.LONGEST_ROW else None
+    structured, group = None, 0
+    if not pattern.is_dense:
+        if sparse24.fits(ternary) and cusparselt.serves(ternary.device, out, columns):
+            structured = cusparselt.compress(ternary)
+        else:
+            group = windows.group_for(pattern, columns) or 0
+            lifted = columns // group * (2 * group - 4) if group else 0
+            if group and cusparselt.serves(ternary.device, out, lifted):
+                structured = cusparselt.compress(windows.encode(ternary, group))
+            else:
+                group = 0
+    return TernaryWeight(pattern, w_scale, ternary, packed, structured, group)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and the reason for it."""
+
+    backend: str
+    why: str
+    microseconds: dict[str, float] = field(default_factory=dict)
+
+
+def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """The backend for this many tokens: remembered, else measured now, else by rule."""
+    if not runs_triton(weight.dense):
+        return Choice("reference", _why_reference(weight.dense.device))
+    key = _key(weight, tokens, out_dtype)
+    usable = tuple(backends(weight, tokens, out_dtype))
+    index = weight.dense.device.index
+    if len(usable) > 1 and _measures() and tuning.memory(index).get(key) is None:
+        measure(weight, tokens, out_dtype)
+    return _decide(index, key, usable, tokens)
+
+
+def _decide(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -> Choice:
+    """The choice from what is remembered, else by rule."""
+    if len(usable) == 1:
+        return Choice(usable[0], "nothing else serves this weight and dtype")
+    remembered = tuning.memory(device_index).get(key) or {}
+    times = {name: t for name, t in remembered.items() if name in usable}
+    if times:
+        best = tuning.fastest(times)
+        others = ", ".join(f"{name} {t:.1f}" for name, t in times.items() if name != best)
+        return Choice(best, f"measured {times[best]:.1f} µs ({others})", times)
+    if tokens <= MOST_PACKED_TOKENS and "packed" in usable:
+        return Choice("packed", "few tokens: reading the weight is all the time (not measured)")
+    if tokens >= FEWEST_SPARSE_TOKENS and usable[-1] in SPARSE_BACKENDS:
+        return Choice(usable[-1], "many tokens: bound by arithmetic (not measured)")
+    return Choice("dense", "between the two (not measured)")
+
+
+@torch.compiler.assume_constant_result
+def _decided(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -> str:
+    """The choice's name, looked up while ``torch.compile`` traces instead of being traced."""
+    return _decide(device_index, key, usable, tokens).backend
+
+
+def backends(
+    weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16
+) -> list[str]:
+    """What could serve this weight; "dense" is always among them on CUDA."""
+    names = ["dense"]
+    if weight.packed is not None and tokens <= MOST_PACKED_TOKENS:
+        names.append("packed")
+    if weight.sparse_backend and out_dtype == torch.bfloat16:
+        names.append(weight.sparse_backend)
+    return names
+
+
+def ternary_linear(
+    x: Tensor,
+    weight: TernaryWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Y = X @ (γT)ᵀ + bias through int8 activations, by the chosen backend.
+
+    Args:
+        x: ``[..., in]``, float.
+        weight: of :func:`prepare`.
+        bias: ``[out]`` or None.
+        out_dtype: of the result; ``x.dtype`` if left out.
+        backend: use this one instead of the chosen.
+
+    Returns:
+        ``[..., out]``.
+
+    Raises:
+        BackendError: if the backend asked for does not serve this weight, dtype or device.
+    """
+    out_dtype = out_dtype or x.dtype
+    tokens = x.numel() // max(1, x.shape[-1])
+    if backend is None:
+        backend = _chosen(weight, tokens, out_dtype)
+    elif runs_triton(x) and backend not in backends(weight, tokens, out_dtype):
+        raise BackendError(
+            f"backend {backend!r} does not serve {tokens} tokens × {weight.pattern} weight "
+            f"[{weight.out_features}, {weight.in_features}] → {out_dtype}; choose among "
+            f"{backends(weight, tokens, out_dtype)}"
+        )
+    if backend in ("2:4", "windows") and weight.structured is not None:
+        x_q, x_scale = quantize_fused(x, group=weight.group)
+        return structured_matmul(x_q, x_scale, weight.structured, weight.w_scale, bias)
+    x_q, x_scale = quantize_fused(x)
+    if backend == "packed" and weight.packed is not None:
+        return packed_matmul(x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype)
+    return ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias, out_dtype)
+
+
+def _chosen(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
+    if not runs_triton(weight.dense):
+        return "reference"
+    key = _key(weight, tokens, out_dtype)
+    if torch.compiler.is_compiling():
+        usable = tuple(backends(weight, tokens, out_dtype))
+        return _decided(weight.dense.device.index, key, usable, tokens)
+    here = (weight.dense.device.index, key)
+    have = _decisions.get(here)
+    if have is None:
+        have = choose(weight, tokens, out_dtype).backend
+        if tuning.may_measure():  # a capture takes the rule's word, but only for itself
+            _decisions[here] = have
+    return have
+
+
+_decisions: dict[tuple[int, str], str] = {}
+"""Choices made by this process, by key: token counts of one bucket go one way."""
+
+
+def _measures() -> bool:
+    """Whether a shape met for the first time may be measured now."""
+    return os.environ.get("SPARSE_BITNET_MEASURE", "1") != "0" and tuning.may_measure()
+
+
+def _key(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
+    shape = f"{tuning.bucket(tokens)}x{weight.out_features}x{weight.in_features}"
+    layouts = f"{weight.sparse_backend}/{weight.group}/{weight.packed is not None}"
+    return f"linear {shape} {layouts} {out_dtype}"
+
+
+@torch.no_grad()
+def measure(
+    weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
+    """Time every backend, after choosing the best launch of each; remember all of it.
+
+    Returns:
+        Microseconds of the whole layer by backend.
+    """
+    from sparse_bitnet.kernels.matmul import triton_dense, triton_packed
+
+    device = weight.dense.device
+    tokens = tuning.bucket(tokens)
+    memory = tuning.memory(device.index)
+    names = backends(weight, tokens, out_dtype)
+    copies = _copies(weight)
+    x = torch.randn(tokens, weight.in_features, device=device).to(torch.bfloat16)
+    x_q, x_scale = quantize_fused(x)
+    x_scale = x_scale.reshape(-1)
+    shape = (tokens, weight.out_features, weight.in_features)
+    y = torch.empty(shape[:2], dtype=out_dtype, device=device)
+    label = f"measuring {tokens} tokens, [{shape[1]}, {shape[2]}] {weight.pattern}"
+    dense = triton_dense.candidates(x_q, weight.dense)
+    packed = triton_packed.candidates(tokens, weight.out_features) if "packed" in names else []
+    with console.progress(label, len(dense) + len(packed) + len(names)) as task:
+
+        def best(
+            key: str, candidates: list[str], launch: Callable[[TernaryWeight, str], None]
+        ) -> None:
+            times: dict[str, float] = {}
+            for candidate in candidates:
+                try:
+                    calls = [partial(launch, copy, candidate) for copy in copies]
+                    times[candidate] = tuning.microseconds(calls)
+                except RuntimeError:
+                    continue  # this GPU has too little shared memory for the tile, say
+                finally:
+                    task.advance()
+            if times:
+                memory.put(key, times)
+
+        best(
+            triton_dense.memory_key(*shape),
+            dense,
+            lambda c, name: triton_dense.run(
+                x_q, x_scale, c.dense, c.w_scale, None, y, triton_dense.CANDIDATES[name]
+            ),
+        )
+        best(
+            triton_packed.memory_key(*shape),
+            packed,
+            lambda c, name: triton_packed.run(
+                x_q,
+                x_scale,
+                cast(Tensor, c.packed),
+                c.w_scale,
+                None,
+                y,
+                triton_packed.CANDIDATES[name],
+            ),
+        )
+        times = {}
+        for name in names:
+            calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in copies]
+            calls[0]()  # lets the sparse library search its algorithms outside the graph
+            times[name] = tuning.microseconds(calls)
+            task.advance()
+    memory.put(_key(weight, tokens, out_dtype), times)
+    return times
+
+
+def _copies(weight: TernaryWeight) -> list[TernaryWeight]:
+    """The weight several times over, so that together the copies overflow the L2 cache twice."""
+    cache_bytes = torch.cuda.get_device_properties(weight.dense.device).L2_cache_size
+    smallest = weight.dense.numel() // 4
+    count = min(LARGEST_TUNING_COPIES, max(1, 2 * cache_bytes // max(1, smallest)))
+
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    return [weight] + [
+        replace(
+            weight,
+            dense=weight.dense.clone(),
+            packed=copy(weight.packed),
+            structured=copy(weight.structured),
+        )
+        for _ in range(count - 1)
+    ]
+
+
+def _why_reference(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device.type}: plain PyTorch integer arithmetic"
+    if not has_triton():
+        return "Triton is not installed (pip install triton)"
+    have = ".".join(map(str, capability(device.index)))
+    need = ".".join(map(str, OLDEST_CAPABILITY))
+    return f"compute capability {have} is below {need}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves a set of layers on one device; its text is a table."""
+
+    device: str
+    remembered_in: str | None
+    rows: list[tuple[str, str, int, Choice]]
+    """``(shape, pattern, tokens, choice)``."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.device}", f"{'layer':>13}  pattern  tokens  backend    why"]
+        for shape, pattern, tokens, choice in self.rows:
+            lines.append(f"{shape:>13}  {pattern:7}  {tokens:6}  {choice.backend:9}  {choice.why}")
+        if self.remembered_in:
+            lines.append(f"measurements are kept in {self.remembered_in}")
+        return "\n".join(lines)
+
+
+def explain(
+    shapes: tuple[str, ...] = ("37888x3584", "3584x18944", "4608x3584", "3584x3584"),
+    tokens: tuple[int, ...] = (1, 8, 32, 512, 4096),
+    patterns: tuple[str, ...] = ("6:8", "2:4", "dense"),
+    device: str | None = None,
+) -> Explanation:
+    """Which backend serves layers of these shapes, and why; measures what is not remembered.
+
+    Args:
+        shapes: OUTxIN of the layers; those of a 7B Qwen2.5 if left out.
+        tokens: token counts.
+        patterns: N:M or dense.
+        device: the first CUDA device if left out, or CPU where there is none.
+
+    Raises:
+        ConfigError: if a shape is not written OUTxIN.
+        PatternError: if a pattern does not fit a shape.
+    """
+    where = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for shape in shapes:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+        if not match:
+            raise ConfigError(f"shape {shape!r} is not understood: write OUTxIN as in 37888x3584")
+        out, columns = int(match[1]), int(match[2])
+        for name in patterns:
+            pattern = Pattern.parse(name)
+            pattern.check_divides(columns, f"layer {shape}")
+            ternary, scale = ternarize(torch.randn(out, columns, device=where), pattern)
+            weight = prepare(ternary, row_scale(scale, (), out), pattern)
+            rows += [(shape, name, count, choose(weight, count)) for count in tokens]
+    on_gpu = where.type == "cuda"
+    return Explanation(
+        device=torch.cuda.get_device_name(where) if on_gpu else str(where),
+        remembered_in=str(tuning.cache_file(where)) if on_gpu else None,
+        rows=rows,
+    )

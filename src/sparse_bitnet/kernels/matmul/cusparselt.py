@@ -1,0 +1,332 @@
+"""int8 × 2:4 ternary on sparse tensor cores, through NVIDIA's cuSPARSELt called directly.
+
+PyTorch's own wrapper builds handle, descriptors and plan anew at every call, 300 µs and more of
+host time. Here they are made once a shape and kept; a call is one ctypes call.
+
+The weight is the structured operand and Y is its transpose's result, so the library's vector of
+factors runs along output features: acc · γ_row is rounded to bf16 as it leaves. It has no second
+vector, so the token scale is applied afterwards: by :func:`finish`, or by whatever kernel reads Y
+next (inside ``torch.compile`` the multiplication is a plain operation, which fuses there). Scaling
+along tokens by making X the first operand was tried: the factors still follow the weight.
+
+The library is the one that PyTorch's CUDA wheels bring and have already loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_bitnet.core.errors import BackendError, WeightError
+from sparse_bitnet.formats import sparse24
+from sparse_bitnet.kernels import tuning
+
+OPAQUE_BYTES = 4096  # the library's structures hold 512 in 0.8; room for newer ones
+OLDEST_VERSION = 800  # the enumeration values below are those of 0.8
+COLUMN_MAJOR, ROW_MAJOR = 1, 2
+AS_IS, TRANSPOSED = 0, 1
+COMPUTE_INT32 = 0
+ALPHA_VECTOR_SCALING = 5
+CONFIG_ID, CONFIG_MAX_ID = 0, 1
+INT8, BFLOAT16 = 3, 14  # cudaDataType
+ALIGNMENT = 16
+TOKEN_MULTIPLE = 16
+FEATURE_MULTIPLE = 32
+
+
+def _opaque() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(OPAQUE_BYTES)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for name in ("libcusparseLt.so.0", "libcusparseLt.so"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.cusparseLtGetErrorString.restype = ctypes.c_char_p
+        pointer = ctypes.c_void_p
+        library.cusparseLtMatmul.argtypes = [pointer] * 10 + [ctypes.c_int32]
+        return library
+    return None
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = _library()
+    if library is None:
+        raise BackendError(
+            "cuSPARSELt is not installed; install a CUDA build of PyTorch, which brings it, or "
+            "keep to the dense layout"
+        )
+    status = getattr(library, name)(*arguments)
+    if status:
+        _fail(name, status)
+
+
+def _fail(name: str, status: int) -> None:
+    library = _library()
+    reason = library.cusparseLtGetErrorString(status).decode() if library else str(status)
+    raise BackendError(f"{name} failed: {reason}; keep to the dense layout for this shape")
+
+
+@cache
+def _handle(device_index: int) -> ctypes.Array[ctypes.c_char]:
+    handle = _opaque()
+    with torch.cuda.device(device_index):
+        torch.cuda.synchronize()  # the device's context must exist
+        _call("cusparseLtInit", handle)
+    return handle
+
+
+@cache
+def version(device_index: int) -> int:
+    """The library's version, 800 for 0.8.0; 0 where it cannot be loaded or used."""
+    if _library() is None:
+        return 0
+    value = ctypes.c_int(0)
+    try:
+        _call("cusparseLtGetVersion", _handle(device_index), ctypes.byref(value))
+    except BackendError:
+        return 0
+    return value.value
+
+
+def serves(device: torch.device, out_features: int, in_features: int) -> bool:
+    """Whether the library is there and takes a 2:4 weight of this shape."""
+    if device.type != "cuda" or out_features % FEATURE_MULTIPLE or in_features % FEATURE_MULTIPLE:
+        return False
+    return version(_index(device)) >= OLDEST_VERSION
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _dense(handle: object, rows: int, columns: int, kind: int, order: int) -> object:
+    descriptor = _opaque()
+    leading = columns if order == ROW_MAJOR else rows
+    _call(
+        "cusparseLtDenseDescriptorInit",
+        handle,
+        descriptor,
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int64(leading),
+        ctypes.c_uint32(ALIGNMENT),
+        kind,
+        order,
+    )
+    return descriptor
+
+
+def _structured(handle: object, rows: int, columns: int) -> object:
+    descriptor = _opaque()
+    _call(
+        "cusparseLtStructuredDescriptorInit",
+        handle,
+        descriptor,
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int64(columns),
+        ctypes.c_uint32(ALIGNMENT),
+        INT8,
+        ROW_MAJOR,
+        0,  # 50 % sparsity
+    )
+    return descriptor
+
+
+def compress(ternary: Tensor) -> Tensor:
+    """2:4 int8 ``[out, in]`` on CUDA → the library's own form, uint8, about 0.63 bytes a weight.
+
+    Raises:
+        WeightError: if any aligned four lanes hold more than two non-zeros.
+        BackendError: if the library does not take the shape.
+    """
+    if not sparse24.fits(ternary):
+        raise WeightError(
+            f"2:4: the weight {tuple(ternary.shape)} has more than two non-zeros in four lanes; "
+            "encode it as windows first, or keep it dense"
+        )
+    with torch.cuda.device(ternary.device):
+        handle = _handle(_index(ternary.device))
+        descriptor = _structured(handle, *ternary.shape)
+        size, scratch = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        _call(
+            "cusparseLtSpMMACompressedSize2",
+            handle,
+            descriptor,
+            ctypes.byref(size),
+            ctypes.byref(scratch),
+        )
+        ternary = ternary.contiguous()
+        compressed = torch.empty(size.value, dtype=torch.uint8, device=ternary.device)
+        buffer = torch.empty(scratch.value, dtype=torch.uint8, device=ternary.device)
+        _call(
+            "cusparseLtSpMMACompress2",
+            handle,
+            descriptor,
+            1,
+            AS_IS,
+            ctypes.c_void_p(ternary.data_ptr()),
+            ctypes.c_void_p(compressed.data_ptr()),
+            ctypes.c_void_p(buffer.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+    return compressed
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One product, ready to run; ``keep`` holds what the library points into."""
+
+    multiply: Callable[..., int]
+    handle: object
+    plan: object
+    beta: object
+    workspace_bytes: int
+    algorithms: int
+    keep: tuple[object, ...]
+
+
+@cache
+def _plan(device_index: int, tokens: int, out: int, inner: int, algorithm: int | None) -> _Plan:
+    handle = _handle(device_index)
+    weight = _structured(handle, out, inner)
+    x = _dense(handle, tokens, inner, INT8, ROW_MAJOR)
+    y = _dense(handle, out, tokens, BFLOAT16, COLUMN_MAJOR)
+    product, selection, plan = _opaque(), _opaque(), _opaque()
+    operations = (AS_IS, TRANSPOSED)
+    _call(
+        "cusparseLtMatmulDescriptorInit",
+        handle,
+        product,
+        *operations,
+        weight,
+        x,
+        y,
+        y,
+        COMPUTE_INT32,
+    )
+    _set("cusparseLtMatmulDescSetAttribute", handle, product, ALPHA_VECTOR_SCALING, 1)
+    _call("cusparseLtMatmulAlgSelectionInit", handle, selection, product, 0)
+    if algorithm is not None:
+        _set("cusparseLtMatmulAlgSetAttribute", handle, selection, CONFIG_ID, algorithm)
+    count = ctypes.c_int(0)
+    _call(
+        "cusparseLtMatmulAlgGetAttribute",
+        handle,
+        selection,
+        CONFIG_MAX_ID,
+        ctypes.byref(count),
+        ctypes.c_size_t(4),
+    )
+    _call("cusparseLtMatmulPlanInit", handle, plan, product, selection)
+    size = ctypes.c_size_t(0)
+    _call("cusparseLtMatmulGetWorkspace", handle, plan, ctypes.byref(size))
+    library = _library()
+    assert library is not None  # the calls above went through it
+    return _Plan(
+        multiply=library.cusparseLtMatmul,
+        handle=handle,
+        plan=plan,
+        beta=ctypes.byref(ctypes.c_float(0.0)),
+        workspace_bytes=size.value,
+        algorithms=count.value,
+        keep=(weight, x, y, product, selection),
+    )
+
+
+def _set(function: str, handle: object, target: object, attribute: int, value: int) -> None:
+    number = ctypes.c_int(value)
+    _call(function, handle, target, attribute, ctypes.byref(number), ctypes.c_size_t(4))
+
+
+def _run(plan: _Plan, x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> None:
+    stream = torch.cuda.current_stream(y.device).cuda_stream
+    key = (y.device, stream, plan.workspace_bytes)
+    workspace = _workspaces.get(key)
+    if workspace is None:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=y.device)
+        if tuning.may_measure():  # a captured graph keeps the memory of its own
+            _workspaces[key] = workspace
+    status = plan.multiply(
+        plan.handle,
+        plan.plan,
+        w_scale.data_ptr(),
+        compressed.data_ptr(),
+        x_q.data_ptr(),
+        plan.beta,
+        y.data_ptr(),
+        y.data_ptr(),
+        workspace.data_ptr(),
+        ctypes.byref(ctypes.c_void_p(stream)),
+        1,
+    )
+    if status:
+        _fail("cusparseLtMatmul", status)
+
+
+def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Plan:
+    """The plan of the algorithm remembered for this shape, else of the fastest of all.
+
+    While a CUDA graph is captured nothing can be timed, and the library's own choice serves.
+    """
+    index = _index(x_q.device)
+    (tokens, inner), out = x_q.shape, y.shape[1]
+    remembered = tuning.memory(index)
+    key = f"cusparselt {version(index)} {tuning.bucket(tokens)}x{out}x{inner}"
+    times = remembered.get(key)
+    if times is None and tuning.may_measure():
+        times = {}
+        for candidate in range(_plan(index, tokens, out, inner, None).algorithms):
+            try:
+                plan = _plan(index, tokens, out, inner, candidate)
+                call = partial(_run, plan, x_q, compressed, w_scale, y)
+                times[str(candidate)] = tuning.microseconds([call])
+            except BackendError:
+                continue  # not every algorithm takes every shape
+        if times:
+            remembered.put(key, times)
+    return _plan(index, tokens, out, inner, int(tuning.fastest(times)) if times else None)
+
+
+_plans: dict[tuple[int, int, int, int], _Plan] = {}
+_workspaces: dict[tuple[torch.device, int, int], Tensor] = {}
+"""One a stream and size: calls on one stream follow each other."""
+
+
+def matmul(x_q: Tensor, compressed: Tensor, w_scale: Tensor) -> Tensor:
+    """bf16(Xq @ Tᵀ · w_scale), the token scale still to come.
+
+    Args:
+        x_q: int8 ``[tokens, in]``, lifted if the weight is over windows.
+        compressed: of :func:`compress`.
+        w_scale: float32 ``[out]``.
+
+    Returns:
+        bf16 ``[tokens, out]``.
+    """
+    tokens, inner = x_q.shape
+    out = w_scale.shape[0]
+    missing = -tokens % TOKEN_MULTIPLE
+    if missing:
+        x_q = F.pad(x_q, (0, 0, 0, missing))
+    x_q = x_q.contiguous()
+    y = torch.empty((tokens + missing, out), dtype=torch.bfloat16, device=x_q.device)
+    if tokens:
+        key = (_index(x_q.device), tokens + missing, inner, out)
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _chosen(x_q, compressed, w_scale, y)
+            if tuning.may_measure():
+                _plans[key] = plan
+        _run(plan, x_q, compressed, w_scale, y)
+    return y[:tokens] if missing else y

@@ -1,0 +1,390 @@
+# ruff: noqa: RUF005  (Triton's language concatenates tuples, it does not unpack them)
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""int8 × two-bit ternary for few tokens, where reading the weight is all the time there is.
+
+Layout. A row is cut into blocks of 64 weights, 16 bytes. Byte B of a block holds weights B, 16 + B,
+32 + B and 48 + B in bit pairs 0, 1, 2 and 3, as two's complement (−1 = 11, 0 = 00, 1 = 01).
+Shifting a pair to the top of its byte and masking the rest away gives 64·T as int8, four weights at
+once and no bias to subtract; a plane of 16 bytes then meets 16 consecutive activations. Sums carry
+the factor 64, which an arithmetic shift removes exactly; they fit int32 below 2¹⁸ input features.
+
+Two kernels. Up to a few tokens: byte-wise dot products (dp4a), one warp a program, so that weight
+and activation registers line up without an exchange. More tokens: the packed bytes reach the tensor
+core's register layout once, and the planes are taken out of them there. Where rows are too few to
+fill the device, a row is cut over K, and a second, small kernel adds the shares: they are integers,
+so the result does not depend on the cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_bitnet.kernels import tuning
+
+BLOCK = 64
+LONGEST_ROW = 2**18
+MOST_TOKENS = 32
+MOST_DOT_TOKENS = 2
+FEW_ROWS = 8192
+JOIN = 512
+TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
+
+
+def pack_rows(ternary: Tensor) -> Tensor:
+    """int8 ``[out, in]`` → uint8 ``[out, ceil(in/64)·16]`` in the layout above."""
+    out, columns = ternary.shape
+    pairs = F.pad(ternary, (0, -columns % BLOCK)).view(torch.uint8) & 3
+    pairs = pairs.view(out, -1, 4, 16)
+    packed = pairs[:, :, 0] | pairs[:, :, 1] << 2 | pairs[:, :, 2] << 4 | pairs[:, :, 3] << 6
+    return packed.reshape(out, -1)
+
+
+@dataclass(frozen=True)
+class DotTiles:
+    """Byte-wise dot products: rows and words a program takes at once; does it read ahead?"""
+
+    rows: int
+    words: int
+    ahead: bool
+
+
+@dataclass(frozen=True)
+class MmaTiles:
+    """Tensor cores: rows and bytes of a row a program holds at once, programs a row is cut into."""
+
+    rows: int
+    bytes: int
+    splits: int
+    warps: int
+    stages: int
+
+
+CANDIDATES: dict[str, DotTiles | MmaTiles] = {
+    "dot 4x128": DotTiles(4, 128, False),
+    "dot 8x64": DotTiles(8, 64, True),
+    "dot 2x256 ahead": DotTiles(2, 256, True),
+    "dot 2x128 ahead": DotTiles(2, 128, True),
+    "dot 4x256": DotTiles(4, 256, False),
+    "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
+    "mma 128x128": MmaTiles(128, 128, 1, 8, 3),
+    "mma 128x64": MmaTiles(128, 64, 1, 8, 3),
+    "mma 256x64": MmaTiles(256, 64, 1, 8, 4),
+    "mma 64x128 /8": MmaTiles(64, 128, 8, 4, 3),
+    "mma 128x64 /8": MmaTiles(128, 64, 8, 4, 4),
+    "mma 128x128 /4": MmaTiles(128, 128, 4, 8, 3),
+}
+
+
+@triton.jit
+def _dot4(a, b, c, ASM: tl.constexpr):
+    """Σ of four int8 products, added to c. The interpreter knows no assembly."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, c],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        for byte in tl.static_range(4):
+            c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+        return c
+
+
+@triton.jit
+def _dot_kernel(
+    x_ptr,
+    words_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    columns,
+    row_words,
+    x_words,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = n < columns
+    row_ptr = words_ptr + n.to(tl.int64) * row_words
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
+    if AHEAD:
+        word = tl.arange(0, WORDS)
+        mask = inside[:, None] & (word < row_words)[None, :]
+        ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+    for start in range(0, row_words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        if AHEAD:  # the next words are asked for before these are used
+            packed = ahead
+            mask = inside[:, None] & (word < row_words - WORDS)[None, :]
+            ahead = tl.load(row_ptr[:, None] + (word + WORDS)[None, :], mask=mask, other=0)
+        else:
+            mask = inside[:, None] & (word < row_words)[None, :]
+            packed = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+        for pair in tl.static_range(4):
+            plane = (packed << (6 - 2 * pair)) & TOP_PAIRS
+            lane = word // 4 * 16 + word % 4 + 4 * pair
+            after = ()
+            for token in tl.static_range(TOKENS):
+                x = tl.load(x_ptr + token * x_words + lane, mask=lane < x_words, other=0)
+                x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
+                after = after + (_dot4(plane, x, sums[token], ASM),)
+            sums = after
+    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+    for token in tl.static_range(TOKENS):
+        total = tl.sum(sums[token], axis=1) >> 6
+        y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + token * columns + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plane(packed, PAIR: tl.constexpr, ASM: tl.constexpr):
+    """One bit pair of every byte as 64·T in int8; four bytes an instruction."""
+    if ASM:
+        if PAIR == 0:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shl.b32 t, $1, 6; and.b32 $0, t, 0xC0C0C0C0;}",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        elif PAIR == 1:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xC0C0C0C0;}",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        elif PAIR == 2:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shl.b32 t, $1, 2; and.b32 $0, t, 0xC0C0C0C0;}",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "and.b32 $0, $1, 0xC0C0C0C0;",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+    else:
+        return ((packed << (6 - 2 * PAIR)) & 0xC0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _mma_kernel(
+    x_ptr,
+    bytes_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    partial_ptr,
+    tokens,
+    columns,
+    row_bytes,
+    inner,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    t = tl.arange(0, TOKENS)
+    inside = n < columns
+    row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
+    total = tl.zeros((ROWS, TOKENS), tl.int32)
+    for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
+        byte = start + tl.arange(0, BYTES)
+        packed = tl.load(
+            row_ptr[:, None] + byte[None, :], mask=(byte < row_bytes)[None, :], other=0
+        )
+        for pair in tl.static_range(4):
+            lane = byte // 16 * 64 + byte % 16 + 16 * pair
+            x = tl.load(
+                x_ptr + t[None, :] * inner + lane[:, None],
+                mask=(t < tokens)[None, :] & (lane < inner)[:, None],
+                other=0,
+            )
+            total = tl.dot(_plane(packed, pair, ASM), x, total, out_dtype=tl.int32)
+    total = tl.trans(total) >> 6
+    inside = (t < tokens)[:, None] & inside[None, :]
+    where = t[:, None] * columns + n[None, :]
+    if SPLITS > 1:
+        tl.store(partial_ptr + tl.program_id(1) * tokens * columns + where, total, mask=inside)
+    else:
+        x_scale = tl.load(x_scale_ptr + t, mask=t < tokens, other=0.0)
+        w_scale = tl.load(w_scale_ptr + n, mask=n < columns, other=0.0)
+        y = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _join_kernel(
+    partial_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    tokens,
+    columns,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """The shares of one token's row, summed and scaled."""
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < columns
+    total = tl.zeros((BLOCK_N,), tl.int32)
+    for split in tl.static_range(SPLITS):
+        at = partial_ptr + (split * tokens + token) * columns + n
+        total += tl.load(at, mask=inside, other=0)
+    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+    y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * columns + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def run(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    tiles: DotTiles | MmaTiles,
+) -> None:
+    """Launch one candidate; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
+    tokens, inner = x_q.shape
+    columns, row_bytes = packed.shape
+    common = {"BIAS": bias is not None, "ASM": x_q.is_cuda, "enable_fp_fusion": False}
+    if isinstance(tiles, DotTiles):
+        if inner % 4:
+            x_q = F.pad(x_q, (0, -inner % 4))
+        _dot_kernel[(triton.cdiv(columns, tiles.rows),)](
+            x_q.view(torch.int32),
+            packed.view(torch.int32),
+            y,
+            x_scale,
+            w_scale,
+            bias,
+            columns,
+            row_bytes // 4,
+            x_q.shape[1] // 4,
+            TOKENS=tokens,
+            ROWS=tiles.rows,
+            WORDS=tiles.words,
+            AHEAD=tiles.ahead,
+            num_warps=1,
+            **common,
+        )
+        return
+    partial = None
+    if tiles.splits > 1:
+        partial = torch.empty((tiles.splits, *y.shape), dtype=torch.int32, device=y.device)
+    _mma_kernel[(triton.cdiv(columns, tiles.rows), tiles.splits)](
+        x_q,
+        packed,
+        y,
+        x_scale,
+        w_scale,
+        bias,
+        partial,
+        tokens,
+        columns,
+        row_bytes,
+        inner,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
+        ROWS=tiles.rows,
+        BYTES=tiles.bytes,
+        SPLITS=tiles.splits,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **common,
+    )
+    if partial is not None:
+        _join_kernel[(tokens, triton.cdiv(columns, JOIN))](
+            partial,
+            y,
+            x_scale,
+            w_scale,
+            bias,
+            tokens,
+            columns,
+            SPLITS=tiles.splits,
+            BLOCK_N=JOIN,
+            BIAS=bias is not None,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def candidates(tokens: int, columns: int) -> list[str]:
+    """Names of the candidates for a token count and a number of rows, the usual best first."""
+    dots = [name for name, t in CANDIDATES.items() if isinstance(t, DotTiles)]
+    if columns < FEW_ROWS:
+        dots.sort(key=lambda name: not name.endswith("ahead"))
+    whole = [name for name, t in CANDIDATES.items() if isinstance(t, MmaTiles) and t.splits == 1]
+    cut = [name for name, t in CANDIDATES.items() if isinstance(t, MmaTiles) and t.splits > 1]
+    mmas = cut + whole if columns < FEW_ROWS else whole + cut
+    if tokens == 1:
+        return dots
+    return mmas + (dots if tokens <= MOST_DOT_TOKENS else [])
+
+
+def memory_key(rows: int, columns: int, inner: int) -> str:
+    return f"packed {tuning.bucket(rows)}x{columns}x{inner}"
+
+
+def matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Run the candidate remembered for this shape, else the usual best one."""
+    tokens, inner = x_q.shape
+    columns = packed.shape[0]
+    y = torch.empty((tokens, columns), dtype=out_dtype, device=x_q.device)
+    if y.numel() == 0:
+        return y
+    names = candidates(tokens, columns)
+    name = tuning.remembered(x_q, memory_key(tokens, columns, inner), names)
+    run(x_q, x_scale, packed, w_scale, bias, y, CANDIDATES[name])
+    return y

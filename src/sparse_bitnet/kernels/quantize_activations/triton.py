@@ -1,0 +1,196 @@
+# ruff: noqa: RUF005  (Triton's language concatenates tuples, it does not unpack them)
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""Activations → int8 in one pass over them, with what comes before and after fused in.
+
+One program serves one token and holds its values in registers, so device memory is read once:
+[token factor] → [RMSNorm | SwiGLU product] → absmax → round → [lift] → store. Lifting exchanges
+rounded pairs of lanes between threads through shared memory and stores whole words, a window each.
+
+Exactness. The magnitude is the maximum of the bit patterns of |x|, which order as the floats do
+and, unlike a float maximum, let a NaN through: a diverged token must not come out as a healthy one.
+Rounding adds 1.5·2²³, whose sum rounds half to even to an integer and leaves it in the low bits.
+A fused multiply-add would skip the rounding of x·s that the reference makes, so contraction is off.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
+ROUNDER_BITS = tl.constexpr(0x4B400000)
+MOST_CHUNKS = 20
+
+
+@triton.jit
+def _scaled(at, mask, factor, FACTOR: tl.constexpr):
+    x = tl.load(at, mask=mask, other=0.0)
+    if FACTOR:
+        x = (x.to(tl.float32) * factor).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _prepared(
+    x_ptr,
+    norm_ptr,
+    lanes,
+    mask,
+    columns,
+    factor,
+    inverse_rms,
+    FACTOR: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """The value that is quantized, in float32, rounded where the unfused modules round."""
+    x = _scaled(x_ptr + lanes, mask, factor, FACTOR)
+    if SWIGLU:
+        gate = x.to(tl.float32)
+        up = _scaled(x_ptr + columns + lanes, mask, factor, FACTOR)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype)
+        x = (silu.to(tl.float32) * up.to(tl.float32)).to(x.dtype)
+    value = x.to(tl.float32)
+    if NORM:
+        weight = tl.load(norm_ptr + lanes, mask=mask, other=0.0)
+        normed = (value * inverse_rms).to(x.dtype)
+        value = (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _rounded(value, inverse_step):
+    return (value * inverse_step + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    norm_ptr,
+    factor_ptr,
+    q_ptr,
+    scale_ptr,
+    columns,
+    x_stride,
+    q_stride,
+    epsilon,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    q_ptr += row * q_stride
+    inverse_rms = 1.0
+    factor = 1.0
+    if FACTOR:
+        factor = tl.load(factor_ptr + row)
+    if NORM:
+        squares = tl.zeros((CHUNK,), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            lanes = i * CHUNK + tl.arange(0, CHUNK)
+            x = _scaled(x_ptr + lanes, lanes < columns, factor, FACTOR).to(tl.float32)
+            squares += x * x
+        inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / columns + epsilon))
+    values = ()
+    largest = tl.full((CHUNK,), SMALLEST_BITS, tl.int32)
+    for i in tl.static_range(CHUNKS):
+        lanes = i * STEP + tl.arange(0, CHUNK)
+        mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
+        value = _prepared(
+            x_ptr, norm_ptr, lanes, mask, columns, factor, inverse_rms, FACTOR, NORM, SWIGLU
+        )
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        values = values + (value,)
+    magnitude = tl.max(largest).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + row, tl.div_rn(magnitude, 127.0))
+    inverse_step = tl.div_rn(1.0, magnitude) * 127.0  # the reference's own two roundings
+    for i in tl.static_range(CHUNKS):
+        lanes = i * CHUNK + tl.arange(0, CHUNK)
+        rounded = _rounded(values[i], inverse_step)
+        if GROUP == 0:
+            tl.store(q_ptr + lanes, rounded.to(tl.int8), mask=lanes < columns)
+        else:
+            # Window w of group g is one 32-bit word: pairs g·L + w and g·L + w + 1 of the row.
+            low, high = tl.split(tl.reshape(rounded, (CHUNK // 2, 2)))
+            pairs = (low & 0xFF) | ((high & 0xFF) << 8)
+            word = tl.arange(0, WORDS)
+            first = word // WINDOWS * (GROUP // 2) + word % WINDOWS
+            first = tl.minimum(first, CHUNK // 2 - 2)
+            packed = tl.gather(pairs, first, 0) | (tl.gather(pairs, first + 1, 0) << 16)
+            at = i * (STEP // GROUP * WINDOWS) + word
+            inside = (word < STEP // GROUP * WINDOWS) & (at < columns // GROUP * WINDOWS)
+            tl.store(q_ptr.to(tl.pointer_type(tl.int32)) + at, packed, mask=inside)
+
+
+def _shape(columns: int, swiglu: bool, lifted: bool) -> tuple[int, int]:
+    """Chunk length and warps; measured on an H200, where more or fewer registers a row lose.
+
+    Chunks are unrolled, so their number is kept small enough to compile in a few seconds.
+    """
+    power = triton.next_power_of_2(max(columns, 64))
+    if not (swiglu or lifted) and power <= 4096:
+        return power, 1 if power <= 1024 else 2
+    largest = (2048 if lifted else 4096) if swiglu else (512 if lifted else 1024)
+    chunk = min(power, largest)
+    while columns > MOST_CHUNKS * chunk:
+        chunk *= 2
+    return chunk, max(1, min(8, chunk // 128))
+
+
+def quantize(
+    x: Tensor,
+    norm_weight: Tensor | None = None,
+    epsilon: float = 0.0,
+    swiglu: bool = False,
+    group: int = 0,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; arguments and results as ``quantize_fused`` of this operation."""
+    columns = x.shape[-1] // 2 if swiglu else x.shape[-1]
+    width = columns // group * (2 * group - 4) if group else columns
+    quantized = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if scale.numel() == 0:
+        return quantized, scale
+    chunk, warps = _shape(columns, swiglu, group > 0)
+    whole = math.lcm(max(group, 1), 8)  # chunks end with a group, and on a vector of eight
+    step = chunk // whole * whole
+    windows = max(1, group // 2 - 1)
+    _quantize_kernel[(rows.shape[0],)](
+        rows,
+        norm_weight,
+        None if factor is None else factor.reshape(-1).contiguous(),
+        quantized,
+        scale,
+        columns,
+        rows.stride(0),
+        width,
+        epsilon,
+        CHUNK=chunk,
+        STEP=step,
+        CHUNKS=triton.cdiv(columns, step),
+        FACTOR=factor is not None,
+        NORM=norm_weight is not None,
+        SWIGLU=swiglu,
+        GROUP=group,
+        WINDOWS=windows,
+        WORDS=triton.next_power_of_2(step // group * windows) if group else 1,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+    return quantized, scale

@@ -1,0 +1,164 @@
+"""Every kernel on a GPU against the reference on CPU: equal integers, tight floats."""
+
+import pytest
+import torch
+
+from sparse_bitnet.core import Pattern, quantize_int8, row_scale, ternarize
+from sparse_bitnet.formats.windows import lift
+from sparse_bitnet.kernels import dispatch, quantize_activations, tuning
+from sparse_bitnet.kernels import ternarize as ternarize_anywhere
+from sparse_bitnet.kernels.matmul.reference import ternary_matmul
+from sparse_bitnet.kernels.quantize_activations import quantize_fused, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+BF16_STEP = 2.0**-8  # spacing of bf16 relative to the value, at most
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tuning.Memory(None)
+    monkeypatch.setattr(tuning, "memory", lambda index: memory)
+    monkeypatch.setenv("SPARSE_BITNET_MEASURE", "0")
+    dispatch._decisions.clear()
+    torch.manual_seed(0)
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 63, 896, 2048, 3584, 4100, 18944, 40000])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_quantize(tokens: int, columns: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(tokens, columns) * torch.rand(tokens, 1) * 5).to(dtype)
+    quantized, scale = quantize_activations(x.cuda())
+    if tokens:
+        expected, step = quantize_int8(x)
+        assert_equal(quantized, expected)
+        assert_equal(scale, step)
+        for group in (4, 6, 8, 10):
+            if columns % group == 0:
+                assert_equal(quantize_fused(x.cuda(), group=group)[0], lift(expected, group))
+
+
+@pytest.mark.parametrize("group", [0, 8])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_quantize_fused(swiglu: bool, group: int) -> None:
+    x = torch.randn(33, 7168, dtype=torch.bfloat16)
+    weight = None if swiglu else torch.rand(7168).bfloat16()
+    on_gpu = None if weight is None else weight.cuda()
+    quantized, scale = quantize_fused(x.cuda(), on_gpu, 1e-6, swiglu, group)
+    expected, step = reference.quantize_fused(x, weight, 1e-6, swiglu, group)
+    # bf16 roundings of exp and rsqrt may fall on the other side: one bf16 step of the magnitude.
+    torch.testing.assert_close(scale.cpu(), step, rtol=BF16_STEP, atol=0)
+    difference = (quantized.cpu().int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.02
+
+
+def test_quantize_lets_nan_through() -> None:
+    x = torch.randn(3, 5000, device="cuda")
+    x[1, 4999] = torch.nan
+    _, scale = quantize_activations(x)
+    assert scale.isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "6:8", "2:4", "1:4", "4:6", "8:10", "7:16", "8:32", "5:7", "3:31"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ternarize(name: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(name)
+    weight = torch.randn(2, 30, 40 * pattern.m) * 0.02
+    for full in (weight, (weight * 100).round() / 100, weight[0]):
+        version = full.to(dtype)
+        for segments in ((), (7, 22, 1)):
+            ternary, scale = ternarize_anywhere(version.cuda(), pattern, None, segments)
+            expected, gamma = ternarize(version, pattern, None, segments)
+            assert_equal(ternary, expected)
+            assert_equal(scale, gamma)
+
+
+def prepared(out: int, columns: int, name: str) -> tuple[dispatch.TernaryWeight, torch.Tensor]:
+    pattern = Pattern.parse(name)
+    ternary, scale = ternarize(torch.randn(out, columns), pattern, None, (out // 4, out - out // 4))
+    rows = row_scale(scale, (out // 4, out - out // 4), out)
+    return dispatch.prepare(ternary.cuda(), rows.cuda(), pattern), rows
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 16, 17, 32, 33, 64, 100, 1000])
+@pytest.mark.parametrize("name", ["dense", "6:8", "2:4", "2:8", "4:6", "7:8"])
+def test_linear(tokens: int, name: str) -> None:
+    out, columns = 544, 1920
+    weight, rows = prepared(out, columns, name)
+    if name != "dense":
+        assert weight.sparse_backend == ("2:4" if name in ("2:4", "2:8") else "windows")
+    x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(out)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for backend in dispatch.backends(weight, tokens, dtype):
+            y = dispatch.ternary_linear(x.cuda(), weight, bias.cuda(), dtype, backend)
+            assert y.shape == (tokens, out)
+            assert y.dtype == dtype
+            if not tokens:
+                continue
+            x_q, x_scale = quantize_int8(x)
+            expected = ternary_matmul(x_q, x_scale, weight.dense.cpu(), rows, bias, dtype)
+            if backend in dispatch.SPARSE_BACKENDS:
+                exact = ternary_matmul(x_q, x_scale, weight.dense.cpu(), rows, bias)
+                scale = exact.abs().max()  # two roundings to bf16, the first before the bias
+                assert (y.cpu().float() - exact).abs().max() <= 2 * BF16_STEP * scale
+                error = (y.cpu().float() - exact).norm() / exact.norm()
+                assert error < 3e-3
+            else:
+                assert_equal(y, expected)
+
+
+def test_linear_of_odd_shapes() -> None:
+    for out, columns in ((33, 72), (100, 8), (1, 4096), (4097, 24)):
+        weight, rows = prepared(max(out, 4), columns, "6:8")
+        x = torch.randn(3, 5, columns).bfloat16()
+        x_q, x_scale = quantize_int8(x)
+        expected = ternary_matmul(x_q, x_scale, weight.dense.cpu(), rows, None, torch.bfloat16)
+        for backend in ("dense", "packed"):
+            assert_equal(dispatch.ternary_linear(x.cuda(), weight, backend=backend), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_compiles_in_one_graph_and_in_a_cuda_graph(tokens: int) -> None:
+    weight, _ = prepared(512, 1024, "6:8")
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+    eager = dispatch.ternary_linear(x, weight)
+    compiled = torch.compile(
+        lambda x: torch.relu(dispatch.ternary_linear(x, weight)), fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x), torch.relu(eager), rtol=2 * BF16_STEP, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = dispatch.ternary_linear(x, weight)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, dispatch.ternary_linear(x, weight))
+
+
+def test_measures_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_BITNET_MEASURE", "1")
+    weight, _ = prepared(512, 1024, "6:8")
+    choice = dispatch.choose(weight, 300)
+    assert set(choice.microseconds) == {"dense", "windows"}
+    assert choice.backend == min(choice.microseconds, key=lambda n: choice.microseconds[n])
+    assert choice == dispatch.choose(weight, 400)  # one bucket
+    assert "measured" in choice.why
+
+
+def test_sparse_packing_refuses_a_broken_pattern() -> None:
+    from sparse_bitnet.core import WeightError
+
+    ternary = torch.ones(64, 64, dtype=torch.int8, device="cuda")
+    with pytest.raises(WeightError, match="at most 6 fit"):
+        dispatch.prepare(ternary, torch.ones(64, device="cuda"), Pattern(6, 8))

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from sparse_bitnet.kernels.matmul import triton_dense, triton_finish, triton_packed
+from sparse_bitnet.kernels.matmul.reference import ternary_matmul
+from sparse_bitnet.kernels.matmul.triton_dense import Tiles
+from sparse_bitnet.kernels.matmul.triton_packed import DotTiles, MmaTiles
+
+SHAPES = [(1, 40, 64), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
+
+
+def operands(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:
+    x = torch.randint(-128, 128, (tokens, inner), dtype=torch.int8)
+    weight = torch.randint(-1, 2, (out, inner), dtype=torch.int8)
+    return x, torch.rand(tokens), weight, torch.rand(out), torch.randn(out)
+
+
+def poisoned(tokens: int, out: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((tokens, out), torch.nan, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dense(shape: tuple[int, int, int], descriptors: bool, with_bias: bool) -> None:
+    if descriptors and shape[2] % 16:
+        pytest.skip("descriptors need rows of a multiple of 16 bytes")
+    x, x_scale, weight, w_scale, bias = operands(*shape)
+    given = bias if with_bias else None
+    y = poisoned(*shape[:2])
+    triton_dense.run(x, x_scale, weight, w_scale, given, y, Tiles(32, 16, 32, 4, 2, descriptors))
+    assert torch.equal(y, ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, given))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        DotTiles(4, 16, False),
+        DotTiles(1, 16, True),
+        MmaTiles(16, 32, 1, 4, 2),
+        MmaTiles(32, 16, 3, 4, 2),
+    ],
+)
+def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None:
+    if isinstance(tiles, DotTiles) and shape[0] > 4:
+        pytest.skip("for few tokens")
+    x, x_scale, weight, w_scale, bias = operands(*shape)
+    for given in (None, bias):
+        y = poisoned(*shape[:2], torch.float16)
+        packed = triton_packed.pack_rows(weight)
+        triton_packed.run(x, x_scale, packed, w_scale, given, y, tiles)
+        expected = ternary_matmul(
+            x, x_scale.unsqueeze(-1), weight, w_scale, given, out_dtype=torch.float16
+        )
+        assert torch.equal(y, expected)
+
+
+def test_largest_sums_fit() -> None:
+    inner = 2**14
+    x = torch.full((1, inner), -128, dtype=torch.int8)
+    weight = torch.full((2, inner), -1, dtype=torch.int8)
+    weight[1] = 1
+    packed = triton_packed.pack_rows(weight)
+    y = poisoned(1, 2)
+    one = torch.ones(2)
+    triton_packed.run(x, one[:1], packed, one, None, y, DotTiles(2, 256, True))
+    assert y.tolist() == [[128.0 * inner, -128.0 * inner]]
+    # The factor 64 of the layout: the longest row that is allowed still fits int32.
+    assert 64 * 128 * (triton_packed.LONGEST_ROW - 1) < 2**31
+
+
+def test_every_candidate_is_named_for_some_token_count() -> None:
+    named = {name for tokens in range(1, 33) for name in triton_packed.candidates(tokens, 99)}
+    assert named == set(triton_packed.CANDIDATES)
+    x = torch.zeros(1, 32, dtype=torch.int8)
+    named = {
+        n for rows in (1, 40, 100, 999) for n in triton_dense.candidates(x.expand(rows, 32), x)
+    }
+    assert named <= set(triton_dense.CANDIDATES)
+    assert not any(triton_dense.CANDIDATES[n].descriptors for n in named)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_matmul_entries(tokens: int) -> None:
+    x, x_scale, weight, w_scale, bias = operands(tokens, 24, 64)
+    expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias) if tokens else None
+    for y in (
+        triton_dense.matmul(x, x_scale, weight, w_scale, bias, torch.float32),
+        triton_packed.matmul(
+            x, x_scale, triton_packed.pack_rows(weight), w_scale, bias, torch.float32
+        ),
+    ):
+        assert y.shape == (tokens, 24)
+        assert expected is None or torch.equal(y, expected)
+
+
+def test_finish_scales_tokens_in_place() -> None:
+    y = torch.randn(5, 2100).half()
+    x_scale, bias = torch.rand(5), torch.randn(2100)
+    expected = (y.float() * x_scale.unsqueeze(-1) + bias).half()
+    triton_finish.finish(y, x_scale, bias)
+    assert torch.equal(y, expected)
+    triton_finish.finish(torch.empty(0, 8), torch.empty(0), None)

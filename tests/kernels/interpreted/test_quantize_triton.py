@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from sparse_bitnet.core import quantize_int8
+from sparse_bitnet.formats.windows import lift
+from sparse_bitnet.kernels.quantize_activations import reference, triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 7, 64, 896, 1025, 4099])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_equals_reference(tokens: int, columns: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(tokens, columns) * torch.rand(tokens, 1).mul(8).exp()).to(dtype)
+    x[0, 0] = 0
+    quantized, scale = triton.quantize(x)
+    expected, step = quantize_int8(x)
+    assert torch.equal(quantized, expected)
+    assert torch.equal(scale, step)
+
+
+def test_rounds_half_to_even() -> None:
+    # With a magnitude of 127 the factor is 1, so halves stay halves.
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
+    quantized, scale = triton.quantize(x)
+    assert quantized.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
+    assert scale.item() == 1.0
+
+
+def test_no_token_and_no_feature() -> None:
+    for shape in ((0, 64), (2, 0, 64)):
+        quantized, scale = triton.quantize(torch.empty(shape))
+        assert quantized.shape == shape
+        assert scale.shape == (*shape[:-1], 1)
+
+
+def test_leading_dimensions_and_strides() -> None:
+    x = torch.randn(2, 3, 80)
+    for view in (x, x.transpose(0, 1), x[..., ::2], x[:, 1:, 8:40], x.permute(2, 1, 0)):
+        quantized, scale = triton.quantize(view)
+        expected, step = quantize_int8(view)
+        assert torch.equal(quantized, expected)
+        assert torch.equal(scale, step)
+
+
+def test_tiny_tokens_use_the_smallest_magnitude() -> None:
+    x = torch.tensor([[0.0, 0.0], [1e-9, -1e-7], [1e-5, 0.0]])
+    quantized, scale = triton.quantize(x)
+    expected, step = quantize_int8(x)
+    assert torch.equal(quantized, expected)
+    assert torch.equal(scale, step)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_nan_reaches_the_scale() -> None:
+    x = torch.randn(3, 100)
+    x[1, 70] = torch.nan
+    x[2, 3] = -torch.inf
+    _, scale = triton.quantize(x)
+    assert scale[0].isfinite()
+    assert scale[1].isnan()
+    assert scale[2].isinf()
+
+
+@pytest.mark.parametrize(
+    ("group", "columns"), [(4, 12), (6, 66), (6, 3606), (8, 8), (8, 4096), (10, 1000), (32, 96)]
+)
+def test_lifts_in_window_order(group: int, columns: int) -> None:
+    x = torch.randn(3, columns)
+    quantized, scale = triton.quantize(x, group=group)
+    expected, step = quantize_int8(x)
+    assert torch.equal(quantized, lift(expected, group))
+    assert torch.equal(scale, step)
+
+
+@pytest.mark.parametrize("group", [0, 8])
+@pytest.mark.parametrize("columns", [64, 1160])
+def test_fuses_the_norm(columns: int, group: int) -> None:
+    x = torch.randn(4, columns).half()
+    weight = torch.rand(columns).half()
+    quantized, scale = triton.quantize(x, weight, 1e-6, group=group)
+    expected, step = reference.quantize_fused(x, weight, 1e-6, group=group)
+    # Another order of the sum of squares may move a value across a rounding boundary of fp16.
+    torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
+    assert (quantized.int() - expected.int()).abs().max() <= 1
+    assert (quantized != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("group", [0, 8])
+def test_fuses_the_swiglu_product(group: int) -> None:
+    x, factor = torch.randn(4, 2 * 232), torch.rand(4, 1)
+    quantized, scale = triton.quantize(x, swiglu=True, group=group, factor=factor)
+    expected, step = reference.quantize_fused(x, swiglu=True, group=group, factor=factor)
+    torch.testing.assert_close(scale, step, rtol=1e-6, atol=0)
+    assert (quantized.int() - expected.int()).abs().max() <= 1
+    assert (quantized != expected).float().mean() < 0.01

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from sparse_bitnet.core import (
+    DENSE,
+    ConfigError,
+    Pattern,
+    PatternError,
+    quantize_int8,
+    row_scale,
+    ternarize,
+)
+from sparse_bitnet.kernels import dispatch
+from sparse_bitnet.kernels.matmul.reference import ternary_matmul
+
+
+def weight_of(pattern: Pattern) -> dispatch.TernaryWeight:
+    ternary, scale = ternarize(torch.randn(24, 32), pattern, None, (16, 8))
+    return dispatch.prepare(ternary, row_scale(scale, (16, 8), 24), pattern)
+
+
+@pytest.mark.parametrize("name", ["dense", "6:8", "2:4"])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_linear_on_cpu_is_the_reference(name: str, tokens: int) -> None:
+    weight = weight_of(Pattern.parse(name))
+    x, bias = torch.randn(tokens, 32), torch.randn(24)
+    x_q, x_scale = quantize_int8(x) if tokens else (x.to(torch.int8), x[:, :1])
+    expected = ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias)
+    assert torch.equal(dispatch.ternary_linear(x, weight, bias), expected)
+    choice = dispatch.choose(weight, tokens)
+    assert (choice.backend, choice.why) == ("reference", "cpu: plain PyTorch integer arithmetic")
+
+
+def test_linear_compiles_in_one_graph() -> None:
+    weight = weight_of(Pattern(6, 8))
+    x = torch.randn(5, 32)
+    linear = torch.compile(
+        lambda x: dispatch.ternary_linear(x, weight), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(linear(x), dispatch.ternary_linear(x, weight))
+
+
+def test_decides_by_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_bitnet.kernels import tuning
+
+    memory = tuning.Memory(None)
+    monkeypatch.setattr(tuning, "memory", lambda index: memory)
+    usable = ("dense", "packed", "windows")
+    assert dispatch._decide(0, "key", usable, 1).backend == "packed"
+    assert dispatch._decide(0, "key", usable, 100).backend == "dense"
+    assert dispatch._decide(0, "key", usable, 4096).backend == "windows"
+    assert dispatch._decide(0, "key", ("dense",), 4096).backend == "dense"
+    memory.put("key", {"windows": 3.0, "dense": 2.0, "2:4": 1.0})
+    choice = dispatch._decide(0, "key", usable, 4096)
+    assert choice.backend == "dense"
+    assert choice.why == "measured 2.0 µs (windows 3.0)"
+
+
+def test_explain_covers_all_it_was_asked() -> None:
+    explanation = dispatch.explain(("16x32", "8x64"), (1, 9), ("6:8", "dense"), "cpu")
+    assert [row[:3] for row in explanation.rows] == [
+        (shape, name, tokens)
+        for shape in ("16x32", "8x64")
+        for name in ("6:8", "dense")
+        for tokens in (1, 9)
+    ]
+    assert all(row[3].backend == "reference" for row in explanation.rows)
+    assert str(explanation).count("cpu: plain PyTorch integer arithmetic") == 8
+    with pytest.raises(PatternError, match="layer 8x12"):
+        dispatch.explain(("8x12",), (1,), ("6:8",), "cpu")
+    with pytest.raises(ConfigError, match="write OUTxIN"):
+        dispatch.explain(("8,16",), (1,), ("6:8",), "cpu")
+
+
+def test_dense_pattern_is_the_default() -> None:
+    assert dispatch.prepare(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2)).pattern == DENSE

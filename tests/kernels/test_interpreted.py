@@ -1,0 +1,29 @@
+"""Starts the interpreter's tests, each file in a process where it is on from the beginning."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_interpreted(file: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        env={k: v for k, v in environment.items() if not k.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    # 5 would mean that nothing was collected.
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
