@@ -121,6 +121,20 @@ def test_directory_of_a_training_run(tmp_path, trained, logits, tokenizer):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral", "qwen2-moe"])
+def test_a_directory_packs_to_the_same_bytes_as_its_model(tmp_path, architecture, trained):
+    """One converts its modules one at a time, the other has them all."""
+    method = Method(order="mask-then-quant", activation_bits=4)
+    model = trained(architecture, "2:4", method=method)
+    save_trained(model, None, tmp_path / "trained", SparsityConfig("2:4", method=method))
+    pack(model, tmp_path / "one")
+    pack(tmp_path / "trained", tmp_path / "two")
+    for name in ("model.safetensors", "hf_plugin.py", "generation_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("one", "two"))
+    assert one == two
+
+
 def test_tokenizer_may_be_a_directory(tmp_path, trained, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     pack(trained("qwen2"), tmp_path / "out", tokenizer=tmp_path / "tokenizer")

@@ -15,10 +15,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,9 @@ from sparse_bitnet.deploy.verify import INDEX, WEIGHTS
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import DerivedModule, converted_modules
+from sparse_bitnet.nn import DerivedModule, convert, converted_modules
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
-from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.export import load_master
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 SHARD_BYTES = 5 * 10**9
@@ -107,14 +108,13 @@ def pack(
     out = Path(out)
     storage_named(storage)
     _check_target(out)
-    if isinstance(source, str | Path):
-        model, own = load_trained(source)
-        tokenizer = own if tokenizer is None else tokenizer
-    else:
-        model = source
+    trained, own = (
+        _open(source) if isinstance(source, str | Path) else (_Trained.live(source), None)
+    )
+    tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    plan = _Plan(model, storage, None if dtype is None else getattr(torch, dtype))
+    plan = _Plan(trained, storage, None if dtype is None else getattr(torch, dtype))
     with atomic_directory(out) as directory:
         plan.write_config(directory)
         if tokenizer is not None:
@@ -123,14 +123,47 @@ def pack(
     return plan.result(out)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A model, the shapes of its trained modules by name, and how to get at one of them."""
+
+    model: PreTrainedModel
+    modules: dict[str, DerivedModule]
+    module: Callable[[str], DerivedModule]
+
+    @classmethod
+    def live(cls, model: PreTrainedModel) -> _Trained:
+        modules = dict(converted_modules(model))
+        return cls(model, modules, modules.__getitem__)
+
+
+def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | None]:
+    """A trained directory whose modules are converted one at a time.
+
+    Converting all of them would keep all ternary weights at once, beside the master weights.
+    """
+    model, tokenizer, sparsity = load_master(directory)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    convert(
+        skeleton, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
+    )
+    shapes = dict(converted_modules(skeleton))
+
+    def module(name: str) -> DerivedModule:
+        kind: Any = type(shapes[name])
+        return kind(model.get_submodule(name), shapes[name].pattern, shapes[name].method)
+
+    return _Trained(model, shapes, module), tokenizer
+
+
 class _Plan:
     """What will be written, known from shapes alone, and how to make each part of it."""
 
-    def __init__(
-        self, model: PreTrainedModel, storage: StorageName, dtype: torch.dtype | None
-    ) -> None:
-        self.model, self.storage, self.dtype = model, storage, dtype
-        self.modules: dict[str, DerivedModule] = dict(converted_modules(model))
+    def __init__(self, trained: _Trained, storage: StorageName, dtype: torch.dtype | None) -> None:
+        model, self.modules = trained.model, trained.modules
+        self.model, self.module = trained.model, trained.module
+        self.storage, self.dtype = storage, dtype
         if not self.modules:
             raise ConfigError(
                 "pack: the model has no ternary modules; convert and train it first (a packed "
@@ -207,8 +240,9 @@ class _Plan:
                 check_finite(tensor, name)
             yield name, tensor
         with progress(f"packing as {self.storage}", len(self.modules)) as task:
-            for name, module in self.modules.items():
-                for key, tensor in pack_module(module, self.storage, name).state_dict().items():
+            for name in self.modules:
+                packed = pack_module(self.module(name), self.storage, name)
+                for key, tensor in packed.state_dict().items():
                     yield f"{name}.{key}", tensor
                 task.advance()
 

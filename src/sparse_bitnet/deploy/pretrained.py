@@ -18,7 +18,7 @@ from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
-from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.export import load_trained, no_bars
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -75,7 +75,10 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
             f"{tensors} tensors in the weight files; the file was edited or damaged, get it again"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, **options
+            )
     except PackedFormatError:
         raise
     except Exception as error:  # whatever a damaged config.json makes transformers and torch raise
