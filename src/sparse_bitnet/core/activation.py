@@ -24,7 +24,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.detach().float()
     magnitude = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
-    quantized = (x * (127.0 / magnitude)).round().clamp(-128, 127).to(torch.int8)
+    quantized = (x * (127.0 / magnitude)).round_().clamp_(-128, 127).to(torch.int8)
     return quantized, magnitude / 127.0
 
 
@@ -39,7 +39,7 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().float()
     magnitude = x.abs().mean(dim=-1, keepdim=True, dtype=torch.float64).float()
     magnitude = magnitude.clamp(min=SMALLEST_MAGNITUDE)
-    quantized = (x * (7.0**0.5 / magnitude)).round().clamp(-8, 7).to(torch.int8)
+    quantized = (x * (7.0**0.5 / magnitude)).round_().clamp_(-8, 7).to(torch.int8)
     return quantized, magnitude / 7.0**0.5
 
 

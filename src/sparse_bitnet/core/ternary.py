@@ -60,7 +60,7 @@ def round_ternary(weight: Tensor, scale: Tensor) -> Tensor:
     Source: absmean quantization, section 2 of arXiv 2402.17764. Rounds half to even, so |W| = γ/2
     becomes zero.
     """
-    return (weight.detach().float() / scale).round().clamp(-1, 1).to(torch.int8)
+    return (weight.detach().float() / scale).round_().clamp_(-1, 1).to(torch.int8)
 
 
 def ternarize(

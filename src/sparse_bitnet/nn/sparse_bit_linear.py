@@ -51,14 +51,14 @@ class BitProduct(torch.autograd.Function):
         (dy,) = grads
         x_q, x_scale, ternary, w_scale, kept = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        compute = dy.dtype  # the scales are float32, so half-precision dy is scaled in float32
+        compute = dy.dtype
         dx = dw = dbias = None
         if needs_x:
-            dx = (dy * w_scale).to(compute) @ ternary.to(compute)
+            dx = dy @ ternary.to(compute).mul_(w_scale.unsqueeze(-1))
             dx = dx.to(ctx.x_dtype)
         if needs_w:
-            scaled = (dy * x_scale).to(compute).reshape(-1, dy.shape[-1])
-            dw = (scaled.t() @ x_q.to(compute).reshape(-1, x_q.shape[-1])).to(ctx.w_dtype)
+            x_hat = x_q.to(compute).mul_(x_scale).reshape(-1, x_q.shape[-1])
+            dw = (dy.reshape(-1, dy.shape[-1]).t() @ x_hat).to(ctx.w_dtype)
             if kept is not None:
                 dw = dw * kept
         if needs_bias:
