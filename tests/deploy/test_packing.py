@@ -226,6 +226,8 @@ def test_refuses_models_without_ternary_weights(tmp_path, pristine, build, train
         pack(trained("qwen2", kind="bf16"), tmp_path / "out")
     with pytest.raises(ConfigError, match="a packed model cannot be packed again"):
         pack(load_packed(pristine / "two-bit"), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"pack: no tokenizer can be loaded from .*nowhere"):
+        pack(trained("qwen2"), tmp_path / "out", tokenizer=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="storage is 'zip'; choose among"):
         pack(trained("qwen2"), tmp_path / "out", storage="zip")
     assert list(tmp_path.iterdir()) == []

@@ -102,7 +102,8 @@ def pack(
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
-        ConfigError: if nothing in the model is ternary, or ``out`` is another kind of directory.
+        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory, or
+            the tokenizer cannot be loaded.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
     """
     out = Path(out)
@@ -113,7 +114,7 @@ def pack(
     )
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = _read_tokenizer(tokenizer)
     plan = _Plan(trained, storage, None if dtype is None else getattr(torch, dtype))
     with atomic_directory(out) as directory:
         plan.write_config(directory)
@@ -258,6 +259,15 @@ class _Plan:
             other_bytes=sum(_size(*entry) for entry in self.others.values()),
             float32_bytes=4 * (weights + others),
         )
+
+
+def _read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise ConfigError(
+            f"pack: no tokenizer can be loaded from {directory} ({str(error)[:300]})"
+        ) from error
 
 
 def _check_target(out: Path) -> None:
