@@ -9,7 +9,7 @@ from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
-from sparse_bitnet.kernels.ternarize import reference
+from sparse_bitnet.kernels.ternarize import cpu, reference
 
 __all__ = ["ternarize"]
 
@@ -24,11 +24,13 @@ def ternarize(
 ) -> tuple[Tensor, Tensor]:
     """Masked ternary weight and γ; arguments, results and errors of ``core.ternarize``.
 
-    Two Triton passes on CUDA for the published method; the reference for its ablations and
-    elsewhere. Both give the same values.
+    Two Triton passes on CUDA and chunks of rows on the CPU for the published method; the reference
+    for its ablations and elsewhere. All give the same values.
     """
     method = method or PUBLISHED
     ours = method.order == PUBLISHED.order and method.mask_source == PUBLISHED.mask_source
+    if ours and weight.ndim >= 2 and weight.device.type == "cpu":
+        return cpu.ternarize(weight, pattern, segments)
     if not (ours and runs_triton(weight) and weight.ndim >= 2):
         return reference.ternarize(weight, pattern, method, segments)
     pattern.check_divides(weight.shape[-1])
