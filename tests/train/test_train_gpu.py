@@ -51,7 +51,7 @@ class TestOnAGPU:
             "sparsity": {"kind": kind, "until": {0.4: "dense"}},
             "data": {"micro_batch_size": micro},
         }
-        settings = {"compile": "on", "precision": "bf16", "checkpoint_every": 4}
+        settings = {"precision": "bf16", "checkpoint_every": 4}
         plain = run(recipe, "plain", run=settings, **changes)
         graphed = run(recipe, "graphed", run=settings | {"cuda_graph": True}, **changes)
         assert losses(graphed) == pytest.approx(losses(plain), abs=2e-3)

@@ -10,7 +10,7 @@ from sparse_bitnet.train.loop import train_recipe
 from sparse_bitnet.train.recipe import options_help
 from sparse_bitnet.train.result import TrainResult
 
-USAGE = "sparse-bitnet train RECIPE.yaml [--SECTION.KEY VALUE ...]"
+USAGE = "sparse-bitnet train RECIPE.yaml [--section.key value ...]"
 
 
 def train_command(arguments: list[str]) -> None:
@@ -22,8 +22,7 @@ def train_command(arguments: list[str]) -> None:
         ConfigError: if the recipe is missing; and as :func:`sparse_bitnet.train.train`.
     """
     if "-h" in arguments or "--help" in arguments:
-        out.print(f"usage: {USAGE}\n\nTrain a recipe; a key given here wins over the file.\n")
-        out.print(options_help(USAGE), markup=False)
+        out.print(options_help("sparse-bitnet train RECIPE.yaml"), markup=False)
         return
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"the recipe comes first: {USAGE}")

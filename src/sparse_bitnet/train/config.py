@@ -157,7 +157,7 @@ class RunConfig:
     seed: int = 0
     """Of the initial weights, the order of the data, and dropout where a model has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
+    """auto: CUDA where there is one. Another kind of device draws other initial weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast (master weights stay fp32). auto: bf16 on CUDA, fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -194,7 +194,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """One training run: every key of a recipe. An option given here wins over the file."""
 
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
