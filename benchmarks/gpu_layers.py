@@ -28,6 +28,7 @@ from sparse_bitnet import console
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, structured_matmul, ternarize, ternary_matmul
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
+from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 LAYERS = {
     "7B gate_up": (37888, 3584),
@@ -43,10 +44,10 @@ PATTERNS = ("6:8", "2:4")
 FP8_LARGEST = 448.0
 
 
-def weight_of(out: int, columns: int, pattern: str) -> dispatch.TernaryWeight:
+def weight_of(out: int, columns: int, pattern: str) -> TernaryWeight:
     """A ternary weight of random values, laid out for every backend."""
     ternary, scale = ternarize(torch.randn(out, columns, device="cuda"), Pattern.parse(pattern))
-    return dispatch.prepare(ternary, row_scale(scale, (), out), Pattern.parse(pattern))
+    return prepare(ternary, row_scale(scale, (), out), Pattern.parse(pattern))
 
 
 @torch.compile
@@ -75,7 +76,7 @@ def fp8(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
     )
 
 
-def deferred(x: Tensor, weight: dispatch.TernaryWeight) -> Tensor:
+def deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
     x_q, _ = quantize_fused(x, group=weight.group)
     assert weight.structured is not None
     return structured_matmul(x_q, None, weight.structured, weight.w_scale)
@@ -126,7 +127,7 @@ def mlp_calls(size: str, tokens: int) -> dict[str, list[Callable[[], object]]]:
     def bf16(first: Tensor, second: Tensor) -> Tensor:
         return F.linear(_gated(F.linear(x, first)), second)
 
-    def ours(first: dispatch.TernaryWeight, second: dispatch.TernaryWeight) -> Tensor:
+    def ours(first: TernaryWeight, second: TernaryWeight) -> Tensor:
         if first.structured is None or second.structured is None:
             y = dispatch.ternary_linear(x, first, backend="dense")
             y_q, y_scale = quantize_fused(y, swiglu=True)

@@ -9,6 +9,7 @@ from sparse_bitnet.kernels import dispatch, quantize_activations, tuning
 from sparse_bitnet.kernels import ternarize as ternarize_anywhere
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.quantize_activations import quantize_fused, reference
+from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,11 +84,11 @@ def test_ternarize(name: str, dtype: torch.dtype) -> None:
             assert_equal(scale, gamma)
 
 
-def prepared(out: int, columns: int, name: str) -> tuple[dispatch.TernaryWeight, torch.Tensor]:
+def prepared(out: int, columns: int, name: str) -> tuple[TernaryWeight, torch.Tensor]:
     pattern = Pattern.parse(name)
     ternary, scale = ternarize(torch.randn(out, columns), pattern, None, (out // 4, out - out // 4))
     rows = row_scale(scale, (out // 4, out - out // 4), out)
-    return dispatch.prepare(ternary.cuda(), rows.cuda(), pattern), rows
+    return prepare(ternary.cuda(), rows.cuda(), pattern), rows
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 16, 17, 32, 33, 64, 100, 1000])
@@ -161,4 +162,4 @@ def test_sparse_packing_refuses_a_broken_pattern() -> None:
 
     ternary = torch.ones(64, 64, dtype=torch.int8, device="cuda")
     with pytest.raises(WeightError, match="at most 6 fit"):
-        dispatch.prepare(ternary, torch.ones(64, device="cuda"), Pattern(6, 8))
+        prepare(ternary, torch.ones(64, device="cuda"), Pattern(6, 8))

@@ -12,11 +12,12 @@ from sparse_bitnet.core import (
 )
 from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
+from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 
-def weight_of(pattern: Pattern) -> dispatch.TernaryWeight:
+def weight_of(pattern: Pattern) -> TernaryWeight:
     ternary, scale = ternarize(torch.randn(24, 32), pattern, None, (16, 8))
-    return dispatch.prepare(ternary, row_scale(scale, (16, 8), 24), pattern)
+    return prepare(ternary, row_scale(scale, (16, 8), 24), pattern)
 
 
 @pytest.mark.parametrize("name", ["dense", "6:8", "2:4"])
@@ -54,6 +55,9 @@ def test_decides_by_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = dispatch._decide(0, "key", usable, 4096)
     assert choice.backend == "dense"
     assert choice.why == "measured 2.0 µs (windows 3.0)"
+    memory.put("key", {"windows": 3.0, "dense": 2.0, "windows deferred": 1.5})
+    assert dispatch._decide(0, "key", usable, 4096).backend == "dense"
+    assert dispatch._decide(0, "key", usable, 4096, compiled=True).backend == "windows"
 
 
 def test_explain_covers_all_it_was_asked() -> None:
@@ -73,4 +77,4 @@ def test_explain_covers_all_it_was_asked() -> None:
 
 
 def test_dense_pattern_is_the_default() -> None:
-    assert dispatch.prepare(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2)).pattern == DENSE
+    assert prepare(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2)).pattern == DENSE

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -31,79 +31,20 @@ from torch import Tensor
 
 from sparse_bitnet import console
 from sparse_bitnet.core.errors import BackendError, ConfigError
-from sparse_bitnet.core.pattern import DENSE, Pattern
+from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import row_scale
-from sparse_bitnet.formats import sparse24, windows
 from sparse_bitnet.kernels import tuning
 from sparse_bitnet.kernels.matmul import packed_matmul, structured_matmul, ternary_matmul
 from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.ternarize import ternarize
+from sparse_bitnet.kernels.weight import TernaryWeight, copies, prepare
 
 MOST_PACKED_TOKENS = 32
 FEWEST_SPARSE_TOKENS = 256
 """Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
-LARGEST_TUNING_COPIES = 64
 SPARSE_BACKENDS = ("2:4", "windows")
-
-
-@dataclass(frozen=True)
-class TernaryWeight:
-    """One ternary weight on one device, in the layouts its backends read; see :func:`prepare`."""
-
-    pattern: Pattern
-    w_scale: Tensor
-    dense: Tensor
-    packed: Tensor | None = None
-    structured: Tensor | None = None
-    group: int = 0
-    """Lanes of a window group; 0 if ``structured`` is plain 2:4."""
-
-    @property
-    def out_features(self) -> int:
-        return self.dense.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.dense.shape[1]
-
-    @property
-    def sparse_backend(self) -> str | None:
-        if self.structured is None:
-            return None
-        return "windows" if self.group else "2:4"
-
-
-def prepare(ternary: Tensor, w_scale: Tensor, pattern: Pattern = DENSE) -> TernaryWeight:
-    """Lay out a ternary weight for the device it is on.
-
-    Args:
-        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
-        w_scale: float32 ``[out]``, γ of every row.
-        pattern: what the weight keeps to; decides whether windows are built.
-
-    Raises:
-        WeightError: if the weight breaks its pattern and so cannot be written as windows.
-    """
-    ternary = ternary.contiguous()
-    if not runs_triton(ternary):
-        return TernaryWeight(pattern, w_scale, ternary)
-    from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
-
-    out, columns = ternary.shape
-    packed = triton_packed.pack_rows(ternary) if columns < triton_packed.LONGEST_ROW else None
-    structured, group = None, 0
-    if not pattern.is_dense:
-        if sparse24.fits(ternary) and cusparselt.serves(ternary.device, out, columns):
-            structured = cusparselt.compress(ternary)
-        else:
-            group = windows.group_for(pattern, columns) or 0
-            lifted = columns // group * (2 * group - 4) if group else 0
-            if group and cusparselt.serves(ternary.device, out, lifted):
-                structured = cusparselt.compress(windows.encode(ternary, group))
-            else:
-                group = 0
-    return TernaryWeight(pattern, w_scale, ternary, packed, structured, group)
+DEFERRED = " deferred"  # a sparse product without its token scale
 
 
 @dataclass(frozen=True)
@@ -127,12 +68,16 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     return _decide(index, key, usable, tokens)
 
 
-def _decide(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -> Choice:
+def _decide(
+    device_index: int, key: str, usable: tuple[str, ...], tokens: int, compiled: bool = False
+) -> Choice:
     """The choice from what is remembered, else by rule."""
     if len(usable) == 1:
         return Choice(usable[0], "nothing else serves this weight and dtype")
     remembered = tuning.memory(device_index).get(key) or {}
     times = {name: t for name, t in remembered.items() if name in usable}
+    if compiled:  # the token scale of a sparse product becomes part of the kernel that reads it
+        times = {name: remembered.get(name + DEFERRED, t) for name, t in times.items()}
     if times:
         best = tuning.fastest(times)
         others = ", ".join(f"{name} {t:.1f}" for name, t in times.items() if name != best)
@@ -147,7 +92,7 @@ def _decide(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -
 @torch.compiler.assume_constant_result
 def _decided(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -> str:
     """The choice's name, looked up while ``torch.compile`` traces instead of being traced."""
-    return _decide(device_index, key, usable, tokens).backend
+    return _decide(device_index, key, usable, tokens, compiled=True).backend
 
 
 def backends(
@@ -241,7 +186,8 @@ def measure(
     """Time every backend, after choosing the best launch of each; remember all of it.
 
     Returns:
-        Microseconds of the whole layer by backend.
+        Microseconds of the whole layer by backend; of a sparse one also without its token scale,
+        which is what counts inside ``torch.compile``.
     """
     from sparse_bitnet.kernels.matmul import triton_dense, triton_packed
 
@@ -249,7 +195,7 @@ def measure(
     tokens = tuning.bucket(tokens)
     memory = tuning.memory(device.index)
     names = backends(weight, tokens, out_dtype)
-    copies = _copies(weight)
+    same = copies(weight)
     x = torch.randn(tokens, weight.in_features, device=device).to(torch.bfloat16)
     x_q, x_scale = quantize_fused(x)
     x_scale = x_scale.reshape(-1)
@@ -266,7 +212,7 @@ def measure(
             times: dict[str, float] = {}
             for candidate in candidates:
                 try:
-                    calls = [partial(launch, copy, candidate) for copy in copies]
+                    calls = [partial(launch, copy, candidate) for copy in same]
                     times[candidate] = tuning.microseconds(calls)
                 except RuntimeError:
                     continue  # this GPU has too little shared memory for the tile, say
@@ -297,32 +243,21 @@ def measure(
         )
         times = {}
         for name in names:
-            calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in copies]
+            calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in same]
             calls[0]()  # lets the sparse library search its algorithms outside the graph
             times[name] = tuning.microseconds(calls)
+            if name in SPARSE_BACKENDS:
+                calls = [partial(_deferred, x, copy) for copy in same]
+                times[name + DEFERRED] = tuning.microseconds(calls)
             task.advance()
     memory.put(_key(weight, tokens, out_dtype), times)
     return times
 
 
-def _copies(weight: TernaryWeight) -> list[TernaryWeight]:
-    """The weight several times over, so that together the copies overflow the L2 cache twice."""
-    cache_bytes = torch.cuda.get_device_properties(weight.dense.device).L2_cache_size
-    smallest = weight.dense.numel() // 4
-    count = min(LARGEST_TUNING_COPIES, max(1, 2 * cache_bytes // max(1, smallest)))
-
-    def copy(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.clone()
-
-    return [weight] + [
-        replace(
-            weight,
-            dense=weight.dense.clone(),
-            packed=copy(weight.packed),
-            structured=copy(weight.structured),
-        )
-        for _ in range(count - 1)
-    ]
+def _deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
+    """The sparse layer up to the token scale."""
+    x_q, _ = quantize_fused(x, group=weight.group)
+    return structured_matmul(x_q, None, cast(Tensor, weight.structured), weight.w_scale)
 
 
 def _why_reference(device: torch.device) -> str:

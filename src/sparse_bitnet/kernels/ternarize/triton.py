@@ -9,8 +9,8 @@
 
 Exactness. The reference rounds w/γ half to even and clips, so T ≠ 0 where w/γ, correctly rounded,
 exceeds 1/2. That is the same as |w| > γ/2 in float32: halving is exact, and for the next float
-above γ/2 the quotient lies at least 2⁻²⁵ above 1/2, strictly more than half the spacing of floats
-there, so it rounds to above 1/2. Magnitudes are compared as bit patterns, which order as they do.
+above γ/2 the quotient lies more than 2⁻²⁵ above 1/2, half the spacing of floats there, so it rounds
+to above 1/2. Magnitudes are compared as bit patterns, which order as they do.
 
 Layout. A unit is the smallest run of groups that fills whole output words. Every program loads a
 tile of units with coalesced accesses and splits it into one tensor a lane, so that all weights of a

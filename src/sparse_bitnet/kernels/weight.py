@@ -1,0 +1,93 @@
+"""A ternary weight in the layouts that the backends of its device read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.pattern import DENSE, Pattern
+from sparse_bitnet.formats import sparse24, windows
+from sparse_bitnet.kernels.platform import runs_triton
+
+MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class TernaryWeight:
+    """One ternary weight on one device, in the layouts its backends read; see :func:`prepare`."""
+
+    pattern: Pattern
+    w_scale: Tensor
+    dense: Tensor
+    packed: Tensor | None = None
+    structured: Tensor | None = None
+    group: int = 0
+    """Lanes of a window group; 0 if ``structured`` is plain 2:4."""
+
+    @property
+    def out_features(self) -> int:
+        return self.dense.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.dense.shape[1]
+
+    @property
+    def sparse_backend(self) -> str | None:
+        if self.structured is None:
+            return None
+        return "windows" if self.group else "2:4"
+
+
+def prepare(ternary: Tensor, w_scale: Tensor, pattern: Pattern = DENSE) -> TernaryWeight:
+    """Lay out a ternary weight for the device it is on.
+
+    Args:
+        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
+        w_scale: float32 ``[out]``, γ of every row.
+        pattern: what the weight keeps to; decides whether windows are built.
+
+    Raises:
+        WeightError: if the weight breaks its pattern and so cannot be written as windows.
+    """
+    ternary = ternary.contiguous()
+    if not runs_triton(ternary):
+        return TernaryWeight(pattern, w_scale, ternary)
+    from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
+
+    out, columns = ternary.shape
+    packed = triton_packed.pack_rows(ternary) if columns < triton_packed.LONGEST_ROW else None
+    structured, group = None, 0
+    if not pattern.is_dense:
+        if sparse24.fits(ternary) and cusparselt.serves(ternary.device, out, columns):
+            structured = cusparselt.compress(ternary)
+        else:
+            group = windows.group_for(pattern, columns) or 0
+            lifted = columns // group * (2 * group - 4) if group else 0
+            if group and cusparselt.serves(ternary.device, out, lifted):
+                structured = cusparselt.compress(windows.encode(ternary, group))
+            else:
+                group = 0
+    return TernaryWeight(pattern, w_scale, ternary, packed, structured, group)
+
+
+def copies(weight: TernaryWeight) -> list[TernaryWeight]:
+    """The weight several times over, so that together the copies overflow the L2 cache twice."""
+    cache_bytes = torch.cuda.get_device_properties(weight.dense.device).L2_cache_size
+    smallest = weight.dense.numel() // 4
+    count = min(MOST_COPIES, max(1, 2 * cache_bytes // max(1, smallest)))
+
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    return [weight] + [
+        replace(
+            weight,
+            dense=weight.dense.clone(),
+            packed=copy(weight.packed),
+            structured=copy(weight.structured),
+        )
+        for _ in range(count - 1)
+    ]
