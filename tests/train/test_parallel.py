@@ -23,13 +23,16 @@ from sparse_bitnet.train.recipe import config_from_dict
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def torchrun(values: dict[str, Any], directory: Path, processes: int = 2) -> None:
+def command(values: dict[str, Any], directory: Path, *mode: str) -> list[str]:
     path = directory / f"{Path(values['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(WORKER), str(path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node=2", str(WORKER), str(path), *mode]
+
+
+def torchrun(values: dict[str, Any], directory: Path) -> None:
     done = subprocess.run(
-        command,
+        command(values, directory),
         capture_output=True,
         text=True,
         timeout=240,
@@ -114,6 +117,42 @@ def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
     torchrun(values, tmp_path)
     for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
+    """Both ranks agree on the step, save it together, and one process goes on from there."""
+    values = as_one(two, "stopped")
+    directory = Path(values["run"]["directory"])
+    process = subprocess.Popen(
+        command(values, tmp_path, "slow"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("after step 3"):
+            process.terminate()
+            break
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM after step" in shown
+    assert len(list((directory / "checkpoints").iterdir())) == 1
+    resumed = train(config_from_dict(values, "test"))
+    for a, b in zip(rows(resumed.directory), rows(two["run"]["directory"]), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+def test_two_processes_compiled(two: dict[str, Any], tmp_path: Path) -> None:
+    values = as_one(two, "compiled")
+    values["run"]["compile"] = "on"
+    torchrun(values, tmp_path)
+    # Fused kernels round otherwise, and ternary training amplifies that; see test_golden.py.
+    for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=5e-3), a["step"]
 
 
 def test_batches_must_divide(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
