@@ -160,6 +160,23 @@ class TestSharing:
         assert model.get_input_embeddings().weight.dtype == dtype
         assert model(input_ids=tokens).logits.dtype == dtype
 
+    @pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+    def test_scales_are_float32_whatever_the_default(self, tiny: Tiny, architecture: str) -> None:
+        expected = tiny(architecture)
+        convert(expected)
+        model = tiny(architecture)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            convert(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for (_, a), (_, b) in zip(
+            converted_modules(model), converted_modules(expected), strict=True
+        ):
+            for mine, other in zip(a.buffers(), b.buffers(), strict=True):
+                assert torch.equal(mine, other)
+                assert mine.dtype == other.dtype
+
     @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
     @pytest.mark.parametrize("architecture", ["qwen2", "qwen2_moe"])
     def test_half_precision_models_train(

@@ -67,7 +67,7 @@ def polarization(
     relative = weight.detach().float() / rows
     thresholds = pruning_thresholds(weight, pattern).float() / rows
     return Polarization(
-        edges=torch.linspace(0, HISTOGRAM_END, bins + 1).tolist(),
+        edges=torch.linspace(0, HISTOGRAM_END, bins + 1, dtype=torch.float64).tolist(),
         magnitudes=_fractions(relative.abs(), bins),
         thresholds=_fractions(thresholds, bins),
         zeros_before_mask=_fraction(relative.abs() <= DEAD_ZONE),

@@ -139,7 +139,7 @@ class SparseBitExperts(_Experts):
             ternary = torch.empty_like(weight, dtype=torch.int8)
             self.register_buffer(f"{name}_ternary", ternary, persistent=False)
             shape = (self.num_experts, max(1, len(self.segments_of(name))))
-            scale = torch.empty(shape, device=weight.device)
+            scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
             if self.method.gradient == "masked":
                 kept = torch.empty_like(weight, dtype=torch.bool)

@@ -126,7 +126,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         self.register_buffer(
             "ternary", torch.empty_like(linear.weight, dtype=torch.int8), persistent=False
         )
-        scale = torch.empty(max(1, len(segments)), device=linear.weight.device)
+        device = linear.weight.device
+        scale = torch.empty(max(1, len(segments)), dtype=torch.float32, device=device)
         self.register_buffer("scale", scale, persistent=False)
         method = method or Method()
         masked = method.gradient == "masked"
