@@ -262,7 +262,7 @@ def _deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
 
 def _why_reference(device: torch.device) -> str:
     if device.type != "cuda":
-        return f"{device.type}: plain PyTorch integer arithmetic"
+        return "plain PyTorch integer arithmetic"
     if not has_triton():
         return "Triton is not installed (pip install triton)"
     have = ".".join(map(str, capability(device.index)))
@@ -280,6 +280,10 @@ class Explanation:
     """``(shape, pattern, tokens, choice)``."""
 
     def __str__(self) -> str:
+        choices = {(choice.backend, choice.why) for *_, choice in self.rows}
+        if len(choices) == 1 and len(self.rows) > 1:
+            backend, why = choices.pop()
+            return f"{self.device}: every layer is served by {backend} ({why})"
         lines = [f"{self.device}", f"{'layer':>13}  pattern  tokens  backend    why"]
         for shape, pattern, tokens, choice in self.rows:
             lines.append(f"{shape:>13}  {pattern:7}  {tokens:6}  {choice.backend:9}  {choice.why}")
@@ -316,6 +320,10 @@ def explain(
         for name in patterns:
             pattern = Pattern.parse(name)
             pattern.check_divides(columns, f"layer {shape}")
+            if not runs_triton(torch.empty(0, device=where)):
+                choice = Choice("reference", _why_reference(where))
+                rows += [(shape, name, count, choice) for count in tokens]
+                continue
             ternary, scale = ternarize(torch.randn(out, columns, device=where), pattern)
             weight = prepare(ternary, row_scale(scale, (), out), pattern)
             rows += [(shape, name, count, choose(weight, count)) for count in tokens]
