@@ -11,12 +11,15 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import Method
-from sparse_bitnet.nn import convert, set_pattern
+from sparse_bitnet.nn import convert, refresh, set_pattern
 
 Tiny = Callable[..., PreTrainedModel]
 SCHEDULE = ["dense", "8:8", "6:8", "4:8", "2:8", "dense", "7:8"]
 
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = [
+    pytest.mark.usefixtures("threads"),
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +132,18 @@ def test_evaluation_sees_loaded_weights(tiny: Tiny, tokens: Tensor) -> None:
         expected = source(input_ids=tokens, use_cache=False).logits
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, expected)
+
+
+def test_edits_before_a_compiled_forward_need_refresh() -> None:
+    model = nn.Sequential(nn.Linear(16, 8, bias=False))
+    convert(model, "6:8")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        before = compiled(x)
+        model[0].weight.neg_()
+        refresh(model)
+        assert torch.equal(compiled(x), -before)
 
 
 def test_a_compiled_optimizer_step_still_derives(derives: list[nn.Module]) -> None:

@@ -191,8 +191,9 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
 def refresh(model: nn.Module) -> None:
     """Derive all converted modules' buffers anew, whatever their version counters say.
 
-    Needed after edits that those do not see: through ``.data``, or of FSDP2 shards outside an
-    optimizer and ``load_state_dict``. On shards every rank must call.
+    Needed after edits outside an optimizer and ``load_state_dict`` that go unseen: through
+    ``.data``, of FSDP2 shards, and any at all before a compiled forward. On shards every rank must
+    call.
     """
     for _, module in converted_modules(model):
         module.invalidate()

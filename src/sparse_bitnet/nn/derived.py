@@ -17,8 +17,9 @@ Under FSDP2 parameters are ``DTensor`` shards when the optimizer steps. They are
 weight at a time and in float32, to derive; that is a collective operation, which every rank
 reaches in the same order. So a forward may gather them in bf16 without moving a mask or a scale.
 
-Edits through ``weight.data``, and of shards outside an optimizer, are invisible to the version
-counter that a forward sees: call :func:`sparse_bitnet.nn.refresh` after them.
+Some edits outside an optimizer and ``load_state_dict`` go unseen: through ``weight.data``, of
+shards, and any at all if the next forward is a compiled one. Call
+:func:`sparse_bitnet.nn.refresh` after them.
 """
 
 from __future__ import annotations
