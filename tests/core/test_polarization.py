@@ -36,6 +36,14 @@ def test_by_hand() -> None:
     assert measured.dead_zone_groups == 1 / 2
 
 
+def test_edges_by_hand() -> None:
+    """|w| = γ/2 rounds to zero, so it belongs to the dead zone; beyond 4γ is the last bin."""
+    edge = polarization(torch.tensor([[1.5, 0.5, -1.5, -0.5]]), Pattern(2, 4), bins=4)
+    assert (edge.zeros_before_mask, edge.dead_zone_groups) == (0.5, 1.0)
+    far = polarization(torch.tensor([[8.0] + [0.0] * 7]), Pattern(6, 8), bins=4)
+    assert far.magnitudes == [7 / 8, 0, 0, 1 / 8]
+
+
 def test_three_modes_by_hand() -> None:
     """Fully polarized: half the weights at ±2, half at 0. γ = 1, and 2:4 costs nothing."""
     weight = torch.tensor([[2.0, 0.0, -2.0, 0.0] * 4])
