@@ -1,7 +1,8 @@
 """What the formats share: rows are worked on a chunk at a time, and wrong ones are refused.
 
-A chunk fits the CPU's cache, so the handful of passes that a format takes over its bytes cost no
-memory traffic, and packing a large matrix needs little more memory than its result.
+On the CPU a chunk fits the cache and is below the size from which PyTorch hands an operation to its
+threads, so the handful of passes that a format takes over its bytes cost neither memory traffic nor
+waiting. Packing a large matrix needs little more memory than its result.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from sparse_bitnet.core import PackedFormatError, WeightError
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**15
+DEVICE_CHUNK_BYTES = 2**26
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -21,7 +23,8 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     if tensor.numel() == 0:
         return
     rows = tensor.reshape(-1, tensor.shape[-1])
-    step = max(1, CHUNK_BYTES // rows.shape[-1])
+    size = CHUNK_BYTES if tensor.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    step = max(1, size // rows.shape[-1])
     for first in range(0, rows.shape[0], step):
         yield first, rows[first : first + step]
 

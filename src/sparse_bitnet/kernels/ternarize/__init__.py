@@ -24,12 +24,12 @@ def ternarize(
 ) -> tuple[Tensor, Tensor]:
     """Masked ternary weight and γ; arguments, results and errors of ``core.ternarize``.
 
-    Two Triton passes on CUDA and chunks of rows on the CPU for the published method; the reference
-    for its ablations and elsewhere. All give the same values.
+    Two Triton passes on CUDA and, for large matrices, chunks of rows on the CPU for the published
+    method; the reference for its ablations and elsewhere. All give the same values.
     """
     method = method or PUBLISHED
     ours = method.order == PUBLISHED.order and method.mask_source == PUBLISHED.mask_source
-    if ours and weight.ndim >= 2 and weight.device.type == "cpu":
+    if ours and weight.ndim >= 2 and cpu.serves(weight):
         return cpu.ternarize(weight, pattern, segments)
     if not (ours and runs_triton(weight) and weight.ndim >= 2):
         return reference.ternarize(weight, pattern, method, segments)
