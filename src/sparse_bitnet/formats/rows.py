@@ -18,13 +18,16 @@ CHUNK_BYTES = 2**15
 DEVICE_CHUNK_BYTES = 2**26
 
 
-def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(first row, rows)`` over ``[..., n]`` seen as ``[rows, n]``."""
+def chunks(tensor: Tensor, widest: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(first row, rows)`` over ``[..., n]`` seen as ``[rows, n]``.
+
+    ``widest`` is the longest row that is made of each, if longer than n.
+    """
     if tensor.numel() == 0:
         return
     rows = tensor.reshape(-1, tensor.shape[-1])
     size = CHUNK_BYTES if tensor.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    step = max(1, size // rows.shape[-1])
+    step = max(1, size // max(widest, rows.shape[-1]))
     for first in range(0, rows.shape[0], step):
         yield first, rows[first : first + step]
 
@@ -32,7 +35,7 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 def map_rows(function: Callable[[Tensor], Tensor], source: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` ``[..., m]`` with ``function(rows of source)``; both have the same rows."""
     rows = out.view(-1, out.shape[-1]) if out.numel() else out
-    for first, part in chunks(source):
+    for first, part in chunks(source, out.shape[-1]):
         rows[first : first + part.shape[0]] = function(part)
     return out
 
