@@ -8,6 +8,7 @@ typing error is answered at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
@@ -60,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SparseBitNetError as error:
         say(f"error: {error}")
         sys.exit(getattr(error, "exit_code", FAILED))
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; do not fail again when it is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(INTERRUPTED)

@@ -40,6 +40,7 @@ TWINS = {
     "BF16 twin, dense": SparsityConfig("dense", "bf16"),
 }
 SPARSE = "Sparse-BitNet 6:8"
+PRESET = "demo"
 VOCABULARY = 2048
 SEQUENCE = 128
 BATCH = 16
@@ -104,7 +105,7 @@ def recipe(directory: Path, sparsity: SparsityConfig) -> TrainConfig:
     name = f"{sparsity.kind}-{sparsity.pattern.replace(':', '-')}"
     return TrainConfig(
         data=DataConfig(path=str(directory / "data"), sequence_length=SEQUENCE, batch_size=BATCH),
-        model=ModelConfig(source="demo"),
+        model=ModelConfig(source=PRESET),
         sparsity=sparsity,
         optimizer=OptimizerConfig(learning_rate=3e-3),
         schedule=ScheduleConfig(steps=STEPS),

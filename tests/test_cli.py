@@ -1,0 +1,84 @@
+"""The command line: verbs, errors of ours as one line, exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import sparse_bitnet
+from sparse_bitnet import cli
+from sparse_bitnet.core import ConfigError, DataError
+
+
+def exit_code(arguments: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    return stopped.value.code
+
+
+def test_every_verb_exists_and_is_in_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([])
+    overview = capsys.readouterr().out
+    for verb, (module, function, line) in cli.VERBS.items():
+        call = getattr(import_module(f"sparse_bitnet.{module}"), function)
+        assert inspect.getdoc(call), verb
+        assert verb in overview and line in overview
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if verb == "train":
+        cli.main(["train", "--help"])
+    else:
+        assert exit_code([*verb.split(), "--help"]) == 0
+    assert f"sparse-bitnet {verb}" in capsys.readouterr().out
+
+
+def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["explode"]) == cli.MISUSED
+    assert "there is no verb 'explode'" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code in (
+        (DataError("the shard is gone"), cli.FAILED),
+        (ConfigError("steps is -1"), cli.MISUSED),
+        (KeyboardInterrupt(), cli.INTERRUPTED),
+    ):
+
+        def fail(verb: str, arguments: list[str], error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "_call", fail)
+        assert exit_code(["pack", "a", "b"]) == code
+        written = capsys.readouterr().err
+        assert "Traceback" not in written
+        assert str(error) in written
+
+
+def test_a_missing_model_is_told_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["inspect", "no/such/model"]) == cli.FAILED
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "no/such/model" in message
+
+
+def test_a_closed_pipe_is_no_crash() -> None:
+    code = f"{sys.executable} -m sparse_bitnet data prepare --help | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {code}"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_the_package_names_what_it_promises() -> None:
+    for name in sparse_bitnet.__all__:
+        assert getattr(sparse_bitnet, name) is not None
+    assert set(sparse_bitnet.__all__) <= set(dir(sparse_bitnet))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sparse_bitnet.nothing  # noqa: B018
