@@ -31,7 +31,7 @@ def run(script, directory, options=None, modules=None):
 @pytest.mark.parametrize(
     "before",
     [
-        f"{REGISTER}\nimport sys\nassert not {'torch', 'transformers'} & set(sys.modules)",
+        f"{REGISTER}\nimport sys\nassert not {{'torch', 'transformers'}} & set(sys.modules)",
         f"import transformers.modeling_utils\n{REGISTER}",
         pytest.param(f"{REGISTER}\nimport transformers.modeling_utils\n{REGISTER}", marks=SLOW),
         pytest.param("import sparse_bitnet.deploy.hf_quantizer", marks=SLOW),
