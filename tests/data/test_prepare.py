@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from sparse_bitnet.core.errors import ConfigError, DataError
 from sparse_bitnet.data import TokenShards, prepare
-from sparse_bitnet.data.tokenizer import load_tokenizer
+from sparse_bitnet.data.tokenizer import load_tokenizer, vocabulary_size
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_both_splits_hold_their_documents(prepared: Path, texts: list[str]) -> N
         assert shards.tokens(0, shards.total_tokens).tolist() == expected
         assert shards.total_documents == len(documents)
         assert shards.total_bytes == sum(len(text.encode()) for text in documents)
-        assert shards.vocab_size == 384 and shards.dtype == np.dtype("<u2")
+        assert shards.vocab_size == vocabulary_size(tokenizer) and shards.dtype == np.dtype("<u2")
         assert shards.eos_id == tokenizer.eos_token_id
     train = TokenShards(prepared / "train")
     assert len(train.shards) > 2 and all(s.tokens >= 10_000 for s in train.shards[:-1])
@@ -69,7 +69,9 @@ def test_summary_and_reuse(
     corpus: Path, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = prepare(f"jsonl:{corpus}", tmp_path / "out", tokenizer=tokenizer, validation=0.1)
-    assert first["out"] == str(tmp_path / "out") and first["vocab_size"] == 384
+    assert first["out"] == str(tmp_path / "out") and first["vocab_size"] == vocabulary_size(
+        load_tokenizer(tokenizer)
+    )
     train = TokenShards(tmp_path / "out" / "train")
     assert first["train"] == {
         "tokens": train.total_tokens,

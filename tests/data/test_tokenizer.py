@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from sparse_bitnet.core.errors import ConfigError, DataError
 from sparse_bitnet.data import tokenizer as module
@@ -35,6 +43,26 @@ def test_trained_tokenizer_survives_saving(bpe: PreTrainedTokenizerFast, tmp_pat
         "naïve café 数据 🙂\r\n\tdef f(): return  x \x00"  # bytes that the training text lacks too
     )
     assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("config", [Qwen2Config(), LlamaConfig(), MistralConfig()])
+def test_auto_tokenizer_agrees_beside_a_model(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path, config: PreTrainedConfig
+) -> None:
+    bpe.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_hash(bpe)
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(bpe)
+
+
+def test_a_foreign_splitting_is_kept_where_transformers_replaces_it(tmp_path: Path) -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, EOS: 2}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    ours = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    ours.save_pretrained(tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) != tokenizer_hash(ours)
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(ours)
 
 
 def test_training_is_deterministic_across_processes(corpus: Path) -> None:

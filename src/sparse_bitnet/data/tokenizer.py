@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sparse_bitnet.core.errors import ConfigError, DataError
 
 EOS = "<|endoftext|>"
+PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}  # all is in tokenizer.json
 SMALLEST_VOCABULARY = 257  # the bytes and EOS
 TRAINING_CHARACTERS = 64 << 20  # enough for stable merges; more only costs time and memory
 PIECE_CHARACTERS = 1 << 20  # the tokenizer needs about 100 bytes of memory for each
@@ -104,12 +107,20 @@ class Encoder:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Any tokenizer that ``AutoTokenizer`` reads, of a directory or a name on the hub.
+    """A tokenizer of a directory or a name on the hub, with the splitting that its file says.
+
+    ``AutoTokenizer`` does not always keep that: beside the config.json of a Qwen2 model (and of
+    some others) it puts the architecture's own splitting in place of the file's, silently, and so
+    gives other ids than those that the model was trained on. A directory whose tokenizer is of no
+    particular class is therefore read as exactly what its tokenizer.json says.
 
     Raises:
         DataError: if there is none or it cannot be read.
     """
     try:
+        settings = get_tokenizer_config(str(name))
+        if settings.get("tokenizer_class") in PLAIN_CLASSES:
+            return PreTrainedTokenizerFast.from_pretrained(str(name))
         return AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
         raise DataError(
@@ -127,6 +138,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         identity: dict[str, Any] = {key: state.get(key) for key in IDENTITY}
+        # transformers writes an absent affix as null or as "", depending on the class.
+        identity["model"] = {k: v for k, v in state["model"].items() if v not in (None, "")}
     else:
         identity = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
@@ -139,7 +152,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with GPT-2's splitting of words and the EOS token ``<|endoftext|>``.
+    """Train a byte-level BPE with Qwen2's splitting of words and the EOS token ``<|endoftext|>``.
+
+    Qwen2's, because our presets are Qwen2 models and transformers gives every such model this
+    splitting, whatever the file says; so ``AutoTokenizer`` agrees with what was trained. Text is
+    normalised to NFC first.
 
     The same documents give the same tokenizer. Of more than 64 million characters it takes a fair
     sample of documents. A small text may have fewer merges than asked for, and so a smaller
@@ -158,7 +175,13 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     if not any(sample):
         raise DataError("no text to train a tokenizer on: the source is empty")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.console import progress
-from sparse_bitnet.core import ConfigError, check_finite
+from sparse_bitnet.console import progress, say
+from sparse_bitnet.core import ConfigError, DataError, check_finite
+from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.deploy.hf_quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.deploy.packed_config import SparseBitNetConfig
 from sparse_bitnet.deploy.pretrained import DType, is_packed
@@ -120,6 +121,7 @@ def pack(
         plan.write_config(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+            _warn_if_replaced(directory, tokenizer)
         plan.write_weights(directory, shard_bytes)
     return plan.result(out)
 
@@ -263,11 +265,22 @@ class _Plan:
 
 def _read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        return load_tokenizer(directory)
+    except DataError as error:
         raise ConfigError(
             f"pack: no tokenizer can be loaded from {directory} ({str(error)[:300]})"
         ) from error
+
+
+def _warn_if_replaced(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some architectures give every tokenizer beside them their own splitting of words."""
+    stock = AutoTokenizer.from_pretrained(directory)
+    if tokenizer_hash(stock) != tokenizer_hash(tokenizer):
+        say(
+            f"warning: beside this model AutoTokenizer reads the tokenizer as a "
+            f"{type(stock).__name__}, which gives other ids than training used; read it with "
+            "PreTrainedTokenizerFast.from_pretrained, as sparse-bitnet does"
+        )
 
 
 def _check_target(out: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from sparse_bitnet.core import ConfigError, PackedFormatError
+from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
@@ -115,7 +115,7 @@ def load(
     model = load_packed(directory, dtype="auto" if dtype is None else getattr(torch, dtype))
     has_tokenizer = (directory / "tokenizer_config.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+        tokenizer = load_tokenizer(directory) if has_tokenizer else None
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         raise PackedFormatError(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Loader
 from sparse_bitnet.data.shards import TokenShards
+from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 
@@ -85,7 +86,4 @@ class Batches:
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not directory.is_dir():
         return None
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer {directory} cannot be read: {error}") from error
+    return load_tokenizer(directory)

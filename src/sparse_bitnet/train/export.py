@@ -19,13 +19,13 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from sparse_bitnet.core import CheckpointError, Method
+from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, write_text
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import SparsityConfig
@@ -149,7 +149,7 @@ def load_master(
         with no_bars():
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         has_tokenizer = (directory / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+        tokenizer = load_tokenizer(directory) if has_tokenizer else None
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
     return model.eval(), tokenizer, sparsity
