@@ -30,7 +30,10 @@ from typing import Any, BinaryIO, NamedTuple
 from sparse_bitnet.core.errors import DataError, MissingExtraError
 
 DEFAULT_FIELD = "text"
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Tests, installed packages, and encodings: half a million numbers of character tables.
+NOT_LIBRARY = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"),
+}
 HUB_PARTS = 3  # name, config, split
 PARQUET_ROWS = 256
 

@@ -35,7 +35,7 @@ class Shape:
 
 PRESETS = {
     "tiny": Shape(64, 2, 4, 2, 128),
-    "demo": Shape(256, 4, 4, 2, 768),
+    "demo": Shape(128, 4, 4, 2, 384),
     "study-1m": Shape(128, 6, 2, 1, 384),
     "study-5m": Shape(256, 6, 4, 2, 768),
     "study-20m": Shape(512, 6, 8, 4, 1664),
