@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,24 +29,17 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
+from sparse_bitnet import demo
 from sparse_bitnet.console import out, progress, say
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import convert
+from sparse_bitnet.train.presets import PRESETS, preset_config
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 1.5
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-    "tie_word_embeddings": True,
-}
-BATCH, SEQUENCE = 8, 256
+BATCH, SEQUENCE = demo.BATCH, demo.SEQUENCE
 BASELINE, JUDGED = "nn.Linear", "bitnet 6:8"
 VARIANTS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
@@ -61,7 +55,9 @@ class Candidate:
 
     def __init__(self, options: dict[str, Any] | None) -> None:
         torch.manual_seed(0)
-        self.model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).train()
+        self.model: PreTrainedModel = Qwen2ForCausalLM(
+            preset_config(demo.PRESET, demo.VOCABULARY)
+        ).train()
         if options is not None:
             convert(self.model, **options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -98,7 +94,7 @@ class Candidate:
 
 def measure(steps: int) -> dict[str, Candidate]:
     candidates = {name: Candidate(options) for name, options in VARIANTS.items()}
-    tokens = torch.randint(0, SHAPE["vocab_size"], (BATCH, SEQUENCE))
+    tokens = torch.randint(0, demo.VOCABULARY, (BATCH, SEQUENCE))
     warm_up = 2
     with progress("train steps", (warm_up + steps) * len(candidates)) as task:
         for index in range(warm_up + steps):
@@ -179,7 +175,9 @@ def main() -> None:
         "ratio_of_fastest": judged["ratio_of_fastest"],
         "cpu_ratio": judged["cpu_ratio"],
         "reached": judged["ratio"] <= TARGET,
-        "model": SHAPE | {"batch": BATCH, "sequence": SEQUENCE},
+        "model": {"preset": demo.PRESET, "vocabulary": demo.VOCABULARY}
+        | asdict(PRESETS[demo.PRESET])
+        | {"batch": BATCH, "sequence": SEQUENCE},
         "rows": rows,
         "environment": machine,
     }
