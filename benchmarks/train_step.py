@@ -156,7 +156,7 @@ def main() -> None:
     candidates = measure(options.steps)
     machine["load_average_after"] = os.getloadavg()[0]
     rows = [summary(name, each, candidates[BASELINE]) for name, each in candidates.items()]
-    table = Table("milliseconds", "step", *PARTS, "ratio", "of fastest", "CPU", "ratio")
+    table = Table("ms", "step", *PARTS, "ratio", "fastest", "CPU", "ratio")
     for row in rows:
         table.add_row(
             row["linears"],
