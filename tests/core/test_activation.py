@@ -105,3 +105,14 @@ def test_views_without_contiguous_memory() -> None:
 def test_refuses_other_bits() -> None:
     with pytest.raises(ConfigError, match="bits is 5; choose 8 or 4"):
         quantize_activations(torch.ones(2, 8), 5)
+
+
+@pytest.mark.parametrize("exponent", range(-150, 128, 3))
+def test_int8_never_leaves_its_range(exponent: int) -> None:
+    """The largest magnitude of a token becomes ±127 whatever its mantissa: nothing to clip."""
+    mantissa = torch.rand(4096, 1, generator=torch.Generator().manual_seed(exponent)) + 1
+    x = torch.cat([mantissa, -mantissa], dim=-1) * 2.0**exponent
+    quantized, _ = quantize_int8(x)
+    if exponent > -16:  # below 1e-5 the smallest magnitude takes over
+        assert (quantized[:, 0] == 127).all()
+    assert torch.equal(quantized[:, 0].int(), -quantized[:, 1].int())
