@@ -33,12 +33,13 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     if pattern.is_dense:
         return torch.ones_like(weight, dtype=torch.bool)
     magnitude = weight.detach().abs().unflatten(-1, (-1, pattern.m)).movedim(-1, 0).contiguous()
-    rank = torch.zeros_like(magnitude, dtype=torch.int8)
-    for lane in range(pattern.m - 1):
-        # A later lane beats this one only if it is larger; if not, it is beaten.
-        beaten = magnitude[lane + 1 :] > magnitude[lane]
-        rank[lane] += beaten.sum(0, dtype=torch.int8)
-        rank[lane + 1 :] += ~beaten
+    # Every lane starts behind all earlier ones and passes those that it beats.
+    lane = torch.arange(pattern.m, dtype=torch.int8, device=weight.device)
+    rank = lane.view(-1, *[1] * (magnitude.dim() - 1)).repeat(1, *magnitude.shape[1:])
+    for distance in range(1, pattern.m):
+        passes = (magnitude[distance:] > magnitude[:-distance]).view(torch.int8)
+        rank[distance:] -= passes
+        rank[:-distance] += passes
     return (rank < pattern.n).movedim(0, -1).flatten(-2)
 
 
