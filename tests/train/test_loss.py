@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, Qwen2Config
 
 from sparse_bitnet.train import loss as loss_module
 from sparse_bitnet.train.loss import CausalLoss, chunked_cross_entropy
@@ -137,7 +137,9 @@ def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
         torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_architectures_that_change_their_logits_keep_their_own() -> None:
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> None:
+    """A cap of 30, Gemma's own, changes an untrained model's logits by less than 1e-4."""
     shape = Gemma2Config(
         vocab_size=50,
         hidden_size=32,
@@ -146,7 +148,7 @@ def test_architectures_that_change_their_logits_keep_their_own() -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=16,
-        final_logit_softcapping=0.5,
+        final_logit_softcapping=cap,
     )
     model = AutoModelForCausalLM.from_config(shape)
     loss_of = CausalLoss(model)
@@ -154,3 +156,17 @@ def test_architectures_that_change_their_logits_keep_their_own() -> None:
     assert model.training, "asking does not change the mode"
     tokens = torch.randint(50, (2, 9))
     torch.testing.assert_close(loss_of(tokens), model(tokens, labels=tokens).loss)
+
+
+def test_a_head_with_a_bias_learns_it() -> None:
+    shape = PhiConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    assert not model.lm_head.bias.any(), "at first it changes no logit"
+    CausalLoss(model)(torch.randint(50, (2, 9))).backward()
+    assert model.lm_head.bias.grad.any()

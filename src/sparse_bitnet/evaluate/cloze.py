@@ -29,11 +29,11 @@ from sparse_bitnet.evaluate.scoring import (
     check_window,
     choose_batch,
     evaluating,
-    has_plain_head,
     in_batches,
     token_log_probabilities,
     vocabulary,
 )
+from sparse_bitnet.nn.head import has_plain_head
 
 CHOICES = 4
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
@@ -204,8 +204,7 @@ def candidate_scores(
     order = sorted(range(len(questions)), key=lambda index: -sum(map(len, questions[index])))
     scores = torch.zeros(len(questions), dtype=torch.float64)
     with evaluating(model), progress(title, len(questions)) as task:
-        inputs, _, _ = _pad([questions[order[0]]], window)
-        plain_head = has_plain_head(model, inputs)
+        plain_head = has_plain_head(model)
 
         def work(start: int, end: int) -> None:
             rows = order[start:end]

@@ -39,11 +39,11 @@ from sparse_bitnet.evaluate.scoring import (
     check_window,
     choose_batch,
     evaluating,
-    has_plain_head,
     in_batches,
     token_log_probabilities,
     vocabulary,
 )
+from sparse_bitnet.nn.head import has_plain_head
 
 Tokens = NDArray[np.integer] | Tensor | TokenShards
 Text = str | Path | Sequence[str | Path] | Source
@@ -159,8 +159,7 @@ def perplexity(
     nats = 0.0
     scored = 0
     with evaluating(model), progress(title, total - 1) as task:
-        probe, _ = read(0, 1)
-        plain_head = has_plain_head(model, probe)
+        plain_head = has_plain_head(model)
 
         def work(start: int, end: int) -> None:
             nonlocal nats, scored

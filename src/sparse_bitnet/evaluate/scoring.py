@@ -24,7 +24,6 @@ from sparse_bitnet.core import ConfigError, WeightError
 TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**17}
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # elements: 64 and 512 MB in float32
 DEFAULT_WINDOW = 1024
-PROBE_TOKENS = 16
 
 
 @contextmanager
@@ -113,24 +112,6 @@ def in_batches(count: int, batch: int, work: Callable[[int, int], None]) -> None
         say(f"out of memory: going on with a batch of {batch}")
 
 
-def has_plain_head(model: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether the logits are the output head's product with the body's last hidden state.
-
-    So it is in most architectures; others scale or cap the logits afterwards (Gemma, Granite,
-    Cohere). Decided by comparing both on a few real tokens ``[rows, length]``: the same operations
-    in the same order, so they agree to the last bit or are not the same. A soft cap is nearly the
-    identity on the small logits of an untrained model, which a tolerance would not notice.
-    """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    tokens = tokens[:1, :PROBE_TOKENS].to(model.device)
-    with torch.compiler.set_stance("force_eager"):  # compile nothing for a probe's shape
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return torch.equal(head(hidden).float(), logits.float())
-
-
 def token_log_probabilities(
     model: PreTrainedModel, inputs: Tensor, targets: Tensor, wanted: Tensor, plain_head: bool
 ) -> Tensor:
@@ -140,7 +121,7 @@ def token_log_probabilities(
         inputs: int64 ``[rows, length]``, padded on the right.
         targets: int64 ``[rows, length]``, the token that follows each input.
         wanted: bool ``[rows, length]``, which positions to score.
-        plain_head: see :func:`has_plain_head`; otherwise all logits of the batch are kept.
+        plain_head: see :mod:`sparse_bitnet.nn.head`; otherwise all logits of the batch are kept.
 
     Returns:
         float64 ``[number wanted]`` on the CPU, row by row. The softmax is taken in float32.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_bitnet.nn import DerivedModule
+from sparse_bitnet.nn.head import has_plain_head
 
 LOGITS_AT_ONCE = 2**27  # elements: 512 MB in float32
 
@@ -112,14 +113,15 @@ class CausalLoss(nn.Module):
     in the root's group); outside, the head is a shard.
 
     Most architectures' logits are ``hidden @ head.T``, and get the chunked loss. Those that scale,
-    cap or bias them (Gemma, Granite, Phi) get the ordinary one, over full logits: decided once, by
-    comparing both on two tokens.
+    cap or bias them (Gemma, Granite, Phi) get the ordinary one, over full logits: decided once.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.chunked = _logits_are_a_plain_product(model)
+        head = model.get_output_embeddings()
+        plain = isinstance(head, nn.Linear) and not isinstance(head, DerivedModule)
+        self.chunked = plain and head.bias is None and has_plain_head(model)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean loss in nats a token over ``[sequences, length + 1]`` token ids."""
@@ -129,17 +131,3 @@ class CausalLoss(nn.Module):
             return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
         hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         return chunked_cross_entropy(hidden, self.model.get_output_embeddings().weight, labels)
-
-
-@torch.no_grad()
-def _logits_are_a_plain_product(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    if isinstance(head, DerivedModule) or not isinstance(head, nn.Linear):
-        return False
-    training = model.training
-    model.eval()
-    tokens = torch.tensor([[0, 1]], device=head.weight.device)
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    logits = model(input_ids=tokens, use_cache=False).logits
-    model.train(training)
-    return torch.allclose(logits.float(), (hidden @ head.weight.T).float(), rtol=1e-4, atol=1e-4)
