@@ -88,12 +88,18 @@ def environment() -> dict[str, Any]:
 
 def report(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
     """Write rows and environment to ``results/<gpu>/<name>.json``; returns the path."""
-    gpu = torch.cuda.get_device_name(0).lower().replace(" ", "-")
-    path = (out or RESULTS / gpu) / f"{name}.json"
+    path = write(name, rows, out)
+    console.say(f"wrote {path}")
+    return path
+
+
+def write(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
+    """The same without a word, for a file that grows; ``results/cpu`` where there is no GPU."""
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    path = (out or RESULTS / device.lower().replace(" ", "-")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(), "rows": rows}, indent=1)
     files.write_text(path, text + "\n")
-    console.say(f"wrote {path}")
     return path
 
 

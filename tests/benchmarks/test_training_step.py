@@ -1,0 +1,87 @@
+"""The training benchmark on a tiny shape: every row trains, a bad one is noted and survived."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TINY = ["--sizes", "tiny", "--vocabulary", "64", "--sequence-length", "16", "--sequences", "2"]
+
+
+@pytest.fixture
+def script() -> Any:
+    pytest.importorskip("triton")
+    import training_step
+
+    return training_step
+
+
+def test_rows_share_one_model(script: Any, tmp_path: Path) -> None:
+    rows = ["bf16", "fake-quant 6:8", "dense", "6:8", "nonsense"]
+    quick = ["--rounds", "2", "--steps", "1", "--no-compile", "--out", str(tmp_path)]
+    script.main([*TINY, *quick, "--rows", *rows])
+    written = json.loads((tmp_path / "training_step.json").read_text())
+    by_name = {row["row"]: row for row in written["rows"]}
+    assert set(by_name) == set(rows)
+    assert "nonsense" in by_name.pop("nonsense")["failed"]
+    for row in by_name.values():
+        assert len(row["all_milliseconds"]) == 2
+        assert row["first_loss"] == pytest.approx(4.16, abs=0.2)  # log 64, near enough
+        assert row["tokens_per_second"] == pytest.approx(32e3 / row["milliseconds"])
+    assert by_name["bf16"]["over_bf16"] == 1.0
+    assert written["environment"]["torch"] == torch.__version__
+
+
+def test_resting_rows_do_not_see_steps(script: Any) -> None:
+    setting = script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False)
+    bench = script.Bench(setting)
+    for name in ("dense", "6:8"):
+        bench.add(name)
+    resting, working = bench.candidates["dense"], bench.candidates["6:8"]
+    working.wake()
+    before = [module.ternary.clone() for module in working.derived]
+    for group in bench.optimizer.param_groups:
+        group["lr"] = 0.1
+    bench.step(working)
+    assert any(
+        not torch.equal(module.ternary, old)
+        for module, old in zip(working.derived, before, strict=True)
+    )
+    assert all(module.ternary.is_meta for module in resting.derived)
+    working.rest()
+    resting.wake()
+    assert not any(module.ternary.is_meta for module in resting.derived)
+
+
+def test_fake_quantization_is_the_method(script: Any) -> None:
+    """Forward and gradients in float32 equal the integer layer's."""
+    from sparse_bitnet.core import Pattern
+    from sparse_bitnet.nn import SparseBitLinear
+    from training_models import FakeQuantLinear
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 6)
+    fake = FakeQuantLinear(linear, Pattern(6, 8))
+    ours = SparseBitLinear(linear, Pattern(6, 8))
+    grads = []
+    for module in (fake, ours):
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        grads.append((y, x.grad, linear.weight.grad, linear.bias.grad))
+        linear.zero_grad()
+    for theirs, mine in zip(*grads, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_rows() -> None:
+    from training_models import Row
+
+    assert Row.parse("bf16").kind == "bf16"
+    assert Row.parse("fake-quant 2:4").pattern == "2:4"
+    with pytest.raises(ValueError, match="none of"):
+        Row.parse("6:8 quickly")
