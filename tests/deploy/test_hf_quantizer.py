@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
-from sparse_bitnet.deploy.packed_config import SparseBitNetConfig
+from sparse_bitnet.deploy.packed_config import HINT, SparseBitNetConfig
 from sparse_bitnet.nn.packed_linear import PackedLinear
 
 REGISTER = "import sparse_bitnet"
@@ -55,11 +56,21 @@ def test_trusted_without_the_package(pristine, tmp_path):
     assert "sparse_bitnet" in result.stderr.splitlines()[-1]
 
 
+def test_saved_again_it_is_still_trusted_and_has_the_hint(pristine, tmp_path):
+    Qwen2ForCausalLM.from_pretrained(pristine / "two-bit").save_pretrained(tmp_path / "again")
+    result = run(LOAD, tmp_path / "again", {"trust_remote_code": True}, tmp_path / "modules")
+    assert result.stdout == "PackedLinear\n", result.stderr
+    assert "LOAD REPORT" not in result.stderr
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert HINT in file.keys()  # noqa: SIM118  # not a mapping
+
+
 def test_neither_is_an_error_and_not_a_random_model(pristine):
     result = run(LOAD, pristine / "two-bit")
     assert result.returncode != 0 and result.stdout == ""
     assert "Unknown quantization type, got sparse_bitnet" in result.stderr
-    assert "size mismatch" in result.stderr
+    report = result.stderr.index("to load this model: pip install sparse-bitnet, then import spar")
+    assert report < result.stderr.index("For details look at the above report!")
 
 
 def test_a_dense_model_cannot_be_quantized_while_loading(tmp_path, build):

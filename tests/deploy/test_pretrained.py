@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -41,9 +42,22 @@ def test_save_pretrained_round_trip(tmp_path, kind, trained, logits):
     assert torch.equal(logits(again), expected)
     one, two = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("one", "two"))
     assert two["quantization_config"] == one["quantization_config"]
-    assert "auto_map" not in two  # transformers does not copy the plugin file
+    assert two["auto_map"] == one["auto_map"]
+    plugins = [(tmp_path / d / "hf_plugin.py").read_text() for d in ("one", "two")]
+    assert plugins[0] == plugins[1]
+    model.config.save_pretrained(tmp_path / "config")  # alone, there is no plugin file to point to
+    assert "auto_map" not in json.loads((tmp_path / "config" / "config.json").read_text())
     again.save_pretrained(tmp_path / "three")
     assert torch.equal(logits(load_packed(tmp_path / "three")), expected)
+
+
+def test_save_pretrained_on_other_ranks_and_of_copies(tmp_path, pristine):
+    model = load_packed(pristine / "two-bit")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert list((tmp_path / "other").iterdir()) == []
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    twin.save_pretrained(tmp_path / "twin")
+    assert load_packed(tmp_path / "twin").is_quantized
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
@@ -89,8 +103,10 @@ def test_generates_the_same_tokens_as_training(pristine, trained):
 
 def test_pipeline(pristine, tokenizer):
     generate = pipeline("text-generation", model=str(pristine / "two-bit"), tokenizer=tokenizer)
-    (result,) = generate("return the", max_new_tokens=4, do_sample=False)
-    assert result["generated_text"].startswith("return the")
+    results = generate(["return the", "def"], max_new_tokens=4, do_sample=False)
+    alone = generate("def", max_new_tokens=4, do_sample=False)
+    assert results[0][0]["generated_text"].startswith("return the")
+    assert results[1] == alone
 
 
 def test_load_takes_packed_and_trained_directories_only(pristine, tmp_path, build):

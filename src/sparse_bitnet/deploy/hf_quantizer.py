@@ -7,18 +7,22 @@ in. Buffers have the names of the stored tensors, so no conversion is needed in 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError, WeightError
-from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.deploy.packed_config import HINT, QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import checksum_metadata
 from sparse_bitnet.deploy.verify import check_shard_name, is_outside, name_in, verify_files
+from sparse_bitnet.files import write_text
 from sparse_bitnet.nn.pack import swap_packed
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 
@@ -45,6 +49,7 @@ class SparseBitNetQuantizer(HfQuantizer):
 
     requires_calibration = True  # a model is packed by `sparse-bitnet pack`, not while loading
     quantization_config: SparseBitNetConfig
+    saving_to: Path | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -63,23 +68,31 @@ class SparseBitNetQuantizer(HfQuantizer):
             raise _foreign(model, str(error)) from None
         if checkpoint_files:
             verify_files(_inside(checkpoint_files, model), model)
+        ignored: Any = model._keys_to_ignore_on_load_unexpected
+        ignored.add(re.escape(HINT))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, PackedModule) and not any(b.is_meta for b in module.buffers()):
                 module.check()
-        # The plugin file is not among what save_pretrained writes, so nothing may point to it.
+        # Only a directory with the plugin file may point to it; the config alone writes none.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:
             del model.config.auto_map
+        model.save_pretrained = MethodType(save_pretrained, model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """None: stored names are the model's own, not those of some original checkpoint."""
         return []
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, checksum_metadata(model.state_dict())
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if self.saving_to is not None:
+            write_text(self.saving_to / PLUGIN_FILE, PLUGIN)
+        state = model.state_dict() | {HINT: torch.empty(0, dtype=torch.uint8)}
+        return state, checksum_metadata(state)
 
     def is_serializable(self) -> bool:
         return True
@@ -87,6 +100,24 @@ class SparseBitNetQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def save_pretrained(
+    model: Any, save_directory: str | Path, is_main_process: bool = True, **options: Any
+) -> None:
+    """transformers' ``save_pretrained``, and the plugin file that the saved config.json points to.
+
+    The file is written when transformers asks the quantizer for the tensors: in between it notes
+    what was in the directory before and uploads what is new, if it was asked to.
+    """
+    quantizer = model.hf_quantizer
+    quantizer.saving_to = Path(save_directory) if is_main_process else None
+    model.config.auto_map = AUTO_MAP
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, **options)
+    finally:
+        quantizer.saving_to = None
+        del model.config.auto_map
 
 
 class PackedModelConfig(PreTrainedConfig):

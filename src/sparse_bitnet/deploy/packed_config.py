@@ -4,6 +4,10 @@
      "modules": {"model.layers.0.self_attn.q_proj": {"pattern": "6:8", "activation_bits": 8}, …}}
 
 A module with several matrices fused into its rows also has ``segments``, the rows of each.
+
+transformers without this package skips a ``quant_method`` that it does not know, finds that no
+linear weight has the shape it expects, and refuses with "look at the above report", a table of
+tensor names. So every packed file has an empty tensor whose name says what to install.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from sparse_bitnet.nn.packed_module import PackedSpec
 
 QUANT_METHOD = "sparse_bitnet"
 FORMAT_VERSION = 1
+HINT = "to load this model: pip install sparse-bitnet, then import sparse_bitnet"
 FIELDS = {"quant_method", "format_version", "storage", "modules"}
 MODULE_FIELDS = {"pattern", "activation_bits", "segments"}
 

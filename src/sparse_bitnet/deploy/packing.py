@@ -29,7 +29,7 @@ from sparse_bitnet.console import progress, say
 from sparse_bitnet.core import ConfigError, DataError, check_finite
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.deploy.hf_quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
-from sparse_bitnet.deploy.packed_config import SparseBitNetConfig
+from sparse_bitnet.deploy.packed_config import HINT, SparseBitNetConfig
 from sparse_bitnet.deploy.pretrained import DType, is_packed
 from sparse_bitnet.deploy.sizes import readable_bytes
 from sparse_bitnet.deploy.tensor_file import TensorFileWriter
@@ -176,7 +176,7 @@ class _Plan:
             name: packed_spec(module, storage, name) for name, module in self.modules.items()
         }
         self.packed: Layout = {}
-        self.others: Layout = {}
+        self.others: Layout = {HINT: (torch.uint8, (0,))}
         for name, module in self.modules.items():
             empty = empty_packed(module, self.specs[name], name)
             for key, tensor in empty.state_dict().items():
@@ -242,6 +242,7 @@ class _Plan:
             if tensor.is_floating_point():
                 check_finite(tensor, name)
             yield name, tensor
+        yield HINT, torch.empty(0, dtype=torch.uint8)
         with progress(f"packing as {self.storage}", len(self.modules)) as task:
             for name in self.modules:
                 packed = pack_module(self.module(name), self.storage, name)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparse_bitnet.core import PackedFormatError
+from sparse_bitnet.deploy.packed_config import HINT
 from sparse_bitnet.deploy.tensor_file import (
     REMEDY,
     Entry,
@@ -112,6 +113,8 @@ def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
     found: dict[str, Path] = {}
     for path, header in headers.items():
         for name, entry in header.tensors.items():
+            if name == HINT:
+                continue
             here = name_in(model, name, expected)
             if here is None:
                 if is_outside(model, name):
