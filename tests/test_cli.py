@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,7 @@ def test_errors_are_one_line_and_a_code(
     for error, code in (
         (DataError("the shard is gone"), cli.FAILED),
         (ConfigError("steps is -1"), cli.MISUSED),
+        (PermissionError(13, "Permission denied", "/out"), cli.FAILED),
         (KeyboardInterrupt(), cli.INTERRUPTED),
     ):
 
@@ -66,6 +68,15 @@ def test_a_missing_model_is_told_plainly(capsys: pytest.CaptureFixture[str]) -> 
     assert exit_code(["inspect", "no/such/model"]) == cli.FAILED
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "no/such/model" in message
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("some words")
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    assert exit_code(["data", "prepare", f"text:{tmp_path / 'text'}", out]) == cli.FAILED
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and out in message and "Traceback" not in message
 
 
 def test_a_closed_pipe_is_no_crash() -> None:

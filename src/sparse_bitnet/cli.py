@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read our output has enough of it; do not fail again when it is flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # no permission, no space, not a directory: the text names the file
+        say(f"error: {error}")
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(INTERRUPTED)
