@@ -313,6 +313,11 @@ def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:
         prepare(spec, tmp_path / "3", tokenizer=tokenizer)
     with pytest.raises(DataError, match="every document was held out and none is left"):
         prepare(spec, tmp_path / "4", tokenizer=tokenizer, validation=1 - 2**-53)
+    # What the messages advise works in the same place.
+    for name in ("3", "4"):
+        assert (
+            prepare(spec, tmp_path / name, tokenizer=tokenizer, validation=0)["validation"] is None
+        )
 
 
 def test_a_bad_line_in_the_middle_leaves_a_resumable_directory(

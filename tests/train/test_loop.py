@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_bitnet.core import ConfigError, DataError, TrainingError
+from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingError
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.command import train_command
@@ -85,6 +85,25 @@ def test_another_configuration_is_refused(recipe: Any) -> None:
         caught.value
     )
     assert "optimizer.learning_rate is 0.003 there and 0.0001 here" in str(caught.value)
+
+
+def test_a_run_that_came_to_nothing_gives_way(recipe: Any) -> None:
+    with pytest.raises(PatternError, match="not a multiple of M = 7"):
+        train(recipe(sparsity={"pattern": "3:7"}))
+    result = train(recipe(schedule={"steps": 2}))
+    assert load_recipe(result.directory / "config.yaml").sparsity.pattern == "6:8"
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"config_digest": 1}', "\udcff"])
+def test_a_damaged_result_is_made_again(recipe: Any, damage: str) -> None:
+    first = train(recipe(run={"checkpoint_every": 100}, schedule={"steps": 2}))
+    path = first.directory / "result.json"
+    good = path.read_text()
+    path.write_text(damage, errors="surrogateescape")
+    second = train(recipe(run={"checkpoint_every": 100}, schedule={"steps": 2}))
+    assert not second.reused
+    assert second.loss == first.loss
+    assert json.loads(path.read_text())["config_digest"] == json.loads(good)["config_digest"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

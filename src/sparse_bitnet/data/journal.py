@@ -86,9 +86,7 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
         except BlockingIOError as error:
             raise DataError(f"{out}: another run is preparing it; wait for it to end") from error
         if overwrite:
-            (out / JOURNAL).unlink(missing_ok=True)
-            for name in (TOKENIZER, TRAIN, VALIDATION):
-                shutil.rmtree(out / name, ignore_errors=True)
+            discard(out)
         _remove_temporaries(out)
         journal = _load(out)
         if journal is None:
@@ -96,6 +94,13 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
             journal.save(out)
         _refuse_other(journal.settings, settings, out)
         yield journal
+
+
+def discard(out: Path) -> None:
+    """Remove everything that preparing wrote, but for the lock."""
+    (out / JOURNAL).unlink(missing_ok=True)
+    for name in (TOKENIZER, TRAIN, VALIDATION):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _load(out: Path) -> Journal | None:

@@ -17,7 +17,7 @@ from typing import Any
 from sparse_bitnet.console import say
 from sparse_bitnet.core.errors import ConfigError, DataError
 from sparse_bitnet.data.encode import MEGABYTE, Selection, encode, reading
-from sparse_bitnet.data.journal import TOKENIZER, TRAIN, VALIDATION, Journal, open_journal
+from sparse_bitnet.data.journal import TOKENIZER, TRAIN, VALIDATION, Journal, discard, open_journal
 from sparse_bitnet.data.shards import INDEX, TokenShards, index_text, token_dtype
 from sparse_bitnet.data.sources import open_source
 from sparse_bitnet.data.tokenizer import Encoder, load_tokenizer, train_bpe
@@ -105,7 +105,11 @@ def prepare(
                     shard_tokens,
                     workers or os.cpu_count() or 1,
                 )
-            _check_splits(journal, selections)
+            try:
+                _check_splits(journal, selections)
+            except DataError:
+                discard(out)  # of no use, and in the way of the other settings that are asked for
+                raise
         _write_indexes(out, journal, encoder)
         if not reused:
             journal.finished = True

@@ -177,10 +177,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import write_text
 from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import differences, digest, load_recipe, to_yaml
 
@@ -73,11 +74,14 @@ def facts(result: TrainResult) -> dict[str, Any]:
 def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | None:
     """Make the directory this run's, or recognise it; return its result if it is done.
 
+    A run of another configuration that came to nothing (a pattern that did not fit, a missing file)
+    gives way.
+
     Raises:
         ConfigError: if the directory holds a run of another configuration.
     """
     path = directory / CONFIG
-    if path.is_file():
+    if path.is_file() and _came_to_something(directory):
         changed = differences(load_recipe(path), config)
         if changed:
             raise ConfigError(
@@ -91,18 +95,28 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
     model = directory / "model"
     if not done.is_file() or (config.run.export and not model.is_dir()):
         return None
-    values = json.loads(done.read_text(encoding="utf-8"))
-    if values.get("config_digest") != digest(config):
-        return None
-    checkpoint = values["checkpoint"]
+    try:
+        values = json.loads(done.read_text(encoding="utf-8"))
+        if values["config_digest"] != digest(config):
+            return None
+        figures = {name: values[name] for name in _PLAIN}
+        checkpoint = None if values["checkpoint"] is None else directory / values["checkpoint"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None  # damaged; the last checkpoint gives the same result again
     return TrainResult(
         directory=directory,
-        **{name: values[name] for name in _PLAIN},
+        **figures,
         history=directory / HISTORY,
         model_directory=model if model.is_dir() else None,
-        checkpoint=None if checkpoint is None else directory / checkpoint,
+        checkpoint=checkpoint,
         reused=True,
     )
+
+
+def _came_to_something(directory: Path) -> bool:
+    """Whether a run took steps that are worth keeping."""
+    begun = any((directory / name).is_dir() for name in ("model", "checkpoints"))
+    return begun or (directory / RESULT).is_file() or bool(read_history(directory / HISTORY))
 
 
 def write_result(result: TrainResult, config: TrainConfig, here: Ranks) -> None:
