@@ -318,6 +318,15 @@ class TestModes:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         assert not derives
 
+    def test_the_result_may_be_changed_in_place(self) -> None:
+        """Llama 4 scales its queries so; autograd refuses it of a function that returns a view."""
+        module, x = layer(), torch.randn(2, 3, 16)
+        (module(x) * 2).sum().backward()
+        expected = module.weight.grad
+        module.weight.grad = None
+        module(x).mul_(2).sum().backward()
+        assert torch.equal(module.weight.grad, expected)
+
     def test_gradients_accumulate(self) -> None:
         module = layer()
         x = torch.randn(8, 16)

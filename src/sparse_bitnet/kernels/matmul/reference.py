@@ -75,7 +75,8 @@ def ternary_matmul(
         ``[..., out]``.
     """
     product = integer_matmul(x_q.reshape(-1, x_q.shape[-1]), ternary)
-    y = product.float().mul_(x_scale.reshape(-1, 1)).mul_(w_scale)
+    # Shaped before it is scaled: a result that is no view may be changed in place by the caller.
+    y = product.reshape(*x_q.shape[:-1], ternary.shape[0]).float().mul_(x_scale).mul_(w_scale)
     if bias is not None:
         y.add_(bias)
-    return y.to(out_dtype).reshape(*x_q.shape[:-1], ternary.shape[0])
+    return y.to(out_dtype)
