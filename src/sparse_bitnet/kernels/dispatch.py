@@ -139,10 +139,58 @@ def ternary_linear(
             f"[{weight.out_features}, {weight.in_features}] → {out_dtype}; choose among "
             f"{backends(weight, tokens, out_dtype)}"
         )
-    if backend in ("2:4", "windows") and weight.structured is not None:
-        x_q, x_scale = quantize_fused(x, group=weight.group)
+    x_q, x_scale = quantize_fused(x, group=_lifting(weight, backend))
+    return _product(x_q, x_scale, weight, bias, out_dtype, backend)
+
+
+def gated_mlp(
+    x: Tensor, gate_up: TernaryWeight, down: TernaryWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Y = down(silu(gate(X)) · up(X)): two quantizations and two products, nothing in between.
+
+    The token scale of a sparse first product, the SwiGLU product and the second quantization (and
+    lifting) are one pass over the widest activation of a decoder.
+
+    Args:
+        x: ``[..., in]``, float.
+        gate_up: ``[2·inner, in]``, the rows of gate before those of up.
+        down: ``[out, inner]``.
+        out_dtype: of the result and of what lies between; ``x.dtype`` if left out.
+
+    Returns:
+        ``[..., out]``.
+    """
+    out_dtype = out_dtype or x.dtype
+    tokens = x.numel() // max(1, x.shape[-1])
+    first = _chosen(gate_up, tokens, out_dtype)
+    x_q, x_scale = quantize_fused(x, group=_lifting(gate_up, first))
+    factor: Tensor | None = None
+    if first in SPARSE_BACKENDS:
+        y = structured_matmul(x_q, None, cast(Tensor, gate_up.structured), gate_up.w_scale)
+        factor = x_scale
+    else:
+        y = _product(x_q, x_scale, gate_up, None, out_dtype, first)
+    second = _chosen(down, tokens, out_dtype)
+    y_q, y_scale = quantize_fused(y, swiglu=True, group=_lifting(down, second), factor=factor)
+    return _product(y_q, y_scale, down, None, out_dtype, second)
+
+
+def _lifting(weight: TernaryWeight, backend: str) -> int:
+    """Lanes of the groups that the backend wants activations lifted in; 0 for none."""
+    return weight.group if backend in SPARSE_BACKENDS else 0
+
+
+def _product(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: TernaryWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The product of quantized (and lifted) activations by a backend."""
+    if backend in SPARSE_BACKENDS and weight.structured is not None:
         return structured_matmul(x_q, x_scale, weight.structured, weight.w_scale, bias)
-    x_q, x_scale = quantize_fused(x)
     if backend == "packed" and weight.packed is not None:
         return packed_matmul(x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype)
     return ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias, out_dtype)

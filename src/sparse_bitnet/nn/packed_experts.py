@@ -75,6 +75,9 @@ class PackedExperts(PackedModule):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
+    def lay_out(self, ternary: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return ternary, scale
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def expert(index: int, x: Tensor) -> Tensor:
             gate, up = self._product("gate_up_proj", index, x).chunk(2, dim=-1)

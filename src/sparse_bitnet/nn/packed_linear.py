@@ -7,12 +7,17 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import check_segments
 from sparse_bitnet.kernels import quantize_activations, ternary_matmul
+from sparse_bitnet.kernels.dispatch import ternary_linear
+from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
 class PackedLinear(PackedModule):
-    """The inference form of ``SparseBitLinear``: the same arithmetic, so the same outputs.
+    """The inference form of ``SparseBitLinear``: the same integers, scaled once.
+
+    Outputs are equal to the last bit where a dense or two-bit product serves; sparse tensor cores
+    write bfloat16 and round once more (see docs/kernels.md).
 
     Buffers, which are also its state dict: ``weight`` (uint8 ``[out, bytes]``), ``weight_scale``
     (float32 ``[segments]``) and, if ``bias``, ``bias`` (``[out]``, in the model's dtype).
@@ -72,10 +77,17 @@ class PackedLinear(PackedModule):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return self.spec.segments
 
+    def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
+        return prepare(ternary, scale, self.spec.pattern)
+
     def forward(self, x: Tensor) -> Tensor:
-        ternary, scale = self.layout("weight")
+        weight = self.layout("weight")
+        if self.spec.activation_bits == 8:
+            return ternary_linear(x, weight, self.bias, output_dtype(x))
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return ternary_matmul(x_q, x_scale, ternary, scale, self.bias, output_dtype(x))
+        return ternary_matmul(
+            x_q, x_scale, weight.dense, weight.w_scale, self.bias, output_dtype(x)
+        )
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

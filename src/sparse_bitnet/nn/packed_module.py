@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,21 @@ class PackedModule(nn.Module, ABC):
         self.spec, self.where = spec, where
         self._storage = storage(spec.storage)
         self._weights: dict[str, _Weight] = {}
-        self._layout: dict[str, tuple[Tensor, Tensor]] = {}
+        self._layout: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_forget_layout)
 
     @abstractmethod
     def segments_of(self, name: str) -> tuple[int, ...]:
         """Rows of each logical matrix fused into that weight; empty for one matrix."""
+
+    @abstractmethod
+    def lay_out(self, ternary: Tensor, scale: Tensor) -> Any:
+        """What the module multiplies with.
+
+        Args:
+            ternary: int8 ``[..., out, in]``.
+            scale: of each row, float32 ``[..., out]``.
+        """
 
     def _add_weight(self, name: str, *shape: int, device: torch.device | str | None) -> None:
         """Register the bytes and the scales of a weight of that shape ``[..., out, in]``."""
@@ -169,16 +178,15 @@ class PackedModule(nn.Module, ABC):
     def prepare(self) -> None:
         """Derive what products compute with, now instead of at the first use.
 
-        For each weight: int8 ``[..., out, in]`` and the scale of each row, float32 ``[..., out]``.
         Call it before ``torch.compile``, so that the graph is not broken here.
         """
         for name, weight in self._weights.items():
             scale = self.get_buffer(f"{name}_scale")
             rows = row_scale(scale, weight.segments, weight.shape[-2])
-            self._layout[name] = (self.unpack(name), rows)
+            self._layout[name] = self.lay_out(self.unpack(name), rows)
 
-    def layout(self, name: str) -> tuple[Tensor, Tensor]:
-        """The ternary weight and its row scales, derived if they are not yet."""
+    def layout(self, name: str) -> Any:
+        """What :meth:`lay_out` made of that weight, derived if it is not yet."""
         if name not in self._layout:
             self.prepare()
         return self._layout[name]

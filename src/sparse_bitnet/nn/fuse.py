@@ -1,0 +1,196 @@
+"""Linears that read the same input become one product, for inference.
+
+    q_proj ─┐                      gate_proj ─┐
+    k_proj ─┼─ one [q + k + v, in]            ├─ one [gate + up, in] ─ SwiGLU ─ down_proj
+    v_proj ─┘                      up_proj   ─┘
+
+One activation quantization serves all of them, and one large product keeps a GPU busier than
+three small ones. Every logical matrix keeps its own γ: compute layouts carry a scale for each row.
+
+The attention of transformers calls its three projections one after another with the same tensor.
+The first of them multiplies for all three and the others take their part, so no attention code of
+any architecture is replaced. A gated MLP is replaced as a whole: its SwiGLU product is then part of
+the quantization in front of ``down_proj``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels.dispatch import gated_mlp
+from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.nn.sparse_bit_linear import output_dtype
+
+ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+MLP = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""transformers' classes whose forward is known to be as the module's description says."""
+
+
+def fuse(model: nn.Module) -> int:
+    """Join q, k and v, and gate and up, of every decoder layer in place.
+
+    For a model that is about to run: packed, or (so that comparisons are fair) plain ``nn.Linear``.
+    Its state dict is no longer that of the architecture, so save before.
+
+    Returns:
+        How many products were saved. Layers of other architectures, with mixed kinds of linears or
+        with experts stay as they are.
+    """
+    saved = 0
+    for module in list(model.modules()):
+        if type(module).__name__ in ATTENTION:
+            names = ("q_proj", "k_proj", "v_proj")
+            linears = [module.get_submodule(name) for name in names]
+            if _can_join(linears):
+                shared = SharedProduct(join(linears), [_rows(linear) for linear in linears])
+                for index, name in enumerate(names):
+                    setattr(module, name, Part(shared, index))
+                saved += 2
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in MLP and _is_gated_mlp(child):
+                setattr(module, name, FusedMLP(child))
+                saved += 1
+    return saved
+
+
+class SharedProduct:
+    """A product that several linears of one input share; what is not yet taken of its result."""
+
+    def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
+        self.linear, self.sizes = linear, sizes
+        self.source: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+
+class Part(nn.Module):
+    """One of several linears of the same input: ``[..., in]`` → ``[..., out]``.
+
+    Args:
+        shared: what the parts share.
+        index: which part this is; part 0 owns the parameters and buffers.
+    """
+
+    def __init__(self, shared: SharedProduct, index: int) -> None:
+        super().__init__()
+        self.shared, self.index = shared, index
+        self.in_features, self.out_features = _columns(shared.linear), shared.sizes[index]
+        if index == 0:
+            self.joined = shared.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.shared
+        if shared.source is not x or self.index not in shared.waiting:
+            parts = shared.linear(x).split(shared.sizes, dim=-1)
+            shared.source, shared.waiting = x, dict(enumerate(parts))
+        mine = shared.waiting.pop(self.index)
+        if not shared.waiting:
+            shared.source = None  # nothing outlives the layer
+        return mine
+
+    def extra_repr(self) -> str:
+        return f"part {self.index} of {len(self.shared.sizes)}, out_features={self.out_features}"
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP of transformers, gate and up joined: ``[..., hidden]`` → ``[..., hidden]``."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = join([mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")])
+        self.down_proj = mlp.get_submodule("down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.gate_up_proj, self.down_proj
+        if _runs_fused(first) and _runs_fused(second):
+            return gated_mlp(x, first.layout("weight"), second.layout("weight"), output_dtype(x))  # type: ignore[operator]
+        gate, up = first(x).chunk(2, dim=-1)
+        result: Tensor = second(F.silu(gate) * up)
+        return result
+
+
+def join(linears: list[nn.Module]) -> nn.Module:
+    """One linear whose output is that of the given ones side by side.
+
+    Raises:
+        ConfigError: if they are of different kinds, or of different inputs.
+    """
+    if not _can_join(linears):
+        told = ", ".join(f"{type(linear).__name__} {linear.extra_repr()}" for linear in linears)
+        raise ConfigError(f"these layers cannot be joined: {told}")
+    out = sum(_rows(linear) for linear in linears)
+    first = linears[0]
+    if isinstance(first, PackedLinear):
+        parts = [linear for linear in linears if isinstance(linear, PackedLinear)]
+        segments = sum((part.spec.segments or (part.out_features,) for part in parts), ())
+        joined: nn.Module = PackedLinear(
+            first.in_features,
+            out,
+            False,
+            spec=replace(first.spec, segments=segments),
+            where=first.where,
+            device="meta",
+        )
+        for name in ("weight", "weight_scale"):
+            joined._buffers[name] = torch.cat([part.get_buffer(name) for part in parts])
+        joined._buffers["bias"] = _joined_bias(linears)
+        return joined
+    assert isinstance(first, nn.Linear)
+    joined = nn.Linear(first.in_features, out, bias=False, device="meta")
+    weights = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+    joined.weight = nn.Parameter(torch.cat(weights).detach(), requires_grad=False)
+    bias = _joined_bias(linears)
+    joined.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+    )
+    return joined
+
+
+def _joined_bias(linears: list[nn.Module]) -> Tensor | None:
+    """Biases side by side, zeros where a layer has none; None if no layer has one."""
+    biases = [getattr(linear, "bias", None) for linear in linears]
+    given = [bias for bias in biases if isinstance(bias, Tensor)]
+    if not given:
+        return None
+    return torch.cat(
+        [
+            bias.detach() if isinstance(bias, Tensor) else given[0].new_zeros(_rows(linear))
+            for bias, linear in zip(biases, linears, strict=True)
+        ]
+    )
+
+
+def _can_join(linears: list[nn.Module]) -> bool:
+    if all(isinstance(linear, PackedLinear) for linear in linears):
+        alike = {(_columns(one), replace(one.spec, segments=())) for one in linears}  # type: ignore[type-var]
+        return len(alike) == 1
+    plain = all(type(linear) is nn.Linear for linear in linears)
+    return plain and len({_columns(linear) for linear in linears}) == 1
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    if type(getattr(module, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    return _can_join([module.get_submodule("gate_proj"), module.get_submodule("up_proj")])
+
+
+def _runs_fused(linear: nn.Module) -> bool:
+    return (
+        isinstance(linear, PackedLinear)
+        and linear.bias is None
+        and linear.spec.activation_bits == 8
+    )
+
+
+def _rows(linear: nn.Module) -> int:
+    assert isinstance(linear.out_features, int)
+    return linear.out_features
+
+
+def _columns(linear: nn.Module) -> int:
+    assert isinstance(linear.in_features, int)
+    return linear.in_features
