@@ -46,9 +46,12 @@ class Row:
             return Row(name, "dense", FULL)
         if words[0] == FAKE and len(words) == 2:
             return Row(name, str(Pattern.parse(words[1])), FAKE)
-        if not re.fullmatch(r"\S+", name):
-            raise ValueError(f"row {name!r} is none of: bf16, fake-quant N:M, N:M, dense")
-        return Row(name, str(Pattern.parse(words[0])), "ours")
+        if not re.fullmatch(r"\S+( fp8)?", name):
+            raise ValueError(
+                f"row {name!r} is none of: bf16, fake-quant N:M, N:M [fp8], dense [fp8]"
+            )
+        method = Method(backward="fp8" if "fp8" in words else "full")
+        return Row(name, str(Pattern.parse(words[0])), "ours", method)
 
 
 class FakeQuantLinear(nn.Linear):

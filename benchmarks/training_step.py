@@ -8,7 +8,7 @@ the same micro-batch. Rows:
     bf16             nn.Linear
     fake-quant 6:8   weights and inputs quantized in floating point at every forward, bf16 products:
                      how the published code trains
-    dense, 6:8 …     this package
+    dense, 6:8 …     this package; with ``fp8`` its backward products are in e4m3
 
 Rows take turns, round by round, over one set of parameters and optimizer moments. Reported are
 medians over all timed steps, the peak of allocated memory, and model FLOPs utilization: 6 a
@@ -43,7 +43,7 @@ from training_models import Candidate, Row, base_model
 
 SIZES = {"3b": 8, "1.5b": 24, "0.5b": 48}
 """Sequences that fill 139 GiB, by size; on an out-of-memory error all rows go on with fewer."""
-ROWS = ("bf16", "fake-quant 6:8", "dense", "6:8")
+ROWS = ("bf16", "fake-quant 6:8", "dense", "6:8", "dense fp8", "6:8 fp8")
 SEQUENCE = 2048
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM, datasheet
 PARTS = ("forward", "backward", "optimizer")
@@ -337,10 +337,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing after that")
     parser.add_argument("--profile", metavar="ROW", nargs="+", help="kernels of a step, no timing")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--attention", choices=["default", "cudnn"], default="default", help="kernel, for all rows"
+    )
     parser.add_argument("--name", default="training_step", help="of the JSON file")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.attention == "cudnn":
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_math_sdp(False)
     budget = Budget(options.minutes)
     torch._dynamo.config.automatic_dynamic_shapes = False  # sizes differ, none should be slower
     finished: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ def script() -> Any:
 
 
 def test_rows_share_one_model(script: Any, tmp_path: Path) -> None:
-    rows = ["bf16", "fake-quant 6:8", "dense", "6:8", "nonsense"]
+    rows = ["bf16", "fake-quant 6:8", "dense", "6:8 fp8", "nonsense"]
     quick = ["--rounds", "2", "--steps", "1", "--no-compile", "--out", str(tmp_path)]
     script.main([*TINY, *quick, "--rows", *rows])
     written = json.loads((tmp_path / "training_step.json").read_text())

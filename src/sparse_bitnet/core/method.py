@@ -18,6 +18,9 @@ class Method:
             ties make it unstable).
         gradient: let every master weight learn (dual straight-through), or only the kept ones.
         activation_bits: int8 absmax or int4 absmean per token.
+        backward: compute both products of the backward pass in the computation's own dtype (bf16
+            under autocast), or in fp8, which is faster and rounds gradients. This one is not
+            published, and changes no forward pass.
 
     Raises:
         ConfigError: for a value outside the published ones.
@@ -29,6 +32,7 @@ class Method:
     mask_source: Literal["master", "quantized"] = "master"
     gradient: Literal["dense", "masked"] = "dense"
     activation_bits: Literal[8, 4] = 8
+    backward: Literal["full", "fp8"] = "full"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Method).items():

@@ -183,6 +183,8 @@ class SparseBitExperts(_Experts):
                 None if kept is None else kept[index],
                 self.method.activation_bits,
                 output_dtype(x),
+                scale.shape[-1] < 2,
+                self.method.backward == "fp8",
             )
 
         return product

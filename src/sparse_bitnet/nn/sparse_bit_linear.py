@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_bitnet.core import DENSE, Method, Pattern, check_segments, method_mask, row_scale
 from sparse_bitnet.kernels import quantize_activations, ternarize, ternary_matmul
+from sparse_bitnet.kernels.backward import gradients
 from sparse_bitnet.nn.derived import DerivedModule, whole
 
 
@@ -21,7 +22,8 @@ class BitProduct(torch.autograd.Function):
         dX = dY @ (γT)        dW = dYᵀ @ (x_scale·Xq)
 
     and dW is not masked: a weight that the mask removed keeps learning and can come back. The int8
-    activations are what is kept for backward, half the memory of bf16. The master weight takes part
+    activations are what is kept for backward, half the memory of bf16. Products run in dY's dtype,
+    or in fp8 (:mod:`sparse_bitnet.kernels.backward.fp8`). The master weight takes part
     only to receive its gradient. There are no second derivatives: asking for them is an error.
 
     Source: section 3 of arXiv 2603.05168.
@@ -38,9 +40,12 @@ class BitProduct(torch.autograd.Function):
         kept: Tensor | None,
         bits: int,
         out_dtype: torch.dtype,
+        one_scale: bool = False,
+        fp8: bool = False,
     ) -> Tensor:
         x_q, x_scale = quantize_activations(x, bits)
         ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
+        ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
@@ -51,20 +56,26 @@ class BitProduct(torch.autograd.Function):
         (dy,) = grads
         x_q, x_scale, ternary, w_scale, kept = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        compute = dy.dtype
-        dx = dw = dbias = None
-        if needs_x:
-            dx = dy @ ternary.to(compute).mul_(w_scale.unsqueeze(-1))
+        dx, dw = gradients(
+            dy,
+            x_q,
+            x_scale,
+            ternary,
+            w_scale,
+            one_scale=ctx.one_scale,
+            use_fp8=ctx.fp8,
+            needs=(needs_x, needs_w),
+            weight_dtype=ctx.w_dtype,
+        )
+        dbias = None
+        if dx is not None:
             dx = dx.to(ctx.x_dtype)
-        if needs_w:
-            x_hat = x_q.to(compute).mul_(x_scale).reshape(-1, x_q.shape[-1])
-            dw = (dy.reshape(-1, dy.shape[-1]).t() @ x_hat).to(ctx.w_dtype)
-            if kept is not None:
-                dw = dw * kept
+        if dw is not None and kept is not None:
+            dw = dw * kept
         if needs_bias:
-            at_least_float = torch.promote_types(compute, torch.float32)
+            at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
-        return dx, dw, dbias, None, None, None, None, None
+        return dx, dw, dbias, *[None] * 7
 
 
 def kept_weights(
@@ -166,6 +177,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
             self.kept,
             self.method.activation_bits,
             output_dtype(x),
+            len(self.segments) < 2,
+            self.method.backward == "fp8",
         )
 
     def extra_repr(self) -> str:
