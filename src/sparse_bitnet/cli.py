@@ -28,6 +28,7 @@ VERBS = {
     "pack": ("deploy.verbs", "pack", "trained model → packed directory"),
     "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
     "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
+    "serve": ("deploy.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
     "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
     "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),
