@@ -121,7 +121,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         settings = get_tokenizer_config(str(name))
         if settings.get("tokenizer_class") in PLAIN_CLASSES:
             return PreTrainedTokenizerFast.from_pretrained(str(name))
-        return AutoTokenizer.from_pretrained(str(name))
+        # Left out, transformers asks at the terminal whether to run code that comes with it.
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
         raise DataError(
             f"{name}: no tokenizer can be loaded from there; name a directory that "

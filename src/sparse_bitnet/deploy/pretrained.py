@@ -18,7 +18,8 @@ from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
-from sparse_bitnet.train.export import load_trained, no_bars
+from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
+from sparse_bitnet.train.export import load_trained
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -74,11 +75,12 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
             f"{directory / CONFIG}: num_hidden_layers is {str(layers)[:40]}, but there are "
             f"{tensors} tensors in the weight files; the file was edited or damaged, get it again"
         )
+    code = foreign_code(config)
+    if code:
+        raise PackedFormatError(f"{directory / CONFIG}: {code}; the file was edited, get it again")
     try:
         with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(directory, **LOCAL | options)
     except PackedFormatError:
         raise
     except Exception as error:  # whatever a damaged config.json makes transformers and torch raise

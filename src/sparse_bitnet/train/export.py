@@ -7,28 +7,22 @@ converts them again. Packing (ternary weights, a small file) is another room: ``
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.core import CheckpointError, Method
+from sparse_bitnet.core import CheckpointError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, write_text
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.dense import no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
 
 SIDE_FILE = "sparse_bitnet.json"
@@ -145,23 +139,10 @@ def load_master(
     """
     directory = Path(directory)
     sparsity = read_trained(directory).sparsity
+    model = read_dense(directory, exact=True, use_safetensors=True)
+    has_tokenizer = (directory / "tokenizer_config.json").is_file()
     try:
-        with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        has_tokenizer = (directory / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(directory) if has_tokenizer else None
-    except Exception as error:  # safetensors, tokenizers and transformers each have their own
+    except DataError as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-    return model.eval(), tokenizer, sparsity
-
-
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars: one file, read or written in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return model, tokenizer, sparsity

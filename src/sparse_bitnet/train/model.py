@@ -16,9 +16,10 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sparse_bitnet.core import ConfigError
+from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
+from sparse_bitnet.train.dense import LOCAL, read_dense
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
 MASKLESS = "sparse_bitnet_maskless_sdpa"
@@ -50,9 +51,8 @@ def build_model(
         raise ConfigError(f"model.vocab_size cannot change the vocabulary of {config.source}")
     try:
         if from_weights:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, attn_implementation=config.attention
-            ).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+            model = read_dense(directory, attn_implementation=config.attention)
+            model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
         else:
             shape = _shape(config, vocab_size)
             torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def build_model(
                 model = AutoModelForCausalLM.from_config(
                     shape, dtype=torch.float32, attn_implementation=config.attention
                 )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"model.source {config.source}: {error}") from error
@@ -93,7 +93,7 @@ def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def
             f"model.source {config.source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face "
             "directory and no config.json"
         )
-    shape = AutoConfig.from_pretrained(path)
+    shape = AutoConfig.from_pretrained(path, **LOCAL)
     if config.vocab_size:
         shape.vocab_size = config.vocab_size
     return shape

@@ -25,6 +25,7 @@ class Shape:
     intermediate: int
     vocab_size: int | None = None
     positions: int = 32768
+    tied: bool = True
 
     @property
     def linear_weights(self) -> int:
@@ -42,6 +43,7 @@ PRESETS = {
     "qwen2.5-0.5b": Shape(896, 24, 14, 2, 4864, vocab_size=151936),
     "qwen2.5-1.5b": Shape(1536, 28, 12, 2, 8960, vocab_size=151936),
     "qwen2.5-3b": Shape(2048, 36, 16, 2, 11008, vocab_size=151936),
+    "qwen2.5-7b": Shape(3584, 28, 28, 4, 18944, vocab_size=152064, tied=False),
 }
 
 
@@ -70,7 +72,7 @@ def preset_config(name: str, vocab_size: int | None = None) -> Qwen2Config:
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.positions,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         use_cache=True,
         bos_token_id=None,
         eos_token_id=None,

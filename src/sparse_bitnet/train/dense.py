@@ -1,0 +1,119 @@
+"""Dense Hugging Face directories, read with suspicion: no code, no network, nothing random.
+
+transformers is made for models that one trusts. It offers to run code that a directory brings,
+fetches a kernel that a ``config.json`` names, and gives a weight that the files lack random values
+and a line in a table. Here each of them is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from sparse_bitnet.core import CheckpointError, check_finite
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
+LARGEST_CONFIG_BYTES = 2**26
+
+
+def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
+    """The float32 causal language model of a directory, on the CPU, in evaluation mode.
+
+    Args:
+        directory: as ``save_pretrained`` writes it.
+        exact: refuse tensors that the model has no place for, too. Checkpoints of others often hold
+            some, those that we write never.
+        options: for ``from_pretrained``.
+
+    Raises:
+        CheckpointError: if the directory cannot be read, lacks a weight, holds NaN or infinity, or
+            names code to be fetched.
+    """
+    directory = Path(directory)
+    try:
+        _check_config(directory)
+        with no_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True, **LOCAL, **options
+            )
+        model: PreTrainedModel
+        model, report = loaded
+        for what, names in (
+            ("missing from the files", report["missing_keys"]),
+            ("in the files, but not in the model", report["unexpected_keys"] if exact else ()),
+        ):
+            if names:
+                raise ValueError(
+                    f"{len(names)} weights of the {type(model).__name__} that config.json "
+                    f"describes are {what}, {min(names)} for example"
+                )
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                check_finite(tensor, name)
+    except Exception as error:  # safetensors, torch and transformers each have their own
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {str(error)[:500]}; get its files again"
+        ) from error
+    return model.eval()
+
+
+def foreign_code(config: Any) -> str | None:
+    """What of a ``config.json`` would make transformers fetch code, or None.
+
+    An implementation with a slash in it is a repository of compiled kernels.
+    """
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+        for key, value in part.items() if isinstance(part, dict) else ():
+            names = value.values() if isinstance(value, dict) else [value]
+            if key.endswith("_implementation") and any("/" in str(name) for name in names):
+                return f"{key} is {str(value)[:100]}, a repository of code"
+    return None
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars: one file, read or written in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_config(directory: Path) -> None:
+    """What has to be known before transformers builds what a ``config.json`` says."""
+    path = directory / "config.json"
+    if path.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise ValueError(f"{path.name} is too large to be a model's")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    reason = foreign_code(config)
+    if reason:
+        raise ValueError(f"{path.name}: {reason}")
+    files = sorted(directory.glob("*.safetensors"))
+    if files:  # older checkpoints are pickles, which transformers reads as weights only
+        tensors = 0
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
+        layers = config.get("num_hidden_layers", 0)
+        if type(layers) is not int or not 0 <= layers <= tensors:
+            raise ValueError(
+                f"num_hidden_layers is {str(layers)[:40]}, but there are {tensors} tensors in the "
+                "weight files"
+            )
