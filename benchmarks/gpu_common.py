@@ -6,53 +6,18 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_bitnet import console, files
+from sparse_bitnet.bench.timing import interleaved
+
+__all__ = ["copies_beyond_cache", "environment", "interleaved", "report", "summary", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-Calls = Sequence[Callable[[], object]]
-
-
-def capture(calls: Calls, rounds: int = 1) -> torch.cuda.CUDAGraph:
-    """Warm up, then put every call ``rounds`` times into one CUDA graph."""
-    for _ in range(2):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    graph.replay()
-    return graph
-
-
-def interleaved(
-    candidates: dict[str, Calls], repeats: int = 9, rounds: int = 1
-) -> dict[str, list[float]]:
-    """Microseconds of one call of every candidate, all repeats.
-
-    Each candidate is a CUDA graph of its calls (the same work on different memory, where the caches
-    would hold it), replayed in turn with the others, so that clocks and temperature hit all alike.
-    """
-    graphs = {name: capture(calls, rounds) for name, calls in candidates.items()}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            count = rounds * len(candidates[name])
-            times[name].append(start.elapsed_time(end) * 1e3 / count)
-    return times
 
 
 def copies_beyond_cache(smallest_bytes: int) -> int:

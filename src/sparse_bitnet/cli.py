@@ -28,10 +28,12 @@ VERBS = {
     "pack": ("deploy.verbs", "pack", "trained model → packed directory"),
     "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
     "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
+    "chat": ("deploy.chat", "chat", "talk with a model directory on the terminal"),
     "serve": ("deploy.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
     "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
     "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),
+    "bench": ("bench.command", "bench", "prefill and decode speed of a model shape, here"),
     "kernels": ("kernels.dispatch", "explain", "which kernel serves what on this machine, and why"),
 }
 # Verbs whose options are not known before their first argument is read.

@@ -1,0 +1,1 @@
+"""How fast whole models run on the machine at hand: prefill and decode, beside BF16."""

@@ -1,0 +1,178 @@
+"""Decoders of a given shape with random weights, built to be timed.
+
+The modules are transformers' own with this package's packed linears in them. One layer is drawn,
+packed and laid out; the others are copies of it in their own memory, so a 7B model stands in
+seconds and reads as many bytes as a trained one.
+
+Attention works on a static cache. With one query a sequence, the query heads that share a key head
+are handed over as if they were several queries of one head: keys and values are read once, not
+copied for every query head. All kinds of models use the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+from sparse_bitnet.core import Pattern
+from sparse_bitnet.kernels.matmul import ternary_matmul
+from sparse_bitnet.kernels.quantize_activations import quantize_fused
+from sparse_bitnet.nn.fuse import fuse
+from sparse_bitnet.nn.pack import pack_module
+from sparse_bitnet.nn.packed_module import prepare
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+from sparse_bitnet.train.presets import PRESETS, preset_config
+
+ATTENTION = "sparse_bitnet_static"
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of ``[batch, heads, queries, head_dim]`` over fewer key heads."""
+    batch, heads, queries, width = query.shape
+    if queries > 1:  # a prefill: every token sees those before it
+        y = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
+        )
+        return y.transpose(1, 2), None
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)
+    y = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask, scale=options["scaling"]
+    )
+    return y.reshape(batch, 1, heads, width), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *_args, **_options: None)
+
+
+class StaticLayerCache:
+    """Keys and values of one layer, ``[batch, key heads, length, head_dim]``, written in place."""
+
+    def __init__(self, like: Tensor, batch: int, heads: int, length: int, width: int) -> None:
+        shape = (batch, heads, length, width)
+        self.keys = torch.randn(shape, device=like.device).to(like.dtype)
+        self.values = torch.randn(shape, device=like.device).to(like.dtype)
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """Write one token's keys and values at ``position``; returns all of them."""
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        return self.keys, self.values
+
+
+class Int8Head(nn.Module):
+    """The output head in int8 with a scale for each row: half of bf16's bytes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        largest = weight.abs().amax(-1).float().clamp(min=1e-5)
+        self.scale = largest / 127
+        self.weight = (weight.float() / self.scale.unsqueeze(-1)).round().to(torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_q, x_scale = quantize_fused(x)
+        return ternary_matmul(x_q, x_scale, self.weight, self.scale, None, x.dtype)
+
+
+class Decoder:
+    """A decoder of a preset's shape.
+
+    Args:
+        preset: a key of :data:`sparse_bitnet.train.presets.PRESETS`.
+        pattern: of ternary linears; None leaves them in full precision.
+        head: ``bf16`` or ``int8``.
+        layers: how many; those of the preset if left out.
+        vocabulary: of small shapes, which publish none.
+        device, dtype: where and in what it computes.
+
+    Raises:
+        ConfigError: for an unknown preset.
+        PatternError: if M does not divide a layer's input features.
+    """
+
+    def __init__(
+        self,
+        preset: str,
+        pattern: Pattern | None,
+        *,
+        head: str = "bf16",
+        layers: int | None = None,
+        vocabulary: int | None = None,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        config = preset_config(preset, vocabulary or PRESETS[preset].vocab_size)
+        count = layers or config.num_hidden_layers
+        config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+        config._attn_implementation = ATTENTION
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model.requires_grad_(False)
+        first = model.model.layers[0]
+        if pattern is not None:
+            _pack(first, pattern)
+        fuse(model)
+        prepare(first)
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+        self.embed, self.norm = model.model.embed_tokens, model.model.norm
+        self.rotary = model.model.rotary_emb
+        self.head: nn.Module = model.lm_head
+        if head == "int8":
+            self.head = Int8Head(model.lm_head.weight)
+
+    def compile(self) -> None:
+        """Compile a layer, once for all of them, and what stands around the layers."""
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+        self.norm.compile(dynamic=False)
+
+    def caches(self, batch: int, length: int) -> list[StaticLayerCache]:
+        """Static caches of random keys and values."""
+        config = self.config
+        width = config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads or config.num_attention_heads
+        like = self.embed.weight
+        return [StaticLayerCache(like, batch, heads, length, width) for _ in self.layers]
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after each prompt: ``[batch, tokens]`` → ``[batch, vocabulary]``.
+
+        Keys and values are what the layers compute anyway; they are not copied.
+        """
+        positions = torch.arange(tokens.shape[1], device=self.device).unsqueeze(0)
+        x = self.embed(tokens)
+        rotary = self.rotary(x, positions)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=rotary)
+        logits: Tensor = self.head(self.norm(x[:, -1].contiguous()))
+        return logits
+
+    def decode(
+        self, tokens: Tensor, position: Tensor, caches: list[StaticLayerCache], length: int
+    ) -> Tensor:
+        """Logits of the next token: ``[batch, 1]``, int64 ``[1]`` → ``[batch, vocabulary]``."""
+        x = self.embed(tokens)
+        rotary = self.rotary(x, position.unsqueeze(0))
+        seen = torch.arange(length, device=self.device) <= position
+        mask = seen.view(1, 1, 1, length)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            cache.position = position
+            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        logits: Tensor = self.head(self.norm(x[:, 0].contiguous()))
+        return logits
+
+
+def _pack(layer: nn.Module, pattern: Pattern) -> None:
+    for name, linear in list(layer.named_modules()):
+        if type(linear) is nn.Linear:
+            trained = SparseBitLinear(linear, pattern)
+            layer.set_submodule(name, pack_module(trained, "two-bit", name))

@@ -1,0 +1,207 @@
+"""Prefill and decode of whole models: BF16, dense BitNet, 6:8 and 2:4, in one process, in turns.
+
+All have the shape of the same preset, random weights, fused q/k/v and gate/up, layers compiled one
+by one, a static cache, and run as one CUDA graph. Everything is in the time: embedding, norms,
+activation quantization, lifting, products, scales, attention, the output head for the last token.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparse_bitnet import console
+from sparse_bitnet.bench.decoder import Decoder
+from sparse_bitnet.bench.timing import interleaved
+from sparse_bitnet.core import Pattern
+from sparse_bitnet.kernels import dispatch
+from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.nn.packed_linear import PackedLinear
+
+FULL = "bf16"
+KINDS = (FULL, "dense", "6:8", "2:4")
+SMALLEST_MARGIN = 64  # free slots of a decode's cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        stage: ``prefill`` or ``decode``.
+        batch: sequences.
+        length: tokens of each prompt; of a decode, tokens already in the cache.
+        head: ``bf16`` or ``int8``.
+    """
+
+    stage: str
+    batch: int
+    length: int
+    head: str = "bf16"
+
+    def __str__(self) -> str:
+        what = f"{self.batch} × {self.length}" if self.stage == "prefill" else f"batch {self.batch}"
+        return f"{self.stage} {what}" + (", int8 head" if self.head != "bf16" else "")
+
+
+@dataclass
+class Row:
+    """A measured case.
+
+    Attributes:
+        microseconds: kind → all repeats.
+        backends: kind → layer → what served it.
+        problem: kind → why it was not measured.
+    """
+
+    preset: str
+    case: Case
+    microseconds: dict[str, list[float]] = field(default_factory=dict)
+    backends: dict[str, dict[str, str]] = field(default_factory=dict)
+    problem: dict[str, str] = field(default_factory=dict)
+
+    def median(self, kind: str) -> float:
+        """Microseconds; raises KeyError for a kind without a measurement."""
+        return statistics.median(self.microseconds[kind])
+
+    def ratio(self, kind: str, over: str) -> float | None:
+        """How many times faster than another kind; None if one of them was not measured."""
+        if kind not in self.microseconds or over not in self.microseconds:
+            return None
+        return self.median(over) / self.median(kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        tokens = self.case.batch * (self.case.length if self.case.stage == "prefill" else 1)
+        return {
+            "model": self.preset,
+            "stage": self.case.stage,
+            "batch": self.case.batch,
+            "length": self.case.length,
+            "head": self.case.head,
+            "tokens_per_second": {k: tokens * 1e6 / self.median(k) for k in self.microseconds},
+            "over_bf16": {k: self.ratio(k, FULL) for k in self.microseconds},
+            "over_dense": {k: self.ratio(k, "dense") for k in self.microseconds},
+            "microseconds": {
+                k: {"median": self.median(k), "all": [round(t, 1) for t in times]}
+                for k, times in self.microseconds.items()
+            },
+            "backends": self.backends,
+            "problem": self.problem,
+        }
+
+    def __str__(self) -> str:
+        tokens = self.case.batch * (self.case.length if self.case.stage == "prefill" else 1)
+        parts = []
+        for kind in self.microseconds:
+            ratio = self.ratio(kind, FULL)
+            over = f" ({ratio:.2f}×)" if ratio is not None and kind != FULL else ""
+            parts.append(f"{kind} {tokens * 1e6 / self.median(kind):,.0f}{over}")
+        parts += [f"{kind}: {why}" for kind, why in self.problem.items()]
+        return f"{self.preset} {self.case!s:28} tokens/s: " + "  ".join(parts)
+
+
+def measure(
+    preset: str,
+    cases: list[Case],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    repeats: int = 9,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+    compiled: bool = True,
+) -> Iterator[Row]:
+    """Time the cases of one model shape.
+
+    Args:
+        preset: a key of :data:`sparse_bitnet.train.presets.PRESETS`.
+        cases: in order.
+        kinds: ``bf16``, and patterns of ternary models.
+        repeats: of every kind, in turns.
+        layers, vocabulary: for a smaller model than the preset's.
+        compiled: compile the layers; without, everything around the products runs eagerly.
+
+    Yields:
+        A row for each case as soon as it is measured.
+
+    Raises:
+        ConfigError, PatternError: as :class:`~sparse_bitnet.bench.decoder.Decoder`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch._dynamo.config.recompile_limit = 256  # one graph a shape
+    with torch.no_grad(), console.progress(f"{preset}, {device}", len(cases)) as task:
+        for head in dict.fromkeys(case.head for case in cases):
+            decoders = {}
+            for kind in kinds:
+                pattern = None if kind == FULL else Pattern.parse(kind)
+                decoders[kind] = Decoder(
+                    preset,
+                    pattern,
+                    head="bf16" if kind == FULL else head,
+                    layers=layers,
+                    vocabulary=vocabulary,
+                    device=device,
+                    dtype=dtype,
+                )
+                if compiled:
+                    decoders[kind].compile()
+            for case in (case for case in cases if case.head == head):
+                yield _measure(preset, case, decoders, repeats)
+                task.advance()
+            del decoders
+            _free()
+
+
+def _measure(preset: str, case: Case, decoders: dict[str, Decoder], repeats: int) -> Row:
+    row = Row(preset, case)
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for kind, decoder in decoders.items():
+        try:
+            row.backends[kind] = _choose(decoder, case)
+            call = _call(decoder, case)
+            call()  # compiles
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            row.problem[kind] = str(error).strip().splitlines()[0][:200]
+            continue
+        calls[kind] = [call]
+    if calls:
+        row.microseconds = interleaved(calls, repeats)
+    calls.clear()
+    _free()
+    return row
+
+
+def _call(decoder: Decoder, case: Case) -> Callable[[], object]:
+    width = case.length if case.stage == "prefill" else 1
+    vocabulary = decoder.embed.num_embeddings
+    tokens = torch.randint(0, vocabulary, (case.batch, width), device=decoder.device)
+    if case.stage == "prefill":
+        return partial(decoder.prefill, tokens)
+    length = case.length + SMALLEST_MARGIN
+    position = torch.full((1,), case.length, device=decoder.device)
+    caches = decoder.caches(case.batch, length)
+    return partial(decoder.decode, tokens, position, caches, length)
+
+
+def _choose(decoder: Decoder, case: Case) -> dict[str, str]:
+    """Measure every layer's backends for this many tokens, before anything is compiled."""
+    tokens = case.batch * (case.length if case.stage == "prefill" else 1)
+    chosen = {}
+    for name, module in decoder.layers[0].named_modules():
+        if isinstance(module, PackedLinear):
+            weight: TernaryWeight = module.layout("weight")
+            chosen[name] = dispatch.choose(weight, tokens, decoder.dtype).backend
+    return chosen
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
