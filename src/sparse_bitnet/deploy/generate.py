@@ -102,9 +102,24 @@ def generate_text(
         ConfigError: if the prompt is empty and there is no token to begin with, or if it leaves no
             room in the model's context.
     """
-    sampling = sampling or Sampling()
-    tokens = _encode(model, tokenizer, prompt)
-    room = getattr(model.config, "max_position_embeddings", None)
+    tokens = encode(model, tokenizer, prompt)
+    return generate_from(model, tokenizer, tokens, max_new_tokens, sampling or Sampling(), write)
+
+
+def generate_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """:func:`generate_text` from tokens ``[1, length]`` instead of a text.
+
+    Raises:
+        ConfigError: if they leave no room in the model's context.
+    """
+    room = context_length(model)
     if room is not None:
         if tokens.shape[1] >= room:
             raise ConfigError(
@@ -131,9 +146,12 @@ def generate_text(
     return text
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
-) -> torch.Tensor:
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that prompt and answer may have together, if the model has positions to run out of."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     """The prompt's tokens ``[1, length]``; a model needs at least one to start from."""
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device, torch.long)
     if tokens.shape[1] == 0:

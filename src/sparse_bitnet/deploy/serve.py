@@ -27,6 +27,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
+from sparse_bitnet.deploy.generate import context_length
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.deploy.requests import InvalidRequest, check_chat, check_completion
 
@@ -155,8 +156,7 @@ class _Engine(GenerateManager):
     def __init__(self, model: PreTrainedModel, parses: bool) -> None:
         super().__init__()
         self._parses = parses
-        config = model.config.get_text_config()
-        self._context = getattr(config, "max_position_embeddings", None)
+        self._context = context_length(model)
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
