@@ -99,6 +99,11 @@ def test_refuses_unconverted_models_and_wrong_schedules(tmp_path: Path) -> None:
     run = trainer(tmp_path, SparseBitNetCallback(), Spy(), converted=False)
     with pytest.raises(ConfigError, match="the model is not converted; call"):
         run.train()
+    for callback in (SparseBitNetCallback("3:7"), SparseBitNetCallback(until={0.9: "3:7"})):
+        spy = Spy()
+        with pytest.raises(PatternError, match=r"q_proj\.weight .* M = 7 of pattern 3:7"):
+            trainer(tmp_path, callback, spy).train()
+        assert not spy.patterns
     with pytest.raises(PatternError):
         SparseBitNetCallback("8:6")
     with pytest.raises(ConfigError, match="between 0 and 1"):

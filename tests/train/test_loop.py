@@ -94,6 +94,14 @@ def test_a_run_that_came_to_nothing_gives_way(recipe: Any) -> None:
     assert load_recipe(result.directory / "config.yaml").sparsity.pattern == "6:8"
 
 
+def test_a_later_pattern_is_checked_at_once(recipe: Any) -> None:
+    steps: list[int] = []
+    config = recipe(sparsity={"until": {0.3: "dense", 0.6: "3:7"}})
+    with pytest.raises(PatternError, match=r"layers\.0\.self_attn\.q_proj.* M = 7 of pattern 3:7"):
+        train(config, lambda done, model: steps.append(done))
+    assert not steps
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"config_digest": 1}', "\udcff"])
 def test_a_damaged_result_is_made_again(recipe: Any, damage: str) -> None:
     first = train(recipe(run={"checkpoint_every": 100}, schedule={"steps": 2}))

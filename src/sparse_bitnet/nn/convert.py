@@ -176,6 +176,18 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
         PatternError: if M does not divide a module's input features, naming the module; no module
             has changed then.
     """
+    for module, one in patterns_of_modules(model, pattern):
+        module.set_pattern(one)
+
+
+def patterns_of_modules(
+    model: nn.Module, pattern: Pattern | str
+) -> list[tuple[DerivedModule, Pattern]]:
+    """What :func:`set_pattern` would give each module; changes nothing.
+
+    Raises:
+        PatternError: if M does not divide a module's input features, naming the module.
+    """
     pattern = Pattern.parse(pattern)
     chosen: list[tuple[DerivedModule, Pattern]] = []
     for name, module in converted_modules(model):
@@ -184,8 +196,7 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
             where = f"{name or type(module).__name__}.{parameter} {tuple(weight.shape)}"
             one.check_divides(weight.shape[-1], where)
         chosen.append((module, one))
-    for module, one in chosen:
-        module.set_pattern(one)
+    return chosen
 
 
 def refresh(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.nn import converted_modules, set_pattern
+from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
 from sparse_bitnet.train.monitor import Monitor, Reading
 from sparse_bitnet.train.schedule import pattern_at, weight_decay
@@ -38,7 +39,7 @@ class SparseBitNetCallback(TrainerCallback):
 
     Raises:
         ConfigError, PatternError: for fractions or patterns that do not exist; when training
-            begins, if the model has not been converted.
+            begins, if the model has not been converted or a pattern does not fit it.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class SparseBitNetCallback(TrainerCallback):
                 "SparseBitNetCallback: the model is not converted; call "
                 "sparse_bitnet.nn.convert(model, ...) before making the Trainer"
             )
+        for pattern in (*self._sparsity.until.values(), self._sparsity.pattern):
+            patterns_of_modules(model, pattern)  # now, not when the schedule comes to it
         self._monitor = Monitor(model)
         groups = kwargs["optimizer"].param_groups
         self._decayed = [group for group in groups if group["weight_decay"] > 0]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
-from sparse_bitnet.nn import refresh, set_pattern
+from sparse_bitnet.nn import choose_products, refresh, set_pattern, use_products
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
@@ -115,6 +115,7 @@ class _Run:
                 logged = done % run.log_every == 0 or done == steps
                 if pattern != (pattern := pattern_at(step, steps, self.config.sparsity)):
                     set_pattern(self.model, pattern)
+                    self._use_fastest_products()
                     if self.graph:
                         self.graph.reset()
                 rates = self._set_rates(step)
@@ -148,6 +149,19 @@ class _Run:
                 if self.here.any(bool(stop)) and done < steps:
                     self._leave(done, stop)
         return self._conclude()
+
+    def _use_fastest_products(self) -> None:
+        """Dense or sparse forward products, the main process's choice: all ranks compute alike."""
+        if self.here.device.type != "cuda" or self.precision != "bf16":
+            return
+        data = self.config.data
+        sequences = data.batch_size // self.here.world_size
+        at_once = data.micro_batch_size or sequences
+        products: dict[str, str] = {}
+        if self.here.is_main:
+            tokens = at_once * data.sequence_length
+            products = choose_products(self.model, tokens, max(1, sequences // at_once))
+        use_products(self.model, self.here.from_main(products))
 
     def _set_rates(self, step: int) -> dict[str, float]:
         config = self.config

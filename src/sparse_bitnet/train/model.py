@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.nn import Conversion, convert
+from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.dense import LOCAL, read_dense
 from sparse_bitnet.train.presets import PRESETS, preset_config
@@ -127,12 +128,16 @@ def convert_model(model: PreTrainedModel, config: SparsityConfig) -> Conversion:
     """Swap the linears as the run's sparsity section says.
 
     Raises:
-        ConfigError, PatternError: as :func:`sparse_bitnet.nn.convert`.
+        ConfigError, PatternError: as :func:`sparse_bitnet.nn.convert`; and if a later pattern of
+            the schedule does not fit, which would otherwise stop the run when it comes.
     """
-    return convert(
+    conversion = convert(
         model,
         config.pattern,
         kind=config.kind,
         method=config.method,
         rules=config.rules,
     )
+    for pattern in config.until.values():
+        patterns_of_modules(model, pattern)
+    return conversion
