@@ -3,6 +3,7 @@ import torch
 
 from sparse_bitnet.core import (
     DENSE,
+    BackendError,
     ConfigError,
     Pattern,
     PatternError,
@@ -10,7 +11,7 @@ from sparse_bitnet.core import (
     row_scale,
     ternarize,
 )
-from sparse_bitnet.kernels import dispatch
+from sparse_bitnet.kernels import dispatch, native
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
@@ -28,8 +29,19 @@ def test_linear_on_cpu_is_the_reference(name: str, tokens: int) -> None:
     x_q, x_scale = quantize_int8(x) if tokens else (x.to(torch.int8), x[:, :1])
     expected = ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias)
     assert torch.equal(dispatch.ternary_linear(x, weight, bias), expected)
-    choice = dispatch.choose(weight, tokens)
-    assert (choice.backend, choice.why) == ("reference", "plain PyTorch integer arithmetic")
+    for backend in dispatch.backends(weight, tokens):
+        assert torch.equal(dispatch.ternary_linear(x, weight, bias, backend=backend), expected)
+    with native.forced("reference"):
+        weight = weight_of(Pattern.parse(name))
+        assert dispatch.backends(weight, tokens) == ["reference"]
+        choice = dispatch.choose(weight, tokens)
+    assert (choice.backend, choice.why) == ("reference", "reference, as forced")
+
+
+def test_refuses_a_backend_of_another_device() -> None:
+    weight = weight_of(DENSE)
+    with pytest.raises(BackendError, match=r"'windows' does not serve 2 tokens × dense weight"):
+        dispatch.ternary_linear(torch.randn(2, 32), weight, backend="windows")
 
 
 def test_linear_compiles_in_one_graph() -> None:
@@ -68,10 +80,9 @@ def test_explain_covers_all_it_was_asked() -> None:
         for name in ("6:8", "dense")
         for tokens in (1, 9)
     ]
-    assert all(row[3].backend == "reference" for row in explanation.rows)
-    assert str(explanation) == (
-        "cpu: every layer is served by reference (plain PyTorch integer arithmetic)"
-    )
+    backend = "cpu" if native.available() else "reference"
+    assert all(row[3].backend == backend for row in explanation.rows)
+    assert str(explanation) == (f"cpu: every layer is served by {backend} ({native.explanation()})")
     with pytest.raises(PatternError, match="layer 8x12"):
         dispatch.explain(("8x12",), (1,), ("6:8",), "cpu")
     with pytest.raises(ConfigError, match="write OUTxIN"):

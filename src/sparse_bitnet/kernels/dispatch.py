@@ -5,7 +5,8 @@ A weight is prepared once, in every layout that some backend of its device reads
 =========  =============================  ======================  ================================
 backend    weight                         bytes a weight          served
 =========  =============================  ======================  ================================
-reference  int8                           1                       CPU, GPUs before sm_80
+reference  int8                           1                       GPUs before sm_80
+cpu        two bits, or 1.5 for 2:4       0.25 or 0.19            CPU, unless it was not compiled
 dense      int8                           1                       every shape, dense tensor cores
 packed     two bits                       0.25                    up to 32 tokens
 2:4        compressed                     0.63                    bf16 results, no lifting
@@ -27,14 +28,15 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet import console
 from sparse_bitnet.core.errors import BackendError, ConfigError
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import row_scale
-from sparse_bitnet.kernels import tuning
-from sparse_bitnet.kernels.matmul import packed_matmul, structured_matmul, ternary_matmul
+from sparse_bitnet.kernels import native, tuning
+from sparse_bitnet.kernels.matmul import cpu, packed_matmul, structured_matmul, ternary_matmul
 from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.ternarize import ternarize
@@ -58,11 +60,11 @@ class Choice:
 
 def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16) -> Choice:
     """The backend for this many tokens: remembered, else measured now, else by rule."""
-    if not runs_triton(weight.dense):
-        return Choice("reference", _why_reference(weight.dense.device))
+    if not runs_triton(weight.w_scale):
+        return _without_triton(weight.device, weight.packed is not None)
     key = _key(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
-    index = weight.dense.device.index
+    index = weight.device.index
     if len(usable) > 1 and _measures() and tuning.memory(index).get(key) is None:
         measure(weight, tokens, out_dtype)
     return _decide(index, key, usable, tokens)
@@ -98,7 +100,9 @@ def _decided(device_index: int, key: str, usable: tuple[str, ...], tokens: int) 
 def backends(
     weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16
 ) -> list[str]:
-    """What could serve this weight; "dense" is always among them on CUDA."""
+    """What could serve this weight; "dense" is always among them on CUDA, elsewhere "reference"."""
+    if not runs_triton(weight.w_scale):
+        return ["reference"] if weight.packed is None else ["cpu", "reference"]
     names = ["dense"]
     if weight.packed is not None and tokens <= MOST_PACKED_TOKENS:
         names.append("packed")
@@ -133,12 +137,14 @@ def ternary_linear(
     tokens = x.numel() // max(1, x.shape[-1])
     if backend is None:
         backend = _chosen(weight, tokens, out_dtype)
-    elif runs_triton(x) and backend not in backends(weight, tokens, out_dtype):
+    elif backend not in backends(weight, tokens, out_dtype):
         raise BackendError(
             f"backend {backend!r} does not serve {tokens} tokens × {weight.pattern} weight "
             f"[{weight.out_features}, {weight.in_features}] → {out_dtype}; choose among "
             f"{backends(weight, tokens, out_dtype)}"
         )
+    if backend == "cpu" and weight.packed is not None:
+        return cpu.linear(x, weight.packed, weight.layout, weight.w_scale, bias, out_dtype)
     x_q, x_scale = quantize_fused(x, group=_lifting(weight, backend))
     return _product(x_q, x_scale, weight, bias, out_dtype, backend)
 
@@ -163,6 +169,9 @@ def gated_mlp(
     out_dtype = out_dtype or x.dtype
     tokens = x.numel() // max(1, x.shape[-1])
     first = _chosen(gate_up, tokens, out_dtype)
+    if first == "cpu":  # quantizes while it multiplies
+        gate, up = ternary_linear(x, gate_up, None, out_dtype).chunk(2, dim=-1)
+        return ternary_linear(F.silu(gate) * up, down, None, out_dtype)
     x_q, x_scale = quantize_fused(x, group=_lifting(gate_up, first))
     factor: Tensor | None = None
     if first in SPARSE_BACKENDS:
@@ -191,19 +200,23 @@ def _product(
     """The product of quantized (and lifted) activations by a backend."""
     if backend in SPARSE_BACKENDS and weight.structured is not None:
         return structured_matmul(x_q, x_scale, weight.structured, weight.w_scale, bias)
+    if backend == "cpu" and weight.packed is not None:
+        return cpu.linear(
+            x_q, weight.packed, weight.layout, weight.w_scale, bias, out_dtype, x_scale
+        )
     if backend == "packed" and weight.packed is not None:
         return packed_matmul(x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype)
     return ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias, out_dtype)
 
 
 def _chosen(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
-    if not runs_triton(weight.dense):
-        return "reference"
+    if not runs_triton(weight.w_scale):
+        return "reference" if weight.packed is None else "cpu"
     key = _key(weight, tokens, out_dtype)
     if torch.compiler.is_compiling():
         usable = tuple(backends(weight, tokens, out_dtype))
-        return _decided(weight.dense.device.index, key, usable, tokens)
-    here = (weight.dense.device.index, key)
+        return _decided(weight.device.index, key, usable, tokens)
+    here = (weight.device.index, key)
     have = _decisions.get(here)
     if have is None:
         have = choose(weight, tokens, out_dtype).backend
@@ -239,7 +252,7 @@ def measure(
     """
     from sparse_bitnet.kernels.matmul import triton_dense, triton_packed
 
-    device = weight.dense.device
+    device = weight.device
     tokens = tuning.bucket(tokens)
     memory = tuning.memory(device.index)
     names = backends(weight, tokens, out_dtype)
@@ -308,14 +321,19 @@ def _deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
     return structured_matmul(x_q, None, cast(Tensor, weight.structured), weight.w_scale)
 
 
-def _why_reference(device: torch.device) -> str:
+def _without_triton(device: torch.device, packed: bool) -> Choice:
+    """What serves where Triton does not; ``packed`` if the weight was laid out for the CPU."""
+    if packed:
+        return Choice("cpu", native.explanation())
+    if device.type == "cpu":
+        return Choice("reference", native.explanation())
     if device.type != "cuda":
-        return "plain PyTorch integer arithmetic"
+        return Choice("reference", "plain PyTorch integer arithmetic")
     if not has_triton():
-        return "Triton is not installed (pip install triton)"
+        return Choice("reference", "Triton is not installed (pip install triton)")
     have = ".".join(map(str, capability(device.index)))
     need = ".".join(map(str, OLDEST_CAPABILITY))
-    return f"compute capability {have} is below {need}"
+    return Choice("reference", f"compute capability {have} is below {need}")
 
 
 @dataclass(frozen=True)
@@ -369,7 +387,8 @@ def explain(
             pattern = Pattern.parse(name)
             pattern.check_divides(columns, f"layer {shape}")
             if not runs_triton(torch.empty(0, device=where)):
-                choice = Choice("reference", _why_reference(where))
+                packed = where.type == "cpu" and native.path() != native.REFERENCE
+                choice = _without_triton(where, packed)
                 rows += [(shape, name, count, choice) for count in tokens]
                 continue
             ternary, scale = ternarize(torch.randn(out, columns, device=where), pattern)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparse_bitnet.core.pattern import DENSE, Pattern
 from sparse_bitnet.formats import sparse24, windows
+from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.matmul import cpu
 from sparse_bitnet.kernels.platform import runs_triton
 
 MOST_COPIES = 64
@@ -20,19 +22,28 @@ class TernaryWeight:
 
     pattern: Pattern
     w_scale: Tensor
-    dense: Tensor
+    out_features: int
+    in_features: int
+    rows: Tensor | None
+    """int8 ``[out, in]``, where a backend reads it so: everywhere but in the CPU kernel."""
     packed: Tensor | None = None
+    layout: str = "two-bit"
+    """Of ``packed`` on a CPU: two-bit, or six-bit."""
     structured: Tensor | None = None
     group: int = 0
     """Lanes of a window group; 0 if ``structured`` is plain 2:4."""
 
     @property
-    def out_features(self) -> int:
-        return self.dense.shape[0]
+    def dense(self) -> Tensor:
+        """int8 ``[out, in]``; unpacked at every call if it is not kept."""
+        if self.rows is not None:
+            return self.rows
+        assert self.packed is not None
+        return cpu.unpack(self.packed, self.layout, self.in_features)
 
     @property
-    def in_features(self) -> int:
-        return self.dense.shape[1]
+    def device(self) -> torch.device:
+        return self.w_scale.device
 
     @property
     def sparse_backend(self) -> str | None:
@@ -41,23 +52,34 @@ class TernaryWeight:
         return "windows" if self.group else "2:4"
 
 
-def prepare(ternary: Tensor, w_scale: Tensor, pattern: Pattern = DENSE) -> TernaryWeight:
+def prepare(
+    ternary: Tensor,
+    w_scale: Tensor,
+    pattern: Pattern = DENSE,
+    stored: Tensor | None = None,
+) -> TernaryWeight:
     """Lay out a ternary weight for the device it is on.
 
     Args:
         ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
         w_scale: float32 ``[out]``, γ of every row.
         pattern: what the weight keeps to; decides whether windows are built.
+        stored: the same weight as bytes of ``formats.two_bit``, if the caller has them: the CPU
+            kernel reads them where they are.
 
     Raises:
         WeightError: if the weight breaks its pattern and so cannot be written as windows.
     """
     ternary = ternary.contiguous()
+    out, columns = ternary.shape
     if not runs_triton(ternary):
-        return TernaryWeight(pattern, w_scale, ternary)
+        if ternary.device.type != "cpu" or native.path() == native.REFERENCE or not columns:
+            return TernaryWeight(pattern, w_scale, out, columns, ternary)
+        packed, layout = cpu.lay_out(ternary, stored)
+        w_scale = w_scale.contiguous()
+        return TernaryWeight(pattern, w_scale, out, columns, None, packed, layout)
     from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
 
-    out, columns = ternary.shape
     packed = triton_packed.pack_rows(ternary) if columns < triton_packed.LONGEST_ROW else None
     structured, group = None, 0
     if not pattern.is_dense:
@@ -70,12 +92,14 @@ def prepare(ternary: Tensor, w_scale: Tensor, pattern: Pattern = DENSE) -> Terna
                 structured = cusparselt.compress(windows.encode(ternary, group))
             else:
                 group = 0
-    return TernaryWeight(pattern, w_scale, ternary, packed, structured, group)
+    return TernaryWeight(
+        pattern, w_scale, out, columns, ternary, packed, structured=structured, group=group
+    )
 
 
 def copies(weight: TernaryWeight) -> list[TernaryWeight]:
     """The weight several times over, so that together the copies overflow the L2 cache twice."""
-    cache_bytes = torch.cuda.get_device_properties(weight.dense.device).L2_cache_size
+    cache_bytes = torch.cuda.get_device_properties(weight.device).L2_cache_size
     smallest = weight.dense.numel() // 4
     count = min(MOST_COPIES, max(1, 2 * cache_bytes // max(1, smallest)))
 
@@ -85,7 +109,7 @@ def copies(weight: TernaryWeight) -> list[TernaryWeight]:
     return [weight] + [
         replace(
             weight,
-            dense=weight.dense.clone(),
+            rows=copy(weight.rows),
             packed=copy(weight.packed),
             structured=copy(weight.structured),
         )

@@ -1,0 +1,175 @@
+"""int8 × ternary on a CPU from packed bytes, and their layouts; the arithmetic is in ``native/``.
+
+**Two bits.** The bytes of ``formats.two_bit`` as they are stored: no second copy. Byte i of a row
+holds weights 4i to 4i + 3, so shifting 64 bytes by 0, 2, 4, 6 and masking gives four vectors of
+codes T + 1, for weights 4i, 4i + 1, 4i + 2, 4i + 3. The activations are dealt into the same four
+planes once a token, while they are quantized. Then ``vpdpbusd`` multiplies unsigned codes with
+signed activations, and Σ Xq leaves at the end:  Σ T·x = Σ code·x − Σ x.
+
+**Six bits for four weights**, 1.5 a weight: a group with at most two non-zeros is one of 33, so 2:4
+(and 1:4, 2:8, …) can be read so. One byte permutation looks up 64 groups at once; needs AVX-512
+with VBMI.
+
+**Bytes.** Dense int8, for a head of eight bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.errors import WeightError
+from sparse_bitnet.formats import two_bit
+from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.library import register
+
+BLOCK = 256
+"""Weights of a six-bit row come in blocks of so many: 64 groups in 48 bytes."""
+GROUP_BITS = 6
+ZEROS = 0x55
+"""Four weights of zero, in two bits each."""
+
+
+def row_bytes(layout: str, in_features: int) -> int:
+    """Bytes of a row of so many weights."""
+    if layout == "two-bit":
+        return two_bit.packed_length(in_features)
+    if layout == "six-bit":
+        return -(-in_features // BLOCK) * (BLOCK // 4 * GROUP_BITS // 8)
+    return in_features
+
+
+def lay_out(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]:
+    """The layout that the path in use reads fastest: ``(bytes, layout)``.
+
+    Args:
+        ternary: int8 ``[out, in]``.
+        stored: the same as bytes of ``formats.two_bit``, used as they are if they serve.
+    """
+    packed = two_bit.pack(ternary) if stored is None else stored.contiguous()
+    six_bit = pack_six_bit(packed) if native.reads_six_bit() else None
+    return (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
+
+
+def unpack(packed: Tensor, layout: str, in_features: int) -> Tensor:
+    """The inverse of :func:`lay_out`: int8 ``[out, in]``."""
+    if layout == "six-bit":
+        packed = unpack_six_bit(packed, in_features)
+    return two_bit.unpack(packed, in_features)
+
+
+@cache
+def _groups() -> Tensor:
+    """uint8 ``[33]``: the two-bit bytes with at most two non-zeros, ascending, as in native.cpp."""
+    codes = torch.arange(256).unsqueeze(-1) >> torch.tensor(two_bit.SHIFTS) & 3
+    fits = (codes != 3).all(-1) & ((codes != 1).sum(-1) <= 2)
+    return fits.nonzero().squeeze(-1).to(torch.uint8)
+
+
+def pack_six_bit(packed: Tensor) -> Tensor | None:
+    """uint8 ``[out, bytes]`` of ``formats.two_bit`` → ``[out, row_bytes]``, six bits a group.
+
+    None if some group of four holds more than two non-zeros. A row is padded with zeros to a whole
+    number of blocks.
+    """
+    groups = _groups()
+    index_of = torch.full((256,), 255, dtype=torch.uint8)
+    index_of[groups.long()] = torch.arange(len(groups), dtype=torch.uint8)
+    padding = -packed.shape[-1] % (BLOCK // 4)
+    out = packed.new_empty((packed.shape[0], (packed.shape[-1] + padding) // 4 * 3))
+    for first in range(0, packed.shape[0], 64):  # rows that fit the cache
+        rows = torch.nn.functional.pad(packed[first : first + 64], (0, padding), value=ZEROS)
+        index = index_of[rows.int()]
+        if index.numel() and int(index.max()) == 255:
+            return None
+        a, b, c, d = index.unflatten(-1, (-1, 4)).unbind(-1)
+        three = (a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2)
+        out[first : first + 64] = torch.stack(three, -1).flatten(-2)
+    return out
+
+
+def unpack_six_bit(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of :func:`pack_six_bit`: uint8 ``[out, ceil(in / 4)]`` of ``formats.two_bit``."""
+    x, y, z = packed.unflatten(-1, (-1, 3)).unbind(-1)
+    index = torch.stack((x, x >> 6 | y << 2, y >> 4 | z << 4, z >> 2), -1).flatten(-2) & 63
+    return _groups()[index.int()][:, : two_bit.packed_length(in_features)].contiguous()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    layout: str,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    x_scale: Tensor | None = None,
+) -> Tensor:
+    """Y = X @ (γT)ᵀ + bias, to the last bit what the reference computes.
+
+    Args:
+        x: ``[..., in]``, float, quantized to eight bits in the same call; or int8 with ``x_scale``.
+        weight: ``[out, row_bytes(layout, in)]``, contiguous.
+        layout: of the weight: two-bit, six-bit or bytes.
+        w_scale: float32 ``[out]``.
+        bias: ``[out]`` or None.
+        out_dtype: of the result.
+        x_scale: float32 ``[..., 1]``.
+
+    Raises:
+        WeightError: if the shapes do not fit each other.
+        BackendError: if the path in use does not read the layout.
+    """
+    return torch.ops.sparse_bitnet.cpu_linear(x, x_scale, weight, layout, w_scale, bias, out_dtype)
+
+
+def _linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    columns, out = x.shape[-1], w_scale.shape[0]
+    if columns == 0 or weight.shape != (out, row_bytes(layout, columns)):
+        raise WeightError(
+            f"matmul: a {layout} weight [{out}, {columns}] is stored in "
+            f"{[out, row_bytes(layout, columns)]} bytes, not {list(weight.shape)}"
+        )
+    rows = x.reshape(-1, columns)
+    if rows.dtype not in native.TYPES:
+        rows = rows.float()
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if bias is not None and (bias.dtype not in native.TYPES or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    if x_scale is not None:
+        x_scale = x_scale.reshape(-1).contiguous()
+    y_dtype = out_dtype if out_dtype in native.TYPES else torch.float32
+    y = x.new_empty((*x.shape[:-1], out), dtype=y_dtype)
+    native.linear(rows, x_scale, weight, layout, w_scale.contiguous(), bias, y)
+    return y if y_dtype == out_dtype else y.to(out_dtype)
+
+
+def _fake(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+
+register(
+    "cpu_linear(Tensor x, Tensor? x_scale, Tensor weight, str layout, Tensor w_scale, "
+    "Tensor? bias, ScalarType out_dtype) -> Tensor",
+    _linear,
+    _fake,
+    device="CPU",
+)

@@ -1,0 +1,88 @@
+// What the files of the native library share. No C++ standard library here: a template that is
+// instantiated inside a file for AVX-512 could be the copy that the linker keeps for all files.
+#pragma once
+#include <cstdint>
+
+namespace sparse_bitnet {
+
+// One product Y = (Xq @ Wᵀ) · x_scale · w_scale + bias. All fields are 64 bits wide and come from
+// Python as one block of memory; the order is repeated in __init__.py.
+struct Linear {
+    const void *x;           // [tokens, in], elements of x_type
+    int64_t x_type;          // Type; floats are quantized here, int8 comes with x_scale
+    int64_t x_stride;        // elements from token to token
+    const float *x_scale;    // [tokens], only with int8 activations
+    const uint8_t *weight;   // [out, row_bytes]
+    int64_t layout;          // Layout
+    int64_t row_bytes;
+    const float *w_scale;    // [out]
+    const void *bias;        // [out] of bias_type, or null
+    int64_t bias_type;       // Type
+    void *y;                 // [tokens, out] of y_type
+    int64_t y_type;          // Type
+    int64_t tokens, in, out;
+    int64_t threads;
+    int64_t path;            // PathId
+};
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+enum Layout : int64_t { TWO_BIT, SIX_BIT, BYTES };
+enum PathId : int64_t { PORTABLE, NEON, AVX2, AVX_VNNI, AVX512_VNNI, AMX, PATHS };
+
+constexpr int64_t BLOCK = 256;     // weights that meet one block of activations
+constexpr int64_t PLANE = 64;      // activations of a plane of a block
+constexpr int64_t PLANES = 4;      // plane p of a block holds activations p, 4 + p, 8 + p, …
+constexpr int64_t PANEL_ROWS = 32; // rows whose codes are kept while all tokens pass
+constexpr int64_t PREFETCH_BYTES = 8192;
+
+constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Activations in the order that weights are unpacked in, and what goes with them. Tokens stand in
+// groups: the planes of a block of all tokens of a group follow each other, zeros beyond `in`.
+struct Tokens {
+    int8_t *planes;  // [groups, blocks, PLANES, tokens of a group, PLANE]
+    int64_t length;  // bytes of a token: blocks · BLOCK
+    float *scale;    // [tokens]
+    int32_t *sum;    // [tokens], Σ Xq
+};
+
+// The same functions for every instruction set. Rows are [first, last) of the weight.
+struct Path {
+    int64_t few_tokens;  // up to here weights are unpacked in registers, every time
+    int64_t group;       // tokens of a group, for more tokens than that; otherwise one
+    // Activations of one token → planes, scale and sum.
+    void (*spread)(const Linear &, int64_t token, int8_t *planes, int64_t plane_step, float *scale,
+                   int32_t *sum);
+    // Products of a range of rows with all tokens, from packed weights, written to y.
+    void (*few)(const Linear &, const Tokens &, int64_t first, int64_t last);
+    // The same for many tokens; scratch holds many_scratch(call) bytes.
+    void (*many)(const Linear &, const Tokens &, int64_t first, int64_t last, uint8_t *scratch);
+    int64_t (*many_scratch)(const Linear &);
+};
+
+// Six-bit index of a group of four weights with at most two non-zeros → its two-bit codes.
+extern const uint8_t GROUPS_OF_FOUR[64];
+
+extern const Path portable_path;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPARSE_BITNET_X86 1
+extern const Path avx2_path, avx_vnni_path, avx512_path, avx512_vbmi_path, amx_path;
+#endif
+#if defined(__aarch64__) && defined(__GNUC__)
+#define SPARSE_BITNET_NEON 1
+extern const Path neon_path;
+#endif
+
+}  // namespace sparse_bitnet
+
+// BEGIN_TARGET("avx2,f16c") … END_TARGET: functions in between may use those instructions.
+#define SPARSE_BITNET_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(isa) \
+    SPARSE_BITNET_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define BEGIN_TARGET(isa) _Pragma("GCC push_options") SPARSE_BITNET_PRAGMA(GCC target(isa))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif

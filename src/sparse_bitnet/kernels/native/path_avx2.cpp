@@ -1,0 +1,19 @@
+// AVX2: unsigned times signed bytes in pairs (maddubs).
+#include "native.h"
+
+#ifdef SPARSE_BITNET_X86
+#include <immintrin.h>
+
+BEGIN_TARGET("avx2,f16c")
+namespace sparse_bitnet {
+namespace {
+#define VNNI 0
+#include "avx2.inc"
+#include "kernel.inc"
+}  // namespace
+
+const Path avx2_path = {4, 1, spread_any, few, many, many_scratch};
+
+}  // namespace sparse_bitnet
+END_TARGET
+#endif

@@ -1,0 +1,19 @@
+// AVX-512 with VNNI and VBMI: six-bit groups too, looked up by a byte permutation.
+#include "native.h"
+
+#ifdef SPARSE_BITNET_X86
+#include <immintrin.h>
+
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,f16c")
+namespace sparse_bitnet {
+namespace {
+#define VBMI 1
+#include "avx512.inc"
+#include "kernel.inc"
+}  // namespace
+
+const Path avx512_vbmi_path = {8, 1, spread_any, few, many, many_scratch};
+
+}  // namespace sparse_bitnet
+END_TARGET
+#endif

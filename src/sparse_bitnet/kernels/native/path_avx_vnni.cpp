@@ -1,0 +1,19 @@
+// AVX-VNNI: AVX2 with vpdpbusd, as on processors that have it without AVX-512.
+#include "native.h"
+
+#ifdef SPARSE_BITNET_X86
+#include <immintrin.h>
+
+BEGIN_TARGET("avx2,f16c,avxvnni")
+namespace sparse_bitnet {
+namespace {
+#define VNNI 1
+#include "avx2.inc"
+#include "kernel.inc"
+}  // namespace
+
+const Path avx_vnni_path = {4, 1, spread_any, few, many, many_scratch};
+
+}  // namespace sparse_bitnet
+END_TARGET
+#endif

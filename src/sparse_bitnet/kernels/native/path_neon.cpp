@@ -1,0 +1,70 @@
+// ARMv8.2 with the dot product instructions (sdot): four bytes times four, summed into int32.
+#include "native.h"
+
+#ifdef SPARSE_BITNET_NEON
+#include <arm_neon.h>
+
+BEGIN_TARGET("arch=armv8.2-a+dotprod")
+namespace sparse_bitnet {
+namespace {
+
+struct V {
+    static constexpr int64_t width = 16;
+    static constexpr int tokens = 4;
+    static constexpr bool reads_six_bit = false;
+    using Bytes = uint8x16_t;
+    using Sum = int32x4_t;
+
+    static Sum zero() { return vdupq_n_s32(0); }
+    static Bytes load(const void *p) { return vld1q_u8(static_cast<const uint8_t *>(p)); }
+    static Bytes load(const void *p, int64_t n) {
+        uint8_t part[width] = {};
+        __builtin_memcpy(part, p, n);
+        return vld1q_u8(part);
+    }
+    static void store(void *p, Bytes v) { vst1q_u8(static_cast<uint8_t *>(p), v); }
+    template <int64_t>
+    static Bytes two_bit(const uint8_t *row, int64_t at, int64_t n) {
+        return n < width ? load(row + at, n) : load(row + at);
+    }
+    static Bytes code(Bytes v, int plane) {
+        return vandq_u8(vshlq_u8(v, vdupq_n_s8(int8_t(-2 * plane))), vdupq_n_u8(3));
+    }
+    // Codes are below 128, so a signed product serves.
+    static Sum dot(Sum sum, Bytes codes, Bytes x) { return signed_dot(sum, codes, x); }
+    static Sum signed_dot(Sum sum, Bytes w, Bytes x) {
+        return vdotq_s32(sum, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x));
+    }
+    static void total4(Sum a, Sum b, Sum c, Sum d, int32_t *out) {
+        vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+    }
+    static void deal(const int8_t *x, int8_t *planes, int64_t step) {
+        for (int i = 0; i < PLANE; i += width) {
+            int8x16x4_t four = vld4q_s8(x + 4 * i);
+            for (int p = 0; p < PLANES; ++p) vst1q_s8(planes + p * step + i, four.val[p]);
+        }
+    }
+    static void half_to_float(const uint16_t *half, int64_t n, float *to) {
+        for (int64_t i = 0; i < n; ++i) {
+            __fp16 value;
+            __builtin_memcpy(&value, half + i, 2);
+            to[i] = value;
+        }
+    }
+    static void float_to_half(const float *from, int64_t n, uint16_t *half) {
+        for (int64_t i = 0; i < n; ++i) {
+            __fp16 value = __fp16(from[i]);
+            __builtin_memcpy(half + i, &value, 2);
+        }
+    }
+};
+
+#include "kernel.inc"
+
+}  // namespace
+
+const Path neon_path = {4, 1, spread_any, few, many, many_scratch};
+
+}  // namespace sparse_bitnet
+END_TARGET
+#endif

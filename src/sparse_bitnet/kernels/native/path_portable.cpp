@@ -1,0 +1,99 @@
+// Plain C++ for every other processor; the compiler vectorizes what it can.
+#include "native.h"
+
+namespace sparse_bitnet {
+namespace {
+
+struct V {
+    static constexpr int64_t width = 16;
+    static constexpr int tokens = 1;
+    static constexpr bool reads_six_bit = false;
+    struct Bytes {
+        uint8_t lane[width];
+    };
+    struct Sum {
+        int32_t lane[width];
+    };
+
+    static Sum zero() { return Sum{}; }
+    static Bytes load(const void *p, int64_t n = width) {
+        Bytes v{};
+        __builtin_memcpy(v.lane, p, n < width ? n : width);
+        return v;
+    }
+    static void store(void *p, Bytes v) { __builtin_memcpy(p, v.lane, width); }
+    template <int64_t>
+    static Bytes two_bit(const uint8_t *row, int64_t at, int64_t n) {
+        return load(row + at, n);
+    }
+    static Bytes code(Bytes v, int plane) {
+        for (int i = 0; i < width; ++i) v.lane[i] = (v.lane[i] >> 2 * plane) & 3;
+        return v;
+    }
+    static Sum dot(Sum sum, Bytes codes, Bytes x) {
+        for (int i = 0; i < width; ++i) sum.lane[i] += int16_t(codes.lane[i]) * int8_t(x.lane[i]);
+        return sum;
+    }
+    static Sum signed_dot(Sum sum, Bytes w, Bytes x) {
+        for (int i = 0; i < width; ++i) sum.lane[i] += int8_t(w.lane[i]) * int8_t(x.lane[i]);
+        return sum;
+    }
+    static int32_t total(Sum sum) {
+        int32_t all = 0;
+        for (int i = 0; i < width; ++i) all += sum.lane[i];
+        return all;
+    }
+    static void total4(Sum a, Sum b, Sum c, Sum d, int32_t *out) {
+        out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+    }
+    static void deal(const int8_t *x, int8_t *planes, int64_t step) {
+        for (int p = 0; p < PLANES; ++p)
+            for (int i = 0; i < PLANE; ++i) planes[p * step + i] = x[4 * i + p];
+    }
+    static void half_to_float(const uint16_t *half, int64_t n, float *to) {
+        for (int64_t i = 0; i < n; ++i) to[i] = half_value(half[i]);
+    }
+    static void float_to_half(const float *from, int64_t n, uint16_t *half) {
+        for (int64_t i = 0; i < n; ++i) half[i] = half_bits(from[i]);
+    }
+
+    static float half_value(uint16_t half) {
+        const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7FFF;
+        uint32_t bits;
+        float value;
+        if (magnitude >= 0x7C00) {  // infinite or NaN
+            bits = 0x7F800000 | (magnitude & 0x3FF) << 13;
+        } else {  // 2¹¹² lifts the exponent, exactly, subnormal numbers included
+            bits = magnitude << 13;
+            __builtin_memcpy(&value, &bits, 4);
+            value *= 0x1p112f;
+            __builtin_memcpy(&bits, &value, 4);
+        }
+        bits |= sign;
+        __builtin_memcpy(&value, &bits, 4);
+        return value;
+    }
+    static uint16_t half_bits(float value) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, &value, 4);
+        const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+        bits &= 0x7FFFFFFF;
+        if (bits > 0x7F800000) return sign | 0x7E00;
+        if (bits >= 0x477FF000) return sign | 0x7C00;  // 65520 and above round to infinity
+        if (bits < 0x38800000) {  // below 2⁻¹⁴: adding ½ leaves the integer in units of 2⁻²⁴
+            __builtin_memcpy(&value, &bits, 4);
+            value += 0.5f;
+            __builtin_memcpy(&bits, &value, 4);
+            return sign | uint16_t(bits - 0x3F000000);
+        }
+        return sign | uint16_t((bits + 0xFFF + (bits >> 13 & 1) - 0x38000000) >> 13);
+    }
+};
+
+#include "kernel.inc"
+
+}  // namespace
+
+const Path portable_path = {4, 1, spread_any, few, many, many_scratch};
+
+}  // namespace sparse_bitnet
