@@ -7,7 +7,7 @@ turns there. A row that rests holds no memory: its derived buffers are on the me
 from __future__ import annotations
 
 import copy
-import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
-from sparse_bitnet.nn import DerivedModule, convert
+from sparse_bitnet.nn import DerivedModule, choose_products, convert, use_products
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
 from sparse_bitnet.train.presets import preset_config
 
 FAKE = "fake-quant"
 FULL = "bf16"
+PRODUCTS = ("sparse-forward", "dense-forward")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Row:
     pattern: str
     kind: str
     method: Method = field(default_factory=Method)
+    product: str | None = None
+    """The forward product, "dense" or "sparse"; None for the package's own choice."""
 
     @staticmethod
     def parse(name: str) -> Row:
@@ -41,17 +44,18 @@ class Row:
         Raises:
             ValueError: if it is none.
         """
-        words = name.split()
-        if words == [FULL]:
+        first, *words = name.split()
+        if name == FULL:
             return Row(name, "dense", FULL)
-        if words[0] == FAKE and len(words) == 2:
-            return Row(name, str(Pattern.parse(words[1])), FAKE)
-        if not re.fullmatch(r"\S+( fp8)?", name):
-            raise ValueError(
-                f"row {name!r} is none of: bf16, fake-quant N:M, N:M [fp8], dense [fp8]"
-            )
+        if first == FAKE and len(words) == 1:
+            return Row(name, str(Pattern.parse(words[0])), FAKE)
+        products = [word for word in words if word in PRODUCTS]
+        if len(products) > 1 or set(words) - {"fp8", *PRODUCTS}:
+            forms = "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8]"
+            raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
-        return Row(name, str(Pattern.parse(words[0])), "ours", method)
+        product = products[0].removesuffix("-forward") if products else None
+        return Row(name, str(Pattern.parse(first)), "ours", method, product)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -99,13 +103,19 @@ def base_model(preset: str, vocabulary: int | None, device: torch.device) -> Pre
 class Candidate:
     """A row's model over the shared parameters."""
 
-    def __init__(self, row: Row, base: PreTrainedModel, compiled: bool) -> None:
+    def __init__(self, row: Row, base: PreTrainedModel, tokens: int, compiled: bool) -> None:
         self.row = row
+        self.products: dict[str, int] = {}
         # Its modules are its own, its tensors those of the base.
         tensors = [*base.parameters(), *base.buffers()]
         model: PreTrainedModel = copy.deepcopy(base, {id(t): t for t in tensors})
         if row.kind == "ours":
             convert(model, row.pattern, method=row.method)
+            products = choose_products(model, tokens)
+            if row.product is not None:
+                products = dict.fromkeys(products, row.product)
+            use_products(model, products)
+            self.products = dict(Counter(products.values()))
         elif row.kind == FAKE:
             for block in blocks(model):
                 for name, module in list(block.named_modules()):

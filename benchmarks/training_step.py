@@ -8,7 +8,9 @@ the same micro-batch. Rows:
     bf16             nn.Linear
     fake-quant 6:8   weights and inputs quantized in floating point at every forward, bf16 products:
                      how the published code trains
-    dense, 6:8 …     this package; with ``fp8`` its backward products are in e4m3
+    dense, 6:8 …     this package; with ``fp8`` its backward products are in e4m3, with
+                     ``sparse-forward`` or ``dense-forward`` the forward product is the one named
+                     instead of the measured choice
 
 Rows take turns, round by round, over one set of parameters and optimizer moments. Reported are
 medians over all timed steps, the peak of allocated memory, and model FLOPs utilization: 6 a
@@ -128,7 +130,9 @@ class Bench:
         self.candidates: dict[str, Candidate] = {}
 
     def add(self, name: str) -> None:
-        self.candidates[name] = Candidate(Row.parse(name), self.base, self.setting.compiled)
+        self.candidates[name] = Candidate(
+            Row.parse(name), self.base, self.setting.tokens, self.setting.compiled
+        )
 
     def step(self, candidate: Candidate, marks: Marks | None = None) -> Tensor:
         """One optimizer step; nothing in it waits for the device."""
@@ -176,11 +180,12 @@ class Bench:
             candidate.rest()
 
 
-def describe(setting: Setting, name: str, measured: Measured) -> dict[str, Any]:
+def describe(setting: Setting, name: str, measured: Measured, bench: Bench) -> dict[str, Any]:
     step = statistics.median(measured.steps)
     return {
         "size": setting.preset,
         "row": name,
+        "forward_products": bench.candidates[name].products,
         "sequences": setting.sequences,
         "sequence": setting.sequence,
         "milliseconds": step,
@@ -239,7 +244,7 @@ def measure(
     failed: dict[str, str] = {}
 
     def rows() -> list[dict[str, Any]]:
-        done = [describe(setting, n, m) for n, m in measured.items() if m.steps]
+        done = [describe(setting, n, m, bench) for n, m in measured.items() if m.steps]
         return done + [
             {"size": setting.preset, "row": name, "failed": why} for name, why in failed.items()
         ]

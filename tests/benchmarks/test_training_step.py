@@ -83,5 +83,8 @@ def test_names_of_rows() -> None:
 
     assert Row.parse("bf16").kind == "bf16"
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
-    with pytest.raises(ValueError, match="none of"):
-        Row.parse("6:8 quickly")
+    assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
+    assert Row.parse("6:8").product is None
+    for wrong in ("6:8 quickly", "6:8 sparse-forward dense-forward"):
+        with pytest.raises(ValueError, match="none of"):
+            Row.parse(wrong)

@@ -11,6 +11,7 @@ from sparse_bitnet.nn.convert import (
 )
 from sparse_bitnet.nn.derived import DerivedModule
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
+from sparse_bitnet.nn.products import choose_products, use_products
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
@@ -22,9 +23,11 @@ __all__ = [
     "SparseBitLinear",
     "SparseExperts",
     "SparseLinear",
+    "choose_products",
     "convert",
     "converted_modules",
     "master_weights",
     "refresh",
     "set_pattern",
+    "use_products",
 ]

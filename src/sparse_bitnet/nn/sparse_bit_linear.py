@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparse_bitnet.core import DENSE, Method, Pattern, check_segments, method_mask, row_scale
-from sparse_bitnet.kernels import quantize_activations, ternarize, ternary_matmul
+from sparse_bitnet.kernels import (
+    quantize_activations,
+    structured_matmul,
+    ternarize,
+    ternary_matmul,
+    training,
+)
 from sparse_bitnet.kernels.backward import gradients
+from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
+from sparse_bitnet.kernels.ternarize import ternarize_into
 from sparse_bitnet.nn.derived import DerivedModule, whole
 
 
@@ -42,12 +50,21 @@ class BitProduct(torch.autograd.Function):
         out_dtype: torch.dtype,
         one_scale: bool = False,
         fp8: bool = False,
+        structured: Tensor | None = None,
+        group: int = 0,
     ) -> Tensor:
-        x_q, x_scale = quantize_activations(x, bits)
+        sparse = structured is not None and bits == 8 and out_dtype == torch.bfloat16
+        if sparse and group:
+            x_q, operand, x_scale = quantize_with_lifted(x, group)
+        else:
+            x_q, x_scale = quantize_activations(x, bits)
+            operand = x_q
         ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
         ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        if sparse:
+            return structured_matmul(operand, x_scale, cast(Tensor, structured), w_scale, bias)
         return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 
     @staticmethod
@@ -75,7 +92,7 @@ class BitProduct(torch.autograd.Function):
         if needs_bias:
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
-        return dx, dw, dbias, *[None] * 7
+        return dx, dw, dbias, *[None] * 9
 
 
 def kept_weights(
@@ -102,7 +119,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     ``weight`` (and ``bias``) are ordinary parameters and all that a state dict holds. The buffers
     ``ternary`` (int8 ``[out, in]``) and ``scale`` (float32 ``[segments]``) are derived from the
     master weight once per optimizer step; see :mod:`sparse_bitnet.nn.derived`. So is ``kept`` (bool
-    ``[out, in]``), there only if the method masks gradients.
+    ``[out, in]``), there only if the method masks gradients, and ``structured``, the ternary weight
+    laid out for sparse tensor cores, there only after :meth:`use` asked for it.
 
     Args:
         linear: the layer to take over; its parameters are shared, not copied.
@@ -120,6 +138,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     ternary: Tensor
     scale: Tensor
     kept: Tensor | None
+    structured: Tensor | None
 
     def __init__(
         self,
@@ -144,6 +163,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         masked = method.gradient == "masked"
         kept = torch.empty_like(linear.weight, dtype=torch.bool) if masked else None
         self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("structured", None, persistent=False)
+        self.product, self.group = training.DENSE, 0
         self._track(pattern, method)
         self.train(linear.training)
         self.refresh()
@@ -162,8 +183,38 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         return values
 
     def derive(self) -> None:
-        for name, value in self.derived(whole(self.weight)).items():
-            self._fill(name, value)
+        weight = whole(self.weight)
+        if self.kept is None and not self.ternary.is_meta:
+            scale = ternarize_into(self.ternary, weight, self.pattern, self.method, self.segments)
+            self._fill("scale", scale)
+        else:
+            for name, value in self.derived(weight).items():
+                self._fill(name, value)
+        self._lay_out()
+
+    def use(self, product: str) -> None:
+        """Multiply by "dense" int8 or "sparse" tensor cores from now on.
+
+        Sparse serves bf16 results of int8 activations on CUDA, where there is a layout for the
+        pattern and shape (:func:`sparse_bitnet.kernels.training.group_of`); else dense remains.
+        """
+        if product != self.product:
+            self.product = product
+            self.invalidate()
+            self.refresh()
+
+    def _lay_out(self) -> None:
+        group = None
+        if self.product == training.SPARSE:
+            shape = (self.out_features, self.in_features)
+            group = training.group_of(self.pattern, self.ternary.device, *shape)
+        if group is None:
+            self.structured = None
+            return
+        old = self.structured
+        reuse = old if old is not None and old.is_cuda else None
+        self.structured = training.lay_out(self.ternary, group, reuse)
+        self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -179,6 +230,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
             output_dtype(x),
             len(self.segments) < 2,
             self.method.backward == "fp8",
+            self.structured,
+            self.group,
         )
 
     def extra_repr(self) -> str:

@@ -26,12 +26,12 @@ def input_gradient(dy: Tensor, ternary: Tensor, w_scale: Tensor, one_scale: bool
         dy: ``[tokens, out]``.
         ternary: int8 ``[out, in]``.
         w_scale: float32 ``[out]``, γ of every row.
-        one_scale: all rows have the same γ. It is then applied to the result, so that the weight
-            operand is exact and the multiplication joins whatever reads dX. float16, which cannot
-            hold the unscaled sums, takes it into the weight all the same.
+        one_scale: all rows have the same γ. In bf16 it is then applied to the result, so that the
+            weight operand is exact and the multiplication joins whatever reads dX. (float16 could
+            not hold the unscaled sums.)
     """
     weight = ternary.to(dy.dtype)
-    if one_scale and dy.dtype != torch.float16:
+    if one_scale and dy.dtype == torch.bfloat16:
         return (dy @ weight).mul_(w_scale[0])
     return dy @ weight.mul_(w_scale.unsqueeze(-1))
 

@@ -155,6 +155,15 @@ def compress(ternary: Tensor) -> Tensor:
             f"2:4: the weight {tuple(ternary.shape)} has more than two non-zeros in four lanes; "
             "encode it as windows first, or keep it dense"
         )
+    return compress_kept(ternary)
+
+
+def compress_kept(ternary: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same for a weight known to be 2:4, without looking: looking waits for the device.
+
+    Args:
+        out: uint8 of an earlier result of this shape, to write over.
+    """
     with torch.cuda.device(ternary.device):
         handle = _handle(_index(ternary.device))
         descriptor = _structured(handle, *ternary.shape)
@@ -167,7 +176,9 @@ def compress(ternary: Tensor) -> Tensor:
             ctypes.byref(scratch),
         )
         ternary = ternary.contiguous()
-        compressed = torch.empty(size.value, dtype=torch.uint8, device=ternary.device)
+        compressed = out
+        if compressed is None or compressed.numel() != size.value:
+            compressed = torch.empty(size.value, dtype=torch.uint8, device=ternary.device)
         buffer = torch.empty(scratch.value, dtype=torch.uint8, device=ternary.device)
         _call(
             "cusparseLtSpMMACompress2",

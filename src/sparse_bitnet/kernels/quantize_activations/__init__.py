@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_bitnet.formats.windows import lift
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import reference
 
-__all__ = ["quantize_activations", "quantize_fused"]
+__all__ = ["quantize_activations", "quantize_fused", "quantize_with_lifted"]
 
 
 def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,25 @@ def quantize_fused(
     return quantized, scale
 
 
+def quantize_with_lifted(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step wants of a layer over windows: one pass, both forms.
+
+    Args:
+        x: ``[..., in]``, float.
+        group: lanes of a window group, (2L−2):2L; it divides ``in``.
+
+    Returns:
+        int8 ``[..., in]`` for backward, int8 ``[..., in·(2·group − 4)/group]`` lifted for the
+        product, float32 ``[..., 1]``.
+    """
+    x = x.detach()
+    if not runs_triton(x):
+        quantized, scale = reference.quantize_fused(x)
+        return quantized, lift(quantized, group), scale
+    quantized, lifted, scale = torch.ops.sparse_bitnet.quantize_with_lifted(x, group)
+    return quantized, lifted, scale
+
+
 def _width(x: Tensor, swiglu: bool, group: int) -> int:
     columns = x.shape[-1] // 2 if swiglu else x.shape[-1]
     return columns // group * (2 * group - 4) if group else columns
@@ -85,6 +105,24 @@ def _fake(
     )
 
 
+def _cuda_with_lifted(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    from sparse_bitnet.kernels.quantize_activations import triton
+
+    plain = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    lifted, scale = triton.quantize(x, group=group, plain=plain)
+    return plain, lifted, scale
+
+
+def _fake_with_lifted(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    lifted, scale = _fake(x, None, 0.0, False, group, None)
+    return x.new_empty(x.shape, dtype=torch.int8), lifted, scale
+
+
+register(
+    "quantize_with_lifted(Tensor x, int group) -> (Tensor, Tensor, Tensor)",
+    _cuda_with_lifted,
+    _fake_with_lifted,
+)
 register(
     "quantize_activations(Tensor x, Tensor? norm_weight, float epsilon, bool swiglu, int group, "
     "Tensor? factor) -> (Tensor, Tensor)",

@@ -74,6 +74,7 @@ def _quantize_kernel(
     norm_ptr,
     factor_ptr,
     q_ptr,
+    plain_ptr,
     scale_ptr,
     columns,
     x_stride,
@@ -88,10 +89,13 @@ def _quantize_kernel(
     GROUP: tl.constexpr,
     WINDOWS: tl.constexpr,
     WORDS: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     q_ptr += row * q_stride
+    if PLAIN:
+        plain_ptr += row * columns
     inverse_rms = 1.0
     factor = 1.0
     if FACTOR:
@@ -122,6 +126,10 @@ def _quantize_kernel(
         if GROUP == 0:
             tl.store(q_ptr + lanes, rounded.to(tl.int8), mask=lanes < columns)
         else:
+            if PLAIN:
+                at = i * STEP + tl.arange(0, CHUNK)
+                mask = (tl.arange(0, CHUNK) < STEP) & (at < columns)
+                tl.store(plain_ptr + at, rounded.to(tl.int8), mask=mask)
             # Window w of group g is one 32-bit word: pairs g·L + w and g·L + w + 1 of the row.
             low, high = tl.split(tl.reshape(rounded, (CHUNK // 2, 2)))
             pairs = (low & 0xFF) | ((high & 0xFF) << 8)
@@ -156,8 +164,12 @@ def quantize(
     swiglu: bool = False,
     group: int = 0,
     factor: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; arguments and results as ``quantize_fused`` of this operation."""
+    """Launch the kernel; arguments and results as ``quantize_fused`` of this operation.
+
+    When lifting, ``plain`` (int8, contiguous, ``[..., in]``) receives the values unlifted too.
+    """
     columns = x.shape[-1] // 2 if swiglu else x.shape[-1]
     width = columns // group * (2 * group - 4) if group else columns
     quantized = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
@@ -176,6 +188,7 @@ def quantize(
         norm_weight,
         None if factor is None else factor.reshape(-1).contiguous(),
         quantized,
+        plain,
         scale,
         columns,
         rows.stride(0),
@@ -190,6 +203,7 @@ def quantize(
         GROUP=group,
         WINDOWS=windows,
         WORDS=triton.next_power_of_2(step // group * windows) if group else 1,
+        PLAIN=plain is not None,
         num_warps=warps,
         enable_fp_fusion=False,
     )

@@ -1,0 +1,128 @@
+"""The forward product of a training step: dense int8, or sparse tensor cores.
+
+A weight that changes at every optimizer step has to be laid out for sparse tensor cores at every
+step too: encoded over windows, compressed by the library. Whether that pays depends on the shape,
+the pattern and the tokens between two steps, so it is measured, layout included, once a shape, and
+remembered beside the other measurements.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet import console
+from sparse_bitnet.core.pattern import Pattern
+from sparse_bitnet.formats import windows
+from sparse_bitnet.kernels import dispatch, tuning
+from sparse_bitnet.kernels.dispatch import Choice
+from sparse_bitnet.kernels.matmul import structured_matmul
+from sparse_bitnet.kernels.platform import runs_triton
+from sparse_bitnet.kernels.quantize_activations import quantize_fused, quantize_with_lifted
+from sparse_bitnet.kernels.ternarize import ternarize
+from sparse_bitnet.kernels.weight import TernaryWeight, prepare
+
+DENSE, SPARSE = "dense", "sparse"
+SMALLEST = 2**20
+"""Weights up to here stay dense: a step of them is bound by launches, and a layout needs more."""
+
+
+def group_of(pattern: Pattern, device: torch.device, out: int, columns: int) -> int | None:
+    """Lanes of a window group for this weight, 0 for plain 2:4, None if nothing sparse serves."""
+    if pattern.is_dense or device.type != "cuda" or out * columns <= SMALLEST:
+        return None
+    from sparse_bitnet.kernels.matmul import cusparselt
+
+    two_of_four = pattern.m % 4 == 0 and pattern.n <= 2
+    if two_of_four and cusparselt.serves(device, out, columns):
+        return 0
+    group = windows.group_for(pattern, columns) or 0
+    width = columns // group * (2 * group - 4) if group else 0
+    return group if group and cusparselt.serves(device, out, width) else None
+
+
+def lay_out(ternary: Tensor, group: int, out: Tensor | None = None) -> Tensor:
+    """Ternary int8 ``[out, in]`` that keeps its pattern → the library's compressed form.
+
+    Args:
+        group: of :func:`group_of`.
+        out: an earlier result of this shape, to write over.
+    """
+    from sparse_bitnet.kernels.matmul import cusparselt
+    from sparse_bitnet.kernels.ternarize import triton_windows
+
+    with torch.cuda.device_of(ternary):
+        return cusparselt.compress_kept(
+            triton_windows.encode(ternary.contiguous(), group) if group else ternary, out
+        )
+
+
+def choose(
+    out: int,
+    columns: int,
+    pattern: Pattern,
+    tokens: int,
+    device: torch.device,
+    passes: int = 1,
+) -> Choice:
+    """Dense or sparse for one weight; measured at the first call for a shape.
+
+    Args:
+        tokens: of one forward pass.
+        passes: forward passes between two optimizer steps (micro-batches).
+    """
+    if device.type != "cuda" or not runs_triton(torch.empty(0, device=device)):
+        return Choice(DENSE, "no sparse tensor cores")
+    if group_of(pattern, device, out, columns) is None:
+        return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = f"training {tuning.bucket(tokens)}x{out}x{columns} {pattern}"
+    times = tuning.memory(index).get(key)
+    if times is None:
+        times = _measure(out, columns, pattern, tuning.bucket(tokens), device)
+        tuning.memory(index).put(key, times)
+    layout = times["layout"] / passes
+    dense, sparse = times[DENSE], times[SPARSE]
+    best = SPARSE if sparse + layout < dense else DENSE
+    why = f"dense {dense:.0f} µs, sparse {sparse:.0f} + {layout:.0f} µs of layout a forward pass"
+    return Choice(best, why, times)
+
+
+@torch.no_grad()
+def _measure(
+    out: int, columns: int, pattern: Pattern, tokens: int, device: torch.device
+) -> dict[str, float]:
+    """Microseconds of a forward product by each path, the token scale left to fusion; of layout."""
+    with console.progress(f"measuring {tokens} tokens, [{out}, {columns}] {pattern}", 3) as task:
+        weight = torch.randn(out, columns, device=device)
+        ternary, scale = ternarize(weight, pattern)
+        del weight
+        rows = scale.expand(out).contiguous()
+        group = group_of(pattern, device, out, columns)
+        assert group is not None
+        x = torch.randn(tokens, columns, device=device).bfloat16()
+        dense = prepare(ternary, rows)
+        dispatch.measure(dense, tokens)  # finds the best tiles
+        times = {DENSE: tuning.microseconds([partial(_dense, x, dense)])}
+        task.advance()
+        compressed = lay_out(ternary, group)
+
+        def sparse() -> Tensor:
+            if group:
+                _, x_q, _ = quantize_with_lifted(x, group)
+            else:
+                x_q, _ = quantize_fused(x)
+            return structured_matmul(x_q, None, compressed, rows)
+
+        sparse()  # lets the library search its algorithms outside a graph
+        times[SPARSE] = tuning.microseconds([sparse])
+        task.advance()
+        times["layout"] = tuning.microseconds([partial(lay_out, ternary, group, compressed)])
+        task.advance()
+    return times
+
+
+def _dense(x: Tensor, weight: TernaryWeight) -> Tensor:
+    return dispatch.ternary_linear(x, weight, backend="dense")
