@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet import console
+from sparse_bitnet.core.activation import quantize_int8
 from sparse_bitnet.core.errors import BackendError, ConfigError
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import row_scale
@@ -71,14 +72,17 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
 
 
 def _decide(
-    device_index: int, key: str, usable: tuple[str, ...], tokens: int, compiled: bool = False
+    device_index: int, key: str, usable: tuple[str, ...], tokens: int, deferred: bool = False
 ) -> Choice:
-    """The choice from what is remembered, else by rule."""
+    """The choice from what is remembered, else by rule.
+
+    ``deferred``: the token scale of a sparse product becomes part of the kernel that reads it.
+    """
     if len(usable) == 1:
         return Choice(usable[0], "nothing else serves this weight and dtype")
     remembered = tuning.memory(device_index).get(key) or {}
     times = {name: t for name, t in remembered.items() if name in usable}
-    if compiled:  # the token scale of a sparse product becomes part of the kernel that reads it
+    if deferred:
         times = {name: remembered.get(name + DEFERRED, t) for name, t in times.items()}
     if times:
         best = tuning.fastest(times)
@@ -94,7 +98,7 @@ def _decide(
 @torch.compiler.assume_constant_result
 def _decided(device_index: int, key: str, usable: tuple[str, ...], tokens: int) -> str:
     """The choice's name, looked up while ``torch.compile`` traces instead of being traced."""
-    return _decide(device_index, key, usable, tokens, compiled=True).backend
+    return _decide(device_index, key, usable, tokens, deferred=True).backend
 
 
 def backends(
@@ -145,7 +149,7 @@ def ternary_linear(
         )
     if backend == "cpu" and weight.packed is not None:
         return cpu.linear(x, weight.packed, weight.layout, weight.w_scale, bias, out_dtype)
-    x_q, x_scale = quantize_fused(x, group=_lifting(weight, backend))
+    x_q, x_scale = _quantized(x, weight, backend, tokens)
     return _product(x_q, x_scale, weight, bias, out_dtype, backend)
 
 
@@ -168,11 +172,11 @@ def gated_mlp(
     """
     out_dtype = out_dtype or x.dtype
     tokens = x.numel() // max(1, x.shape[-1])
-    first = _chosen(gate_up, tokens, out_dtype)
+    first = _chosen(gate_up, tokens, out_dtype, deferred=True)
     if first == "cpu":  # quantizes while it multiplies
         gate, up = ternary_linear(x, gate_up, None, out_dtype).chunk(2, dim=-1)
         return ternary_linear(F.silu(gate) * up, down, None, out_dtype)
-    x_q, x_scale = quantize_fused(x, group=_lifting(gate_up, first))
+    x_q, x_scale = _quantized(x, gate_up, first, tokens)
     factor: Tensor | None = None
     if first in SPARSE_BACKENDS:
         y = structured_matmul(x_q, None, cast(Tensor, gate_up.structured), gate_up.w_scale)
@@ -182,6 +186,20 @@ def gated_mlp(
     second = _chosen(down, tokens, out_dtype)
     y_q, y_scale = quantize_fused(y, swiglu=True, group=_lifting(down, second), factor=factor)
     return _product(y_q, y_scale, down, None, out_dtype, second)
+
+
+def _quantized(
+    x: Tensor, weight: TernaryWeight, backend: str, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Quantized, and lifted for a sparse product.
+
+    For few tokens a compiler does it, which then makes one kernel of a residual sum, a norm and
+    this: launches are what such a kernel costs. For many tokens ours is several times faster.
+    """
+    group = _lifting(weight, backend)
+    if torch.compiler.is_compiling() and tokens <= MOST_PACKED_TOKENS and not group:
+        return quantize_int8(x)
+    return quantize_fused(x, group=group)
 
 
 def _lifting(weight: TernaryWeight, backend: str) -> int:
@@ -209,23 +227,27 @@ def _product(
     return ternary_matmul(x_q, x_scale, weight.dense, weight.w_scale, bias, out_dtype)
 
 
-def _chosen(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
+def _chosen(
+    weight: TernaryWeight, tokens: int, out_dtype: torch.dtype, deferred: bool = False
+) -> str:
     if not runs_triton(weight.w_scale):
         return "reference" if weight.packed is None else "cpu"
-    key = _key(weight, tokens, out_dtype)
+    key, index = _key(weight, tokens, out_dtype), weight.device.index
     if torch.compiler.is_compiling():
-        usable = tuple(backends(weight, tokens, out_dtype))
-        return _decided(weight.device.index, key, usable, tokens)
-    here = (weight.device.index, key)
+        return _decided(index, key, tuple(backends(weight, tokens, out_dtype)), tokens)
+    here = (index, key, deferred)
     have = _decisions.get(here)
     if have is None:
         have = choose(weight, tokens, out_dtype).backend
+        if deferred:
+            usable = tuple(backends(weight, tokens, out_dtype))
+            have = _decide(index, key, usable, tokens, deferred).backend
         if tuning.may_measure():  # a capture takes the rule's word, but only for itself
             _decisions[here] = have
     return have
 
 
-_decisions: dict[tuple[int, str], str] = {}
+_decisions: dict[tuple[int, str, bool], str] = {}
 """Choices made by this process, by key: token counts of one bucket go one way."""
 
 
