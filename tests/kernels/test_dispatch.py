@@ -69,7 +69,7 @@ def test_decides_by_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.why == "measured 2.0 µs (windows 3.0)"
     memory.put("key", {"windows": 3.0, "dense": 2.0, "windows deferred": 1.5})
     assert dispatch._decide(0, "key", usable, 4096).backend == "dense"
-    assert dispatch._decide(0, "key", usable, 4096, compiled=True).backend == "windows"
+    assert dispatch._decide(0, "key", usable, 4096, deferred=True).backend == "windows"
 
 
 def test_explain_covers_all_it_was_asked() -> None:
