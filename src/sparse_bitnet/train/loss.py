@@ -6,6 +6,8 @@ in the same breath, while the logits are there: three matrix products, none repe
 one chunk. PyTorch 2.13 has ``linear_cross_entropy`` for this; 2.11 has not.
 
 The products run in autocast's dtype, logarithms and sums in float32 (float64 for float64 inputs).
+The head's gradient is summed over chunks inside its product, which on CUDA adds to float32 as it
+stores. Every chunk passes over that gradient once, so few large chunks are faster than many small.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from sparse_bitnet.nn import DerivedModule
 from sparse_bitnet.nn.head import has_plain_head
 
-LOGITS_AT_ONCE = 2**27  # elements: 512 MB in float32
+LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**27}  # 1 GB in bf16, 512 MB in float32
 
 
 def chunked_cross_entropy(
@@ -33,14 +35,31 @@ def chunked_cross_entropy(
         hidden: ``[..., features]``.
         head: ``[vocabulary, features]``, the output head's weight.
         labels: ``[...]``, int64 token ids.
-        chunk: tokens at a time; by default as many as make 2²⁷ logits.
+        chunk: tokens at a time; by default as many as make 2²⁹ logits on CUDA, else 2²⁷.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs), differentiable in ``hidden`` and ``head``.
     """
-    tokens = chunk or max(1, LOGITS_AT_ONCE // head.shape[0])
+    tokens = chunk or _chunk(labels.numel(), head)
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), tokens)
     return loss
+
+
+def _chunk(tokens: int, head: Tensor) -> int:
+    """Tokens at a time: equal parts where that is possible, so that one shape is compiled."""
+    most = max(1, LOGITS_AT_ONCE.get(head.device.type, 2**27) // head.shape[0])
+    fewest = max(1, -(-tokens // most))
+    parts = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+    return max(1, -(-tokens // parts))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += aᵀ @ b, without a product of its own in memory where CUDA can do that."""
+    halves = a.dtype in (torch.bfloat16, torch.float16)
+    if total.is_cuda and halves and total.dtype == torch.float32:
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a.T @ b
 
 
 def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +109,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[part] = slope @ rows
                 if d_head is not None:
-                    d_head += slope.T @ x
+                    _add_product(d_head, slope, x)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.head_dtype, ctx.count = head.dtype, labels.numel()
         return total / labels.numel()
