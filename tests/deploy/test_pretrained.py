@@ -227,7 +227,7 @@ def layers(count):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (quantization(format_version=2), r"has format version 2.*reads versions up to 1; run: pip"),
+        (quantization(format_version=3), r"has format version 3.*reads versions up to 2; run: pip"),
         (quantization(format_version=0), "format_version is 0; it should be a positive integer"),
         (quantization(format_version="1"), "format_version is 1; it should be a positive integer"),
         (quantization(storage="zip"), "storage is zip; it should be among"),

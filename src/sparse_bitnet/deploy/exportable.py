@@ -15,6 +15,7 @@ from sparse_bitnet.deploy.packing import distinct_tensors
 from sparse_bitnet.deploy.pretrained import load
 from sparse_bitnet.deploy.sizes import readable_bytes
 from sparse_bitnet.nn import SparseBitLinear, converted_modules
+from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.pack import pack_module, packed_spec
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
@@ -96,6 +97,10 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
 
     inside = tuple(f"{name}." for name in modules)
     others = {n: t for n, t in distinct_tensors(model).items() if not n.startswith(inside)}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Table):
+            del others[f"{name}.weight_scale"]
+            others[f"{name}.weight"] = module.dequantize()
     biases = {n: m.bias for n, m in modules.items() if isinstance(m.bias, Tensor)}
     for name, tensor in (others | {f"{n}.bias": bias for n, bias in biases.items()}).items():
         if tensor.is_floating_point():

@@ -23,6 +23,7 @@ from sparse_bitnet.deploy.packed_config import HINT, QUANT_METHOD, SparseBitNetC
 from sparse_bitnet.deploy.tensor_file import checksum_metadata
 from sparse_bitnet.deploy.verify import check_shard_name, is_outside, name_in, verify_files
 from sparse_bitnet.files import write_text
+from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
 from sparse_bitnet.nn.pack import swap_packed
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 
@@ -55,15 +56,21 @@ class SparseBitNetQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         names = {name for name, _ in model.named_modules()}
+
+        def here(name: str) -> str | None:
+            found = name_in(model, name, names)
+            if found is None and not is_outside(model, name):
+                raise _foreign(model, f"{name}: the model has no such module")
+            return found
+
         specs: dict[str, PackedSpec] = {}
         for name, spec in self.quantization_config.specs().items():
-            here = name_in(model, name, names)
-            if here is not None:
-                specs[here] = spec
-            elif not is_outside(model, name):
-                raise _foreign(model, f"{name}: the model has no such module")
+            if (found := here(name)) is not None:
+                specs[found] = spec
+        int8 = [found for name in self.quantization_config.int8 if (found := here(name))]
         try:
             swap_packed(model, specs)
+            swap_int8(model, int8)
         except (ConfigError, PatternError, WeightError) as error:
             raise _foreign(model, str(error)) from None
         if checkpoint_files:
@@ -74,7 +81,9 @@ class SparseBitNetQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, PackedModule) and not any(b.is_meta for b in module.buffers()):
+            if isinstance(module, PackedModule | Int8Table) and not any(
+                b.is_meta for b in module.buffers()
+            ):
                 module.check()
         # Only a directory with the plugin file may point to it; the config alone writes none.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:

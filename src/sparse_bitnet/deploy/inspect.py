@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 from torch import Tensor
@@ -17,6 +17,7 @@ from sparse_bitnet.deploy.packing import distinct_tensors
 from sparse_bitnet.deploy.pretrained import load
 from sparse_bitnet.deploy.sizes import least_bits, readable_bytes
 from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear
+from sparse_bitnet.nn.int8_head import TiedInt8Head
 from sparse_bitnet.nn.pack import derived_ternary
 from sparse_bitnet.nn.packed_module import PackedModule
 
@@ -63,6 +64,7 @@ class DirectoryReport:
         file_bytes: what the weight files take.
         other_parameters: in embeddings, norms, head and biases; tied ones once.
         other_bytes: what they take in the files.
+        head: the dtype of the output head, or how it is stored.
     """
 
     directory: str
@@ -74,6 +76,7 @@ class DirectoryReport:
     file_bytes: int
     other_parameters: int
     other_bytes: int
+    head: str
 
     @property
     def count(self) -> int:
@@ -136,7 +139,8 @@ class DirectoryReport:
             f"{self.directory}: {self.architecture}, {how}",
             f"weights     {self.count:,} in {len(self.weights)} matrices, {self.zeros:.1%} zero, "
             f"{self.bits:.2f} bits each in the files",
-            f"the rest    {self.other_parameters:,} parameters, {readable_bytes(self.other_bytes)}",
+            f"the rest    {self.other_parameters:,} parameters, "
+            f"{readable_bytes(self.other_bytes)}; the head is {self.head}",
             f"files       {readable_bytes(self.file_bytes)}; in float32 the model takes "
             f"{readable_bytes(self.float32_bytes)}",
         ]
@@ -171,7 +175,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
             weights += _reports(name, module)
             inside |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
             task.advance()
-    others = [tensor for name, tensor in distinct_tensors(model).items() if name not in inside]
+    others = {n: tensor for n, tensor in distinct_tensors(model).items() if n not in inside}
     packed = [module for module in modules.values() if isinstance(module, PackedModule)]
     ternary = all(
         isinstance(m, PackedModule | SparseBitLinear | SparseBitExperts) for m in modules.values()
@@ -184,9 +188,17 @@ def inspect(directory: str | Path) -> DirectoryReport:
         activation_bits=sorted({_activation_bits(m) for m in modules.values()}) if ternary else [],
         weights=weights,
         file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
-        other_parameters=sum(tensor.numel() for tensor in others),
-        other_bytes=sum(tensor.nbytes for tensor in others),
+        other_parameters=sum(t.numel() for n, t in others.items() if not n.endswith("_scale")),
+        other_bytes=sum(tensor.nbytes for tensor in others.values()),
+        head=_head(model),
     )
+
+
+def _head(model: Any) -> str:
+    head = model.get_output_embeddings()
+    tied = isinstance(head, TiedInt8Head) or head.weight is model.get_input_embeddings().weight
+    dtype = str(head.weight.dtype).removeprefix("torch.")
+    return f"{dtype}, shared with the embedding" if tied else dtype
 
 
 def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightReport]:

@@ -3,7 +3,9 @@
     {"quant_method": "sparse_bitnet", "format_version": 1, "storage": "two-bit",
      "modules": {"model.layers.0.self_attn.q_proj": {"pattern": "6:8", "activation_bits": 8}, …}}
 
-A module with several matrices fused into its rows also has ``segments``, the rows of each.
+A module with several matrices fused into its rows also has ``segments``, the rows of each. A model
+with an int8 head also has ``"int8": ["model.embed_tokens", "lm_head"]``, the modules that are int8,
+and format version 2, so that older readers say what they lack.
 
 transformers without this package skips a ``quant_method`` that it does not know, finds that no
 linear weight has the shape it expects, and refuses with "look at the above report", a table of
@@ -21,9 +23,10 @@ from sparse_bitnet.formats import STORAGES
 from sparse_bitnet.nn.packed_module import PackedSpec
 
 QUANT_METHOD = "sparse_bitnet"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_INT8 = 1  # the version that is written where nothing needs a newer one
 HINT = "to load this model: pip install sparse-bitnet, then import sparse_bitnet"
-FIELDS = {"quant_method", "format_version", "storage", "modules"}
+FIELDS = {"quant_method", "format_version", "storage", "modules", "int8"}
 MODULE_FIELDS = {"pattern", "activation_bits", "segments"}
 
 
@@ -34,6 +37,7 @@ class SparseBitNetConfig(QuantizationConfigMixin):
         modules: module name → its pattern, activation bits and segments, as in ``config.json``.
         storage: how the bytes of all of them are stored.
         format_version: of the directory.
+        int8: names of the embedding and head that are int8, if they are.
 
     Raises:
         PackedFormatError: if a field is missing, unknown or out of range, or if a newer version of
@@ -45,6 +49,7 @@ class SparseBitNetConfig(QuantizationConfigMixin):
         modules: object = None,
         storage: object = None,
         format_version: object = None,
+        int8: object = (),
         quant_method: object = QUANT_METHOD,
         **unknown: object,
     ) -> None:
@@ -68,13 +73,22 @@ class SparseBitNetConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.storage = storage
         self.modules: dict[str, dict[str, Any]] = modules
+        if not isinstance(int8, list | tuple) or not all(isinstance(name, str) for name in int8):
+            raise _wrong("int8", int8, "it should be a list of module names")
+        self.int8 = list(int8)
         self.specs()
 
     @classmethod
-    def of(cls, specs: dict[str, PackedSpec]) -> SparseBitNetConfig:
-        """The configuration of modules that all have the same storage."""
+    def of(cls, specs: dict[str, PackedSpec], int8: list[str]) -> SparseBitNetConfig:
+        """The configuration of modules that all have the same storage, and of an int8 head."""
         (name,) = {spec.storage for spec in specs.values()}
-        return cls({key: _to_json(spec) for key, spec in specs.items()}, name, FORMAT_VERSION)
+        version = FORMAT_VERSION if int8 else WITHOUT_INT8
+        return cls({key: _to_json(spec) for key, spec in specs.items()}, name, version, int8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``config.json`` has it: ``int8`` only where something is."""
+        fields = super().to_dict()
+        return fields if self.int8 else {k: v for k, v in fields.items() if k != "int8"}
 
     def specs(self) -> dict[str, PackedSpec]:
         """Module name → what its packed form has to know."""

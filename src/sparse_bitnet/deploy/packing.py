@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
 from sparse_bitnet.nn import DerivedModule, convert, converted_modules
+from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.train.export import load_master
 
+HeadName = Literal["float", "int8"]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 SHARD_BYTES = 5 * 10**9
 
@@ -83,6 +85,7 @@ def pack(
     out: str | Path,
     *,
     storage: StorageName = "two-bit",
+    head: HeadName = "float",
     dtype: DType | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -97,14 +100,16 @@ def pack(
         out: the directory to write; it appears whole or not at all. A packed directory that is
             there already is replaced.
         storage: ``"two-bit"`` (2 bits a weight, fastest to unpack) or ``"trits"`` (1.6 bits).
+        head: ``"int8"`` stores the output head, and an embedding tied to it, as int8 with a scale
+            for each row; ``"float"`` leaves them as they are.
         dtype: of embeddings, norms, head and biases; the model's own when left out.
         tokenizer: to store beside it; that of the directory when left out.
         shard_bytes: start another weight file when one grows beyond this.
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
-        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory, or
-            the tokenizer cannot be loaded.
+        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory, the
+            tokenizer cannot be loaded, or the head cannot be int8.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
     """
     out = Path(out)
@@ -116,7 +121,7 @@ def pack(
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
         tokenizer = _read_tokenizer(tokenizer)
-    plan = _Plan(trained, storage, None if dtype is None else getattr(torch, dtype))
+    plan = _Plan(trained, storage, head, None if dtype is None else getattr(torch, dtype))
     with atomic_directory(out) as directory:
         plan.write_config(directory)
         if tokenizer is not None:
@@ -163,7 +168,13 @@ def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | No
 class _Plan:
     """What will be written, known from shapes alone, and how to make each part of it."""
 
-    def __init__(self, trained: _Trained, storage: StorageName, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        trained: _Trained,
+        storage: StorageName,
+        head: HeadName,
+        dtype: torch.dtype | None,
+    ) -> None:
         model, self.modules = trained.model, trained.modules
         self.model, self.module = trained.model, trained.module
         self.storage, self.dtype = storage, dtype
@@ -188,8 +199,15 @@ class _Plan:
             for name, tensor in distinct_tensors(model).items()
             if not name.startswith(inside)
         }
+        self.int8 = int8_modules(model) if head == "int8" else []
+        # A tied head is among the names and has no tensor of its own.
+        tables = [self.dense.pop(f"{name}.weight", None) for name in self.int8]
+        self.tables = {n: t for n, t in zip(self.int8, tables, strict=True) if t is not None}
         for name, tensor in self.dense.items():
             self.others[name] = (self._stored_dtype(tensor), tuple(tensor.shape))
+        for name, tensor in self.tables.items():
+            self.others[f"{name}.weight"] = (torch.int8, tuple(tensor.shape))
+            self.others[f"{name}.weight_scale"] = (torch.float32, tuple(tensor.shape[:1]))
 
     def _stored_dtype(self, tensor: Tensor, key: str = "") -> torch.dtype:
         """Scales stay in float32; other floats are stored as asked."""
@@ -199,7 +217,7 @@ class _Plan:
 
     def write_config(self, directory: Path) -> None:
         config = copy.deepcopy(self.model.config)
-        config.quantization_config = SparseBitNetConfig.of(self.specs)
+        config.quantization_config = SparseBitNetConfig.of(self.specs, self.int8)
         config.auto_map = AUTO_MAP
         config.architectures = [type(self.model).__name__]
         config.dtype = self.model.dtype if self.dtype is None else self.dtype
@@ -242,6 +260,10 @@ class _Plan:
             if tensor.is_floating_point():
                 check_finite(tensor, name)
             yield name, tensor
+        for name, tensor in self.tables.items():
+            weight, scale = quantize_rows(tensor, f"{name}.weight")
+            yield f"{name}.weight", weight
+            yield f"{name}.weight_scale", scale
         yield HINT, torch.empty(0, dtype=torch.uint8)
         with progress(f"packing as {self.storage}", len(self.modules)) as task:
             for name in self.modules:
@@ -253,14 +275,19 @@ class _Plan:
     def result(self, directory: Path) -> PackResult:
         masters = [w for m in self.modules.values() for w in m.master_parameters().values()]
         weights = sum(weight.numel() for weight in masters)
-        others = sum(math.prod(shape) for _, shape in self.others.values())
+        floats = [tensor.numel() for tensor in (*self.dense.values(), *self.tables.values())]
+        biases = [
+            math.prod(self.others[f"{name}.bias"][1])
+            for name in self.modules
+            if f"{name}.bias" in self.others
+        ]
         return PackResult(
             directory=directory,
             modules=len(self.modules),
             weights=weights,
             packed_bytes=sum(_size(*entry) for entry in self.packed.values()),
             other_bytes=sum(_size(*entry) for entry in self.others.values()),
-            float32_bytes=4 * (weights + others),
+            float32_bytes=4 * (weights + sum(floats) + sum(biases)),
         )
 
 

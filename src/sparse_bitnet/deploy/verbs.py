@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import tyro
 
 from sparse_bitnet.console import out, say
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy import inspect as inspecting
 from sparse_bitnet.deploy import packing
 from sparse_bitnet.deploy.generate import Sampling, generate_text
-from sparse_bitnet.deploy.packing import PackResult
+from sparse_bitnet.deploy.head_effect import head_effect
+from sparse_bitnet.deploy.packing import HeadName, PackResult
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.evaluate import Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
@@ -31,8 +33,13 @@ def pack(
     directory: Path,
     *,
     storage: StorageName = "two-bit",
+    head: HeadName = "float",
     dtype: DType | None = None,
     tokenizer: Path | None = None,
+    shards: Path | None = None,
+    text: str | None = None,
+    window: int | None = None,
+    limit: int | None = None,
 ) -> PackResult:
     """Write a trained model as a packed directory that transformers loads.
 
@@ -40,12 +47,27 @@ def pack(
         source: directory of the trained model (model/ of a run).
         directory: the packed directory to write.
         storage: two-bit is fastest to unpack; trits takes 1.6 bits a weight.
+        head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight.
         dtype: of embeddings, norms, head and biases; the model's own when left out.
         tokenizer: directory of another tokenizer than the source's.
+        shards: token shards on which to measure what the int8 head changes.
+        text: text on which to measure it: a source such as text:PATH or jsonl:PATH.
+        window: tokens the model reads at once when measuring.
+        limit: measure on at most this many tokens.
     """
+    measures = shards is not None or text is not None
+    if measures and head != "int8":
+        raise ConfigError(
+            "pack: shards and text measure what an int8 head changes; add --head int8"
+        )
     started = time.perf_counter()
-    result = packing.pack(source, directory, storage=storage, dtype=dtype, tokenizer=tokenizer)
+    result = packing.pack(
+        source, directory, storage=storage, head=head, dtype=dtype, tokenizer=tokenizer
+    )
     say(f"packed in {time.perf_counter() - started:.1f} s")
+    if measures:
+        wanted = Measurements(shards=shards, text=text, window=window, limit=limit)
+        out.print(str(head_effect(source, directory, wanted)), markup=False)
     return result
 
 

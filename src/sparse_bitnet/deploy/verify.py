@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from sparse_bitnet.deploy.tensor_file import (
     read_header,
     verify_checksums,
 )
+from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import PackedModule
 
 CONFIG = "config.json"
@@ -106,9 +106,9 @@ def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
     exact = {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        if isinstance(module, PackedModule)
+        if isinstance(module, PackedModule | Int8Table)
         for key, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.uint8 or key.endswith("_scale")
+        if not buffer.is_floating_point() or key.endswith("_scale")
     }
     found: dict[str, Path] = {}
     for path, header in headers.items():

@@ -1,0 +1,32 @@
+"""Activations × int8 weights with a scale for each row: the head of a packed model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.kernels.int8_linear import reference
+from sparse_bitnet.kernels.int8_linear.reference import two_terms
+from sparse_bitnet.kernels.matmul import ternary_matmul
+from sparse_bitnet.kernels.platform import runs_triton
+
+__all__ = ["int8_linear", "two_terms"]
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = X @ (scale · W)ᵀ + bias; arguments and results of the reference.
+
+    On CUDA the dense int8 product of :func:`ternary_matmul`, which takes any int8 weight.
+    """
+    if not runs_triton(x):
+        return reference.int8_linear(x, weight, w_scale, bias, out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    x_q, x_scale = two_terms(rows)
+    y = ternary_matmul(x_q, x_scale, weight, w_scale, None, torch.float32)
+    return reference.add_terms(y, bias, out_dtype or x.dtype).view(*x.shape[:-1], weight.shape[0])

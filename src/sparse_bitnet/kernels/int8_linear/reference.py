@@ -1,0 +1,76 @@
+"""Float activations × int8 weights, in exact integer arithmetic.
+
+Few tokens need logits, so this product is bound by reading the weight once, and a second row of
+activations costs nothing. Each token therefore goes in as two int8 rows, its absmax quantization
+and that of what it left over: about 15 bits together. So the weight's rounding is all that an int8
+head loses, also where a few large lanes would leave the others of a single int8 row with nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core.activation import quantize_int8
+from sparse_bitnet.kernels.matmul.reference import integer_matmul
+
+EXACT_LANES = 1023  # products of two int8 values that float32 sums exactly
+
+
+def two_terms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[2·tokens, in]`` and float32 ``[2·tokens, 1]``: all tokens, then all remainders.
+
+    Args:
+        x: ``[tokens, in]``, float.
+    """
+    x = x.detach().float()
+    first, first_scale = quantize_int8(x)
+    rest, rest_scale = quantize_int8(x - first * first_scale)
+    return torch.cat([first, rest]), torch.cat([first_scale, rest_scale])
+
+
+def add_terms(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """float32 ``[2·tokens, out]`` of :func:`two_terms` → ``[tokens, out]``."""
+    first, rest = y.chunk(2)
+    y = first + rest
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = X @ (scale · W)ᵀ + bias.
+
+    Args:
+        x: ``[..., in]``, float.
+        weight: int8 ``[out, in]``.
+        w_scale: float32 ``[out]``, one a row.
+        bias: ``[out]`` or None.
+        out_dtype: of the result; ``x.dtype`` if left out.
+
+    Returns:
+        ``[..., out]``.
+    """
+    x_q, x_scale = two_terms(x.reshape(-1, x.shape[-1]))
+    y = int8_matmul(x_q, weight).float() * x_scale * w_scale
+    y = add_terms(y, bias, out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
+    """Xq @ Wᵀ, exact: int8 ``[tokens, in]`` and int8 ``[out, in]`` → int32 ``[tokens, out]``.
+
+    CPUs without VNNI add products of int8 in pairs of 16 bits, which overflow unless the weight is
+    ternary, so there it goes through float32 in pieces that are exact.
+    """
+    if x_q.is_cuda or (x_q.device.type == "cpu" and torch.cpu._is_vnni_supported()):
+        return integer_matmul(x_q, weight)
+    total = torch.zeros(x_q.shape[0], weight.shape[0], dtype=torch.int32, device=x_q.device)
+    for first in range(0, x_q.shape[1], EXACT_LANES):
+        lanes = slice(first, first + EXACT_LANES)
+        total += (x_q[:, lanes].float() @ weight[:, lanes].float().t()).to(torch.int32)
+    return total

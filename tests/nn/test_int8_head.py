@@ -1,0 +1,145 @@
+"""int8 tables: what they round, what they keep when a model moves, what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError
+from sparse_bitnet.nn.int8_head import (
+    Int8Embedding,
+    Int8Head,
+    TiedInt8Head,
+    int8_modules,
+    quantize_rows,
+    swap_int8,
+)
+
+SMALL = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
+
+
+def qwen(tied):
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=tied, **SMALL)).eval()
+
+
+def swapped(tied):
+    """A model with an int8 head, filled, and the float model of the same (rounded) values."""
+    model, twin = qwen(tied), qwen(tied)
+    names = int8_modules(model)
+    swap_int8(model, names, device="cpu")
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, TiedInt8Head):
+            continue
+        weight = twin.get_submodule(name).weight
+        module.weight[:], module.weight_scale[:] = quantize_rows(weight)
+        weight.data = module.dequantize()
+    return model, twin
+
+
+@torch.no_grad()
+def logits(model):
+    torch.manual_seed(1)
+    return model(torch.randint(0, 90, (2, 9))).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_computes_what_the_rounded_weights_do(tied):
+    model, twin = swapped(tied)
+    expected = logits(twin)
+    assert (logits(model) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert isinstance(model.lm_head, TiedInt8Head if tied else Int8Head)
+    assert isinstance(model.model.embed_tokens, Int8Embedding if tied else nn.Embedding)
+    assert list(int8_modules(qwen(tied))) == (["model.embed_tokens"] if tied else []) + ["lm_head"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_table_when_tied_wherever_the_model_goes(tied):
+    model, _ = swapped(tied)
+    before = logits(model)
+    twin = copy.deepcopy(model).to(torch.bfloat16).float()
+    keys = {key for key in model.state_dict() if "embed" in key or "head" in key}
+    if tied:
+        assert twin.lm_head.weight is twin.model.embed_tokens.weight
+        assert twin.lm_head.table is not model.lm_head.table
+        assert keys == {"model.embed_tokens.weight", "model.embed_tokens.weight_scale"}
+        model.tie_weights()
+        assert torch.equal(logits(model), before)
+    table = twin.lm_head.table if tied else twin.lm_head
+    original = model.lm_head.table if tied else model.lm_head
+    assert table.weight.dtype == torch.int8
+    assert torch.equal(table.weight_scale, original.weight_scale)
+    half = copy.deepcopy(model).half()
+    assert half.model.embed_tokens(torch.tensor([1])).dtype == torch.float16
+    assert half.lm_head(torch.zeros(1, 32).half()).dtype == torch.float16
+
+
+def test_a_head_with_a_bias():
+    torch.manual_seed(0)
+    small = SMALL | {"num_key_value_heads": 4}
+    model = PhiForCausalLM(PhiConfig(tie_word_embeddings=False, **small)).eval()
+    nn.init.normal_(model.lm_head.bias)
+    weight, bias = model.lm_head.weight.detach(), model.lm_head.bias.detach()
+    swap_int8(model, int8_modules(model), device="cpu")
+    head = model.lm_head
+    head.weight[:], head.weight_scale[:] = quantize_rows(weight)
+    head.bias[:] = bias
+    x = torch.randn(3, 32)
+    assert torch.allclose(head(x), x @ head.dequantize().t() + bias, atol=1e-4)
+
+
+def test_rounding_is_half_a_step_and_zero_rows_stay_zero():
+    weight = torch.randn(20_000, 6) * torch.rand(20_000, 1)
+    weight[7] = 0
+    quantized, scale = quantize_rows(weight)
+    assert quantized.dtype == torch.int8 and quantized.abs().max() == 127
+    assert ((quantized * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    assert scale[7] == 1 and not quantized[7].any()
+    weight[3, 1] = torch.nan
+    with pytest.raises(WeightError, match=r"head: 1 of .* values are NaN"):
+        quantize_rows(weight, "head")
+
+
+def test_scales_are_checked():
+    table = Int8Head(3, 4, where="lm_head")
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        table.weight_scale[:] = torch.tensor([1.0, wrong, 1.0])
+        with pytest.raises(
+            PackedFormatError, match=r"lm_head.weight_scale: a scale is not a posit"
+        ):
+            table.check()
+    table.weight_scale[:] = 1
+    table.check()
+    assert repr(table) == "Int8Head(3, 4, bias=False)"
+
+
+def test_refuses_what_it_would_compute_wrongly():
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, **SMALL))
+    with pytest.raises(ConfigError, match="tied to a Gemma3TextScaledWordEmbedding, which does mo"):
+        int8_modules(gemma)
+    model = qwen(True)
+    model.lm_head = nn.Identity()
+    with pytest.raises(ConfigError, match="the output head of this Qwen2ForCausalLM is a Identity"):
+        int8_modules(model)
+    with pytest.raises(ConfigError, match=r"model.norm: a Qwen2RMSNorm cannot be int8"):
+        swap_int8(qwen(True), ["model.norm"])
+    with pytest.raises(ConfigError, match="nothing: a NoneType cannot be int8"):
+        swap_int8(qwen(True), ["nothing"])
