@@ -26,6 +26,8 @@ VERBS = {
     "train": ("train.command", "train_command", "train a recipe, from scratch or from a model"),
     "evaluate": ("deploy.verbs", "evaluate", "perplexity, cloze accuracy, tasks of a model"),
     "pack": ("deploy.verbs", "pack", "trained model → packed directory"),
+    "export": ("deploy.export", "export", "model → GGUF for llama.cpp, or bitnet for transformers"),
+    "import": ("deploy.export", "import_checkpoint", "bitnet checkpoint → trained model"),
     "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
     "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
     "chat": ("deploy.chat", "chat", "talk with a model directory on the terminal"),

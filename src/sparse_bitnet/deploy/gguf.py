@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_bitnet.console import progress
 from sparse_bitnet.core import ConfigError, MissingExtraError, WeightError
@@ -93,9 +93,8 @@ def export_gguf(
         "activations are rounded to 8 bits by blocks of 256 there, by token here",
         f"embedding and head are stored as {embeddings.upper()}",
     ]
-    embedding = source.model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    words = vocabulary(source.tokenizer, embedding.num_embeddings)
+    embedding: Any = source.model.get_input_embeddings()
+    words = vocabulary(source.tokenizer, len(embedding.weight))
     tensors = _Tensors(source, kind, linears.upper(), embeddings.upper(), odd_rows)
     out = Path(out)
     if out.is_dir():

@@ -113,8 +113,12 @@ def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[st
 
 def _write_config(source: Exportable, directory: Path, linear_class: LinearClass) -> None:
     model = source.model
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = [name for name in linears if name not in source.shapes]
+    head = model.get_output_embeddings()
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and name not in source.shapes) or module is head
+    ]
     for name in source.shapes:
         if not should_convert_module(name, kept):
             raise ConfigError(
