@@ -16,6 +16,7 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy.generate import Sampling, context_length, encode, generate_from
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.deploy.ready import make_ready
 
 DRAWN = Sampling(temperature=0.7, top_p=0.95)
 NEW = "/new"
@@ -44,6 +45,7 @@ def chat(
         device: the GPU when left out, if there is one.
     """
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    make_ready(model)
     conversation = Conversation(model, tokenizer, system, max_new_tokens, sampling)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its line editing and history

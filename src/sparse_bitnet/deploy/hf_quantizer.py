@@ -110,6 +110,10 @@ class SparseBitNetQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
 
 def save_pretrained(
     model: Any, save_directory: str | Path, is_main_process: bool = True, **options: Any

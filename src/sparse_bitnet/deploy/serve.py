@@ -29,6 +29,7 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.deploy.generate import context_length
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.deploy.ready import make_ready
 from sparse_bitnet.deploy.requests import InvalidRequest, check_chat, check_completion
 
 ROUTES = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
@@ -98,6 +99,7 @@ def build_server(
     if not 0 <= port < 2**16:
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    make_ready(model)
     name = name or Path(directory).resolve().name
     created = int(Path(directory).stat().st_mtime)
     built = _Unstarted(host=host, port=port, non_blocking=True, log_level="error")

@@ -1,0 +1,34 @@
+"""A loaded model made ready to run: fused, laid out, and on a GPU decoding as one CUDA graph."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.nn.fuse import fuse
+from sparse_bitnet.nn.packed_module import prepare
+
+
+def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
+    """Join what reads the same input and derive compute layouts, in place.
+
+    Such a model generates and is evaluated as before; it can no longer be saved.
+
+    Args:
+        model: packed or not, on its device.
+        compile: decode with a static key-value cache, compiled, as one CUDA graph (transformers'
+            own): the first tokens take up to a minute longer, the others a fraction of their time.
+
+    Raises:
+        ConfigError: for ``compile`` without an NVIDIA GPU.
+        PackedFormatError: if stored weights break their pattern.
+    """
+    if compile and model.device.type != "cuda":
+        raise ConfigError(
+            f"compile needs the model on an NVIDIA GPU, it is on {model.device.type}; leave it out"
+        )
+    fuse(model)
+    prepare(model)
+    if compile:
+        assert model.generation_config is not None
+        model.generation_config.cache_implementation = "static"
