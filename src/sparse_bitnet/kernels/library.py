@@ -1,7 +1,7 @@
 """Where the package's operators are registered with PyTorch.
 
-Each operation defines its schema, its kernel for one kind of device, and its fake (shape) function, which makes it
-work inside ``torch.compile``, CUDA graphs and on meta tensors. Registered through
+Each operation defines its schema, its kernel for one kind of device, and its fake (shape) function,
+which makes it work inside ``torch.compile``, CUDA graphs and on meta tensors. Registered through
 ``torch.library.Library``, whose calls cost a few microseconds of host time; ``custom_op`` costs
 several times that.
 """

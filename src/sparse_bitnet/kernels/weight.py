@@ -75,9 +75,9 @@ def prepare(
     if not runs_triton(ternary):
         if ternary.device.type != "cpu" or native.path() == native.REFERENCE or not columns:
             return TernaryWeight(pattern, w_scale, out, columns, ternary)
-        packed, layout = cpu.lay_out(ternary, stored)
+        laid_out, layout = cpu.lay_out(ternary, stored)
         w_scale = w_scale.contiguous()
-        return TernaryWeight(pattern, w_scale, out, columns, None, packed, layout)
+        return TernaryWeight(pattern, w_scale, out, columns, None, laid_out, layout)
     from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
 
     packed = triton_packed.pack_rows(ternary) if columns < triton_packed.LONGEST_ROW else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.kernels.library import register
-from sparse_bitnet.kernels.matmul import reference
+from sparse_bitnet.kernels.matmul import cpu, reference
 from sparse_bitnet.kernels.matmul.reference import integer_matmul
 from sparse_bitnet.kernels.platform import runs_triton
 
@@ -23,9 +23,12 @@ def ternary_matmul(
 ) -> Tensor:
     """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias; arguments and results of the reference.
 
-    One Triton kernel on CUDA, the reference elsewhere. Both give the same values.
+    One Triton kernel on CUDA, the CPU kernel for few tokens, the reference elsewhere. All give the
+    same values, and serve any int8 weight.
     """
     if not runs_triton(x_q):
+        if cpu.serves_bytes(x_q, ternary):
+            return cpu.linear(x_q, ternary, "bytes", w_scale, bias, out_dtype, x_scale)
         return reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
     return torch.ops.sparse_bitnet.dense_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 

@@ -28,6 +28,9 @@ from sparse_bitnet.kernels.library import register
 BLOCK = 256
 """Weights of a six-bit row come in blocks of so many: 64 groups in 48 bytes."""
 GROUP_BITS = 6
+LONGEST_ROW = 2**16
+"""Products of bytes, (w + 128)·x, are summed in int32: 255·128·2¹⁶ fits."""
+MOST_BYTE_TOKENS = 8
 ZEROS = 0x55
 """Four weights of zero, in two bits each."""
 
@@ -39,6 +42,24 @@ def row_bytes(layout: str, in_features: int) -> int:
     if layout == "six-bit":
         return -(-in_features // BLOCK) * (BLOCK // 4 * GROUP_BITS // 8)
     return in_features
+
+
+def serves_bytes(x_q: Tensor, weight: Tensor) -> bool:
+    """Whether products with a dense int8 weight are faster here than by PyTorch."""
+    columns = x_q.shape[-1]
+    return (
+        x_q.device.type == "cpu"
+        and 0 < columns < LONGEST_ROW
+        and x_q.numel() <= MOST_BYTE_TOKENS * columns
+        and weight.shape == (weight.shape[0], columns)
+        and weight.is_contiguous()
+        and _has_path()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_path() -> bool:
+    return native.path() != native.REFERENCE
 
 
 def lay_out(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]:
