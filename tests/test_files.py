@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from sparse_bitnet import files
-from sparse_bitnet.files import atomic_directory, atomic_file, write_text
+from sparse_bitnet.files import (
+    LARGEST_JSON,
+    atomic_directory,
+    atomic_file,
+    read_json,
+    refuse_special,
+    write_text,
+)
 
 
 def fill(temporary: Path, text: str, is_directory: bool) -> None:
@@ -226,3 +233,37 @@ def test_names_with_pattern_characters(tmp_path: Path) -> None:
         with atomic_directory(target) as temporary:
             fill(temporary, text, True)
     assert content(target) == "second"
+
+
+def test_json_is_read_with_suspicion(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    path.write_text('{"é": [1, null]}', encoding="utf-8")
+    assert read_json(path) == {"é": [1, None]}
+    for data, message in (
+        (b"{", "not valid JSON"),
+        (b"\xff{}", "not valid JSON: 'utf-8'"),
+        ('{"a": 1}'.encode("utf-16"), "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"1" * 5000, "not valid JSON: Exceeds the limit"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_json(path)
+    with path.open("ab") as file:
+        file.truncate(LARGEST_JSON + 1)
+    with pytest.raises(ValueError, match="longer than 67108864 bytes"):
+        read_json(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_json(path)
+
+
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "link").symlink_to("file")
+    refuse_special(tmp_path, tmp_path / "file", tmp_path / "link", tmp_path / "nothing")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("zero", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} is a pipe or a device, not a file"):
+            read_json(tmp_path / name)

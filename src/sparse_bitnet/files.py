@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one.
+"""Writing files so that a crash leaves the old one or the new one, and reading with suspicion.
 
 Everything is written beside its place under a temporary name, synced to the disk, and renamed. One
 rename replaces a file. A directory that exists takes two: were a machine to stop between them, the
@@ -7,15 +7,18 @@ old one waits as ``NAME.<process>.old.partial`` and the next write to NAME puts 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY_SUFFIX = ".partial"
 ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
+LARGEST_JSON = 2**26  # bytes
 
 
 @contextmanager
@@ -76,6 +79,38 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of a moderate size.
+
+    Raises:
+        OSError: if there is none, or it cannot be read.
+        ValueError: if it is no plain file, longer than 64 MiB, or not JSON in UTF-8; the text says
+            which.
+    """
+    refuse_special(path)
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"longer than {LARGEST_JSON} bytes")
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+def refuse_special(*paths: Path) -> None:
+    """Refuse pipes and devices: reading one may never end. Links to plain files are fine.
+
+    Raises:
+        ValueError: naming the first that is neither a file nor a directory.
+    """
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe or a device, not a file")
 
 
 def _put_back(path: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sparse_bitnet.core.errors import DataError
 from sparse_bitnet.data import TokenShards
-from sparse_bitnet.data.shards import LARGEST_INDEX_BYTES, token_dtype
+from sparse_bitnet.data.shards import token_dtype
+from sparse_bitnet.files import LARGEST_JSON
 
 
 @pytest.fixture
@@ -188,8 +189,8 @@ def test_index_that_is_no_index(copy: Path, text: str) -> None:
 
 def test_giant_index(copy: Path) -> None:
     with (copy / "index.json").open("ab") as file:
-        file.truncate(LARGEST_INDEX_BYTES + 1)  # sparse: takes no space
-    with pytest.raises(DataError, match="not an index of ours"):
+        file.truncate(LARGEST_JSON + 1)  # sparse: takes no space
+    with pytest.raises(DataError, match="longer than 67108864 bytes"):
         TokenShards(copy)
 
 

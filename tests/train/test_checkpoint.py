@@ -177,9 +177,9 @@ def damage_step(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damage_truncate, r"is damaged: shard-.* has \d+ bytes and checksum \d+, expected \d+"),
+        (damage_truncate, r"is damaged: shard-.* has \d+ bytes and checksum \d+, expected \[\d+"),
         (damage_flip, r"is damaged: shard-.* checksum"),
-        (damage_remove, r"is damaged: shard-.* is missing"),
+        (damage_remove, r"is damaged: 'shard-.*' is missing"),
         (damage_manifest, r"checkpoint\.json is not that of a checkpoint of step 10"),
         (damage_step, r"checkpoint\.json is not that of a checkpoint of step 10"),
     ],

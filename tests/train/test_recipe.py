@@ -200,3 +200,33 @@ def test_help_names_every_option() -> None:
 def test_sections_have_defaults(file: Path) -> None:
     assert load_recipe(file).sparsity.pattern == "6:8"
     assert isinstance(load_recipe(file), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: &a [*a]",
+        "data: ["
+        + ", ".join(["&a0 [x, x]", *(f"&a{n + 1} [*a{n}, *a{n}]" for n in range(40))])
+        + "]",
+        "data: {path: " + "1" * 5000 + "}",
+        "data: " + "[" * 5000,
+        "data: {path: !!timestamp yesterday}",
+        "data: {path: !!python/object/apply:os.getcwd []}",
+        "x" * (2**20 + 1),
+    ],
+)
+def test_hostile_yaml(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("steps", ["9" * 400, "-" + "9" * 400])
+def test_numbers_that_no_counter_holds(tmp_path: Path, steps: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {{path: x}}\nschedule: {{steps: {steps}}}\noptimizer: {{clip: 1}}")
+    with pytest.raises(ConfigError, match=r"schedule\.steps is"):
+        load_recipe(path)

@@ -12,6 +12,7 @@ from sparse_bitnet.core.errors import (
     SparseBitNetError,
     TrainingError,
     WeightError,
+    shown,
 )
 from sparse_bitnet.core.mask import flip_rate, nm_mask, worst_group
 from sparse_bitnet.core.method import Method
@@ -60,6 +61,7 @@ __all__ = [
     "quantize_int8",
     "round_ternary",
     "row_scale",
+    "shown",
     "ternarize",
     "worst_group",
     "zero_fraction",

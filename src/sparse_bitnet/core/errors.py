@@ -1,5 +1,13 @@
 """Errors of this package. Each message names the thing, the place and the remedy."""
 
+from reprlib import Repr
+
+LONGEST_SHOWN = 300
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 10
+_SHORT.maxlevel = 3
+
 
 class SparseBitNetError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -39,3 +47,15 @@ class MissingExtraError(SparseBitNetError, ImportError):
 
 class BackendError(SparseBitNetError, RuntimeError):
     """No backend serves this device, dtype and shape, or the one asked for cannot."""
+
+
+def shown(value: object) -> str:
+    """A value from a file for a message: its ``repr``, or the beginning of it.
+
+    Never made whole first: a few lines of YAML that refer to each other stand for gigabytes.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer with more digits than Python prints
+        return f"a long {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"

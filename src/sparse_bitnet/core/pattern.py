@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sparse_bitnet.core.errors import PatternError
+from sparse_bitnet.core.errors import PatternError, shown
 
 LARGEST_GROUP = 32
 
@@ -41,14 +41,16 @@ class Pattern:
             return text
         if not isinstance(text, str):
             raise PatternError(
-                f'pattern {text!r} is not text: write "6:8" with quotes (in YAML, too, where 6:8 '
-                "without them is a number in base 60)"
+                f'pattern {shown(text)} is not text: write "6:8" with quotes (in YAML, too, where '
+                "6:8 without them is a number in base 60)"
             )
         if text == "dense":
             return DENSE
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
         if not match:
-            raise PatternError(f"pattern {text!r} is not understood: write N:M as in 6:8, or dense")
+            raise PatternError(
+                f"pattern {shown(text)} is not understood: write N:M as in 6:8, or dense"
+            )
         return cls(int(match[1]), int(match[2]))
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparse_bitnet.core.errors import DataError
 from sparse_bitnet.data.shards import Shard
-from sparse_bitnet.files import TEMPORARY_SUFFIX, write_text
+from sparse_bitnet.files import TEMPORARY_SUFFIX, read_json, refuse_special, write_text
 
 JOURNAL = "prepare.json"
 LOCK = "prepare.lock"
@@ -77,6 +77,10 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
                 f"{out}: holds {sorted(foreign)[0]}, which data preparation did not write; name an "
                 "empty or a new directory"
             )
+    try:
+        refuse_special(*out.rglob("*"))
+    except ValueError as error:
+        raise DataError(f"{error}; remove it") from None
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as lock:
         try:
@@ -108,7 +112,7 @@ def _load(out: Path) -> Journal | None:
     if not path.exists():
         return None
     try:
-        state = json.loads(path.read_bytes())
+        state = read_json(path)
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
             raise ValueError("not written by this version")
         parts = [
@@ -116,7 +120,7 @@ def _load(out: Path) -> Journal | None:
             for part in state.pop("parts")
         ]
         return Journal(**state, parts=parts)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: damaged or of another version ({error}); prepare again with overwrite"
         ) from error

@@ -198,7 +198,7 @@ def _write_indexes(out: Path, journal: Journal, encoder: Encoder) -> None:
             vocab_size=encoder.vocab_size,
             eos_id=encoder.eos_id,
         )
-        if shards and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        if shards and not (path.is_file() and path.read_bytes() == text.encode()):
             write_text(path, text)
 
 

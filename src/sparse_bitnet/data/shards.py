@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from sparse_bitnet.console import progress
-from sparse_bitnet.core.errors import DataError
+from sparse_bitnet.core.errors import DataError, shown
+from sparse_bitnet.files import read_json
 
 INDEX = "index.json"
 FORMAT = "sparse-bitnet token shards"
 VERSION = 1
 SMALL_VOCABULARY = 1 << 16
 LARGEST_VOCABULARY = 1 << 31
-LARGEST_INDEX_BYTES = 1 << 26
 OPEN_SHARDS = 256  # each memory map keeps a file descriptor, of which a process has about 1000
 VERIFY_TOKENS = 1 << 22
 
@@ -209,12 +209,10 @@ def _read_index(directory: Path) -> dict[str, Any]:
             f"{path}: missing; the directory is not token shards, or preparing them was "
             "interrupted: run `sparse-bitnet data prepare` again"
         )
-    if path.stat().st_size > LARGEST_INDEX_BYTES:
-        raise DataError(f"{path}: larger than {LARGEST_INDEX_BYTES} bytes, not an index of ours")
     try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); prepare the data again") from error
+        index: dict[str, Any] = read_json(path)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; prepare the data again") from error
     problem = _problem(index)
     if problem:
         raise DataError(f"{path}: {problem}; edited or not one of ours, prepare the data again")
@@ -226,37 +224,37 @@ def _problem(index: Any) -> str | None:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         return f"not an index of {FORMAT}"
     if not _count(index.get("version")) or index["version"] != VERSION:
-        return f"format version {index.get('version')!r}, this program reads {VERSION}"
+        return f"format version {shown(index.get('version'))}, this program reads {VERSION}"
     missing = {"dtype", "vocab_size", "eos_id", "tokenizer_hash", "shards"} - set(index)
     if missing:
         return f"lacks {', '.join(sorted(missing))}"
     if not _count(index["vocab_size"]) or index["vocab_size"] > LARGEST_VOCABULARY:
-        return f"vocab_size is {_show(index['vocab_size'])}"
+        return f"vocab_size is {shown(index['vocab_size'])}"
     dtype = _dtype_name(index["vocab_size"])
     if index["dtype"] != dtype:
-        return f"dtype is {_show(index['dtype'])}, a vocabulary of that size is kept as {dtype}"
+        return f"dtype is {shown(index['dtype'])}, a vocabulary of that size is kept as {dtype}"
     if not _count(index["eos_id"], smallest=0) or index["eos_id"] >= index["vocab_size"]:
-        return f"eos_id is {_show(index['eos_id'])}"
+        return f"eos_id is {shown(index['eos_id'])}"
     if not _digest(index["tokenizer_hash"]):
-        return f"tokenizer_hash is {_show(index['tokenizer_hash'])}"
+        return f"tokenizer_hash is {shown(index['tokenizer_hash'])}"
     shards = index["shards"]
     if not isinstance(shards, list) or not shards:
         return "names no shards"
     names = set()
     for shard in shards:
         if not isinstance(shard, dict) or set(shard) != set(Shard.__dataclass_fields__):
-            return f"shard {_show(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
+            return f"shard {shown(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
         name = shard["file"]
         # One plain file name: no directory, no parent, nothing absolute.
         if not isinstance(name, str) or not re.fullmatch(r"[0-9]{1,9}\.bin", name) or name in names:
-            return f"shard file name {_show(name)} is not allowed"
+            return f"shard file name {shown(name)} is not allowed"
         names.add(name)
         if not all(_count(shard[key]) for key in ("tokens", "documents", "bytes")):
             return f"counts of shard {name} are not positive integers"
         if shard["documents"] > shard["tokens"]:
             return f"shard {name} has more documents than tokens"
         if not _digest(shard["sha256"]):
-            return f"sha256 of shard {name} is {_show(shard['sha256'])}"
+            return f"sha256 of shard {name} is {shown(shard['sha256'])}"
     return None
 
 
@@ -270,8 +268,3 @@ def _count(value: Any, smallest: int = 1) -> bool:
 
 def _digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

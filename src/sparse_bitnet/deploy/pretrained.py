@@ -18,6 +18,7 @@ from sparse_bitnet.deploy.hf_quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
+from sparse_bitnet.files import refuse_special
 from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
 from sparse_bitnet.train.export import load_trained
 
@@ -67,6 +68,10 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
     """
     directory = Path(directory)
     config, _ = read_config(directory)
+    try:
+        refuse_special(*directory.iterdir())
+    except ValueError as error:
+        raise PackedFormatError(f"{error}; get the directory again") from None
     tensors = sum(len(read_header(path).tensors) for path in weight_files(directory))
     layers = config.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= tensors:

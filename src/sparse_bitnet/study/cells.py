@@ -18,16 +18,18 @@ A cell that several blocks ask for is run once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_bitnet.core import ConfigError, Pattern, SparseBitNetError
+from sparse_bitnet.core import ConfigError, Pattern, SparseBitNetError, shown
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.presets import PRESETS
 from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml
@@ -78,7 +80,9 @@ class Cell:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise ConfigError(f"{place}: {name!r} is unknown; a cell has {', '.join(known)}")
+                raise ConfigError(
+                    f"{place}: {shown(name)} is unknown; a cell has {', '.join(known)}"
+                )
         values = dict(values)
         until = values.get("until") or {}
         pairs = until.items() if isinstance(until, dict) else until
@@ -92,15 +96,16 @@ class Cell:
             values["tokens_per_weight"] = float(given)
             if values.get("learning_rate") is not None:
                 values["learning_rate"] = float(values["learning_rate"])
-        except (SparseBitNetError, TypeError, ValueError) as error:
-            raise ConfigError(f"{place}: {error}") from error
+        except (SparseBitNetError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{place}: {str(error)[:200]}") from error
         cell = cls(**values)
         for name, choices in (("kind", KINDS), ("size", tuple(PRESETS)), ("method", (*METHODS,))):
-            if getattr(cell, name) not in choices:
+            chosen = getattr(cell, name)
+            if chosen not in choices:
                 raise ConfigError(
-                    f"{place}: {name} is {getattr(cell, name)!r}; choose among {', '.join(choices)}"
+                    f"{place}: {name} is {shown(chosen)}; choose among {', '.join(choices)}"
                 )
-        if not cell.tokens_per_weight > 0:
+        if not 0 < cell.tokens_per_weight < math.inf:
             raise ConfigError(f"{place}: tokens_per_weight is {cell.tokens_per_weight}: above 0")
         return cell
 
@@ -207,15 +212,15 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     known = ("name", "base", "kinds", "defaults", "evaluation", "blocks")
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path}: {name!r} is unknown; a sweep has {', '.join(known)}")
+            raise ConfigError(f"{path}: {shown(name)} is unknown; a sweep has {', '.join(known)}")
     kinds = values.get("kinds") or {}
     for kind in kinds:
         if kind not in KINDS:
-            raise ConfigError(f"{path}: kinds: {kind!r}; choose among {', '.join(KINDS)}")
+            raise ConfigError(f"{path}: kinds: {shown(kind)}; choose among {', '.join(KINDS)}")
     blocks: dict[Cell, list[str]] = {}
     for index, block in enumerate(values.get("blocks") or []):
         if not isinstance(block, dict):
-            raise ConfigError(f"{path}: block {index + 1} is {block!r}: it must be a mapping")
+            raise ConfigError(f"{path}: block {index + 1} is {shown(block)}: it must be a mapping")
         name = str(block.get("name", f"block {index + 1}"))
         for cell in _expand(block, values.get("defaults") or {}, f"{path}, {name}"):
             asked = blocks.setdefault(cell, [])
@@ -243,7 +248,7 @@ def read_sweep(path: str | Path) -> SweepRecipe:
 
 def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``base`` with the fields of each section of ``upper`` in place of its own."""
-    result: dict[str, Any] = json.loads(json.dumps(base))
+    result: dict[str, Any] = copy.deepcopy(base)
     for section, fields in upper.items():
         own = result.get(section)
         laid = isinstance(own, dict) and isinstance(fields, dict)

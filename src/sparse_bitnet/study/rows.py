@@ -29,6 +29,7 @@ from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study.cells import Cell
 
 ROWS_FILE = "rows.jsonl"
+LONGEST_INTEGER = 18  # digits
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,15 @@ class Row:
     def diverged(self) -> bool:
         return not math.isfinite(self.perplexity)
 
-    def series(self, name: str, group: str = "history") -> tuple[list[float], list[Any]]:
+    def series(self, name: str) -> tuple[list[float], list[Any]]:
         """(tokens, values) of a history, without the points where nothing was measured."""
-        history = self.raw.get(group)
+        history = self.raw.get("history")
         history = history if isinstance(history, dict) else {}
-        tokens, values = history.get("tokens") or [], history.get(name) or []
-        pairs = [(t, v) for t, v in zip(tokens, values, strict=False) if _usable(v)]
+        tokens, values = history.get("tokens"), history.get(name)
+        if not (isinstance(tokens, list) and isinstance(values, list)):
+            return [], []
+        both = zip(tokens, values, strict=False)
+        pairs = [(t, v) for t, v in both if _is_number(t) and _is_number(v)]
         return [t for t, _ in pairs], [v for _, v in pairs]
 
     @property
@@ -95,9 +99,12 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
         if not line.strip():
             continue
         try:
-            row = _parse(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
-            problems.append(f"{path.name}, line {number}: skipped, {error}")
+            row = _parse(json.loads(line, parse_int=_whole))
+        except (
+            *(ValueError, TypeError, KeyError, AttributeError),
+            *(ConfigError, OverflowError, RecursionError),
+        ) as error:
+            problems.append(f"{path.name}, line {number}: skipped, {str(error)[:300]}")
             continue
         rows[row.key] = row
     return list(rows.values()), problems
@@ -141,10 +148,13 @@ def _parse(raw: Any) -> Row:
     )
 
 
-def _usable(value: Any) -> bool:
-    if value is None:
-        return False
-    return not isinstance(value, float) or math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _whole(digits: str) -> int | float:
+    """An integer of JSON; as a float where it is too large for one, which infinity may be."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
 
 
 def _finite(value: Any) -> Any:

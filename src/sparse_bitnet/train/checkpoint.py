@@ -35,8 +35,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from transformers import PreTrainedModel
 
 from sparse_bitnet.console import say
-from sparse_bitnet.core import CheckpointError, ConfigError
-from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, write_text
+from sparse_bitnet.core import CheckpointError, ConfigError, shown
+from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import config_from_dict, differences, to_dict
@@ -148,17 +148,19 @@ class Checkpoints:
     def _manifest(self, step: int) -> dict[str, Any]:
         path = self.path(step) / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             sound = manifest["format"] == FORMAT and manifest["step"] == step
-            sound = sound and isinstance(manifest["files"], dict) and "config" in manifest
-        except (OSError, ValueError, KeyError, TypeError):
+            sound = sound and {"config", "data"} <= manifest.keys()
+            sound = sound and isinstance(manifest["files"], dict)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
             raise CheckpointError(
                 f"checkpoint {path.parent} is damaged or foreign: {MANIFEST} is not that of a "
                 f"checkpoint of step {step}; {self._way_out(step)}"
             )
-        return manifest
+        checked: dict[str, Any] = manifest
+        return checked
 
     def _check_same_run(self, path: Path, manifest: dict[str, Any]) -> None:
         try:
@@ -176,16 +178,18 @@ class Checkpoints:
 
     def _damage(self, path: Path, manifest: dict[str, Any]) -> str:
         """What is wrong with a checkpoint's files, or the empty string. Ranks share the reading."""
-        expected = manifest["files"]
-        missing = [name for name in expected if not (path / name).is_file()]
-        if missing:
-            return f"{missing[0]} is missing"
+        expected, present = manifest["files"], _tensor_files(path)
+        for names, trouble in (
+            (expected.keys() - present, "is missing"),
+            (present - expected.keys(), "does not belong to it"),
+        ):
+            if names:
+                return f"{shown(min(names))} {trouble}"
         found = self._fingerprints(path, sorted(expected))
         for name, (size, crc) in found.items():
             if [size, crc] != expected[name]:
                 return (
-                    f"{name} has {size} bytes and checksum {crc}, expected "
-                    f"{expected[name][0]} and {expected[name][1]}"
+                    f"{name} has {size} bytes and checksum {crc}, expected {shown(expected[name])}"
                 )
         return ""
 
@@ -206,7 +210,9 @@ class Checkpoints:
     def _broken(self, step: int) -> bool:
         path = self.path(step)
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(path / MANIFEST)
+            if manifest["files"].keys() != _tensor_files(path):
+                return True
             return manifest["step"] != step or any(
                 _fingerprint(path / name) != mark for name, mark in manifest["files"].items()
             )
@@ -249,6 +255,11 @@ def _fingerprint(path: Path) -> list[int]:
             size += len(block)
             crc = zlib.crc32(block, crc)
     return [size, crc]
+
+
+def _tensor_files(directory: Path) -> set[str]:
+    """Names of the plain files that a reader of tensors would open there."""
+    return {path.name for path in directory.glob("*.safetensors") if path.is_file()}
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from sparse_bitnet.core import ConfigError, Method, Pattern
+from sparse_bitnet.core import ConfigError, Method, Pattern, shown
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class TrainConfig:
 
 def _check(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
+        raise ConfigError(f"{name} is {shown(value)}: it must be {wanted}")
 
 
 def _check_positive(name: str, value: int | None, optional: bool = False) -> None:

@@ -8,7 +8,6 @@ and a line in a table. Here each of them is an error.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from sparse_bitnet.core import CheckpointError, check_finite
+from sparse_bitnet.files import read_json, refuse_special
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
-LARGEST_CONFIG_BYTES = 2**26
 
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
@@ -96,10 +95,9 @@ def no_bars() -> Iterator[None]:
 
 def _check_config(directory: Path) -> None:
     """What has to be known before transformers builds what a ``config.json`` says."""
+    refuse_special(*directory.iterdir())
     path = directory / "config.json"
-    if path.stat().st_size > LARGEST_CONFIG_BYTES:
-        raise ValueError(f"{path.name} is too large to be a model's")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     reason = foreign_code(config)

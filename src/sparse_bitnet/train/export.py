@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import CheckpointError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
-from sparse_bitnet.files import atomic_directory, write_text
+from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import no_bars, read_dense
@@ -84,7 +84,7 @@ def read_trained(directory: str | Path) -> Trained:
     """
     path = Path(directory) / SIDE_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {values['format']!r}; this version reads format {FORMAT}"

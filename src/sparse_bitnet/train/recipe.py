@@ -25,13 +25,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
-from sparse_bitnet.core import ConfigError, PatternError
+from sparse_bitnet.core import ConfigError, PatternError, shown
 from sparse_bitnet.train.config import DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
 # Of the section `run` that is all but these.
 FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing"}
 DECIDES_WEIGHTS = {"run.seed", "run.precision"}
+LARGEST_RECIPE = 2**20  # characters
+MOST_PARTS = 100_000
+LARGEST_WHOLE = 2**62
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,9 +83,13 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_RECIPE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    if len(text) > LARGEST_RECIPE:
+        raise ConfigError(f"recipe {path} is longer than {LARGEST_RECIPE} characters")
+    return _parse(text, str(path))
 
 
 def config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
@@ -124,7 +131,9 @@ def differences(there: TrainConfig, here: TrainConfig) -> list[str]:
     """One line for each field that decides the weights and differs."""
     old, new = identity(there), identity(here)
     return [
-        f"{key} is {old[key]!r} there and {new[key]!r} here" for key in old if old[key] != new[key]
+        f"{key} is {shown(old[key])} there and {shown(new[key])} here"
+        for key in old
+        if old[key] != new[key]
     ]
 
 
@@ -141,9 +150,26 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place} is not YAML: {error}") from error
+        value = yaml.load(text, Loader=_Loader)
+        if _parts(value, {}) > MOST_PARTS:
+            raise ValueError(f"written out, its aliases have more than {MOST_PARTS} parts")
+        return value
+    except Exception as error:  # YAML's own, and whatever a wrong date or a long number raises
+        raise ConfigError(f"{place} is not YAML: {str(error)[:500]}") from error
+
+
+def _parts(value: Any, known: dict[int, float]) -> float:
+    """How many values a YAML value has, written out: infinitely many if it holds itself.
+
+    Twelve lines of ``b: &b [*a, *a, …]`` stand for more than fit into any memory.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is counted, which is for good if it holds itself
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_parts(one, known) for one in inside)
+    return known[id(value)]
 
 
 def _lay(built: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -218,7 +244,9 @@ def _hint(key: str) -> Any:
 def _convert(kind: type, values: Any, prefix: str, place: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         where = f" at {prefix.rstrip('.')}" if prefix else ""
-        raise ConfigError(f"{place}{where}: expected a mapping of keys to values, found {values!r}")
+        raise ConfigError(
+            f"{place}{where}: expected a mapping of keys to values, found {shown(values)}"
+        )
     result = {}
     for name, value in values.items():
         _check_key(kind, name, f"{prefix}{name}", place)
@@ -292,14 +320,15 @@ def _value(hint: Any, value: Any, key: str, place: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint is not float and isinstance(hint, type) and type(value) is hint:
+    small = not (type(value) is int and abs(value) > LARGEST_WHOLE)
+    if hint is not float and isinstance(hint, type) and type(value) is hint and small:
         return value
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # a directory named 2024, say
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     expected = wanted.get(hint, str(hint).replace("typing.", ""))
-    raise ConfigError(f"{place}: {key} is {value!r}: it must be {expected}")
+    raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")

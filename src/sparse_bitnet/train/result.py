@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.files import write_text
+from sparse_bitnet.files import read_json, write_text
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.parallel import Ranks
@@ -96,12 +96,12 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
     if not done.is_file() or (config.run.export and not model.is_dir()):
         return None
     try:
-        values = json.loads(done.read_text(encoding="utf-8"))
+        values = read_json(done)
         if values["config_digest"] != digest(config):
             return None
         figures = {name: values[name] for name in _PLAIN}
         checkpoint = None if values["checkpoint"] is None else directory / values["checkpoint"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged; the last checkpoint gives the same result again
     return TrainResult(
         directory=directory,

@@ -1,0 +1,44 @@
+"""Values from files in messages: never long, never costly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sparse_bitnet.core import shown
+from sparse_bitnet.core.errors import LONGEST_SHOWN
+
+
+@pytest.mark.parametrize("value", ["6:8", 7, 0.5, None, True, ["a", 1], {"a": 1}, (0.9, 0.95)])
+def test_ordinary_values_are_their_repr(value: object) -> None:
+    assert shown(value) == repr(value)
+
+
+def bomb() -> list[Any]:
+    value: list[Any] = ["x"] * 9
+    for _ in range(30):
+        value = [value] * 9  # written out, 9³¹ parts
+    return value
+
+
+def ring() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: "x" * 10**6,
+        lambda: 1 << 10**6,
+        lambda: list(range(10**6)),
+        lambda: dict.fromkeys(range(10**6)),
+        bomb,
+        ring,
+    ],
+)
+def test_long_ones_are_cut(make: Callable[[], object]) -> None:
+    assert len(shown(make())) <= LONGEST_SHOWN
