@@ -205,7 +205,7 @@ def test_rows_that_four_does_not_divide(tmp_path):
 # ── import
 
 
-def bitnet_model():
+def bitnet_model(tied):
     """A small random BitNetForCausalLM: sub-norms, squared ReLU, biases."""
     torch.manual_seed(3)
     config = BitNetConfig(
@@ -217,6 +217,7 @@ def bitnet_model():
         num_key_value_heads=2,
         max_position_embeddings=64,
         attention_bias=True,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -229,8 +230,11 @@ def bitnet_model():
 
 def write_checkpoint(directory, linear_class, mode="offline", form="packed", tokenizer=None):
     """A checkpoint as others write it: by transformers' own packing, not by ours."""
-    model = bitnet_model()
+    tied = linear_class == "bitlinear"
+    model = bitnet_model(tied)
     state = {n: t.clone() for n, t in model.state_dict().items()}
+    if tied:
+        del state["lm_head.weight"]
     generator = torch.Generator().manual_seed(4)
     for name, module in model.named_modules() if mode == "offline" else ():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
@@ -442,6 +446,19 @@ def test_files_that_are_damaged_or_dangerous(tmp_path, tokenizer):
     (source / "generation_config.json").write_text("[")
     with pytest.raises(PackedFormatError, match="not valid JSON"):
         import_bitnet(source, tmp_path / "out")
+
+
+def test_generation_settings(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "s", *FORMS["bitlinear"])
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [3, 4], "do_sample": True, "temperature": 0.6}))
+    import_bitnet(source, tmp_path / "out")
+    settings = load_trained(tmp_path / "out")[0].generation_config
+    assert settings.eos_token_id == [3, 4] and settings.temperature == 0.6
+    path.write_text(json.dumps({"eos_token_id": 3, "temperature": 0.6}))  # no sampling
+    import_bitnet(source, tmp_path / "out")
+    assert "generation_config.json is left out" in capsys.readouterr().err
+    assert load_trained(tmp_path / "out")[0].generation_config.eos_token_id == 0
 
 
 def test_other_refusals(tmp_path):

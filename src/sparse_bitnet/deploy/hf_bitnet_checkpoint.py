@@ -33,7 +33,7 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sparse_bitnet.console import progress
+from sparse_bitnet.console import progress, say
 from sparse_bitnet.core import ConfigError, PackedFormatError, check_finite
 from sparse_bitnet.core.ternary import SMALLEST_SCALE
 from sparse_bitnet.deploy.tensor_file import Entry, read_header
@@ -103,8 +103,7 @@ class BitNetCheckpoint:
             )
         path = self.directory / "generation_config.json"
         if path.is_file():
-            with _reading(path):
-                model.generation_config = GenerationConfig.from_dict(read_json(path))
+            model.generation_config = _read_generation(path, model.generation_config)
         return model.eval()
 
     def _build(self) -> PreTrainedModel:
@@ -311,6 +310,20 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
             yield from _numbers(one, key)
     elif isinstance(value, int | float):
         yield key, value
+
+
+def _read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
+    """A checkpoint's generation settings; many have some that contradict each other."""
+    values = read_json(path)
+    with _reading(path):
+        config = GenerationConfig.from_dict(values)
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            reason = str(error).splitlines()[1:2] or [str(error)]
+            say(f"warning: {path} is left out, transformers would not write it: {reason[0][:200]}")
+            return default
+    return config
 
 
 @contextmanager
