@@ -66,7 +66,7 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     key = _key(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
     index = weight.device.index
-    if len(usable) > 1 and _measures() and tuning.memory(index).get(key) is None:
+    if len(usable) > 1 and may_measure_now() and tuning.memory(index).get(key) is None:
         measure(weight, tokens, out_dtype)
     return _decide(index, key, usable, tokens)
 
@@ -251,7 +251,7 @@ _decisions: dict[tuple[int, str, bool], str] = {}
 """Choices made by this process, by key: token counts of one bucket go one way."""
 
 
-def _measures() -> bool:
+def may_measure_now() -> bool:
     """Whether a shape met for the first time may be measured now."""
     return os.environ.get("SPARSE_BITNET_MEASURE", "1") != "0" and tuning.may_measure()
 

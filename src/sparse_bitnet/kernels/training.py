@@ -75,14 +75,18 @@ def choose(
     """
     if device.type != "cuda" or not runs_triton(torch.empty(0, device=device)):
         return Choice(DENSE, "no sparse tensor cores")
-    if group_of(pattern, device, out, columns) is None:
-        return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape")
+    if out * columns <= SMALLEST:
+        return Choice(DENSE, "too small to pay for a layout at every step")
     index = torch.cuda.current_device() if device.index is None else device.index
     key = f"training {tuning.bucket(tokens)}x{out}x{columns} {pattern}"
-    times = tuning.memory(index).get(key)
-    if times is None:
-        times = _measure(out, columns, pattern, tuning.bucket(tokens), device)
-        tuning.memory(index).put(key, times)
+    memory = tuning.memory(index)
+    if memory.get(key) is None:
+        if not dispatch.may_measure_now():
+            return Choice(DENSE, "not measured")
+        memory.put(key, _measure(out, columns, pattern, tuning.bucket(tokens), device))
+    times = memory.get(key) or {}
+    if SPARSE not in times:
+        return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape", times)
     layout = times["layout"] / passes
     dense, sparse = times[DENSE], times[SPARSE]
     best = SPARSE if sparse + layout < dense else DENSE
@@ -100,13 +104,14 @@ def _measure(
         ternary, scale = ternarize(weight, pattern)
         del weight
         rows = scale.expand(out).contiguous()
-        group = group_of(pattern, device, out, columns)
-        assert group is not None
         x = torch.randn(tokens, columns, device=device).bfloat16()
         dense = prepare(ternary, rows)
         dispatch.measure(dense, tokens)  # finds the best tiles
         times = {DENSE: tuning.microseconds([partial(_dense, x, dense)])}
         task.advance()
+        group = group_of(pattern, device, out, columns)
+        if group is None:
+            return times
         compressed = lay_out(ternary, group)
 
         def sparse() -> Tensor:
