@@ -1,4 +1,4 @@
-"""The three operations of a layer: ternarize the weight, quantize the activations, multiply.
+"""The operations of a layer: ternarize the weight, quantize the activations, multiply; backward.
 
 One folder an operation, one file a backend; ``reference.py`` is the judge of the others.
 """
