@@ -61,7 +61,7 @@ def gradients(
         # Unscaled sums reach 2⁸·out, too much for float16.
         out_dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
         product = _matmul(values, _transposed(ternary, None), None, out_dtype)
-        dx = product * (scale * w_scale[0] if one_scale else scale).unsqueeze(-1)
+        dx = product * (scale * w_scale.select(0, 0) if one_scale else scale).unsqueeze(-1)
     if needs[1]:
         if not (needs[0] and one_scale):
             values, scale = _rows(dy, None)

@@ -32,7 +32,7 @@ def input_gradient(dy: Tensor, ternary: Tensor, w_scale: Tensor, one_scale: bool
     """
     weight = ternary.to(dy.dtype)
     if one_scale and dy.dtype == torch.bfloat16:
-        return (dy @ weight).mul_(w_scale[0])
+        return (dy @ weight).mul_(w_scale.select(0, 0))
     return dy @ weight.mul_(w_scale.unsqueeze(-1))
 
 

@@ -1,0 +1,65 @@
+"""Shapes and dtypes that the compiler is told, without a GPU: fake CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparse_bitnet.kernels import matmul, quantize_activations
+from sparse_bitnet.kernels import platform as kernels_platform
+from sparse_bitnet.kernels.backward import fp8, gradients
+from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
+from sparse_bitnet.nn.sparse_bit_linear import BitProduct
+
+TOKENS, OUT, IN = 64, 32, 48
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    def serves(tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cuda"
+
+    quantization = __import__(
+        "sparse_bitnet.kernels.quantize_activations", fromlist=["quantize_activations"]
+    )
+    for module in (kernels_platform, fp8, matmul, quantization):
+        monkeypatch.setattr(module, "runs_triton", serves)
+    monkeypatch.setattr(fp8, "_has_fp8", lambda index: True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_gradients(fake_gpu: FakeTensorMode, use_fp8: bool, one_scale: bool) -> None:
+    dy = torch.empty(4, TOKENS // 4, OUT, device="cuda", dtype=torch.bfloat16)
+    x = torch.empty(4, TOKENS // 4, IN, device="cuda")
+    x_q, x_scale = quantize_activations(x)
+    ternary = torch.empty(OUT, IN, dtype=torch.int8, device="cuda")
+    w_scale = torch.empty(OUT, device="cuda")
+    dx, dw = gradients(dy, x_q, x_scale, ternary, w_scale, one_scale=one_scale, use_fp8=use_fp8)
+    assert dx is not None
+    assert dw is not None
+    assert (dx.shape, dw.shape, dw.dtype) == (x.shape, ternary.shape, torch.float32)
+    assert dw.device.type == "cuda"
+
+
+@pytest.mark.parametrize("group", [0, 8])
+def test_sparse_forward(fake_gpu: FakeTensorMode, group: int) -> None:
+    x = torch.empty(TOKENS, IN, device="cuda")
+    weight, bias = torch.empty(OUT, IN, device="cuda"), torch.empty(OUT, device="cuda")
+    ternary = torch.empty(OUT, IN, dtype=torch.int8, device="cuda")
+    structured = torch.empty(1000, dtype=torch.uint8, device="cuda")
+    scale = torch.empty(OUT, device="cuda")
+    tail = (None, 8, torch.bfloat16, True, True, structured, group)
+    with torch.no_grad():
+        y = BitProduct.apply(x, weight, bias, ternary, scale, *tail)
+    assert (y.shape, y.dtype, y.device.type) == ((TOKENS, OUT), torch.bfloat16, "cuda")
+
+
+def test_both_forms(fake_gpu: FakeTensorMode) -> None:
+    plain, lifted, scale = quantize_with_lifted(torch.empty(2, 3, IN, device="cuda"), 8)
+    assert [tuple(t.shape) for t in (plain, lifted, scale)] == [(2, 3, IN), (2, 3, 72), (2, 3, 1)]
