@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.formats.windows import lift
 from sparse_bitnet.kernels import quantize_activations, training
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
-from sparse_bitnet.nn import choose_products, convert, use_products
+from sparse_bitnet.nn import choose_products, convert, sparse_bit_linear, use_products
 
 
 def model() -> nn.Module:
@@ -43,3 +44,27 @@ def test_both_forms_of_the_activations() -> None:
     assert torch.equal(plain, expected)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(lifted, lift(expected, 8))
+
+
+@pytest.mark.parametrize("group", [0, 8])
+def test_a_sparse_product_is_traced_without_a_break(
+    monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    """The branch that only a GPU takes, with a stand-in for its product."""
+
+    def stand_in(
+        operand: Tensor, x_scale: Tensor, structured: Tensor, w_scale: Tensor, bias: Tensor
+    ) -> Tensor:
+        assert operand.shape[-1] == (24 if group else 16)
+        total = operand.float().sum(-1, keepdim=True)
+        return (total * x_scale * w_scale + bias).to(torch.bfloat16)
+
+    monkeypatch.setattr(sparse_bit_linear, "structured_matmul", stand_in)
+    layer = model()[0]
+    layer.structured, layer.group = torch.zeros(1, dtype=torch.uint8), group
+    layer.compile(fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(5, 16))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.grad is not None

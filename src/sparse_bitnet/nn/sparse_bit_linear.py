@@ -53,8 +53,9 @@ class BitProduct(torch.autograd.Function):
         structured: Tensor | None = None,
         group: int = 0,
     ) -> Tensor:
-        sparse = structured is not None and bits == 8 and out_dtype == torch.bfloat16
-        if sparse and group:
+        if bits != 8 or out_dtype != torch.bfloat16:
+            structured = None
+        if structured is not None and group:
             x_q, operand, x_scale = quantize_with_lifted(x, group)
         else:
             x_q, x_scale = quantize_activations(x, bits)
@@ -63,8 +64,8 @@ class BitProduct(torch.autograd.Function):
         ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if sparse:
-            return structured_matmul(operand, x_scale, cast(Tensor, structured), w_scale, bias)
+        if structured is not None:
+            return structured_matmul(operand, x_scale, structured, w_scale, bias)
         return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 
     @staticmethod
