@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,7 +109,43 @@ def edit_json_file(path, change):
     path.write_text(json.dumps(value))
 
 
+# Loads what it is told to, without this package. Not compiled: that takes longer than it saves.
+STOCK = """
+import os, sys
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import torch
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    directory, out = line.split()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        torch.save(model(torch.randint(0, 300, (2, 20))).logits, out)
+    assert "sparse_bitnet" not in sys.modules
+    print("done", flush=True)
+"""
+
+
 # Test modules cannot import this file, so its functions are fixtures.
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """Logits that stock transformers computes from a directory, in a process of its own."""
+    out = tmp_path_factory.mktemp("stock") / "logits.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(directory):
+        process.stdin.write(f"{directory} {out}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+        return torch.load(out, weights_only=True)
+
+    yield run
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

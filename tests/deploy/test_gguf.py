@@ -21,7 +21,8 @@ from sparse_bitnet.core import CheckpointError, ConfigError, Method, MissingExtr
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.deploy.gguf import export_gguf
 from sparse_bitnet.deploy.packing import pack
-from sparse_bitnet.nn import convert
+from sparse_bitnet.deploy.pretrained import load
+from sparse_bitnet.nn import SparseBitLinear, convert
 from sparse_bitnet.nn.pack import derived_ternary
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
 
@@ -283,6 +284,44 @@ def test_other_refusals(save, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[gguf\]'"):
         export_gguf(directory, tmp_path / "m.gguf")
+
+
+def test_an_int8_head(save, tmp_path):
+    directory = save("qwen2", tie_word_embeddings=True)
+    packed = tmp_path / "packed"
+    pack(directory, packed, head="int8")
+    export_gguf(packed, tmp_path / "m.gguf", embeddings="f32")
+    table = load(packed)[0].get_input_embeddings()
+    found, _ = read(tmp_path / "m.gguf")
+    assert torch.equal(found["token_embd.weight"][1], table.dequantize())
+    assert "output.weight" not in found
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_fused_matrices_keep_their_scales(save, tmp_path, kind):
+    """Row by row, and with rows that change places."""
+    model, tokenizer = load_trained(save(kind))
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.weight[64:] *= 3
+    fused = SparseBitLinear(layer, layer.pattern, layer.method, segments=(64, 192))
+    model.model.layers[0].self_attn.q_proj = fused
+    pack(model, tmp_path / "packed", tokenizer=tokenizer)
+    export_gguf(tmp_path / "packed", tmp_path / "m.gguf")
+    found = read(tmp_path / "m.gguf")[0]["blk.0.attn_q.weight"][1]
+    rows = torch.cat([fused.scale[:1].expand(64), fused.scale[1:].expand(192)]).half().float()
+    exact = fused.ternary * rows.unsqueeze(-1)
+    assert torch.equal(found, permuted(exact, HEADS[0]) if kind == "llama" else exact)
+
+
+def test_the_change_of_a_small_scale_is_told(save, tmp_path):
+    directory = save("qwen2")
+    model, tokenizer = load_trained(directory)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 1e-3
+    save_trained(model, tokenizer, directory, SparsityConfig(pattern="6:8"))
+    lost = export_gguf(directory, tmp_path / "m.gguf").lost[0]
+    assert 2**-11 < float(lost.split("at most ")[1].split()[0]) < 0.003
 
 
 def test_an_all_zero_layer(save, tmp_path):
