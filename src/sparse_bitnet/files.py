@@ -81,19 +81,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file of a moderate size.
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """The value in a JSON file of at most ``largest`` bytes.
 
     Raises:
         OSError: if there is none, or it cannot be read.
-        ValueError: if it is no plain file, longer than 64 MiB, or not JSON in UTF-8; the text says
+        ValueError: if it is no plain file, longer, or not JSON in UTF-8; the text says
             which.
     """
     refuse_special(path)
     with path.open("rb") as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise ValueError(f"longer than {LARGEST_JSON} bytes")
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"longer than {largest} bytes")
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:

@@ -1,3 +1,5 @@
+import contextlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +151,42 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"cut')
     with pytest.raises(DataError, match="no tokenizer can be loaded from there"):
         load_tokenizer(tmp_path)
+
+
+def test_hostile_tokenizers(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    bpe.save_pretrained(tmp_path)
+    load_tokenizer(tmp_path)
+    path, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    clean, good = json.loads(path.read_text()), json.loads(settings.read_text())
+    first = next(iter(clean["model"]["vocab"]))
+    # Read in, a list of four billion missing ids: the process would be gone.
+    for edit in (
+        {"model": clean["model"] | {"vocab": clean["model"]["vocab"] | {first: 2**32 - 1}}},
+        {"added_tokens": [{**clean["added_tokens"][0], "id": 2**31}]},
+    ):
+        path.write_text(json.dumps(clean | edit))
+        with pytest.raises(DataError, match=r"tokenizer\.json has token id \d{10}, but only"):
+            load_tokenizer(tmp_path)
+    path.write_text(json.dumps(clean))
+    settings.write_text(json.dumps(good | {"model_max_length": []}))
+    with pytest.raises(DataError, match="no tokenizer can be loaded from there"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_of_a_tokenizer_is_not_run(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bpe.save_pretrained(tmp_path / "bpe")
+    (tmp_path / "bpe" / "own.py").write_text(
+        f"open({str(tmp_path / 'trace')!r}, 'w')\nclass T: pass\n"
+    )
+    settings = tmp_path / "bpe" / "tokenizer_config.json"
+    own = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(DataError):
+        load_tokenizer(tmp_path / "bpe")
+    assert not (tmp_path / "trace").exists()
 
 
 def test_tokenizer_without_eos() -> None:

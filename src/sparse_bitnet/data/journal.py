@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_bitnet.core.errors import DataError
-from sparse_bitnet.data.shards import Shard
+from sparse_bitnet.core.errors import DataError, shown
+from sparse_bitnet.data.shards import Shard, shard_problem
 from sparse_bitnet.files import TEMPORARY_SUFFIX, read_json, refuse_special, write_text
 
 JOURNAL = "prepare.json"
@@ -115,21 +115,35 @@ def _load(out: Path) -> Journal | None:
         state = read_json(path)
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
             raise ValueError("not written by this version")
-        parts = [
-            Part(**{**part, "shards": {split: Shard(**s) for split, s in part["shards"].items()}})
-            for part in state.pop("parts")
-        ]
-        return Journal(**state, parts=parts)
+        journal = Journal(**state | {"parts": [_part(part) for part in state["parts"]]})
+        if not isinstance(journal.settings, dict) or type(journal.finished) is not bool:
+            raise ValueError("settings or finished is of another type")
+        return journal
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: damaged or of another version ({error}); prepare again with overwrite"
+            f"{path}: damaged or of another version ({str(error)[:300]}); prepare again with "
+            "overwrite"
         ) from error
+
+
+def _part(values: dict[str, Any]) -> Part:
+    shards = values["shards"]
+    wrong = [problem for one in shards.values() if (problem := shard_problem(one))]
+    if wrong or not shards.keys() <= {TRAIN, VALIDATION}:
+        raise ValueError(*wrong, "a part has another split")
+    part = Part(**values | {"shards": {split: Shard(**one) for split, one in shards.items()}})
+    counts = (part.source, part.documents, part.bytes)
+    if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+        raise ValueError(f"a part has counts {shown(counts)}")
+    return part
 
 
 def _refuse_other(there: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
     differ = [key for key in asked if there.get(key) != asked[key]]
     if differ:
-        named = "; ".join(f"{key} was {there.get(key)!r}, now {asked[key]!r}" for key in differ)
+        named = "; ".join(
+            f"{key} was {shown(there.get(key))}, now {shown(asked[key])}" for key in differ
+        )
         raise DataError(
             f"{out}: holds data prepared otherwise: {named}. Name another directory, or prepare "
             "with overwrite"

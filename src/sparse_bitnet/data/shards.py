@@ -242,19 +242,29 @@ def _problem(index: Any) -> str | None:
         return "names no shards"
     names = set()
     for shard in shards:
-        if not isinstance(shard, dict) or set(shard) != set(Shard.__dataclass_fields__):
-            return f"shard {shown(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
-        name = shard["file"]
-        # One plain file name: no directory, no parent, nothing absolute.
-        if not isinstance(name, str) or not re.fullmatch(r"[0-9]{1,9}\.bin", name) or name in names:
-            return f"shard file name {shown(name)} is not allowed"
-        names.add(name)
-        if not all(_count(shard[key]) for key in ("tokens", "documents", "bytes")):
-            return f"counts of shard {name} are not positive integers"
-        if shard["documents"] > shard["tokens"]:
-            return f"shard {name} has more documents than tokens"
-        if not _digest(shard["sha256"]):
-            return f"sha256 of shard {name} is {shown(shard['sha256'])}"
+        problem = shard_problem(shard)
+        if problem:
+            return problem
+        if shard["file"] in names:
+            return f"shard file name {shown(shard['file'])} is not allowed twice"
+        names.add(shard["file"])
+    return None
+
+
+def shard_problem(shard: Any) -> str | None:
+    """What is wrong with the JSON of a :class:`Shard`, or None."""
+    if not isinstance(shard, dict) or set(shard) != set(Shard.__dataclass_fields__):
+        return f"shard {shown(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
+    name = shard["file"]
+    # One plain file name: no directory, no parent, nothing absolute.
+    if not isinstance(name, str) or not re.fullmatch(r"[0-9]{1,9}\.bin", name):
+        return f"shard file name {shown(name)} is not allowed"
+    if not all(_count(shard[key]) for key in ("tokens", "documents", "bytes")):
+        return f"counts of shard {name} are not positive integers"
+    if shard["documents"] > shard["tokens"]:
+        return f"shard {name} has more documents than tokens"
+    if not _digest(shard["sha256"]):
+        return f"sha256 of shard {name} is {shown(shard['sha256'])}"
     return None
 
 

@@ -16,12 +16,15 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.files import read_json
 
 EOS = "<|endoftext|>"
 PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}  # all is in tokenizer.json
 SMALLEST_VOCABULARY = 257  # the bytes and EOS
 TRAINING_CHARACTERS = 64 << 20  # enough for stable merges; more only costs time and memory
 PIECE_CHARACTERS = 1 << 20  # the tokenizer needs about 100 bytes of memory for each
+LARGEST_TOKENIZER_BYTES = 1 << 29
+MOST_MISSING_IDS = 1 << 20
 # What decides the ids of plain text; truncation, padding, templates and decoding do not.
 IDENTITY = ("added_tokens", "model", "normalizer", "pre_tokenizer")
 
@@ -118,16 +121,37 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         DataError: if there is none or it cannot be read.
     """
     try:
+        _refuse_sparse_ids(Path(name) / "tokenizer.json")
         settings = get_tokenizer_config(str(name))
         if settings.get("tokenizer_class") in PLAIN_CLASSES:
-            return PreTrainedTokenizerFast.from_pretrained(str(name))
-        # Left out, transformers asks at the terminal whether to run code that comes with it.
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(name))
+        else:
+            # Left out, transformers asks at the terminal whether to run code that comes with it.
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer("a")  # damaged settings show at the first use
+        return tokenizer
     except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
         raise DataError(
             f"{name}: no tokenizer can be loaded from there; name a directory that "
             f"`save_pretrained` wrote, or leave the tokenizer out to train one ({error})"
         ) from error
+
+
+def _refuse_sparse_ids(path: Path) -> None:
+    """Refuse a vocabulary whose ids leave out more than they name.
+
+    The tokenizers library keeps a list of the ids between that are missing: one id near 2³² takes
+    gigabytes, and ends the process where there are none.
+    """
+    if not path.is_file():
+        return
+    state = read_json(path, LARGEST_TOKENIZER_BYTES)
+    vocabulary = state["model"].get("vocab", {})
+    named = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    named += [token["id"] for token in state.get("added_tokens") or []]
+    largest = max((one for one in named if isinstance(one, int)), default=0)
+    if largest > len(vocabulary) + len(named) + MOST_MISSING_IDS:
+        raise ValueError(f"{path.name} has token id {largest}, but only {len(named)} tokens")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from sparse_bitnet.core import ConfigError
+from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
 
 
@@ -117,7 +117,8 @@ def generate_from(
     """:func:`generate_text` from tokens ``[1, length]`` instead of a text.
 
     Raises:
-        ConfigError: if they leave no room in the model's context.
+        ConfigError: if they leave no room in the model's context, or if its generation config makes
+            no sense.
     """
     room = context_length(model)
     if room is not None:
@@ -133,14 +134,22 @@ def generate_from(
         pad = tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
-        result = model.generate(  # type: ignore[operator]  # the mixin is not typed
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling.options(),
-        )
+        try:
+            result = model.generate(  # type: ignore[operator]  # the mixin is not typed
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                streamer=streamer,
+                **sampling.options(),
+            )
+        except SparseBitNetError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ConfigError(
+                f"generate: transformers refuses ({str(error)[:300]}); the model's "
+                "generation_config.json asks for what it cannot do"
+            ) from error
     text = tokenizer.decode(result[0, tokens.shape[1] :], skip_special_tokens=True)
     assert isinstance(text, str)
     return text

@@ -24,6 +24,7 @@ from sparse_bitnet.deploy.tensor_file import (
     read_header,
     verify_checksums,
 )
+from sparse_bitnet.files import refuse_special
 from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import PackedModule
 
@@ -41,11 +42,13 @@ def read_json(path: Path) -> dict[str, Any]:
         PackedFormatError: if it is missing, absurdly large, or not a JSON object.
     """
     try:
+        refuse_special(path)
         if path.stat().st_size > LARGEST_JSON:
             raise PackedFormatError(f"{path}: too large to be a model's {path.name}; {REMEDY}")
-        return parse_json(path.read_bytes(), path)
-    except OSError as error:
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:
         raise PackedFormatError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+    return parse_json(text, path)
 
 
 def weight_files(directory: Path) -> list[Path]:
