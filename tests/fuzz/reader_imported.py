@@ -1,7 +1,7 @@
 """A checkpoint of transformers' bitnet format, as `sparse-bitnet import` reads it.
 
-What is imported has finite master weights, and computes what the clean one did where only files
-were damaged that do not decide that.
+What is imported has finite master weights; with ``config.json`` and weights as they were, it
+computes what the clean one did.
 """
 
 import shutil
@@ -18,6 +18,9 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
 from sparse_bitnet.train.presets import preset_config
 
+TOKENS = torch.arange(20).view(2, 10)
+expected: dict[str, torch.Tensor] = {}
+
 
 def build(directory: Path) -> None:
     torch.manual_seed(0)
@@ -29,6 +32,7 @@ def build(directory: Path) -> None:
     export_bitnet(trained, directory, linear_class="autobitlinear")
 
 
+@torch.no_grad()
 def read(directory: Path, mutation: Any) -> None:
     out = directory.parent / "imported"
     shutil.rmtree(out, ignore_errors=True)
@@ -36,3 +40,6 @@ def read(directory: Path, mutation: Any) -> None:
     model, _ = load_trained(out)
     for parameter in model.parameters():
         assert parameter.isfinite().all()
+    if not mutation.touched & {"config.json", "model.safetensors"}:
+        logits = model(TOKENS).logits
+        assert torch.equal(expected.setdefault("logits", logits), logits), "computes something else"

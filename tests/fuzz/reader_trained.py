@@ -1,0 +1,36 @@
+"""The directory of a trained model: master weights, ``sparse_bitnet.json``, tokenizer.
+
+What loads has finite weights, and ternary ones that keep the pattern.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_bitnet.core import worst_group
+from sparse_bitnet.data.tokenizer import train_bpe
+from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.export import load_trained, save_trained
+from sparse_bitnet.train.presets import preset_config
+
+
+def build(directory: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_bpe(["some text to learn from, and then some more of it"], 300)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
+    convert(model, "6:8")
+    save_trained(model, tokenizer, directory, SparsityConfig(rules={"o_proj": "4:8"}))
+
+
+def read(directory: Path, mutation: Any) -> None:
+    model, _ = load_trained(directory)
+    for parameter in model.parameters():
+        assert parameter.isfinite().all()
+    for module in model.modules():
+        if isinstance(module, SparseBitLinear):
+            if not module.pattern.is_dense:
+                assert worst_group(module.ternary, module.pattern.m) <= module.pattern.n
+            assert module.scale.isfinite().all() and (module.scale > 0).all()

@@ -1,0 +1,56 @@
+"""Ten thousand damaged files, and none of them does worse than an error of ours. See engine.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).with_name("engine.py")
+READERS = sorted(path.stem.removeprefix("reader_") for path in ENGINE.parent.glob("reader_*.py"))
+FAST, SLOW = 200, 10_000
+SHARE = -(-FAST // len(READERS))
+SLOW_SHARE = -(-(SLOW - FAST) // len(READERS))
+
+
+def run(tmp_path: Path, *orders: str) -> list[dict[str, object]]:
+    """What the engine tells; fails with the seed at work if its process did not end well."""
+    out = tmp_path / "told.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(ENGINE), str(out), *orders],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    told = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    at = next((event["at"] for event in reversed(told) if "at" in event), "nothing")
+    assert done.returncode == 0, f"the process died at seed {at}:\n{done.stderr[-3000:]}"
+    return told
+
+
+def judge(told: list[dict[str, object]], readers: list[str]) -> None:
+    failures = [event for event in told if "failure" in event]
+    texts = [f"{event['failure']}\n{event['detail']}" for event in failures[:5]]
+    assert not failures, f"{len(failures)} failures, the first of them:\n" + "\n".join(texts)
+    finished = {event["finished"]: event for event in told if "finished" in event}
+    assert sorted(finished) == readers
+    for name, event in finished.items():
+        assert event["refused"], f"{name}: nothing was ever refused, so nothing was tested"
+        assert event["loaded"], f"{name}: nothing was ever loaded, so nothing was tested"
+
+
+def test_two_hundred_mutations(tmp_path: Path) -> None:
+    orders = [f"{name}:0:{SHARE}" for name in READERS]
+    judge(run(tmp_path, *orders), READERS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", READERS)
+def test_ten_thousand_mutations(tmp_path: Path, name: str) -> None:
+    judge(run(tmp_path, f"{name}:{SHARE}:{SLOW_SHARE}"), [name])
