@@ -32,7 +32,7 @@ from sparse_bitnet.deploy.hf_quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.deploy.packed_config import HINT, SparseBitNetConfig
 from sparse_bitnet.deploy.pretrained import DType, is_packed
 from sparse_bitnet.deploy.sizes import readable_bytes
-from sparse_bitnet.deploy.tensor_file import TensorFileWriter
+from sparse_bitnet.deploy.tensor_file import TensorFileWriter, file_size
 from sparse_bitnet.deploy.verify import INDEX, WEIGHTS
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
@@ -163,6 +163,37 @@ def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | No
         return kind(model.get_submodule(name), shapes[name].pattern, shapes[name].method)
 
     return _Trained(model, shapes, module), tokenizer
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """What a packed directory's weights will take; see :func:`packed_sizes`.
+
+    Attributes:
+        packed_bytes: of packed weights and their scales.
+        other_bytes: of embeddings, norms, head and biases.
+        file_bytes: of the weight file, header and all, if it is one.
+    """
+
+    packed_bytes: int
+    other_bytes: int
+    file_bytes: int
+
+
+def packed_sizes(
+    model: PreTrainedModel, storage: StorageName, head: HeadName, dtype: DType
+) -> PackedSizes:
+    """The sizes that :func:`pack` would give a converted model, which may be on the meta device.
+
+    Raises:
+        ConfigError: if nothing in the model is ternary, or the head cannot be int8.
+    """
+    storage_named(storage)
+    plan = _Plan(_Trained.live(model), storage, head, getattr(torch, dtype))
+    result = plan.result(Path())
+    return PackedSizes(
+        result.packed_bytes, result.other_bytes, file_size(plan.others | plan.packed)
+    )
 
 
 class _Plan:
@@ -322,9 +353,11 @@ def distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's state dict with each tied tensor once, under the name it is loaded from."""
     targets = getattr(model, "all_tied_weights_keys", {})
     state = model.state_dict()
-    chosen: dict[tuple[int, torch.Size], str] = {}
+    chosen: dict[tuple[object, torch.Size], str] = {}
     for name in sorted(state, key=lambda name: name in targets):
-        chosen.setdefault((state[name].data_ptr(), state[name].shape), name)
+        tensor = state[name]
+        place = targets.get(name, name) if tensor.is_meta else tensor.data_ptr()
+        chosen.setdefault((place, tensor.shape), name)
     kept = set(chosen.values())
     return {n: t for n, t in state.items() if n in kept or t.numel() == 0}
 

@@ -49,6 +49,7 @@ HEADER_ALIGNMENT = 8
 BLOCK = 2**22
 CHECKSUM_KEY = "crc32:"
 REMEDY = "get the file again, or pack the model again"
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,13 @@ class TensorFileWriter:
         layout: name → (dtype, shape) of every tensor that will come.
     """
 
-    def __init__(
-        self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> None:
-        # Wide dtypes first: every tensor then starts at a multiple of its element size, which
-        # readers that map the file need, and the format allows no gaps.
-        order = sorted(layout, key=lambda name: -layout[name][0].itemsize)
-        self._entries: dict[str, Entry] = {}
-        start = 0
-        for name in order:
-            dtype, shape = layout[name]
-            end = start + math.prod(shape) * dtype.itemsize
-            self._entries[name] = Entry(dtype, shape, start, end)
-            start = end
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self._entries, size = _entries(layout)
         self._checksums = dict.fromkeys(layout, "0" * 8)
         self._missing = set(layout)
-        self._data = len(self._header())
+        self._data = len(_header(self._entries, self._checksums))
         self._file = path.open("wb")
-        self._file.truncate(self._data + start)
+        self._file.truncate(self._data + size)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. Its dtype and shape are those of the layout."""
@@ -128,25 +118,48 @@ class TensorFileWriter:
         if self._missing:
             raise ValueError(f"tensors were never written: {sorted(self._missing)[:4]}")
         self._file.seek(0)
-        self._file.write(self._header())
+        self._file.write(_header(self._entries, self._checksums))
         self.abandon()
 
     def abandon(self) -> None:
         """Close without the header: the file cannot be read."""
         self._file.close()
 
-    def _header(self) -> bytes:
-        metadata = {CHECKSUM_KEY + name: value for name, value in self._checksums.items()}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
-        for name, entry in self._entries.items():
-            header[name] = {
-                "dtype": NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [entry.start, entry.end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % HEADER_ALIGNMENT)
-        return struct.pack("<Q", len(text)) + text
+
+def file_size(layout: Layout) -> int:
+    """Bytes of a file with these tensors, header included."""
+    entries, size = _entries(layout)
+    return len(_header(entries, dict.fromkeys(layout, "0" * 8))) + size
+
+
+def _entries(layout: Layout) -> tuple[dict[str, Entry], int]:
+    """Where each tensor goes, and the bytes of all of them.
+
+    Wide dtypes first: every tensor then starts at a multiple of its element size, which readers
+    that map the file need, and the format allows no gaps.
+    """
+    entries: dict[str, Entry] = {}
+    start = 0
+    for name in sorted(layout, key=lambda name: -layout[name][0].itemsize):
+        dtype, shape = layout[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        entries[name] = Entry(dtype, shape, start, end)
+        start = end
+    return entries, start
+
+
+def _header(entries: Mapping[str, Entry], checksums: Mapping[str, str]) -> bytes:
+    metadata = {CHECKSUM_KEY + name: value for name, value in checksums.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+    for name, entry in entries.items():
+        header[name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_header(path: Path) -> Header:
