@@ -1,0 +1,40 @@
+"""A packed directory whose head and embedding are one int8 table.
+
+What loads has finite, positive scales; with its ``config.json`` as it was, it computes what the
+clean one did.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet.deploy.packing import pack
+from sparse_bitnet.deploy.pretrained import load_packed
+from sparse_bitnet.nn import convert
+from sparse_bitnet.nn.int8_head import Int8Table
+from sparse_bitnet.train.presets import preset_config
+
+TOKENS = torch.arange(20).view(2, 10)
+expected: dict[str, torch.Tensor] = {}
+
+
+def build(directory: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
+    convert(model, "2:4")
+    pack(model.eval(), directory, storage="trits", head="int8")
+
+
+@torch.no_grad()
+def read(directory: Path, mutation: Any) -> None:
+    loaded = load_packed(directory)
+    for module in loaded.modules():
+        if isinstance(module, Int8Table):
+            assert module.weight.dtype == torch.int8
+            assert module.weight_scale.isfinite().all() and (module.weight_scale > 0).all()
+    if "config.json" not in mutation.touched:
+        logits = loaded(TOKENS).logits
+        assert torch.equal(expected.setdefault("logits", logits), logits), "computes something else"
