@@ -1,6 +1,7 @@
 """Checkpoints in the bitnet format, written as others write them, and damaged ones."""
 
 import json
+import os
 import re
 import struct
 
@@ -275,6 +276,10 @@ def test_files_that_are_damaged_or_dangerous(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no tokenizer can be loaded"):
         import_bitnet(source, tmp_path / "out")
     (source / "tokenizer_config.json").unlink()
+    os.mkfifo(source / "notes")
+    with pytest.raises(PackedFormatError, match="notes is a pipe or a device"):
+        import_bitnet(source, tmp_path / "out")
+    (source / "notes").unlink()
     (source / "generation_config.json").write_text("[")
     with pytest.raises(PackedFormatError, match="not valid JSON"):
         import_bitnet(source, tmp_path / "out")

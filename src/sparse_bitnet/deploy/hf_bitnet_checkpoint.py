@@ -38,6 +38,7 @@ from sparse_bitnet.core import ConfigError, PackedFormatError, check_finite
 from sparse_bitnet.core.ternary import SMALLEST_SCALE
 from sparse_bitnet.deploy.tensor_file import Entry, read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
+from sparse_bitnet.files import refuse_special
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
 from sparse_bitnet.train.dense import foreign_code, no_bars
@@ -64,6 +65,10 @@ class BitNetCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        try:
+            refuse_special(*directory.iterdir())
+        except (OSError, ValueError) as error:
+            raise PackedFormatError(f"{directory} cannot be read: {error}") from None
         self._config = read_json(directory / CONFIG)
         described = self._config.pop("quantization_config", None)
         self._config.pop("auto_map", None)
