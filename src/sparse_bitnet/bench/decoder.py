@@ -4,9 +4,8 @@ The modules are transformers' own with this package's packed linears in them. On
 packed and laid out; the others are copies of it in their own memory, so a 7B model stands in
 seconds and reads as many bytes as a trained one.
 
-Attention works on a static cache. With one query a sequence, the query heads that share a key head
-are handed over as if they were several queries of one head: keys and values are read once, not
-copied for every query head. All kinds of models use the same.
+Attention is the same for all kinds of models: PyTorch's over a prompt, this package's kernel for
+one new token over a static cache.
 """
 
 from __future__ import annotations
@@ -15,41 +14,17 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import Pattern
-from sparse_bitnet.kernels.matmul import ternary_matmul
-from sparse_bitnet.kernels.quantize_activations import quantize_fused
+from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
+from sparse_bitnet.nn.int8_head import Int8Head, quantize_rows
 from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.train.presets import PRESETS, preset_config
-
-ATTENTION = "sparse_bitnet_static"
-
-
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention of ``[batch, heads, queries, head_dim]`` over fewer key heads."""
-    batch, heads, queries, width = query.shape
-    if queries > 1:  # a prefill: every token sees those before it
-        y = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
-        )
-        return y.transpose(1, 2), None
-    grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)
-    y = F.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=mask, scale=options["scaling"]
-    )
-    return y.reshape(batch, 1, heads, width), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, lambda *_args, **_options: None)
 
 
 class StaticLayerCache:
@@ -66,20 +41,6 @@ class StaticLayerCache:
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
-
-
-class Int8Head(nn.Module):
-    """The output head in int8 with a scale for each row: half of bf16's bytes."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        largest = weight.abs().amax(-1).float().clamp(min=1e-5)
-        self.scale = largest / 127
-        self.weight = (weight.float() / self.scale.unsqueeze(-1)).round().to(torch.int8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_q, x_scale = quantize_fused(x)
-        return ternary_matmul(x_q, x_scale, self.weight, self.scale, None, x.dtype)
 
 
 class Decoder:
@@ -127,7 +88,9 @@ class Decoder:
         self.rotary = model.model.rotary_emb
         self.head: nn.Module = model.lm_head
         if head == "int8":
-            self.head = Int8Head(model.lm_head.weight)
+            rows, width = model.lm_head.weight.shape
+            self.head = Int8Head(rows, width, device=device, dtype=dtype)
+            self.head.weight, self.head.weight_scale = quantize_rows(model.lm_head.weight)
 
     def compile(self) -> None:
         """Compile a layer, once for all of them, and what stands around the layers."""
@@ -156,17 +119,15 @@ class Decoder:
         logits: Tensor = self.head(self.norm(x[:, -1].contiguous()))
         return logits
 
-    def decode(
-        self, tokens: Tensor, position: Tensor, caches: list[StaticLayerCache], length: int
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, position: Tensor, caches: list[StaticLayerCache]) -> Tensor:
         """Logits of the next token: ``[batch, 1]``, int64 ``[1]`` → ``[batch, vocabulary]``."""
         x = self.embed(tokens)
         rotary = self.rotary(x, position.unsqueeze(0))
-        seen = torch.arange(length, device=self.device) <= position
-        mask = seen.view(1, 1, 1, length)
+        slots = torch.arange(caches[0].keys.shape[2], device=self.device)
+        seen = (slots <= position).view(1, 1, 1, -1)
         for layer, cache in zip(self.layers, caches, strict=True):
             cache.position = position
-            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+            x = layer(x, attention_mask=seen, position_embeddings=rotary, past_key_values=cache)
         logits: Tensor = self.head(self.norm(x[:, 0].contiguous()))
         return logits
 

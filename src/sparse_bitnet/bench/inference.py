@@ -184,10 +184,9 @@ def _call(decoder: Decoder, case: Case) -> Callable[[], object]:
     tokens = torch.randint(0, vocabulary, (case.batch, width), device=decoder.device)
     if case.stage == "prefill":
         return partial(decoder.prefill, tokens)
-    length = case.length + SMALLEST_MARGIN
     position = torch.full((1,), case.length, device=decoder.device)
-    caches = decoder.caches(case.batch, length)
-    return partial(decoder.decode, tokens, position, caches, length)
+    caches = decoder.caches(case.batch, case.length + SMALLEST_MARGIN)
+    return partial(decoder.decode, tokens, position, caches)
 
 
 def _choose(decoder: Decoder, case: Case) -> dict[str, str]:

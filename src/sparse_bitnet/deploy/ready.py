@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.packed_module import prepare
 
@@ -29,6 +30,8 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
         )
     fuse(model)
     prepare(model)
+    if model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
     if compile:
         assert model.generation_config is not None
         model.generation_config.cache_implementation = "static"

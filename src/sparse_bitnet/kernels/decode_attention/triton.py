@@ -1,0 +1,185 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""One query a sequence, many keys: the cache is split over the GPU, then the parts are joined.
+
+A sequence has few key heads (4 in a 7B Qwen2.5), so a program for each would leave most of a GPU
+idle. Each program takes one key head and a share of the cache, for all query heads of that key head
+at once (they are the rows of the product, padded to 16), and keeps a running softmax:
+
+    m = max score, l = Σ exp(score − m), y = Σ exp(score − m) · v        (Milakov, Gimelshein 2018)
+
+A second kernel joins the shares of a head: y = Σ exp(mᵢ − m) · yᵢ / Σ exp(mᵢ − m) · lᵢ. Blocks of
+the cache that nobody sees are not read, so a cache that is longer than the text costs little.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # keys at once
+PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
+FEWEST_ROWS = 16  # of a tensor core's product
+
+
+@triton.jit
+def _share_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    seen_ptr,
+    y_ptr,
+    m_ptr,
+    l_ptr,
+    length,
+    share,
+    shares,
+    scale,
+    width,
+    key_heads,
+    q_batch,
+    q_head,
+    k_batch,
+    k_head,
+    k_key,
+    v_batch,
+    v_head,
+    v_key,
+    seen_batch,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)  # of all key heads of the batch
+    number = tl.program_id(1)
+    batch = (head // key_heads).to(tl.int64)
+    key_head = head % key_heads
+    rows = tl.arange(0, ROWS)
+    lanes = tl.arange(0, WIDTH)
+    q_at = q_ptr + batch * q_batch + (key_head * GROUP + rows[:, None]) * q_head + lanes[None, :]
+    q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (lanes[None, :] < width), other=0.0)
+    k_ptr += batch * k_batch + key_head * k_head
+    v_ptr += batch * v_batch + key_head * v_head
+    largest = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    y = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(number * share, min(length, (number + 1) * share), BLOCK):
+        keys = first + tl.arange(0, BLOCK)
+        seen = (keys < length) & (keys < (number + 1) * share)
+        if MASKED:
+            seen = seen & (tl.load(seen_ptr + batch * seen_batch + keys, mask=seen, other=0) != 0)
+        if tl.max(seen.to(tl.int32)) > 0:
+            inside = seen[:, None] & (lanes[None, :] < width)
+            at = keys.to(tl.int64)[:, None]
+            k = tl.load(k_ptr + at * k_key + lanes[None, :], mask=inside, other=0.0)
+            v = tl.load(v_ptr + at * v_key + lanes[None, :], mask=inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+            new = tl.maximum(largest, tl.max(scores, 1))
+            weights = tl.exp(scores - new[:, None])
+            shrink = tl.exp(largest - new)
+            total = total * shrink + tl.sum(weights, 1)
+            y = y * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            largest = new
+    part = (head * shares + number).to(tl.int64) * ROWS + rows
+    tl.store(m_ptr + part, largest)
+    tl.store(l_ptr + part, total)
+    tl.store(y_ptr + part[:, None] * WIDTH + lanes[None, :], y)
+
+
+@triton.jit
+def _join_kernel(
+    y_ptr,
+    m_ptr,
+    l_ptr,
+    out_ptr,
+    shares,
+    width,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    head = tl.program_id(0) // GROUP
+    row = tl.program_id(0) % GROUP
+    lanes = tl.arange(0, WIDTH)
+    largest = tl.load(m_ptr + head * shares * ROWS + row)
+    for number in range(1, shares):
+        largest = tl.maximum(largest, tl.load(m_ptr + (head * shares + number) * ROWS + row))
+    total = 0.0
+    y = tl.zeros((WIDTH,), tl.float32)
+    for number in range(shares):
+        part = (head * shares + number).to(tl.int64) * ROWS + row
+        factor = tl.exp(tl.load(m_ptr + part) - largest)  # 0 for a share of which nothing is seen
+        total += tl.load(l_ptr + part) * factor
+        y += tl.load(y_ptr + part * WIDTH + lanes) * factor
+    at = tl.program_id(0).to(tl.int64) * width + lanes
+    tl.store(out_ptr + at, (y / total).to(out_ptr.dtype.element_ty), mask=lanes < width)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+) -> Tensor:
+    """Launch both kernels; arguments and result as ``decode_attention`` of this operation."""
+    batch, heads, _, width = query.shape
+    key_heads, length = keys.shape[1], keys.shape[2]
+    query, keys, values = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, values)
+    )
+    group = heads // key_heads
+    rows = max(FEWEST_ROWS, triton.next_power_of_2(group))
+    padded = triton.next_power_of_2(max(16, width))
+    blocks = triton.cdiv(length, BLOCK)
+    shares = max(1, min(blocks, triton.cdiv(PROGRAMS, max(1, batch * key_heads))))
+    share = triton.cdiv(blocks, shares) * BLOCK
+    shares = triton.cdiv(length, share)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    parts = batch * key_heads * shares * rows
+    y = torch.empty((parts, padded), dtype=torch.float32, device=query.device)
+    m = torch.empty((parts,), dtype=torch.float32, device=query.device)
+    total = torch.empty((parts,), dtype=torch.float32, device=query.device)
+    seen_batch = 0
+    if seen is not None:
+        seen = seen.reshape(seen.shape[0], length).contiguous().view(torch.uint8)
+        seen_batch = length if seen.shape[0] > 1 else 0
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    _share_kernel[(batch * key_heads, shares)](
+        query,
+        keys,
+        values,
+        seen,
+        y,
+        m,
+        total,
+        length,
+        share,
+        shares,
+        scale,
+        width,
+        key_heads,
+        query.stride(0),
+        query.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        seen_batch,
+        GROUP=group,
+        ROWS=rows,
+        WIDTH=padded,
+        BLOCK=BLOCK,
+        MASKED=seen is not None,
+        PRECISION=precision,
+        num_warps=4,
+    )
+    _join_kernel[(batch * heads,)](
+        y, m, total, out, shares, width, GROUP=group, ROWS=rows, WIDTH=padded, num_warps=1
+    )
+    return out

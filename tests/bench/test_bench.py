@@ -1,0 +1,95 @@
+"""The timed decoders compute what a decoder computes; the verb times them and says what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_bitnet.bench.command import bench
+from sparse_bitnet.bench.decoder import Decoder
+from sparse_bitnet.bench.inference import Case, Row, measure
+from sparse_bitnet.bench.timing import interleaved
+from sparse_bitnet.core import ConfigError, Pattern
+
+SMALL: dict[str, Any] = {"vocabulary": 64, "device": "cpu", "dtype": torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", [None, Pattern(6, 8)])
+@pytest.mark.parametrize("head", ["bf16", "int8"])
+def test_decoding_token_by_token_ends_where_a_prefill_does(
+    pattern: Pattern | None, head: str
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder("tiny", pattern, head=head, **SMALL)
+    tokens = torch.randint(0, 64, (2, 7))
+    with torch.no_grad():
+        expected = decoder.prefill(tokens)
+        caches = decoder.caches(2, 12)  # random behind the position: it must not be seen
+        for at in range(7):
+            found = decoder.decode(tokens[:, at : at + 1], torch.tensor([at]), caches)
+    assert found.shape == (2, 64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_copies_in_their_own_memory() -> None:
+    decoder = Decoder("tiny", Pattern(2, 4), layers=3, **SMALL)
+    first, second, _ = decoder.layers
+    assert torch.equal(first.mlp.down_proj.weight, second.mlp.down_proj.weight)
+    assert first.mlp.down_proj.weight.data_ptr() != second.mlp.down_proj.weight.data_ptr()
+
+
+def test_candidates_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    times = interleaved(calls, repeats=3)
+    assert order[2:] == ["a", "b"] * 3
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_rows_hold_all_repeats_and_ratios() -> None:
+    cases = [Case("prefill", 1, 8), Case("decode", 2, 8)]
+    rows = list(
+        measure("tiny", cases, kinds=("bf16", "6:8"), repeats=2, vocabulary=64, compiled=False)
+    )
+    assert [row.case for row in rows] == cases
+    values = rows[0].to_dict()
+    assert set(values["microseconds"]) == {"bf16", "6:8"} and not values["problem"]
+    assert len(values["microseconds"]["6:8"]["all"]) == 2
+    assert values["backends"]["6:8"]["mlp.down_proj"] in ("cpu", "reference")
+
+
+def test_ratios() -> None:
+    row = Row("tiny", Case("decode", 4, 8), {"bf16": [8.0, 9.0, 1.0], "6:8": [2.0]})
+    assert row.ratio("6:8", "bf16") == 4.0 and row.ratio("6:8", "dense") is None
+    assert row.to_dict()["tokens_per_second"]["6:8"] == 2e6
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    told = bench(
+        "tiny", prefill=("1x8",), decode=(1,), context=4, kinds=("bf16", "2:4"), repeats=1, out=out
+    )
+    assert "prefill 1 × 8" in told and "decode batch 1" in told and "2:4" in told
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill": ("4by8",)}, "'4by8' is not understood: write SEQUENCESxTOKENS"),
+        ({"prefill": ("1x1",)}, "is not understood"),
+        ({"head": "fp4"}, "head is 'fp4'; choose bf16 or int8"),
+        ({"repeats": 0}, "have to be at least 1"),
+        ({"preset": "gpt-5"}, "preset 'gpt-5' is unknown"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(**options)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from sparse_bitnet.kernels.decode_attention import reference, triton
+
+
+def plain(query, keys, values, seen, scale):
+    """By hand, in float64."""
+    group = query.shape[1] // keys.shape[1]
+    k, v = (t.double().repeat_interleave(group, 1) for t in (keys, values))
+    scores = query.double() @ k.transpose(-1, -2) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "length", "width"),
+    [
+        (1, 4, 2, 1, 16),
+        (2, 7, 1, 65, 64),
+        (1, 28, 4, 200, 32),
+        (3, 2, 2, 130, 24),
+        (1, 40, 2, 64, 16),
+    ],
+)
+@pytest.mark.parametrize("masked", ["all", "one", "each"])
+def test_equals_attention_by_hand(batch, heads, key_heads, length, width, dtype, masked) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, 1, width).to(dtype)
+    keys, values = torch.randn(2, batch, key_heads, length, width).to(dtype)
+    seen = None
+    if masked != "all":
+        rows = batch if masked == "each" else 1
+        seen = torch.rand(rows, 1, 1, length) < 0.3
+        seen[..., 0] = True
+    expected = plain(query, keys, values, seen, 0.3)
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 2e-3
+    )  # one rounding of the result and of weights
+    for attend in (reference.decode_attention, triton.attend):
+        found = attend(query, keys, values, seen, 0.3)
+        assert found.dtype == dtype and found.shape == query.shape
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_not_seen_does_not_matter() -> None:
+    query, keys, values = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, 256, 16)
+    seen = (torch.arange(256) <= 70).view(1, 1, 1, 256)
+    before = triton.attend(query, keys, values, seen, 1.0)
+    keys[:, :, 71:] = torch.nan
+    values[:, :, 71:] = torch.nan
+    assert torch.equal(triton.attend(query, keys, values, seen, 1.0), before)
+
+
+def test_strides_and_no_sequence() -> None:
+    query = torch.randn(2, 1, 4, 16).transpose(1, 2)
+    keys, values = torch.randn(2, 2, 90, 2, 16).transpose(2, 3)
+    expected = plain(query, keys, values, None, 0.25).float()
+    torch.testing.assert_close(triton.attend(query, keys, values, None, 0.25), expected)
+    empty = triton.attend(query[:0], keys[:0], values[:0], None, 0.25)
+    assert empty.shape == (0, 4, 1, 16)

@@ -1,0 +1,39 @@
+"""The attention that generates: the same tokens as transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sparse_bitnet.nn.attention import ATTENTION
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generates_the_same(
+    tiny: Callable[..., PreTrainedModel], architecture: str, cache: str
+) -> None:
+    model: Any = tiny(architecture).eval()
+    tokens = torch.randint(0, 64, (2, 5))
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(tokens, **options)
+    model.set_attn_implementation(ATTENTION)
+    after = model.generate(tokens, **options)
+    assert torch.equal(before.sequences, after.sequences)
+    torch.testing.assert_close(torch.stack(after.logits), torch.stack(before.logits))
+
+
+def test_padding_is_not_seen(tiny: Callable[..., PreTrainedModel]) -> None:
+    model: Any = tiny().eval()
+    tokens = torch.randint(0, 64, (2, 6))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    before = model.generate(tokens, **options)
+    model.set_attn_implementation(ATTENTION)
+    assert torch.equal(model.generate(tokens, **options), before)
