@@ -49,6 +49,44 @@ def test_two_hundred_mutations(tmp_path: Path) -> None:
     judge(run(tmp_path, *orders), READERS)
 
 
+CARELESS = """
+import json, pickle
+
+NAMED = True  # no pipes, each of which takes ten seconds to find out
+
+def build(directory):
+    (directory / "value.json").write_text('{"file": "value.json", "size": 1}')
+
+def read(directory, mutation):
+    data = (directory / "value.json").read_bytes()
+    try:
+        pickle.loads(data)
+    except Exception:
+        pass
+    value = json.loads(data)
+    size = value["size"]
+    if isinstance(size, int) and 2**31 <= size <= 2**40:
+        bytes(size)
+    open(directory / value["file"]).read()
+"""
+
+
+def test_a_careless_reader_is_found_out(tmp_path: Path) -> None:
+    """Each of the things that must not happen is seen when it does."""
+    reader = tmp_path / "reader_careless.py"
+    reader.write_text(CARELESS)
+    told = run(tmp_path, f"{reader}:0:800")
+    failures = [str(event["failure"]) for event in told if "failure" in event]
+    for what in (
+        "not an error of ours: KeyError",
+        "not an error of ours: JSONDecodeError",
+        "not an error of ours: MemoryError",
+        "code from the files ran",
+        "opened ",
+    ):
+        assert any(what in failure for failure in failures), what
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", READERS)
