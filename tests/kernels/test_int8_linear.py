@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.int8_linear import int8_linear, reference, two_terms
 
 SHAPES = [(1, 1, 1), (1, 8, 3), (3, 33, 17), (2, 1024, 5), (5, 2500, 7), (0, 8, 4)]
@@ -55,6 +56,16 @@ def test_a_token_is_a_token_whatever_stands_beside_it():
     together = int8_linear(x, weight, scale)
     alone = torch.cat([int8_linear(row[None], weight, scale) for row in x])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 40])
+def test_equals_the_reference_whatever_serves(tokens):
+    x, weight, scale = operands(tokens, 200, 30)
+    bias = torch.randn(30)
+    expected = reference.int8_linear(x, weight, scale, bias)
+    for path in native.available():
+        with native.forced(path):
+            assert torch.equal(int8_linear(x, weight, scale, bias), expected), path
 
 
 def test_zeros_and_extremes():

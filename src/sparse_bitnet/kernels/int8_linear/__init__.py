@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_bitnet.kernels.int8_linear import reference
 from sparse_bitnet.kernels.int8_linear.reference import two_terms
-from sparse_bitnet.kernels.matmul import ternary_matmul
+from sparse_bitnet.kernels.matmul import cpu, ternary_matmul
 from sparse_bitnet.kernels.platform import runs_triton
 
 __all__ = ["int8_linear", "two_terms"]
@@ -22,11 +22,14 @@ def int8_linear(
 ) -> Tensor:
     """Y = X @ (scale · W)ᵀ + bias; arguments and results of the reference.
 
-    On CUDA the dense int8 product of :func:`ternary_matmul`, which takes any int8 weight.
+    On CUDA, and for few tokens on a CPU, the int8 product of :func:`ternary_matmul`, whose kernels
+    take any int8 weight; the reference elsewhere. All give the same values.
     """
-    if not runs_triton(x):
-        return reference.int8_linear(x, weight, w_scale, bias, out_dtype)
     rows = x.reshape(-1, x.shape[-1])
     x_q, x_scale = two_terms(rows)
-    y = ternary_matmul(x_q, x_scale, weight, w_scale, None, torch.float32)
-    return reference.add_terms(y, bias, out_dtype or x.dtype).view(*x.shape[:-1], weight.shape[0])
+    if runs_triton(x_q) or cpu.serves_bytes(x_q, weight):
+        y = ternary_matmul(x_q, x_scale, weight, w_scale, None, torch.float32)
+    else:
+        y = reference.scaled_matmul(x_q, x_scale, weight, w_scale)
+    y = reference.add_terms(y, bias, out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])

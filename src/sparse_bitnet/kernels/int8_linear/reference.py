@@ -56,9 +56,14 @@ def int8_linear(
         ``[..., out]``.
     """
     x_q, x_scale = two_terms(x.reshape(-1, x.shape[-1]))
-    y = int8_matmul(x_q, weight).float() * x_scale * w_scale
+    y = scaled_matmul(x_q, x_scale, weight, w_scale)
     y = add_terms(y, bias, out_dtype or x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def scaled_matmul(x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
+    """(Xq @ Wᵀ) · x_scale · w_scale: float32 ``[tokens, out]``."""
+    return int8_matmul(x_q, weight).float().mul_(x_scale).mul_(w_scale)
 
 
 def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
