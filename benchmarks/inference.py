@@ -1,12 +1,16 @@
 """Prefill and decode of Qwen2.5 3B and 7B shapes on a GPU: python benchmarks/inference.py
 
 Rows and what is in the time: see ``sparse_bitnet.bench.inference``. The file is written after every
-row. ``--profile`` prints the kernels of one step of each kind instead of timing it.
+row. ``--profile`` prints the kernels of one step of each kind instead of timing it. ``--power`` runs
+each kind alone for two seconds and notes the clock and power that it settles at: products that keep
+more of the chip busy run at lower clocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import torch
 
 from gpu_common import write
 from sparse_bitnet.bench.decoder import Decoder
-from sparse_bitnet.bench.inference import KINDS, Case, _call, _choose, measure
+from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
 from sparse_bitnet.core import Pattern
 
 PREFILL = ((1, 512), (1, 2048), (4, 4096), (1, 16384), (16, 4096))
@@ -28,8 +32,8 @@ def profile(preset: str, case: Case, kinds: list[str]) -> None:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
         decoder = Decoder(preset, pattern, head="bf16" if kind == "bf16" else case.head)
         decoder.compile()
-        _choose(decoder, case)
-        call = _call(decoder, case)
+        choose_backends(decoder, case)
+        call = call_of(decoder, case)
         for _ in range(3):
             call()
         activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -42,6 +46,51 @@ def profile(preset: str, case: Case, kinds: list[str]) -> None:
         torch.cuda.empty_cache()
 
 
+def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
+    """Milliseconds, SM clock and power of each kind running alone, after a second of it."""
+    rows = []
+    for kind in kinds:
+        pattern = None if kind == "bf16" else Pattern.parse(kind)
+        decoder = Decoder(preset, pattern)
+        decoder.compile()
+        choose_backends(decoder, case)
+        graph = capture([call_of(decoder, case)])
+        times = []
+        started = time.monotonic()
+        clocks = []
+        while time.monotonic() - started < 2.0:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(2):
+                graph.replay()
+            end.record()
+            if time.monotonic() - started > 1.0:
+                clocks.append(_clocks())
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 2)
+        half = times[len(times) // 2 :]
+        row = {
+            "model": preset,
+            "case": str(case),
+            "kind": kind,
+            "milliseconds": statistics.median(half),
+            "sm_mhz": statistics.median(c[0] for c in clocks),
+            "watts": statistics.median(c[1] for c in clocks),
+        }
+        print(row, flush=True)
+        rows.append(row)
+        write("inference_power", rows, out)
+        del graph, decoder
+        torch.cuda.empty_cache()
+
+
+def _clocks() -> tuple[float, float]:
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    clock, watts = told.splitlines()[0].split(",")
+    return float(clock), float(watts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["qwen2.5-7b", "qwen2.5-3b"])
@@ -52,6 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--power", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     cases = []
@@ -60,6 +110,10 @@ def main() -> None:
         cases.append(Case("prefill", int(batch), int(length)))
     cases += [Case("decode", batch, CONTEXT) for batch in options.decode]
     cases += [Case("decode", batch, CONTEXT, "int8") for batch in options.int8_head]
+    if options.power:
+        with torch.no_grad():
+            power(options.models[0], cases[0], options.kinds, options.out)
+        return
     if options.profile:
         with torch.no_grad():
             for case in cases:

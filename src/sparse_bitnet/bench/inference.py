@@ -164,8 +164,8 @@ def _measure(preset: str, case: Case, decoders: dict[str, Decoder], repeats: int
     calls: dict[str, list[Callable[[], object]]] = {}
     for kind, decoder in decoders.items():
         try:
-            row.backends[kind] = _choose(decoder, case)
-            call = _call(decoder, case)
+            row.backends[kind] = choose_backends(decoder, case)
+            call = call_of(decoder, case)
             call()  # compiles
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             row.problem[kind] = str(error).strip().splitlines()[0][:200]
@@ -178,7 +178,8 @@ def _measure(preset: str, case: Case, decoders: dict[str, Decoder], repeats: int
     return row
 
 
-def _call(decoder: Decoder, case: Case) -> Callable[[], object]:
+def call_of(decoder: Decoder, case: Case) -> Callable[[], object]:
+    """One pass of the case, ready to be called again and again."""
     width = case.length if case.stage == "prefill" else 1
     vocabulary = decoder.embed.num_embeddings
     tokens = torch.randint(0, vocabulary, (case.batch, width), device=decoder.device)
@@ -189,7 +190,7 @@ def _call(decoder: Decoder, case: Case) -> Callable[[], object]:
     return partial(decoder.decode, tokens, position, caches)
 
 
-def _choose(decoder: Decoder, case: Case) -> dict[str, str]:
+def choose_backends(decoder: Decoder, case: Case) -> dict[str, str]:
     """Measure every layer's backends for this many tokens, before anything is compiled."""
     tokens = case.batch * (case.length if case.stage == "prefill" else 1)
     chosen = {}
