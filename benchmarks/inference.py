@@ -1,9 +1,9 @@
 """Prefill and decode of Qwen2.5 3B and 7B shapes on a GPU: python benchmarks/inference.py
 
-Rows and what is in the time: see ``sparse_bitnet.bench.inference``. The file is written after every
-row. ``--profile`` prints the kernels of one step of each kind instead of timing it. ``--power`` runs
-each kind alone for two seconds and notes the clock and power that it settles at: products that keep
-more of the chip busy run at lower clocks.
+Rows and what is in the time: see ``sparse_bitnet.bench.inference``. The file is written after
+every row. ``--profile`` prints the kernels of one step of each kind instead of timing it.
+``--power`` runs each kind alone for two seconds and notes the clock and power that it settles at:
+products that keep more of the chip busy run at lower clocks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from gpu_common import write
 from sparse_bitnet.bench.decoder import Decoder
 from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
+from sparse_bitnet.bench.timing import capture
 from sparse_bitnet.core import Pattern
 
 PREFILL = ((1, 512), (1, 2048), (4, 4096), (1, 16384), (16, 4096))
