@@ -44,7 +44,7 @@ from sparse_bitnet.train import (
     train,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # two minutes of training, if idle
 llama_cpp = pytest.importorskip("llama_cpp")
 
 SOURCES = sorted(Path(sparse_bitnet.__file__).parent.rglob("*.py"))
@@ -164,7 +164,7 @@ def demo(tmp_path_factory, text):
     shape = Qwen2Config(
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -176,8 +176,8 @@ def demo(tmp_path_factory, text):
         model=ModelConfig(source=str(root / "config.json")),
         sparsity=SparsityConfig("6:8"),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        schedule=ScheduleConfig(steps=400),
-        run=RunConfig(directory=str(root / "run"), checkpoint_every=400, precision="fp32"),
+        schedule=ScheduleConfig(steps=300),
+        run=RunConfig(directory=str(root / "run"), checkpoint_every=300, precision="fp32"),
     )
     directory = train(config).model_directory
     export_gguf(directory, root / "demo.gguf")
