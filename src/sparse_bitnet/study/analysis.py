@@ -42,6 +42,11 @@ class Estimate:
         return f"{mean} ± {self.spread:.{digits}f} ({len(self.values)} seeds)"
 
 
+def text_of(estimate: Estimate | None, digits: int = 2, sign: bool = False) -> str:
+    """For a table: :meth:`Estimate.text`, or a dash where nothing was measured."""
+    return "–" if estimate is None else estimate.text(digits, sign)
+
+
 class Runs:
     """Rows of one size, with the settings of the main grid as defaults.
 
@@ -95,7 +100,13 @@ class Runs:
 
     def rates(self, kind: str) -> dict[float, float]:
         """Learning rate → perplexity of the dense model of the lowest seed, at the main length."""
-        fields = {"kind": kind, "pattern": "dense", "tokens_per_weight": self.main_length}
+        fields = {
+            "kind": kind,
+            "pattern": "dense",
+            "method": "published",
+            "until": (),
+            "tokens_per_weight": self.main_length,
+        }
         found = [r for r in self.rows if all(getattr(r.cell, k) == v for k, v in fields.items())]
         found.sort(key=lambda row: -row.cell.seed)
         rates = {r.learning_rate: r.perplexity for r in found if r.learning_rate is not None}

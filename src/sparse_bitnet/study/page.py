@@ -61,6 +61,14 @@ class Section:
     notes: Sequence[str] = field(default_factory=list)
 
 
+def needs(what: str, missing: Sequence[str]) -> list[str]:
+    """The note of a section that lacks runs; none if nothing is missing, ``["all"]`` names none."""
+    if not missing:
+        return []
+    named = "" if list(missing) == ["all"] else f" Missing: {', '.join(missing)}."
+    return [f"Needs {what}.{named}"]
+
+
 def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
     """The whole page. All text is escaped; pictures are embedded as data URLs."""
     links = "".join(f'<a href="#{s.id}">{escape(s.title)}</a> ' for s in sections)

@@ -15,17 +15,14 @@ from sparse_bitnet.study.analysis import Runs, sizes
 from sparse_bitnet.study.claims import RULE, claims
 from sparse_bitnet.study.page import Section, Table, render
 from sparse_bitnet.study.rows import Row, read_rows
-from sparse_bitnet.study.sections_quality import (
+from sparse_bitnet.study.sections_quality import cloze, collapse, delta_by_size, tokens_per_weight
+from sparse_bitnet.study.sections_training import flips, losses, polarization, zeros
+from sparse_bitnet.study.sections_variants import (
     ablations,
-    cloze,
-    collapse,
-    delta_by_size,
     dense_to_sparse,
     group_size,
     learning_rate,
-    tokens_per_weight,
 )
-from sparse_bitnet.study.sections_training import flips, losses, polarization, zeros
 
 PAGE = "report.html"
 # Sections about one size, in the page's order; those of quality first.

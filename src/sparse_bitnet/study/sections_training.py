@@ -7,11 +7,11 @@ from typing import Any
 
 from sparse_bitnet.study import plots
 from sparse_bitnet.study.analysis import Runs
+from sparse_bitnet.study.cells import KINDS
 from sparse_bitnet.study.page import Figure, Section
 from sparse_bitnet.study.plots import NAME, Curve, Histogram
 from sparse_bitnet.study.rows import Row
 
-KINDS = ("bf16", "bitnet")
 SHOWN_PATTERNS = ("dense", "6:8", "4:8", "2:8")
 MILLION = 1e6
 SMOOTH = 5  # logged steps that a point of a loss curve averages
