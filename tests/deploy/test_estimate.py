@@ -6,7 +6,13 @@ import math
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.deploy.devices import GPUS, device_named
@@ -14,6 +20,7 @@ from sparse_bitnet.deploy.estimate import estimate
 from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.deploy.pretrained import load_packed
 from sparse_bitnet.deploy.roofline import KEPT
+from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_module import prepare
 
@@ -38,14 +45,31 @@ def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head, trai
     assert dataclasses.replace(again, model=found.model) == found
 
 
-def test_memory_on_a_cpu_is_what_the_loaded_model_takes(tmp_path, trained):
-    pack(trained("qwen2"), tmp_path / "packed", dtype="bfloat16")
-    model = load_packed(tmp_path / "packed", dtype="auto")
-    prepare(model)
-    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    inverse_frequencies = 2 * model.model.rotary_emb.inv_freq.nbytes
-    found = estimate(str(tmp_path / "packed"), gpu="cpu").packed.device_bytes
-    assert found == pytest.approx(sum(tensors.values()) - inverse_frequencies, rel=0.01)
+@pytest.mark.parametrize("storage", ["two-bit", "trits"])
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [(LlamaConfig, "6:8"), (LlamaConfig, "2:4"), (MixtralConfig, "2:4")],
+    ids=["6:8", "2:4", "experts"],
+)
+def test_memory_on_a_cpu_is_what_the_loaded_model_takes(tmp_path, kind, pattern, storage):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
+    convert(model, pattern)
+    pack(model, tmp_path / "packed", storage=storage, dtype="bfloat16")
+    for path in native.available():
+        with native.forced(path):
+            model = load_packed(tmp_path / "packed", dtype="auto")
+            prepare(model)
+            tensors = [*model.parameters(), *model.buffers()]
+            for module in model.modules():
+                for layout in getattr(module, "_layout", {}).values():
+                    parts = layout if isinstance(layout, tuple) else vars(layout).values()
+                    tensors += [part for part in parts if isinstance(part, torch.Tensor)]
+            taken = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+            found = estimate(str(tmp_path / "packed"), pattern=pattern, storage=storage, gpu="cpu")
+            expected = pytest.approx(found.packed.device_bytes, rel=0.03)  # row scales count here
+            assert sum(taken.values()) == expected, path
 
 
 def test_the_kv_cache_is_what_transformers_keeps(tmp_path, trained):

@@ -151,6 +151,23 @@ def refused(call, status, message):
     return body
 
 
+def test_a_field_that_does_not_exist(client):
+    refused(lambda: complete(client, extra_body={"colour": "red"}), 422, "Unexpected fields")
+
+
+def test_more_connections_than_it_takes(pristine, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 2)
+    built, thread, url = start(pristine / "two-bit")
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))):
+        time.sleep(0.1)
+        assert requests.get(f"{url}/health", timeout=SECONDS).status_code == 503
+    time.sleep(0.1)
+    assert requests.get(f"{url}/health", timeout=SECONDS).status_code == 200
+    built.uvicorn.should_exit = True
+    thread.join(timeout=10)
+
+
 def test_an_over_long_prompt(client):
     for stream in (False, True):
         body = refused(

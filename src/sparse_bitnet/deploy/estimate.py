@@ -160,7 +160,7 @@ def estimate(
     def cost(packed: bool) -> Cost:
         run = Run(device, shape, linears, packed, head, batch)
         prefill, decode = run.prefill(prompt), run.decode(context)
-        layouts = sum(linear.device_bytes(device) for linear in linears)
+        layouts = sum(linear.device_bytes(device, storage) for linear in linears)
         other = sizes.other_bytes
         files = sizes.file_bytes if packed else 2 * dense_parameters
         state = dense_parameters * (4 + 4 + 8)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.deploy.devices import Device
 from sparse_bitnet.deploy.packing import HeadName
-from sparse_bitnet.formats import windows
+from sparse_bitnet.formats import StorageName, windows
+from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import DerivedModule
 
 MOST_PACKED_TOKENS = 32
@@ -69,11 +70,14 @@ class Linear:
     active: float
     lanes: float | None  # compressed 2:4 lanes a weight: 1 for 2:4, 1.5 for 6:8; None if neither
     pairs: bool  # 2:4, or sparser
+    experts: bool
 
     def layouts(self, device: Device, tokens: int) -> list[tuple[float, float]]:
         """``(bytes a weight, arithmetic relative to dense int8)`` of what could be read."""
+        if self.experts or (not device.is_gpu and native.path() == native.REFERENCE):
+            return [(1.0, 1.0)]
         if not device.is_gpu:
-            return [(SIX_BIT if self.pairs else 0.25, 1.0)]
+            return [(SIX_BIT if self._six_bit else 0.25, 1.0)]
         found = [(1.0, 1.0)]
         if tokens <= MOST_PACKED_TOKENS:
             found.append((0.25, 1.0))
@@ -81,11 +85,16 @@ class Linear:
             found.append((COMPRESSED * self.lanes, self.lanes / device.sparse))
         return found
 
-    def device_bytes(self, device: Device) -> float:
-        """Beside the stored bytes: every layout of a GPU is kept, a CPU reads the stored bytes."""
-        if not device.is_gpu:
-            return SIX_BIT * self.weights if self.pairs else 0.0
-        return self.weights * sum(size for size, _ in self.layouts(device, 1))
+    def device_bytes(self, device: Device, storage: StorageName) -> float:
+        """Beside the stored bytes: all layouts; a CPU reads two-bit bytes as they are stored."""
+        layouts = self.layouts(device, 1)
+        if not device.is_gpu and storage == "two-bit" and layouts[0][0] == 0.25:
+            return 0.0
+        return self.weights * sum(size for size, _ in layouts)
+
+    @property
+    def _six_bit(self) -> bool:
+        return self.pairs and native.reads_six_bit()
 
 
 def linear_of(shape: DecoderShape, module: DerivedModule) -> Linear:
@@ -100,6 +109,7 @@ def linear_of(shape: DecoderShape, module: DerivedModule) -> Linear:
         active=shape.active_experts if experts else 1.0,
         lanes=lanes,
         pairs=pairs,
+        experts=experts,
     )
 
 

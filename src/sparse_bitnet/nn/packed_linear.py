@@ -78,7 +78,8 @@ class PackedLinear(PackedModule):
         return self.spec.segments
 
     def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
-        return prepare(ternary, scale, self.spec.pattern)
+        stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None
+        return prepare(ternary, scale, self.spec.pattern, stored)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.layout("weight")
