@@ -267,3 +267,13 @@ def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
     for name in ("zero", "pipe"):
         with pytest.raises(ValueError, match=f"{name} is a pipe or a device, not a file"):
             read_json(tmp_path / name)
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    """A file takes its place; for a directory it is an OSError like any other."""
+    for name in ("file", "directory"):
+        (tmp_path / name).symlink_to(name)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    with pytest.raises(OSError), atomic_directory(tmp_path / "directory"):
+        pass

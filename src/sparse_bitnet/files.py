@@ -27,7 +27,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     A file that was there hands down its permissions; a symbolic link stays, and its target changes.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -50,7 +50,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         NotADirectoryError: if ``path`` is a file.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another name for the directory")
