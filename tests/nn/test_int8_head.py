@@ -92,6 +92,13 @@ def test_one_table_when_tied_wherever_the_model_goes(tied):
     assert half.lm_head(torch.zeros(1, 32).half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_compiles_without_a_break(tied):
+    model, _ = swapped(tied)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(logits(compiled), logits(model))
+
+
 def test_a_head_with_a_bias():
     torch.manual_seed(0)
     small = SMALL | {"num_key_value_heads": 4}

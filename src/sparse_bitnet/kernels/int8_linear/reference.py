@@ -72,10 +72,15 @@ def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
     CPUs without VNNI add products of int8 in pairs of 16 bits, which overflow unless the weight is
     ternary, so there it goes through float32 in pieces that are exact.
     """
-    if x_q.is_cuda or (x_q.device.type == "cpu" and torch.cpu._is_vnni_supported()):
+    if x_q.is_cuda or (x_q.device.type == "cpu" and _has_vnni()):
         return integer_matmul(x_q, weight)
     total = torch.zeros(x_q.shape[0], weight.shape[0], dtype=torch.int32, device=x_q.device)
     for first in range(0, x_q.shape[1], EXACT_LANES):
         lanes = slice(first, first + EXACT_LANES)
         total += (x_q[:, lanes].float() @ weight[:, lanes].float().t()).to(torch.int32)
     return total
+
+
+@torch.compiler.assume_constant_result
+def _has_vnni() -> bool:
+    return torch.cpu._is_vnni_supported()
