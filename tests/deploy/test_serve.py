@@ -1,7 +1,10 @@
 """The HTTP server over loopback, asked by the openai client: answers, errors, and it lives on."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -302,3 +305,33 @@ def test_refuses_to_start(pristine, monkeypatch):
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[serve\]'"):
         serving.serve(pristine / "two-bit")
+
+
+@pytest.mark.slow  # seconds of imports
+def test_the_verb_serves_until_it_is_interrupted(directory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "sparse_bitnet", "serve", str(directory), "--port", str(port), "--name", "it"]
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        with openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none") as client:
+            for _ in range(SECONDS):
+                try:
+                    assert [model.id for model in client.models.list()] == ["it"]
+                    break
+                except openai.APIConnectionError:
+                    assert process.poll() is None, process.communicate()[0]
+                    time.sleep(1)
+            stream = client.completions.create(
+                model="it", prompt="def", max_tokens=400, stream=True
+            )
+            next(iter(stream))
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=SECONDS)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "serving it at http://localhost" in said
