@@ -1,4 +1,7 @@
-"""A loaded model made ready to run: fused, laid out, and on a GPU decoding as one CUDA graph."""
+"""A loaded model made ready to run: fused, laid out, and decoding in few calls.
+
+On a GPU a token is one CUDA graph, if asked for; on a CPU one call of the compiled kernel a layer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.packed_module import prepare
+from sparse_bitnet.nn.single_token import step_in_one_call
 
 
 def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
@@ -30,6 +34,8 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
         )
     fuse(model)
     prepare(model)
+    if model.device.type == "cpu":
+        step_in_one_call(model)
     if model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
     if compile:

@@ -225,6 +225,103 @@ void run_many(void *context, int64_t part) {
     job.path.many(job.call, job.spread->tokens, first, last, scratch.aligned());
 }
 
+int64_t product(const Linear &call) {
+    const Path *path = path_of(call.path);
+    if (path == nullptr) return 1;
+    if (call.tokens == 0 || call.out == 0) return 0;
+    const int64_t work = call.tokens * call.out * (call.in + 1);
+    const int64_t unit = gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
+    const int64_t threads = smaller(call.threads, work / unit);
+    const int64_t parts = threads < 1 ? 1 : threads;
+    const bool few = call.tokens <= path->few_tokens;
+    const int64_t rows = share(call.out, parts, few ? 4 : PANEL_ROWS);
+    Ranges job{*path, call, nullptr, parts, rows};
+    if (few) {
+        parallel(parts, &job, run_few);
+    } else {
+        Spread spread(call, call.layout == BYTES ? 1 : path->group);
+        if (spread.memory.start == nullptr) return 2;
+        job.spread = &spread;
+        parallel(parts, &job, run_spread);
+        parallel(parts, &job, run_many);
+    }
+    return job.failed ? 2 : 0;
+}
+
+struct Heads {
+    const Layer &call;
+    const Path &path;
+    const uint8_t *qkv;
+    uint8_t *y;
+    int64_t each;  // heads of a part
+    std::atomic<bool> failed{false};
+};
+
+void run_attention(void *context, int64_t part) {
+    Heads &job = *static_cast<Heads *>(context);
+    const Layer &call = job.call;
+    const int64_t last = smaller((part + 1) * job.each, call.heads);
+    const int64_t group = call.heads / call.kv_heads;
+    Memory scores(group * (call.position + 1) * int64_t(sizeof(float)));
+    if (scores.start == nullptr) {
+        job.failed = true;
+        return;
+    }
+    for (int64_t head = part * job.each; head < last;) {  // up to the end of a key head's group
+        const int64_t end = smaller((head / group + 1) * group, last);
+        job.path.layer->attend(call, job.qkv, head, end,
+                               reinterpret_cast<float *>(scores.aligned()), job.y);
+        head = end;
+    }
+}
+
+int64_t through(Linear &call, int64_t type, const void *x, void *y) {
+    call.x = x;
+    call.y = y;
+    call.x_type = call.y_type = type;
+    call.x_stride = call.in;
+    call.tokens = 1;
+    return product(call);
+}
+
+int64_t layer(Layer &call) {
+    const Path *path = path_of(call.qkv.path);
+    if (path == nullptr) return 1;
+    const LayerPath &glue = *path->layer;
+    const int64_t hidden = call.qkv.in, inner = call.down.in, size = call.type == FLOAT32 ? 4 : 2;
+    const int64_t width = (call.heads + 2 * call.kv_heads) * call.head_dim;
+    // normed, q/k/v, attention, middle of the residual stream, gate and up, their product
+    Memory memory((3 * hidden + 2 * width + 3 * inner) * size + 8 * 64);
+    if (memory.start == nullptr) return 2;
+    uint8_t *next = memory.aligned();
+    auto room = [&](int64_t n) {
+        uint8_t *start = next;
+        next += (n * size + 63) / 64 * 64;
+        return start;
+    };
+    uint8_t *normed = room(hidden), *qkv = room(width), *attended = room(width);
+    uint8_t *branch = room(hidden), *middle = room(hidden);
+    uint8_t *gate_up = room(2 * inner), *gated = room(inner);
+
+    glue.norm(call.x, 0, hidden, call.norm, call.epsilon, normed, call.type);
+    if (int64_t status = through(call.qkv, call.type, normed, qkv)) return status;
+    glue.place(call, qkv);
+    const int64_t work = call.heads * (call.position + 1) * call.head_dim;
+    const int64_t parts = gomp_parallel == nullptr || work < WORK_OF_A_THREAD / 4
+                              ? 1 : smaller(call.qkv.threads, call.heads);
+    Heads job{call, *path, qkv, attended, share(call.heads, parts, 1)};
+    parallel(parts, &job, run_attention);
+    if (job.failed) return 2;
+    if (int64_t status = through(call.o, call.type, attended, branch)) return status;
+    glue.add(call.x, branch, hidden, middle, call.type);
+    glue.norm(middle, 0, hidden, call.mlp_norm, call.mlp_epsilon, normed, call.type);
+    if (int64_t status = through(call.gate_up, call.type, normed, gate_up)) return status;
+    glue.gated(gate_up, inner, gated, call.type);
+    if (int64_t status = through(call.down, call.type, gated, branch)) return status;
+    glue.add(middle, branch, hidden, call.y, call.type);
+    return 0;
+}
+
 }  // namespace
 }  // namespace sparse_bitnet
 
@@ -248,27 +345,7 @@ EXPORT void sparse_bitnet_use_openmp(void *address) {
     gomp_parallel = reinterpret_cast<GompParallel>(address);
 }
 
-// 0; 1 for a path that does not run here; 2 out of memory.
-EXPORT int64_t sparse_bitnet_linear(const Linear *argument) {
-    const Linear &call = *argument;
-    const Path *path = path_of(call.path);
-    if (path == nullptr) return 1;
-    if (call.tokens == 0 || call.out == 0) return 0;
-    const int64_t work = call.tokens * call.out * (call.in + 1);
-    const int64_t unit = gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
-    const int64_t threads = smaller(call.threads, work / unit);
-    const int64_t parts = threads < 1 ? 1 : threads;
-    const bool few = call.tokens <= path->few_tokens;
-    const int64_t rows = share(call.out, parts, few ? 4 : PANEL_ROWS);
-    Ranges job{*path, call, nullptr, parts, rows};
-    if (few) {
-        parallel(parts, &job, run_few);
-    } else {
-        Spread spread(call, call.layout == BYTES ? 1 : path->group);
-        if (spread.memory.start == nullptr) return 2;
-        job.spread = &spread;
-        parallel(parts, &job, run_spread);
-        parallel(parts, &job, run_many);
-    }
-    return job.failed ? 2 : 0;
-}
+// Both return 0; 1 for a path that does not run here; 2 out of memory.
+EXPORT int64_t sparse_bitnet_linear(const Linear *call) { return product(*call); }
+
+EXPORT int64_t sparse_bitnet_layer(Layer *call) { return layer(*call); }

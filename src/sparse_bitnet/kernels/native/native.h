@@ -47,6 +47,36 @@ struct Tokens {
     int32_t *sum;    // [tokens], Σ Xq
 };
 
+// One token through one decoder layer of the Llama family: norm, q/k/v, rotation, attention over a
+// cache, o, and norm, gate and up, SwiGLU, down, with both residual sums. The order is repeated in
+// layer.py. All values and weights but those of the products are of one type.
+struct Layer {
+    Linear qkv, o, gate_up, down;  // their x, y and types are filled in here
+    const void *x;                 // [hidden]
+    void *y;                       // [hidden]
+    int64_t type;
+    const void *norm, *mlp_norm;   // [hidden], of RMSNorm
+    double epsilon, mlp_epsilon;
+    const void *q_norm, *k_norm;   // [head_dim], of the norm of each head, or null
+    double qk_epsilon;
+    const void *cosine, *sine;     // [head_dim], of this position
+    void *keys, *values;           // [kv_heads, capacity, head_dim], written at `position`
+    int64_t kv_stride;             // elements from a key head to the next
+    int64_t position;              // tokens before this one
+    int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 16, at most BLOCK
+    double scaling;                // of the scores
+};
+
+struct LayerPath {
+    void (*norm)(const void *x, int64_t at, int64_t n, const void *weight, double epsilon, void *y,
+                 int64_t type);
+    void (*add)(const void *a, const void *b, int64_t n, void *y, int64_t type);
+    void (*gated)(const void *gate_up, int64_t n, void *y, int64_t type);
+    void (*place)(const Layer &, void *qkv);
+    void (*attend)(const Layer &, const void *qkv, int64_t first, int64_t last, float *scores,
+                   void *y);
+};
+
 // The same functions for every instruction set. Rows are [first, last) of the weight.
 struct Path {
     int64_t few_tokens;  // up to here weights are unpacked in registers, every time
@@ -59,6 +89,7 @@ struct Path {
     // The same for many tokens; scratch holds many_scratch(call) bytes.
     void (*many)(const Linear &, const Tokens &, int64_t first, int64_t last, uint8_t *scratch);
     int64_t (*many_scratch)(const Linear &);
+    const LayerPath *layer;
 };
 
 // Six-bit index of a group of four weights with at most two non-zeros → its two-bit codes.

@@ -14,6 +14,7 @@ namespace {
 #define VBMI 1
 #include "avx512.inc"
 #include "kernel.inc"
+#include "layer.inc"
 
 constexpr int64_t SIDE = 16;           // tokens or rows of a tile
 constexpr int64_t TILE = SIDE * 64;    // bytes
@@ -163,7 +164,7 @@ void amx_many(const Linear &call, const Tokens &x, int64_t first, int64_t last, 
 
 }  // namespace
 
-const Path amx_path = {8, SIDE, spread_any, few, amx_many, amx_scratch};
+const Path amx_path = {8, SIDE, spread_any, few, amx_many, amx_scratch, &layer_path};
 
 }  // namespace sparse_bitnet
 END_TARGET

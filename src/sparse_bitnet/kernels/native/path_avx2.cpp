@@ -10,9 +10,10 @@ namespace {
 #define VNNI 0
 #include "avx2.inc"
 #include "kernel.inc"
+#include "layer.inc"
 }  // namespace
 
-const Path avx2_path = {4, 1, spread_any, few, many, many_scratch};
+const Path avx2_path = {4, 1, spread_any, few, many, many_scratch, &layer_path};
 
 }  // namespace sparse_bitnet
 END_TARGET

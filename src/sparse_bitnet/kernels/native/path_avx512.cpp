@@ -10,9 +10,10 @@ namespace {
 #define VBMI 0
 #include "avx512.inc"
 #include "kernel.inc"
+#include "layer.inc"
 }  // namespace
 
-const Path avx512_path = {8, 1, spread_any, few, many, many_scratch};
+const Path avx512_path = {8, 1, spread_any, few, many, many_scratch, &layer_path};
 
 }  // namespace sparse_bitnet
 END_TARGET

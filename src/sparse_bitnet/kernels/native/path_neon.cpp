@@ -60,10 +60,11 @@ struct V {
 };
 
 #include "kernel.inc"
+#include "layer.inc"
 
 }  // namespace
 
-const Path neon_path = {4, 1, spread_any, few, many, many_scratch};
+const Path neon_path = {4, 1, spread_any, few, many, many_scratch, &layer_path};
 
 }  // namespace sparse_bitnet
 END_TARGET

@@ -91,9 +91,10 @@ struct V {
 };
 
 #include "kernel.inc"
+#include "layer.inc"
 
 }  // namespace
 
-const Path portable_path = {4, 1, spread_any, few, many, many_scratch};
+const Path portable_path = {4, 1, spread_any, few, many, many_scratch, &layer_path};
 
 }  // namespace sparse_bitnet
