@@ -20,7 +20,6 @@ from itertools import pairwise
 
 from sparse_bitnet.study import published
 from sparse_bitnet.study.analysis import Estimate, Runs, first_beyond
-from sparse_bitnet.study.rows import Row
 
 RULE = (
     "Rule: a comparison holds if every one of at least two seeds shows it and the mean lies more "
@@ -183,7 +182,7 @@ def _dead_zone(runs: Runs) -> Claim:
         kind: {
             row.cell.seed: share
             for row in runs.select(kind=kind, pattern=pattern)
-            if (share := final_statistic(row, "dead_zone_groups")) is not None
+            if (share := row.final_statistic("dead_zone_groups")) is not None
         }
         for kind in ("bf16", "bitnet")
     }
@@ -263,12 +262,3 @@ def _size(runs: Runs, others: list[Runs]) -> Claim:
             values = zip(small.values[:count], large.values[:count], strict=True)
             comparisons.append(Estimate(tuple(a - b for a, b in values)))
     return Claim(claim, told, "; ".join(parts), judge(comparisons))
-
-
-def final_statistic(row: Row, name: str, position: str = "all") -> float | None:
-    """A figure of the last polarization snapshot of a row."""
-    last = None
-    for one in row.raw.get("polarization") or []:
-        if isinstance(one, dict) and one.get("position") == position and name in one:
-            last = one[name]
-    return float(last) if isinstance(last, int | float) else None

@@ -74,6 +74,29 @@ class Row:
         return [t for t, _ in pairs], [v for _, v in pairs]
 
     @property
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The polarization snapshots that can be drawn: bins of one width, finite numbers."""
+        found = self.raw.get("polarization")
+        return [one for one in (found if isinstance(found, list) else []) if _is_snapshot(one)]
+
+    def final_statistic(self, name: str) -> float | None:
+        """A figure of the last polarization snapshot over all layers."""
+        found = [one.get(name) for one in self.snapshots if one["position"] == "all"]
+        return found[-1] if found and _is_number(found[-1]) else None
+
+    @property
+    def zeros_by_layer(self) -> dict[str, float]:
+        """Weight's name → fraction of zeros before any mask, at the end of training."""
+        layers = self.raw.get("layers")
+        layers = layers if isinstance(layers, dict) else {}
+        names, history = layers.get("names"), layers.get("zeros")
+        last = history[-1] if isinstance(history, list) and history else None
+        if not (isinstance(names, list) and isinstance(last, list)):
+            return {}
+        both = zip(names, last, strict=False)
+        return {str(name): value for name, value in both if _is_number(value)}
+
+    @property
     def zeros(self) -> float | None:
         """Fraction of weights that round to zero before any mask, at the end of training."""
         _, values = self.series("zeros")
@@ -146,6 +169,26 @@ def _parse(raw: Any) -> Row:
         accuracy=None if accuracy is None else float(accuracy),
         raw=raw,
     )
+
+
+def _is_snapshot(one: Any) -> bool:
+    if not isinstance(one, dict) or not isinstance(one.get("position"), str):
+        return False
+    edges, magnitudes, thresholds = (
+        one.get(name) for name in ("edges", "magnitudes", "thresholds")
+    )
+    bins = len(magnitudes) if isinstance(magnitudes, list) else 0
+    return (
+        _is_number(one.get("fraction"))
+        and _are_numbers(edges, bins + 1)
+        and _are_numbers(magnitudes, bins)
+        and (not thresholds or _are_numbers(thresholds, bins))
+        and bins > 0
+    )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
 
 
 def _is_number(value: Any) -> bool:

@@ -108,25 +108,25 @@ def polarization(runs: Runs) -> Section:
     title = "Weight polarization"
     pattern = next((p for p in ("6:8", "4:8") if runs.one(kind="bitnet", pattern=p)), None)
     chosen = {k: runs.one(kind=k, pattern=pattern) for k in KINDS} if pattern else {}
-    rows = {kind: row for kind, row in chosen.items() if row is not None and _snapshots(row)}
+    rows = {kind: row for kind, row in chosen.items() if row is not None and row.snapshots}
     if not rows:
         return Section("polarization", title, notes=["Needs bf16 and bitnet at 6:8 or 4:8."])
     positions = [("early", "first block"), ("late", "last block")]
     grid = []
     for kind, row in rows.items():
-        last = max(one["fraction"] for one in _snapshots(row))
+        last = max(one["fraction"] for one in row.snapshots)
         grid.append(
             [
                 _histogram(f"{NAME[kind]}, {name}", one, kind)
                 for position, name in positions
-                for one in _snapshots(row)
+                for one in row.snapshots
                 if one["position"] == position and one["fraction"] == last
             ]
         )
     over = [
         [
             _histogram(f"{NAME[kind]}, {one['fraction']:.0%} of training", one, kind)
-            for one in _snapshots(row)
+            for one in row.snapshots
             if one["position"] == "all"
         ]
         for kind, row in rows.items()
@@ -188,11 +188,9 @@ def _by_layer(runs: Runs) -> dict[str, list[Curve]]:
     """Linear's name → a curve over blocks for each pattern, at the end of training."""
     panels: dict[str, list[Curve]] = {}
     for row in _shown(runs, "bitnet"):
-        layers = row.raw.get("layers") or {}
-        names, values = layers.get("names") or [], (layers.get("zeros") or [[]])[-1]
         by_linear: dict[str, list[float]] = {}
-        for name, value in zip(names, values, strict=False):
-            by_linear.setdefault(str(name).removesuffix(".weight").rpartition(".")[2], []).append(
+        for name, value in row.zeros_by_layer.items():
+            by_linear.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(
                 100 * value
             )
         for linear, blocks in by_linear.items():
@@ -203,15 +201,6 @@ def _by_layer(runs: Runs) -> dict[str, list[Curve]]:
     return panels
 
 
-def _snapshots(row: Row) -> list[dict[str, Any]]:
-    found = row.raw.get("polarization")
-    return [
-        one
-        for one in (found if isinstance(found, list) else [])
-        if isinstance(one, dict) and {"fraction", "position", "edges", "magnitudes"} <= set(one)
-    ]
-
-
 def _histogram(title: str, one: dict[str, Any], kind: str) -> Histogram:
     return Histogram(title, one["edges"], one["magnitudes"], one.get("thresholds") or [], kind)
 
@@ -219,9 +208,9 @@ def _histogram(title: str, one: dict[str, Any], kind: str) -> Histogram:
 def _shares(rows: dict[str, Row]) -> str:
     parts = []
     for kind, row in rows.items():
-        ends = [one for one in _snapshots(row) if one["position"] == "all"]
-        if ends and "dead_zone_groups" in ends[-1]:
-            parts.append(f"{NAME[kind]} {ends[-1]['dead_zone_groups']:.1%}")
+        share = row.final_statistic("dead_zone_groups")
+        if share is not None:
+            parts.append(f"{NAME[kind]} {share:.1%}")
     return f"Groups whose threshold is in the dead zone: {', '.join(parts)}." if parts else ""
 
 
