@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sparse_bitnet.core import ConfigError, PatternError
-from sparse_bitnet.deploy.devices import GPUS, device_named
+from sparse_bitnet.deploy.devices import GPUS, Device, device_named
 from sparse_bitnet.deploy.estimate import estimate
 from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.deploy.pretrained import load_packed
@@ -51,7 +51,11 @@ def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head, trai
     [(LlamaConfig, "6:8"), (LlamaConfig, "2:4"), (MixtralConfig, "2:4")],
     ids=["6:8", "2:4", "experts"],
 )
-def test_memory_on_a_cpu_is_what_the_loaded_model_takes(tmp_path, kind, pattern, storage):
+def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
+    tmp_path, monkeypatch, kind, pattern, storage
+):
+    cpu = Device("some CPU", 1.0, 1.0, 1.0, 1.0, 0.0, "made up, for no rate counts here")
+    monkeypatch.setattr("sparse_bitnet.deploy.estimate.device_named", lambda _: cpu)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
