@@ -15,6 +15,8 @@ from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.deploy.pretrained import is_packed, load, load_packed
 from sparse_bitnet.deploy.tensor_file import checksum_metadata
 from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.train import SparsityConfig
+from sparse_bitnet.train.export import save_trained
 
 Q = "model.layers.0.self_attn.q_proj"
 BOTH = pytest.mark.parametrize(
@@ -107,6 +109,20 @@ def test_pipeline(pristine, tokenizer):
     alone = generate("def", max_new_tokens=4, do_sample=False)
     assert results[0][0]["generated_text"].startswith("return the")
     assert results[1] == alone
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_trained_and_packed_compute_the_same_in_any_dtype(
+    trained, logits, tmp_path, architecture, dtype
+):
+    """Ternary weights come from the float32 master weights, whatever the rest computes in."""
+    save_trained(trained(architecture), None, tmp_path / "trained", SparsityConfig())
+    pack(tmp_path / "trained", tmp_path / "packed")
+    model, _ = load(tmp_path / "trained", dtype=dtype, device="cpu")
+    packed, _ = load(tmp_path / "packed", dtype=dtype, device="cpu")
+    assert model.dtype == packed.dtype == getattr(torch, dtype)
+    assert torch.equal(logits(model), logits(packed))
 
 
 def test_load_takes_packed_and_trained_directories_only(pristine, tmp_path, build):

@@ -19,6 +19,7 @@ from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
 from sparse_bitnet.files import refuse_special
+from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
 from sparse_bitnet.train.export import load_trained
 
@@ -118,7 +119,9 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_packed(directory):
         model, tokenizer = load_trained(directory, device)
-        return (model if dtype is None else model.to(getattr(torch, dtype))), tokenizer
+        if dtype is not None:
+            _compute_in(model, getattr(torch, dtype))
+        return model, tokenizer
     model = load_packed(directory, dtype="auto" if dtype is None else getattr(torch, dtype))
     has_tokenizer = (directory / "tokenizer_config.json").is_file()
     try:
@@ -128,6 +131,19 @@ def load(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
         ) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Everything but master weights in another dtype, as a packed model would be loaded.
+
+    Master weights stay as they are: rounded, some would become other ternary weights. So do
+    buffers, such as the frequencies of the positions.
+    """
+    masters = {id(master.weight) for master in master_weights(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in masters and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def load_with_tokenizer(
