@@ -1,6 +1,7 @@
 """The HTTP server over loopback, asked by the openai client: answers, errors, and it lives on."""
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from sparse_bitnet.deploy import serve as serving
 from sparse_bitnet.deploy.generate import generate_text
 from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.deploy.pretrained import load
+from sparse_bitnet.deploy.requests import FIELDS
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -89,7 +91,7 @@ def test_says_what_generate_says(client, directory):
     answer = complete(client)
     assert answer.choices[0].text == expected
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 12
+    assert answer.usage.completion_tokens == 12 and answer.model == "tiny"
     streamed = list(complete(client, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected
     assert len(streamed) > 3 and streamed[-1].choices[0].finish_reason == "length"
@@ -248,6 +250,44 @@ def test_malformed_json(client, url, body, message):
     answer = requests.post(f"{url}/v1/completions", data=body, headers=headers, timeout=SECONDS)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_tensors", "tools"])
+def test_arguments_of_the_template_that_are_not_for_clients(client, name):
+    kwargs = {"chat_template_kwargs": {name: "{% for i in range(10**9) %}{% endfor %}"}}
+    refused(
+        lambda: client.chat.completions.create(model="tiny", messages=USER, extra_body=kwargs),
+        400,
+        f"chat_template_kwargs.{name} is not for requests to set",
+    )
+    mild = {"chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 1}
+    assert client.chat.completions.create(model="tiny", messages=USER, extra_body=mild)
+
+
+JUNK = [
+    *[None, True, 0, -1, 1, 2.5, 10**40, 1e-300, float("inf"), "", "x", "\ud800", "\x00" * 9],
+    *[[], [None], [[]], {}, {"role": "user"}, {"type": "text"}, "tiny", [{"role": "user"}], "日本"],
+]
+
+
+def test_no_junk_in_any_field_is_an_internal_error(client, url):
+    rng = random.Random(0)
+    known = [*FIELDS, "stream_options", "user", "metadata", "tool_choice"]
+    for _ in range(150):
+        chat = rng.random() < 0.5
+        body = {"messages": USER} if chat else {"prompt": "def"}
+        body |= {"model": "tiny", "max_tokens": 2}
+        for name in rng.sample([*known, "messages", "prompt"], rng.choice([1, 1, 2])):
+            body[name] = rng.choice(JUNK)
+        if rng.random() < 0.2:
+            body["messages"] = [
+                {"role": "user", "content": rng.choice(JUNK), "x": rng.choice(JUNK)}
+            ]
+        path = "chat/completions" if chat else "completions"
+        data = json.dumps(body)
+        answer = requests.post(f"{url}/v1/{path}", data=data, timeout=SECONDS)
+        assert answer.status_code in {200, 400, 422}, (data, answer.text)
+        assert "error" not in answer.text or answer.status_code != 200, (data, answer.text)
 
 
 def test_other_routes_and_methods(client, url):

@@ -7,6 +7,7 @@ refused rather than left out of the answer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,10 @@ def check_chat(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None
         if message.get("role") not in ROLES:
             raise _wrong(f"{where}.role", message.get("role"), f"among {sorted(ROLES)}")
         _check_content(f"{where}.content", message)
+    # Whoever could name these could run a template of their own.
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in (body.get("chat_template_kwargs") or {}).keys() & own.keys():
+        raise InvalidRequest(f"chat_template_kwargs.{name} is not for requests to set")
 
 
 def check_completion(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,6 +103,10 @@ def _is_stop(value: Any) -> bool:
     return 0 < len(values) <= MOST_STOPS and all(isinstance(v, str) and v for v in values)
 
 
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 # Field: (what it should be, the check). None always stands for "left out".
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a string", lambda v: isinstance(v, str)),
@@ -110,7 +119,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "frequency_penalty": ("a number from 0 to 2", _number(0, 2)),
     "stop": (f"a string that is not empty, or up to {MOST_STOPS} of them", _is_stop),
     "suffix": ("a string", lambda v: isinstance(v, str)),
-    "tools": ("a list of objects", lambda v: isinstance(v, list)),
+    "tools": ("a list of objects", _are_objects),
     "chat_template_kwargs": ("an object", lambda v: isinstance(v, dict)),
     # What this server does not do: only the value that asks for nothing.
     "n": ("1, which is what this server gives", _whole(1, 1)),

@@ -33,7 +33,7 @@ from sparse_bitnet.deploy.ready import make_ready
 from sparse_bitnet.deploy.requests import InvalidRequest, check_chat, check_completion
 
 ROUTES = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
-MOST_BYTES = 16 << 20  # of a request
+BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
 MOST_CONNECTIONS = 256  # beyond, requests are answered with status 503
 SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
 CHAT_ML = "<|im_start|>"
@@ -106,6 +106,7 @@ def build_server(
 
     models: Any = built._model_manager
     models.force_model = name
+    models.process_model_name = lambda name: name  # as clients call it, not "name@main"
     models.load_model_and_processor = lambda *_, **__: (model, tokenizer)
     models.get_gen_models = lambda: [
         {"id": name, "object": "model", "owned_by": "sparse-bitnet", "created": created}
@@ -125,7 +126,8 @@ def build_server(
     config.limit_concurrency = MOST_CONNECTIONS
     config.timeout_graceful_shutdown = SECONDS_TO_FINISH
     _speak_openai(config.app)
-    config.app.add_middleware(_Door)
+    most_bytes = BYTES + BYTES_PER_TOKEN * (context_length(model) or 2**17)
+    config.app.add_middleware(_Door, most_bytes=most_bytes)
     return Server(built.server, name, tokenizer.chat_template is not None)
 
 
@@ -254,10 +256,13 @@ def _error(
 
 
 class _Door:
-    """ASGI middleware: only the routes of text generation, and no bodies beyond reason."""
+    """ASGI middleware: only the routes of text generation, and no bodies beyond reason.
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    A prompt is tokenized before its length is known, and nobody else is served meanwhile.
+    """
+
+    def __init__(self, app: Any, most_bytes: int) -> None:
+        self._app, self._most_bytes = app, most_bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from fastapi.responses import JSONResponse
@@ -268,7 +273,7 @@ class _Door:
             return
         message = f"{status.phrase}: {scope['method']} {scope['path']}"
         if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            message += f"; a request has at most {MOST_BYTES >> 20} MiB"
+            message += f"; a request has at most {self._most_bytes:,} bytes"
         await JSONResponse(_error(message), status)(scope, receive, send)
 
     def _refusal(self, scope: Any) -> HTTPStatus | None:
@@ -278,6 +283,6 @@ class _Door:
             length = dict(scope["headers"]).get(b"content-length")
             if length is None or not length.isdigit():
                 return HTTPStatus.LENGTH_REQUIRED
-            if int(length) > MOST_BYTES:
+            if int(length) > self._most_bytes:
                 return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         return None
