@@ -46,6 +46,8 @@ from sparse_bitnet.kernels.weight import TernaryWeight, copies, prepare
 MOST_PACKED_TOKENS = 32
 FEWEST_SPARSE_TOKENS = 256
 """Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
+SETTLE_SECONDS = 0.3
+"""Of work before a backend of many tokens is timed: it is the sustained clock that counts."""
 SPARSE_BACKENDS = ("2:4", "windows")
 DEFERRED = " deferred"  # a sparse product without its token scale
 
@@ -325,13 +327,14 @@ def measure(
             ),
         )
         times = {}
+        settle = SETTLE_SECONDS if tokens >= FEWEST_SPARSE_TOKENS else 0.0
         for name in names:
             calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in same]
             calls[0]()  # lets the sparse library search its algorithms outside the graph
-            times[name] = tuning.microseconds(calls)
+            times[name] = tuning.microseconds(calls, settle)
             if name in SPARSE_BACKENDS:
                 calls = [partial(_deferred, x, copy) for copy in same]
-                times[name + DEFERRED] = tuning.microseconds(calls)
+                times[name + DEFERRED] = tuning.microseconds(calls, settle)
             task.advance()
     memory.put(_key(weight, tokens, out_dtype), times)
     return times

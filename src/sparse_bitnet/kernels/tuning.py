@@ -11,6 +11,7 @@ import json
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -111,11 +112,13 @@ def may_measure() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+def microseconds(calls: Sequence[Callable[[], object]], settle: float = 0.0) -> float:
     """Median device time of one call, host time left out by replaying a CUDA graph.
 
     Args:
         calls: the same work on different memory, so that a cache does not hold all of it.
+        settle: seconds of the same work before the timing. Under load a GPU lowers its clock to
+            keep its power limit, for sparse products more than for dense ones.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -130,6 +133,11 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
             for call in calls:
                 call()
     graph.replay()
+    torch.cuda.synchronize()
+    until = time.monotonic() + settle
+    while time.monotonic() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
