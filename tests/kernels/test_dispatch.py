@@ -4,9 +4,7 @@ import torch
 from sparse_bitnet.core import (
     DENSE,
     BackendError,
-    ConfigError,
     Pattern,
-    PatternError,
     quantize_int8,
     row_scale,
     ternarize,
@@ -70,23 +68,6 @@ def test_decides_by_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.put("key", {"windows": 3.0, "dense": 2.0, "windows deferred": 1.5})
     assert dispatch._decide(0, "key", usable, 4096).backend == "dense"
     assert dispatch._decide(0, "key", usable, 4096, deferred=True).backend == "windows"
-
-
-def test_explain_covers_all_it_was_asked() -> None:
-    explanation = dispatch.explain(("16x32", "8x64"), (1, 9), ("6:8", "dense"), "cpu")
-    assert [row[:3] for row in explanation.rows] == [
-        (shape, name, tokens)
-        for shape in ("16x32", "8x64")
-        for name in ("6:8", "dense")
-        for tokens in (1, 9)
-    ]
-    backend = "cpu" if native.available() else "reference"
-    assert all(row[3].backend == backend for row in explanation.rows)
-    assert str(explanation) == (f"cpu: every layer is served by {backend} ({native.explanation()})")
-    with pytest.raises(PatternError, match="layer 8x12"):
-        dispatch.explain(("8x12",), (1,), ("6:8",), "cpu")
-    with pytest.raises(ConfigError, match="write OUTxIN"):
-        dispatch.explain(("8,16",), (1,), ("6:8",), "cpu")
 
 
 def test_dense_pattern_is_the_default() -> None:

@@ -21,7 +21,6 @@ share a measurement with the next power of two.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,15 +32,12 @@ from torch import Tensor
 
 from sparse_bitnet import console
 from sparse_bitnet.core.activation import quantize_int8
-from sparse_bitnet.core.errors import BackendError, ConfigError
-from sparse_bitnet.core.pattern import Pattern
-from sparse_bitnet.core.ternary import row_scale
+from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.kernels import native, tuning
 from sparse_bitnet.kernels.matmul import cpu, packed_matmul, structured_matmul, ternary_matmul
 from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
-from sparse_bitnet.kernels.ternarize import ternarize
-from sparse_bitnet.kernels.weight import TernaryWeight, copies, prepare
+from sparse_bitnet.kernels.weight import TernaryWeight, copies
 
 MOST_PACKED_TOKENS = 32
 FEWEST_SPARSE_TOKENS = 256
@@ -64,7 +60,7 @@ class Choice:
 def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16) -> Choice:
     """The backend for this many tokens: remembered, else measured now, else by rule."""
     if not runs_triton(weight.w_scale):
-        return _without_triton(weight.device, weight.packed is not None)
+        return without_triton(weight.device, weight.packed is not None)
     key = _key(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
     index = weight.device.index
@@ -346,7 +342,7 @@ def _deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
     return structured_matmul(x_q, None, cast(Tensor, weight.structured), weight.w_scale)
 
 
-def _without_triton(device: torch.device, packed: bool) -> Choice:
+def without_triton(device: torch.device, packed: bool) -> Choice:
     """What serves where Triton does not; ``packed`` if the weight was laid out for the CPU."""
     if packed:
         return Choice("cpu", native.explanation())
@@ -359,69 +355,3 @@ def _without_triton(device: torch.device, packed: bool) -> Choice:
     have = ".".join(map(str, capability(device.index)))
     need = ".".join(map(str, OLDEST_CAPABILITY))
     return Choice("reference", f"compute capability {have} is below {need}")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What serves a set of layers on one device; its text is a table."""
-
-    device: str
-    remembered_in: str | None
-    rows: list[tuple[str, str, int, Choice]]
-    """``(shape, pattern, tokens, choice)``."""
-
-    def __str__(self) -> str:
-        choices = {(choice.backend, choice.why) for *_, choice in self.rows}
-        if len(choices) == 1 and len(self.rows) > 1:
-            backend, why = choices.pop()
-            return f"{self.device}: every layer is served by {backend} ({why})"
-        lines = [f"{self.device}", f"{'layer':>13}  pattern  tokens  backend    why"]
-        for shape, pattern, tokens, choice in self.rows:
-            lines.append(f"{shape:>13}  {pattern:7}  {tokens:6}  {choice.backend:9}  {choice.why}")
-        if self.remembered_in:
-            lines.append(f"measurements are kept in {self.remembered_in}")
-        return "\n".join(lines)
-
-
-def explain(
-    shapes: tuple[str, ...] = ("37888x3584", "3584x18944", "4608x3584", "3584x3584"),
-    tokens: tuple[int, ...] = (1, 8, 32, 512, 4096),
-    patterns: tuple[str, ...] = ("6:8", "2:4", "dense"),
-    device: str | None = None,
-) -> Explanation:
-    """Which backend serves layers of these shapes, and why; measures what is not remembered.
-
-    Args:
-        shapes: OUTxIN of the layers; those of a 7B Qwen2.5 if left out.
-        tokens: token counts.
-        patterns: N:M or dense.
-        device: the first CUDA device if left out, or CPU where there is none.
-
-    Raises:
-        ConfigError: if a shape is not written OUTxIN.
-        PatternError: if a pattern does not fit a shape.
-    """
-    where = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    rows = []
-    for shape in shapes:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
-        if not match:
-            raise ConfigError(f"shape {shape!r} is not understood: write OUTxIN as in 37888x3584")
-        out, columns = int(match[1]), int(match[2])
-        for name in patterns:
-            pattern = Pattern.parse(name)
-            pattern.check_divides(columns, f"layer {shape}")
-            if not runs_triton(torch.empty(0, device=where)):
-                packed = where.type == "cpu" and native.path() != native.REFERENCE
-                choice = _without_triton(where, packed)
-                rows += [(shape, name, count, choice) for count in tokens]
-                continue
-            ternary, scale = ternarize(torch.randn(out, columns, device=where), pattern)
-            weight = prepare(ternary, row_scale(scale, (), out), pattern)
-            rows += [(shape, name, count, choose(weight, count)) for count in tokens]
-    on_gpu = where.type == "cuda"
-    return Explanation(
-        device=torch.cuda.get_device_name(where) if on_gpu else str(where),
-        remembered_in=str(tuning.cache_file(where)) if on_gpu else None,
-        rows=rows,
-    )
