@@ -167,9 +167,8 @@ def test_leaves_what_it_does_not_serve_to_the_modules() -> None:
     def same(**arguments: Any) -> None:
         made = []
         for one in (plain, model):
-            cache = arguments.get("cache", DynamicCache)(
-                config=plain.config, **arguments.get("c", {})
-            )
+            kind, options = arguments.get("cache", (DynamicCache, {}))
+            cache = kind(config=plain.config, **options)
             batch = arguments.get("batch", 1)
             first = torch.arange(batch * 6).view(batch, 6)
             mask = arguments.get("mask")
