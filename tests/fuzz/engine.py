@@ -18,6 +18,7 @@ damages a copy of them once for each seed, and reads it. The property, for every
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -98,6 +99,7 @@ def fuzz(
             tell({"failure": f"{where}: {what}", "detail": detail})
 
         signal.alarm(SECONDS)
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # where no signal gets through
         try:
             reader.read(directory, mutation)
             counts["loaded"] += 1
@@ -111,6 +113,7 @@ def fuzz(
             fail(f"not an error of ours: {type(error).__name__}", traceback.format_exc()[-3000:])
         finally:
             signal.alarm(0)
+            faulthandler.cancel_dump_traceback_later()
         if box.trace.exists():
             box.trace.rmdir()
             fail("code from the files ran")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,16 @@ def test_refusals(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 8, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="a packed model has no master weights"):
         analyse(tmp_path)
+    save_file({"a.weight": torch.zeros(0, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no floating-point matrix"):
+        analyse(tmp_path)
     save_file({"a.weight": torch.full((4, 8), torch.nan)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightError, match=r"a\.weight: 32 of 32 values"):
         analyse(tmp_path)
     save_file({"a.weight": torch.randn(4, 6)}, tmp_path / "model.safetensors")
     with pytest.raises(PatternError, match=r"6 is not a multiple of M = 8"):
+        analyse(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
         analyse(tmp_path)

@@ -27,7 +27,7 @@ from sparse_bitnet.core import (
     check_finite,
     polarization,
 )
-from sparse_bitnet.files import write_text
+from sparse_bitnet.files import refuse_special, write_text
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.study import plots
 from sparse_bitnet.train.export import SIDE_FILE, read_trained
@@ -206,15 +206,16 @@ def _linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
         )
     for file in files:
         try:
+            refuse_special(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # it is no mapping
                     shape = tensors.get_slice(name).get_shape()
-                    if len(shape) not in (2, 3) or NOT_LINEAR.search(name):
+                    if len(shape) not in (2, 3) or 0 in shape or NOT_LINEAR.search(name):
                         continue
                     if not (weight := tensors.get_tensor(name)).is_floating_point():
                         continue
                     yield name, weight.float()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
 

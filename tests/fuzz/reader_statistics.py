@@ -1,0 +1,33 @@
+"""Weight statistics of a checkpoint, as the verb ``polarization`` measures them.
+
+What is measured are finite fractions.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_bitnet.nn import convert
+from sparse_bitnet.study import polarization
+from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.export import save_trained
+from sparse_bitnet.train.presets import preset_config
+
+
+def build(directory: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
+    convert(model, "6:8")
+    save_trained(model, None, directory, SparsityConfig())
+    polarization._pictures = lambda *_: {}
+
+
+def read(directory: Path, mutation: Any) -> None:
+    result = polarization.analyse(directory, directory.parent / "statistics")
+    for one in [result["overall"], *result["layers"]]:
+        figures = [one["zeros_before_mask"], one["dead_zone_groups"], *one["magnitudes"]]
+        assert all(0 <= figure <= 1 for figure in figures)
+        assert math.isfinite(one["kurtosis"])
