@@ -91,7 +91,7 @@ def fuzz(
         tell({"at": f"{name} {seed}"})
         watch.secret, secret = "", watch.secret
         directory = copy_of(box)
-        mutation = mutate(random.Random(f"{name} {seed}"), box)
+        mutation = mutate(random.Random(f"{Path(name).stem} {seed}"), box)
         watch.secret = secret
         where = f"{name}, seed {seed}: {mutation.told}"
 
