@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import os
@@ -69,6 +70,9 @@ def test_the_command_lines(
     verbs = {" ".join(verb.split()) for verb in cli.VERBS}
     named = {v for v in verbs if any(line.startswith(f"sparse-bitnet {v}") for line in lines)}
     assert named == verbs - {"demo"}, "every verb has its line"
+    served = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: served.append(server.config.port))
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f1\n"))  # a line, then Ctrl-D
     for line in lines:
         words = shlex.split(line)
         if words[0] == "torchrun":
@@ -80,6 +84,8 @@ def test_the_command_lines(
     shown = capsys.readouterr().out
     assert "perplexity" in shown and "bits a weight" in shown
     assert (desk / "runs" / "toy" / "report.html").is_file()
+    assert served == [8000]
+    assert (desk / "model.gguf").is_file() and (desk / "imported" / "config.json").is_file()
 
 
 def test_the_files_it_links_to_exist() -> None:

@@ -10,6 +10,7 @@ import torch
 from sparse_bitnet import console, files
 from sparse_bitnet.bench.inference import FULL, KINDS, Case, Row, measure
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels import native
 
 SMALL_LAYERS, SMALL_VOCABULARY = 2, 4096
 
@@ -17,8 +18,8 @@ SMALL_LAYERS, SMALL_VOCABULARY = 2, 4096
 def bench(
     preset: str | None = None,
     *,
-    prefill: tuple[str, ...] = ("1x512", "4x4096"),
-    decode: tuple[int, ...] = (1, 8, 32),
+    prefill: tuple[str, ...] | None = None,
+    decode: tuple[int, ...] | None = None,
     context: int = 512,
     kinds: tuple[str, ...] = KINDS,
     head: str = "bf16",
@@ -31,8 +32,8 @@ def bench(
 
     Args:
         preset: a model shape; qwen2.5-7b on a GPU, two layers of qwen2.5-0.5b without one.
-        prefill: SEQUENCESxTOKENS.
-        decode: batch sizes.
+        prefill: SEQUENCESxTOKENS; 1x512 and 4x4096 on a GPU, 1x128 without one.
+        decode: batch sizes; 1, 8 and 32 on a GPU, 1 without one.
         context: tokens in the cache while decoding.
         kinds: bf16 and patterns.
         head: bf16 or int8, of the ternary models.
@@ -47,12 +48,16 @@ def bench(
         raise ConfigError(f"bench: head is {head!r}; choose bf16 or int8")
     if repeats < 1 or context < 1:
         raise ConfigError("bench: repeats and context have to be at least 1")
+    if prefill is None:
+        prefill = ("1x512", "4x4096") if on_gpu else ("1x128",)
+    if decode is None:
+        decode = (1, 8, 32) if on_gpu else (1,)
     cases = [_prefill(text, head) for text in prefill]
     cases += [Case("decode", batch, context, head) for batch in decode]
     if not on_gpu:
         console.say(
-            "no NVIDIA GPU here: the reference products run, on two layers of the model, and show "
-            "that everything works rather than how fast it can be"
+            f"no NVIDIA GPU here: {SMALL_LAYERS} layers of the model in float32 on the CPU "
+            f"({native.explanation()}); bf16 in the table stands for full precision"
         )
     rows: list[Row] = []
     for row in measure(
