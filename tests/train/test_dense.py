@@ -130,3 +130,12 @@ def test_damaged_configurations(directory: Path, text: str) -> None:
     (directory / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         read_dense(directory)
+
+
+@pytest.mark.parametrize("layers", [10**9, -1, "2", 10**400])
+def test_a_shape_of_more_layers_than_there_are(directory: Path, layers: Any) -> None:
+    """transformers would make a list that long before anything is built."""
+    edit_config(directory, num_hidden_layers=layers, layer_types=None)
+    shape = ModelConfig(str(directory / "config.json"))
+    with pytest.raises(ConfigError, match=r"num_hidden_layers is .* more than any model has"):
+        build_model(shape, vocab_size=32, seed=0, device=torch.device("cpu"))

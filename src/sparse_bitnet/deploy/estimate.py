@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.deploy.devices import Device, device_named
@@ -26,7 +26,7 @@ from sparse_bitnet.deploy.roofline import DecoderShape, Run, linear_of
 from sparse_bitnet.deploy.sizes import least_bits
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.nn import convert, converted_modules
-from sparse_bitnet.train.dense import LOCAL
+from sparse_bitnet.train.dense import read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
 
@@ -212,7 +212,7 @@ def _skeleton(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTra
         if source in PRESETS:
             config: Any = preset_config(source, vocab_size)
         elif path.exists():
-            config = AutoConfig.from_pretrained(path, **LOCAL)
+            config = read_shape(path)
         else:
             raise ConfigError(
                 f"{source}: no preset and no such directory or config.json; the presets are "

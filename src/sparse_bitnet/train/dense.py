@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from sparse_bitnet.core import CheckpointError, check_finite
+from sparse_bitnet.core import CheckpointError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
+MOST_LAYERS = 10_000
 
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
@@ -65,6 +66,22 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     return model.eval()
 
 
+def read_shape(path: str | Path) -> Any:
+    """The transformers configuration of a ``config.json``, or of a directory that has one.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is damaged, names code to be fetched, or has more layers than any model.
+    """
+    path = Path(path)
+    config = _read_config(path / "config.json" if path.is_dir() else path)
+    layers = config.get("num_hidden_layers", 0)
+    if type(layers) is not int or not 0 <= layers <= MOST_LAYERS:
+        # transformers would first make that many.
+        raise ValueError(f"num_hidden_layers is {shown(layers)}, more than any model has")
+    return AutoConfig.from_pretrained(path, **LOCAL)
+
+
 def foreign_code(config: Any) -> str | None:
     """What of a ``config.json`` would make transformers fetch code, or None.
 
@@ -96,13 +113,7 @@ def no_bars() -> Iterator[None]:
 def _check_config(directory: Path) -> None:
     """What has to be known before transformers builds what a ``config.json`` says."""
     refuse_special(*directory.iterdir())
-    path = directory / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    reason = foreign_code(config)
-    if reason:
-        raise ValueError(f"{path.name}: {reason}")
+    config = _read_config(directory / "config.json")
     files = sorted(directory.glob("*.safetensors"))
     if files:  # older checkpoints are pickles, which transformers reads as weights only
         tensors = 0
@@ -115,3 +126,13 @@ def _check_config(directory: Path) -> None:
                 f"num_hidden_layers is {str(layers)[:40]}, but there are {tensors} tensors in the "
                 "weight files"
             )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    reason = foreign_code(config)
+    if reason:
+        raise ValueError(f"{path.name}: {reason}")
+    return config

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +19,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
-from sparse_bitnet.train.dense import LOCAL, read_dense
+from sparse_bitnet.train.dense import read_dense, read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
 MASKLESS = "sparse_bitnet_maskless_sdpa"
@@ -94,7 +93,7 @@ def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def
             f"model.source {config.source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face "
             "directory and no config.json"
         )
-    shape = AutoConfig.from_pretrained(path, **LOCAL)
+    shape = read_shape(path)
     if config.vocab_size:
         shape.vocab_size = config.vocab_size
     return shape

@@ -1,0 +1,22 @@
+"""A ``config.json``, for an estimate: all that is known of a model that may be of any size.
+
+What is estimated are finite, positive figures.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.deploy.estimate import estimate
+from sparse_bitnet.train.presets import preset_config
+
+
+def build(directory: Path) -> None:
+    preset_config("tiny", 300).save_pretrained(directory)
+
+
+def read(directory: Path, mutation: Any) -> None:
+    found = estimate(str(directory))
+    for seconds in (found.packed.prefill_seconds, found.packed.decode_seconds):
+        assert math.isfinite(seconds) and seconds > 0
+    str(found)
