@@ -54,7 +54,7 @@ class Checkpoints:
         directory: holds ``step-00000100`` and so on.
         keep: how many of the last ones stay.
         config: of the run; a checkpoint of another one is refused.
-        data: what identifies the tokens (see :func:`sparse_bitnet.train.loop`).
+        data: what identifies the tokens (``Batches.fingerprint``).
         ranks: who takes part; every rank must call every method.
     """
 

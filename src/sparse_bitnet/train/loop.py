@@ -47,6 +47,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
 
     Raises:
         ConfigError: if the directory holds a run of another configuration, or values contradict.
+        PatternError: if a pattern, or one that the schedule comes to, does not fit the model.
         DataError: if the tokens are missing or damaged.
         CheckpointError: if the checkpoint to resume from is damaged.
         TrainingError: if the loss or the gradient is not finite.
