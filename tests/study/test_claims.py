@@ -64,3 +64,19 @@ def test_the_opposite_order_is_said_plainly(tmp_path: Path, make_row: Make) -> N
     assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == FAILS
     assert by_start(found, "BitNet's normalised perplexity").verdict == FAILS
     assert by_start(found, "BitNet stays within").verdict == FAILS
+
+
+def test_accuracy_is_compared_within_a_seed(tmp_path: Path, make_row: Make) -> None:
+    """Seeds differ by more than the kinds do; a seed that only one kind has decides nothing."""
+    level = {0: 0.9, 1: 0.5, 2: 0.1}
+    for kind, seeds, lost in (("bf16", (1, 2), 0.1), ("bitnet", (0, 1, 2), 0.05)):
+        for seed in seeds:
+            for pattern, accuracy in (("dense", level[seed]), ("6:8", level[seed] * (1 - lost))):
+                row = make_row(30.0, accuracy, kind=kind, pattern=pattern, seed=seed)
+                append_row(tmp_path / "rows.jsonl", row)
+    runs = Runs(read_rows(tmp_path)[0], "study-5m")
+    found = by_start(claims(runs, []), "At 6:8 BitNet loses less downstream")
+    # BitNet loses 2.5 and 0.5 points where BF16 loses 5 and 1; its seed 0 loses 4.5.
+    assert found.verdict == IN_PART, "1.5 ± 1.4 points better: within two standard errors"
+    assert "(2 seeds) BF16" in found.ours and "(3 seeds) BitNet" in found.ours
+    assert runs.deltas("bitnet", "6:8", "accuracy")[0] == pytest.approx(-0.045)

@@ -128,9 +128,16 @@ class Runs:
     def delta(
         self, kind: str, pattern: str, figure: str = "perplexity", **wanted: Any
     ) -> Estimate | None:
-        """A figure (``perplexity``, ``accuracy``) minus that of the unmasked twin, by seed."""
+        """A figure (``perplexity``, ``accuracy``) minus that of the unmasked twin."""
+        found = self.deltas(kind, pattern, figure, **wanted)
+        return Estimate(tuple(found.values())) if found else None
+
+    def deltas(
+        self, kind: str, pattern: str, figure: str = "perplexity", **wanted: Any
+    ) -> dict[int, float]:
+        """:meth:`delta` by seed."""
         pairs = self._pairs(kind, pattern, figure, **wanted)
-        return Estimate(tuple(here - dense for here, dense in pairs.values())) if pairs else None
+        return {seed: here - dense for seed, (here, dense) in pairs.items()}
 
     def advantage(self, pattern: str, figure: str = "ratio", **wanted: Any) -> Estimate | None:
         """BF16 minus BitNet, by seed, of the ratio or the difference to the unmasked twin.

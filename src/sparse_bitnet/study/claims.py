@@ -147,13 +147,12 @@ def _accuracy(runs: Runs) -> Claim:
         f"{published.DELTA_ACCURACY_6_8['bitnet'][size]:+.2f} BitNet"
         for size in published.DELTA_ACCURACY_6_8["bf16"]
     )
-    bf16 = runs.delta("bf16", "6:8", "accuracy")
-    bitnet = runs.delta("bitnet", "6:8", "accuracy")
-    if bf16 is None or bitnet is None:
+    deltas = {kind: runs.deltas(kind, "6:8", "accuracy") for kind in ("bf16", "bitnet")}
+    both = sorted(deltas["bf16"].keys() & deltas["bitnet"].keys())
+    if not both:
         return _undecided(claim, told, "bf16 and bitnet at dense and 6:8, with cloze questions")
-    count = min(len(bf16.values), len(bitnet.values))
-    pairs = zip(bitnet.values[:count], bf16.values[:count], strict=True)
-    gap = Estimate(tuple(b - a for b, a in pairs))
+    gap = Estimate(tuple(deltas["bitnet"][seed] - deltas["bf16"][seed] for seed in both))
+    bf16, bitnet = (Estimate(tuple(found.values())) for found in deltas.values())
     points = [Estimate(tuple(100 * v for v in one.values)) for one in (bf16, bitnet)]
     ours = f"{points[0].text(2, True)} BF16, {points[1].text(2, True)} BitNet"
     return Claim(claim, told, ours, judge([gap]))
