@@ -34,6 +34,7 @@ from rich.table import Table
 from sparse_bitnet.console import out, progress, say
 from sparse_bitnet.files import write_text
 from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.native.pages import use_large_pages
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_inference.json"
 PROMPT, NEW = 512, 64
@@ -113,6 +114,7 @@ def measure(names: list[str], rounds: int, threads: int, layers: int) -> dict[st
     """All rows in turns; the contents of the JSON file."""
     torch.set_num_threads(threads)
     memory = torch.ones(2**28)
+    use_large_pages(memory)
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / "model.gguf"
         if TQ2 in names:

@@ -18,6 +18,7 @@ from sparse_bitnet.core.mask import nm_mask
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import dispatch, native, ternary_matmul
 from sparse_bitnet.kernels.matmul import cpu, reference
+from sparse_bitnet.kernels.native import pages
 from sparse_bitnet.kernels.weight import prepare
 
 PATHS = native.available()
@@ -299,6 +300,18 @@ def test_prepare_keeps_one_copy() -> None:
     assert weight.rows is None and weight.layout == "two-bit"
     assert weight.packed is not None and weight.packed.data_ptr() == stored.data_ptr()
     assert torch.equal(weight.dense, ternary)
+
+
+def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randint(0, 255, (5 * pages.LARGE_PAGE // 2,), dtype=torch.uint8)
+    small, empty = torch.arange(10), torch.empty(0)
+    copy = large.clone()
+    for tensor in (large, large[7:], small, empty, torch.empty(9, device="meta")):
+        pages.use_large_pages(tensor)
+    assert torch.equal(large, copy)
+    monkeypatch.setattr(pages, "_advise", lambda: None)  # not Linux
+    pages.use_large_pages(large)
+    assert torch.equal(large, copy)
 
 
 @settings(deadline=None, max_examples=30)

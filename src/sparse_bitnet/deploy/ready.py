@@ -8,8 +8,10 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels.native.pages import use_large_pages
 from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
+from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.single_token import step_in_one_call
 
@@ -36,6 +38,9 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
     prepare(model)
     if model.device.type == "cpu":
         step_in_one_call(model)
+        for module in model.modules():
+            if isinstance(module, Int8Table):
+                use_large_pages(module.weight)
     if model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
     if compile:

@@ -24,6 +24,7 @@ from sparse_bitnet.core.errors import WeightError
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.library import register
+from sparse_bitnet.kernels.native.pages import use_large_pages
 
 BLOCK = 256
 """Weights of a six-bit row come in blocks of so many: 64 groups in 48 bytes."""
@@ -71,7 +72,9 @@ def lay_out(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]
     """
     packed = two_bit.pack(ternary) if stored is None else stored.contiguous()
     six_bit = pack_six_bit(packed) if native.reads_six_bit() else None
-    return (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
+    laid_out, layout = (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
+    use_large_pages(laid_out)
+    return laid_out, layout
 
 
 def unpack(packed: Tensor, layout: str, in_features: int) -> Tensor:

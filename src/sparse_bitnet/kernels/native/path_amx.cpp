@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t SIDE = 16;           // tokens or rows of a tile
 constexpr int64_t TILE = SIDE * 64;    // bytes
 constexpr int64_t PANEL = 128;         // rows whose codes are kept in the cache
-constexpr int64_t DEPTH = 8;           // blocks of those rows: together 256 KiB
-constexpr int64_t CHUNK = 512;         // tokens whose sums are kept: again 256 KiB
+constexpr int64_t DEPTH = 4;           // blocks of those rows: together 128 KiB
+constexpr int64_t CHUNK = 512;         // tokens whose sums are kept: 256 KiB
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
