@@ -12,7 +12,7 @@ import pytest
 
 import sparse_bitnet
 from sparse_bitnet import cli
-from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.core import ConfigError, DataError, PatternError
 
 
 def exit_code(arguments: list[str]) -> int | str | None:
@@ -50,6 +50,7 @@ def test_errors_are_one_line_and_a_code(
     for error, code in (
         (DataError("the shard is gone"), cli.FAILED),
         (ConfigError("steps is -1"), cli.MISUSED),
+        (PatternError("pattern 9:8 is out of range"), cli.MISUSED),
         (PermissionError(13, "Permission denied", "/out"), cli.FAILED),
         (KeyboardInterrupt(), cli.INTERRUPTED),
     ):

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from sparse_bitnet.console import out, say
-from sparse_bitnet.core import ConfigError, SparseBitNetError
+from sparse_bitnet.core import ConfigError, PatternError, SparseBitNetError
 
 # verb: (module, function, one line for the overview)
 VERBS = {
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(MISUSED)
     try:
         _show(_call(verb, arguments[len(verb.split()) :]))
-    except ConfigError as error:
+    except (ConfigError, PatternError) as error:
         say(f"error: {error}")
         sys.exit(MISUSED)
     except SparseBitNetError as error:
