@@ -29,7 +29,6 @@ from sparse_bitnet.kernels import tuning
 
 BLOCK = 64
 LONGEST_ROW = 2**18
-MOST_TOKENS = 32
 MOST_DOT_TOKENS = 2
 FEW_ROWS = 8192
 JOIN = 512
