@@ -61,11 +61,28 @@ def linears_of(layer: Any) -> list[PackedLinear] | None:
 
 
 class _Step:
-    """The prepared call of a layer, and what it was prepared from. A copy begins empty."""
+    """The prepared call of a layer, and what it was prepared from. A copy begins empty.
+
+    Attributes:
+        linears, norms: the layer's modules, looked up once, since that takes longer than their use.
+        made_from: weights, parameters, threads, path and dtype that ``call`` was prepared from.
+        call: None if the layer does not serve them.
+    """
 
     def __init__(self) -> None:
+        self.linears: list[PackedLinear] = []
+        self.norms: list[Any] = []
         self.made_from: tuple[Any, ...] = ()
         self.call: LayerCall | None = None
+
+    def look_up(self, layer: Any) -> None:
+        """Find the modules if they are not known."""
+        if not self.linears:
+            attention = layer.self_attn
+            head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            self.norms += [norm for norm in head_norms if norm is not None]
+            self.linears = linears_of(layer) or []
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Step:
         return _Step()
@@ -133,15 +150,11 @@ def _call_of(layer: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> LayerCall |
         or not cosine.numel() == sine.numel() == layer.self_attn.head_dim
     ):
         return None
-    linears = linears_of(layer)
-    if linears is None:
-        return None
-    weights: list[TernaryWeight] = [linear.layout("weight") for linear in linears]
-    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
-    head_norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-    parameters = [norm.weight for norm in (*norms, *head_norms) if norm is not None]
-    made_from = (*weights, *parameters, torch.get_num_threads(), native.path(), x.dtype)
     step: _Step = layer._step
+    step.look_up(layer)
+    weights: list[TernaryWeight] = [linear.layout("weight") for linear in step.linears]
+    parameters = [norm.weight for norm in step.norms]
+    made_from = (*weights, *parameters, torch.get_num_threads(), native.path(), x.dtype)
     if len(made_from) == len(step.made_from) and all(
         a is b for a, b in zip(made_from, step.made_from, strict=True)
     ):
@@ -151,16 +164,16 @@ def _call_of(layer: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> LayerCall |
         one.dtype == x.dtype and one.device == x.device and one.is_contiguous()
         for one in parameters
     ):
-        q_norm, k_norm = head_norms
+        attention, norms = layer.self_attn, step.norms
         step.call = LayerCall(
             [
                 (weight, None if linear.bias is None else linear.bias.contiguous())
-                for weight, linear in zip(weights, linears, strict=True)
+                for weight, linear in zip(weights, step.linears, strict=True)
             ],
             (norms[0].weight, norms[1].weight),
             (norms[0].variance_epsilon, norms[1].variance_epsilon),
-            None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight),
-            0.0 if q_norm is None else q_norm.variance_epsilon,
+            (norms[2].weight, norms[3].weight) if len(norms) > 2 else None,
+            norms[2].variance_epsilon if len(norms) > 2 else 0.0,
             (attention.config.num_attention_heads, attention.config.num_key_value_heads),
             attention.head_dim,
             attention.scaling,
