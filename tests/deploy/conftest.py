@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -45,6 +47,7 @@ def build_model(architecture):
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **SMALL)),
         "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **SMALL)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
         "mixtral": lambda: MixtralForCausalLM(
             MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **SMALL)
         ),

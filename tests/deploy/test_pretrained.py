@@ -105,7 +105,7 @@ def test_pipeline(pristine, tokenizer):
     assert results[1] == alone
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral", "phi3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_trained_and_packed_compute_the_same_in_any_dtype(
     trained, logits, tmp_path, architecture, dtype

@@ -36,6 +36,32 @@ COUNTS = {
 }
 
 
+@pytest.mark.parametrize("architecture", ["phi3", "glm", "glm4"])
+def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None:
+    """q, k and v, gate and up: fused in one linear or not, the same γ for the same weights."""
+    model = tiny(architecture, head_dim=8)
+    parts = {"mlp.gate_up_proj": (48, 48)}
+    if architecture == "phi3":
+        parts["self_attn.qkv_proj"] = (32, 16, 16)
+    with torch.no_grad():  # as different as can be seen
+        for name, rows in parts.items():
+            for index, part in enumerate(
+                model.get_submodule(f"model.layers.0.{name}").weight.split(list(rows))
+            ):
+                part.normal_(std=0.01 * 4**index)
+    convert(model, "6:8")
+    for name, module in converted_modules(model):
+        rows = parts.get(name.removeprefix("model.layers.").partition(".")[2], ())
+        assert module.segments == rows, name
+        for index, part in enumerate(module.weight.split(list(rows)) if rows else []):
+            alone = SparseBitLinear(nn.Linear(32, len(part), bias=False), Pattern(6, 8))
+            with torch.no_grad():
+                alone.weight.copy_(part)
+            alone.refresh()
+            assert torch.equal(alone.scale[0], module.scale[index])
+            assert torch.equal(alone.ternary, module.ternary.split(list(rows))[index])
+
+
 def perceptron(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
 

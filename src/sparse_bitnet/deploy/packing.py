@@ -37,7 +37,7 @@ from sparse_bitnet.deploy.verify import INDEX, WEIGHTS
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import DerivedModule, convert, converted_modules
+from sparse_bitnet.nn import DerivedModule, SparseBitLinear, convert, converted_modules
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.train.export import load_master
@@ -159,8 +159,10 @@ def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | No
     shapes = dict(converted_modules(skeleton))
 
     def module(name: str) -> DerivedModule:
-        kind: Any = type(shapes[name])
-        return kind(model.get_submodule(name), shapes[name].pattern, shapes[name].method)
+        shape = shapes[name]
+        kind: Any = type(shape)
+        fused = {"segments": shape.segments} if isinstance(shape, SparseBitLinear) else {}
+        return kind(model.get_submodule(name), shape.pattern, shape.method, **fused)
 
     return _Trained(model, shapes, module), tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
 # Routers decide which expert sees a token: a handful of weights that a rounding would flip. Some
 # architectures wrap the linear layer once more (`router.layer`, `gate.wg`).
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+# transformers' classes with several logical matrices in one linear, one below the other.
+FUSED_MLP = ("Phi3MLP", "GlmMLP", "Glm4MLP")
+FUSED_ATTENTION = ("Phi3Attention",)
 
 
 @dataclass
@@ -157,8 +161,13 @@ def convert(
         for tensor in module.parameters(recurse=False):
             tensor.data = tensor.data.float()
         report.weights += sum(weight.numel() for _, weight in _weights(module))
-        swap = (LINEAR if isinstance(module, nn.Linear) else EXPERTS)[kind]
-        new = swap(module, chosen, method)
+        segments = fused_rows(model, names[module][0])
+        if kind == "bitnet" and isinstance(module, nn.Linear):
+            new: DerivedModule = SparseBitLinear(module, chosen, method, segments)
+        else:
+            new = (LINEAR if isinstance(module, nn.Linear) else EXPERTS)[kind](
+                module, chosen, method
+            )
         new.own_pattern = own
         for name in names[module]:
             model.set_submodule(name, new)
@@ -224,6 +233,24 @@ def master_weights(model: nn.Module) -> Iterator[MasterWeight]:
         for parameter, weight in module.master_parameters().items():
             full = f"{name}.{parameter}" if name else parameter
             yield MasterWeight(full, weight, module, module.segments_of(parameter))
+
+
+def fused_rows(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Rows of each logical matrix that an architecture keeps in one linear; empty for one.
+
+    Each of them has its own γ, as it has where q, k and v, or gate and up, are modules of their
+    own. Known by the class around it, because other architectures interleave heads under the same
+    names.
+    """
+    parent_name, _, attribute = name.rpartition(".")
+    parent: Any = model.get_submodule(parent_name)
+    linear = getattr(parent, attribute)
+    if type(parent).__name__ in FUSED_MLP and attribute == "gate_up_proj":
+        return (linear.out_features // 2,) * 2
+    if type(parent).__name__ in FUSED_ATTENTION and attribute == "qkv_proj":
+        rows = parent.head_dim * parent.config.num_key_value_heads
+        return (linear.out_features - 2 * rows, rows, rows)
+    return ()
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
