@@ -58,7 +58,7 @@ def test_the_python_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     PreTrainedTokenizerFast.from_pretrained("data/tokenizer").save_pretrained("my-model")
     Qwen2ForCausalLM(preset_config("tiny", 300)).save_pretrained("my-model")
     batches = [torch.randint(0, 300, (2, 16)) for _ in range(2)]
-    exec(compile(block("Ten lines"), "README.md", "exec"), {"torch": torch, "batches": batches})
+    exec(compile(block("Ten lines"), "README.md", "exec"), {"batches": batches})
     assert (tmp_path / "packed" / "config.json").is_file()
 
 
