@@ -56,8 +56,8 @@ Features detect() {
     Features have{};
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return have;
-    const bool os_saves = c >> 27 & 1, f16c = c >> 29 & 1;
-    if (!os_saves || !f16c) return have;
+    const bool os_saves = c >> 27 & 1, f16c = c >> 29 & 1, fma = c >> 12 & 1;
+    if (!os_saves || !f16c || !fma) return have;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const bool ymm = (low & 0x06) == 0x06, zmm = (low & 0xE6) == 0xE6;

@@ -4,7 +4,7 @@
 #ifdef SPARSE_BITNET_X86
 #include <immintrin.h>
 
-BEGIN_TARGET("avx2,f16c,avxvnni")
+BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 namespace sparse_bitnet {
 namespace {
 #define VNNI 1

@@ -7,6 +7,7 @@ namespace {
 struct V {
     static constexpr int64_t width = 16;
     static constexpr int tokens = 1;
+    static constexpr bool fuses = false;  // multiply and add in one instruction
     static constexpr bool reads_six_bit = false;
     struct Bytes {
         uint8_t lane[width];
