@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -65,8 +66,7 @@ def test_nothing_is_kept_when_all_parts_are_taken() -> None:
     model = FakeAttention()
     assert fuse(nn.ModuleList([model])) == 2
     model(torch.randn(2, 16))
-    shared = model.q_proj.shared  # type: ignore[union-attr]
-    assert not shared.waiting and shared.source is None
+    assert model.q_proj.shared.last is None  # type: ignore[union-attr]
 
 
 def test_an_input_of_its_own_is_multiplied_for_itself() -> None:
@@ -79,6 +79,17 @@ def test_an_input_of_its_own_is_multiplied_for_itself() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_threads_do_not_take_from_each_other() -> None:
+    model = FakeAttention()
+    inputs = [torch.randn(2, 16) for _ in range(8)]
+    expected = [model(x) for x in inputs]
+    fuse(nn.ModuleList([model]))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for found, wanted in zip(pool.map(model, inputs), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+
+
 def test_compiles_without_a_break(tiny: Tiny, tokens: Tensor, logits: Any) -> None:
     model = packed(tiny()).eval()
     fuse(model)
@@ -86,7 +97,7 @@ def test_compiles_without_a_break(tiny: Tiny, tokens: Tensor, logits: Any) -> No
     layer = model.model.layers[0]  # type: ignore[union-attr]
     layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)  # type: ignore[union-attr]
     assert torch.equal(logits(model, tokens), before)
-    assert not layer.self_attn.q_proj.shared.waiting  # type: ignore[union-attr]
+    assert layer.self_attn.q_proj.shared.last is None  # type: ignore[union-attr]
 
 
 def test_other_models_stay_as_they_are(tiny: Tiny) -> None:

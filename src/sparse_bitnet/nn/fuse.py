@@ -59,12 +59,15 @@ def fuse(model: nn.Module) -> int:
 
 
 class SharedProduct:
-    """A product that several linears of one input share; what is not yet taken of its result."""
+    """A product that several linears of one input share, and its last result.
+
+    Input and result are kept in one attribute, read and written at once: another thread's forward
+    may put its own there, which costs a product more and never gives wrong numbers.
+    """
 
     def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
-        self.source: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}
+        self.last: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
 
 class Part(nn.Module):
@@ -84,13 +87,12 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
-        if shared.source is not x or self.index not in shared.waiting:
-            parts = shared.linear(x).split(shared.sizes, dim=-1)
-            shared.source, shared.waiting = x, dict(enumerate(parts))
-        mine = shared.waiting.pop(self.index)
-        if not shared.waiting:
-            shared.source = None  # nothing outlives the layer
-        return mine
+        last = shared.last
+        if last is None or last[0] is not x:
+            last = (x, shared.linear(x).split(shared.sizes, dim=-1))
+        # After the last part nothing is kept: activations must not outlive the layer.
+        shared.last = None if self.index == len(shared.sizes) - 1 else last
+        return last[1][self.index]
 
     def extra_repr(self) -> str:
         return f"part {self.index} of {len(self.shared.sizes)}, out_features={self.out_features}"

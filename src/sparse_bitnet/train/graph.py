@@ -51,7 +51,8 @@ class GraphedBackward:
         self._inputs = [batch.clone() for batch in micro_batches]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # Dropout of the replay starts where an eager step's would, so a resumed run repeats it.
+        with torch.cuda.stream(aside), torch.random.fork_rng([torch.cuda.current_device()]):
             for _ in range(WARMUPS):
                 self._clear()
                 self._backward(self._inputs)
