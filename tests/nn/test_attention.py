@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
-from sparse_bitnet.nn.attention import ATTENTION
+from sparse_bitnet.nn.attention import ATTENTION, attend
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
@@ -26,6 +28,16 @@ def test_generates_the_same(
     after = model.generate(tokens, **options)
     assert torch.equal(before.sequences, after.sequences)
     torch.testing.assert_close(torch.stack(after.logits), torch.stack(before.logits))
+
+
+def test_values_narrower_than_keys_are_left_to_sdpa() -> None:
+    query, keys = torch.randn(2, 4, 1, 24), torch.randn(2, 4, 7, 24)
+    values = torch.randn(2, 4, 7, 16)
+    module = nn.Module().eval()
+    module.is_causal = True  # type: ignore[assignment]
+    y, _ = attend(module, query, keys, values, None, scaling=0.3)
+    expected = F.scaled_dot_product_attention(query, keys, values, scale=0.3)
+    torch.testing.assert_close(y, expected.transpose(1, 2))
 
 
 def test_padding_is_not_seen(tiny: Callable[..., PreTrainedModel]) -> None:

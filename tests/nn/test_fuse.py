@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,26 @@ def test_an_input_of_its_own_is_multiplied_for_itself() -> None:
     found = [model.q_proj(x), model.k_proj(other), model.v_proj(x)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_input_that_was_written_to_is_multiplied_again() -> None:
+    model = FakeAttention()
+    x = torch.randn(2, 16)
+    expected = model.q_proj(2 * x)
+    fuse(nn.ModuleList([model]))
+    model.q_proj(x)
+    torch.testing.assert_close(model.q_proj(x.mul_(2)), expected)
+
+
+def test_a_fused_model_is_not_saved(tiny: Tiny, tmp_path: Path) -> None:
+    model: Any = packed(tiny())
+    model.save_pretrained(tmp_path / "before")
+    fuse(model)
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj: .* save before fuse"):
+        model.save_pretrained(tmp_path / "after")
+    assert not list((tmp_path / "after").glob("*.safetensors"))
+    with pytest.raises(ConfigError, match=r"^model: its layers were joined"):
+        model.model.layers[0].mlp.state_dict()
 
 
 def test_threads_do_not_take_from_each_other() -> None:

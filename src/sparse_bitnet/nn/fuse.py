@@ -35,7 +35,7 @@ def fuse(model: nn.Module) -> int:
     """Join q, k and v, and gate and up, of every decoder layer in place.
 
     For a model that is about to run: packed, or (so that comparisons are fair) plain ``nn.Linear``.
-    Its state dict is no longer that of the architecture, so save before.
+    Its state dict would no longer be that of the architecture and is refused: save before.
 
     Returns:
         How many products were saved. Layers of other architectures, with mixed kinds of linears or
@@ -84,11 +84,13 @@ class Part(nn.Module):
         self.in_features, self.out_features = _columns(shared.linear), shared.sizes[index]
         if index == 0:
             self.joined = shared.linear
+            self.register_state_dict_pre_hook(_refuse_to_save)
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
         last = shared.last
-        if last is None or last[0] is not x:
+        # The first part multiplies anew: the same tensor may have been written to since.
+        if self.index == 0 or last is None or last[0] is not x:
             last = (x, shared.linear(x).split(shared.sizes, dim=-1))
         # After the last part nothing is kept: activations must not outlive the layer.
         shared.last = None if self.index == len(shared.sizes) - 1 else last
@@ -105,6 +107,7 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = join([mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")])
         self.down_proj = mlp.get_submodule("down_proj")
+        self.register_state_dict_pre_hook(_refuse_to_save)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.gate_up_proj, self.down_proj
@@ -113,6 +116,13 @@ class FusedMLP(nn.Module):
         gate, up = first(x).chunk(2, dim=-1)
         result: Tensor = second(F.silu(gate) * up)
         return result
+
+
+def _refuse_to_save(_module: nn.Module, prefix: str, _keep_vars: bool) -> None:
+    raise ConfigError(
+        f"{prefix.removesuffix('.') or 'model'}: its layers were joined to run, and nothing could "
+        "load the weights under their new names; save before fuse or make_ready, or load again"
+    )
 
 
 def join(linears: list[nn.Module]) -> nn.Module:
