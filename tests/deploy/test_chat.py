@@ -127,6 +127,23 @@ def test_lines_from_a_pipe(pristine, monkeypatch, capsys):
     assert ">" not in capsys.readouterr().out.splitlines()[0][:2]
 
 
+def test_a_line_that_is_not_utf8_is_said_and_the_chat_goes_on(pristine, monkeypatch, capsys):
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\ndef main\n"), encoding="utf-8")
+    monkeypatch.setattr(chatting.sys, "stdin", lines)
+    chat(pristine / "two-bit", max_new_tokens=5)
+    shown = capsys.readouterr()
+    assert "the text is not UTF-8 at character 3" in shown.err and shown.out.strip()
+
+
+def test_turns_and_instructions_that_are_no_text(trained, speaker):
+    with pytest.raises(ConfigError, match="the text is not UTF-8 at character 0"):
+        Conversation(trained("qwen2"), speaker, "\udce9")
+    talk = Conversation(trained("qwen2"), speaker)
+    with pytest.raises(ConfigError, match="not UTF-8 at character 3"):
+        talk.answer("def\udce9", silent)
+    assert talk.messages == []
+
+
 def test_a_line_that_does_not_fit_is_said_and_the_chat_goes_on(tmp_path, pristine, typed, capsys):
     from sparse_bitnet.deploy.pretrained import load
 

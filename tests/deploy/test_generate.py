@@ -57,6 +57,15 @@ def test_an_empty_prompt_starts_from_the_first_token(trained, tokenizer):
     assert isinstance(generate_text(trained("qwen2"), tokenizer, "", 5), str)
 
 
+def test_a_prompt_that_is_no_text_and_no_length(trained, tokenizer):
+    with pytest.raises(
+        ConfigError, match="the text is not UTF-8 at character 3; write it in UTF-8"
+    ):
+        generate_text(trained("qwen2"), tokenizer, "caf\udce9", 5)
+    with pytest.raises(ConfigError, match="max_new_tokens is 0; it has to be 1 or more"):
+        generate_text(trained("qwen2"), tokenizer, PROMPT, 0)
+
+
 def test_a_directory_without_tokenizer(tmp_path, trained):
     pack(trained("qwen2"), tmp_path / "out")
     with pytest.raises(ConfigError, match="out has no tokenizer; copy its files there, or pack"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
-from sparse_bitnet.core import CheckpointError, PackedFormatError
+from sparse_bitnet.core import CheckpointError, ConfigError, PackedFormatError
 from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.deploy.pretrained import is_packed, load, load_packed
 from sparse_bitnet.nn.packed_linear import PackedLinear
@@ -130,3 +130,20 @@ def test_load_takes_packed_and_trained_directories_only(pristine, tmp_path, buil
         load_packed(tmp_path / "plain")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):
         load_packed(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("cudaa", "Expected one of cpu, cuda"),
+        ("meta", "it holds shapes and no numbers"),
+        pytest.param(
+            "cuda",
+            "",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_device_that_is_not_there(pristine, device, why):
+    with pytest.raises(ConfigError, match=rf"device '{device}' cannot be used here \(.*{why}.*cpu"):
+        load(pristine / "two-bit", device=device)

@@ -342,6 +342,14 @@ def test_without_a_chat_template(pristine):
 def test_refuses_to_start(pristine, monkeypatch):
     with pytest.raises(ConfigError, match="serve: port 70000 is out of range"):
         serving.serve(pristine / "two-bit", port=70000)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"serve: localhost:{port}: Address already in use"):
+            serving.serve(pristine / "two-bit", port=port)
+    with pytest.raises(ConfigError, match=r"serve: 192.0.2.1:0: Cannot assign requested address"):
+        serving.serve(pristine / "two-bit", host="192.0.2.1", port=0)
+    with pytest.raises(ConfigError, match=r"serve: host '\.' is no address of this machine"):
+        serving.serve(pristine / "two-bit", host=".")
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[serve\]'"):
         serving.serve(pristine / "two-bit")

@@ -33,6 +33,10 @@ def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):
     call("generate", packed, "def main():", "--max-new-tokens", "8", "--temperature", "0.5")
     assert capsys.readouterr().out.startswith("def main():")
 
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        call("generate", packed, "def main():", "--max-new-tokens", "0")
+    assert capsys.readouterr().out == ""
+
     (tmp_path / "text.txt").write_text("def main():\n    return the name of the file\n" * 8)
     options = ("--text", f"text:{tmp_path / 'text.txt'}", "--window", "32")
     report = call("evaluate", packed, *options)

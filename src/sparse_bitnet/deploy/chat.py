@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.generate import Sampling, context_length, encode, generate_from
+from sparse_bitnet.deploy.generate import (
+    Sampling,
+    check_text,
+    context_length,
+    encode,
+    generate_from,
+)
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.deploy.ready import make_ready
 
@@ -49,6 +56,8 @@ def chat(
     conversation = Conversation(model, tokenizer, system, max_new_tokens, sampling)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its line editing and history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 can be refused
     how = "answers" if conversation.has_turns else "continues the text (it has no chat template)"
     say(f"{directory} {how}; Ctrl-C stops an answer, {NEW} starts over, Ctrl-D leaves")
     while True:
@@ -94,6 +103,7 @@ class Conversation:
         sampling: Sampling = DRAWN,
     ) -> None:
         self.has_turns = tokenizer.chat_template is not None
+        check_text(system or "")
         if system is not None and not self.has_turns:
             raise ConfigError(
                 "chat: the tokenizer has no chat template, so there is no place for system; the "
@@ -119,7 +129,7 @@ class Conversation:
         no longer fits into the model's context is forgotten, oldest first.
 
         Raises:
-            ConfigError: if the line alone does not fit; it counts as not said.
+            ConfigError: if the line alone does not fit, or is no text; it counts as not said.
         """
         before = list(self.messages), self.text
         try:
@@ -146,6 +156,7 @@ class Conversation:
 
     def _turn(self, line: str) -> torch.Tensor:
         """Tokens of all turns, the line as the user's; the oldest leave when there is no room."""
+        check_text(line)
         self.messages.append({"role": "user", "content": line})
         oldest = 0 if self._system is None else 1
         while True:

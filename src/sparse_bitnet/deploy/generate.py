@@ -117,9 +117,11 @@ def generate_from(
     """:func:`generate_text` from tokens ``[1, length]`` instead of a text.
 
     Raises:
-        ConfigError: if they leave no room in the model's context, or if its generation config makes
-            no sense.
+        ConfigError: if they leave no room in the model's context, if ``max_new_tokens`` is below 1,
+            or if the model's generation config makes no sense.
     """
+    if max_new_tokens < 1:
+        raise ConfigError(f"generate: max_new_tokens is {max_new_tokens}; it has to be 1 or more")
     room = context_length(model)
     if room is not None:
         if tokens.shape[1] >= room:
@@ -161,7 +163,12 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The prompt's tokens ``[1, length]``; a model needs at least one to start from."""
+    """The prompt's tokens ``[1, length]``; a model needs at least one to start from.
+
+    Raises:
+        ConfigError: if there is none, or as :func:`check_text`.
+    """
+    check_text(prompt)
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device, torch.long)
     if tokens.shape[1] == 0:
         first = tokenizer.bos_token_id
@@ -170,6 +177,20 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
             raise ConfigError("generate: the prompt is empty and the tokenizer has no first token")
         tokens = torch.tensor([[first]], device=model.device)
     return tokens
+
+
+def check_text(text: str) -> None:
+    """Refuse halves of characters, which tokenizers do not take.
+
+    Raises:
+        ConfigError: naming the place. Python reads arguments so that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"generate: the text is not UTF-8 at character {error.start}; write it in UTF-8"
+        ) from None
 
 
 class _Writer(TextStreamer):

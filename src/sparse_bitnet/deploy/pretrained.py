@@ -113,10 +113,10 @@ def load(
     Raises:
         PackedFormatError: if a packed directory is damaged.
         CheckpointError: if it is neither packed nor a trained model.
+        ConfigError: if PyTorch cannot compute on that device here.
     """
     directory = Path(directory)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable(device)
     if not is_packed(directory):
         model, tokenizer = load_trained(directory, device)
         if dtype is not None:
@@ -131,6 +131,22 @@ def load(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
         ) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
+
+
+def _usable(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU, if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it holds shapes and no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or an NVIDIA GPU "
+            f"as cuda or cuda:N, of which PyTorch finds {torch.cuda.device_count()}"
+        ) from None
+    return torch.device(device)
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

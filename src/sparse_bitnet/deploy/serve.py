@@ -14,7 +14,9 @@ What is added here is what it does not do:
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -64,7 +66,7 @@ def serve(
 
     Raises:
         MissingExtraError: without the extra ``serve``.
-        ConfigError: for a port out of range, or a directory without tokenizer.
+        ConfigError: for a port out of range or taken, or a directory without tokenizer.
         PackedFormatError, CheckpointError: if the directory cannot be loaded.
     """
     server = build_server(directory, host=host, port=port, name=name, dtype=dtype, device=device)
@@ -98,6 +100,7 @@ def build_server(
         raise MissingExtraError("serving needs: pip install 'sparse-bitnet[serve]'")
     if not 0 <= port < 2**16:
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
+    _check_free(host, port)
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     make_ready(model)
     name = name or Path(directory).resolve().name
@@ -129,6 +132,27 @@ def build_server(
     most_bytes = BYTES + BYTES_PER_TOKEN * (context_length(model) or 2**17)
     config.app.add_middleware(_Door, most_bytes=most_bytes)
     return Server(built.server, name, tokenizer.chat_template is not None)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say before a model is loaded that nothing can listen there."""
+    failed: list[OSError] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"serve: host {host!r} is no address of this machine ({error})") from None
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            failed.append(error)
+    # A machine may know IPv6's localhost and not have it; the others then serve.
+    worst = [e for e in failed if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)]
+    if worst or len(failed) == len(addresses):
+        why = (worst or failed)[0].strerror
+        raise ConfigError(f"serve: {host}:{port}: {why}; choose another --port or --host")
 
 
 def _return_whole(tokenizer: Any) -> None:

@@ -109,15 +109,14 @@ def generate(
     """
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     make_ready(model, compile)
-    print(prompt, end="", flush=True)
-    generate_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens,
-        sampling,
-        write=lambda text: print(text, end="", flush=True),
-    )
+    before = prompt  # shown with the first piece, when nothing is left to be refused
+
+    def write(text: str) -> None:
+        nonlocal before
+        print(before + text, end="", flush=True)
+        before = ""
+
+    generate_text(model, tokenizer, prompt, max_new_tokens, sampling, write)
     print()
 
 
