@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def fused(
 
 
 def served(model: PreTrainedModel) -> list[bool]:
-    return [layer._step.call is not None for layer in model.model.layers]
+    return [layer._place.stack.call is not None for layer in model.model.layers]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -157,6 +158,47 @@ def test_a_cache_that_was_cropped_or_rebuilt() -> None:
                 for one, cache in zip((plain, model), caches, strict=True)
             )
             assert torch.allclose(y, expected, atol=0.02 * float(expected.abs().max()))
+
+
+def test_two_threads_with_a_cache_each() -> None:
+    model = fused(Qwen2Config, torch.float32)
+    step_in_one_call(model)
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompts = [torch.arange(3 + i).view(1, -1) for i in range(4)]
+    expected = [model.generate(prompt, **options) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: model.generate(prompt, **options), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_hidden_states_of_every_layer_can_still_be_had() -> None:
+    plain = fused(Qwen2Config, torch.float32)
+    model = copy.deepcopy(plain)
+    step_in_one_call(model)
+    states = []
+    for one in (model, plain, model):
+        cache = DynamicCache(config=plain.config)
+        with torch.inference_mode():
+            one(torch.arange(5).view(1, 5), past_key_values=cache)
+            token = torch.arange(1).view(1, 1)
+            hidden = one(token, past_key_values=cache, output_hidden_states=True).hidden_states
+        states.append(hidden)
+    for hidden in (states[0], states[2]):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(hidden, states[1], strict=True))
+
+
+def test_a_cache_is_not_copied_for_every_token() -> None:
+    model = fused(LlamaConfig, torch.float32)
+    step_in_one_call(model)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.arange(5).view(1, 5), past_key_values=cache)
+        places = set()
+        for _ in range(9):
+            model(torch.arange(1).view(1, 1), past_key_values=cache)
+            places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
+    assert cache.get_seq_length() == 14
 
 
 def test_leaves_what_it_does_not_serve_to_the_modules() -> None:

@@ -1,9 +1,11 @@
-"""Decoder layers whose single-token step is one call, on a CPU.
+"""All decoder layers of a model in one call for a single token, on a CPU.
 
 Generating token by token, a layer of transformers runs some thirty PyTorch operators of a few
-microseconds around four products; here all of it is one call of the compiled library, over the
-same weights and the same key-value cache. Whatever the call does not serve takes the layer's own
-forward: prompts, batches, masks, other caches, gradients, compilation.
+microseconds around four products, and Python between them, with caches that the weights have just
+swept. Here the first layer takes the token through all of them in one call of the compiled library,
+over the same weights and the same key-value cache; the other layers see that it has been and hand
+it on. Whatever the call does not serve takes the layers' own forward: prompts, batches, masks,
+other caches, gradients, hooks, compilation.
 
 Results are those of the separate modules up to the order of float sums: values are rounded to the
 model's dtype where the modules round, but probabilities of attention are kept in float32.
@@ -18,8 +20,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from sparse_bitnet.kernels import native
-from sparse_bitnet.kernels.native.layer import HEAD_MULTIPLE, LARGEST_HEAD, LayerCall
-from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.kernels.native.layer import (
+    HEAD_MULTIPLE,
+    LARGEST_HEAD,
+    LayerCall,
+    StackCall,
+)
 from sparse_bitnet.nn.fuse import FusedMLP, Part
 from sparse_bitnet.nn.packed_linear import PackedLinear
 
@@ -27,6 +33,8 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 """transformers' classes whose forward is known to be the one that native/native.cpp computes."""
 SPARE_TOKENS = 256
 """Room that a cache gets beyond its tokens, at least: it then grows without being copied."""
+DONE = "_sparse_bitnet_done"
+"""Attribute of a hidden state that has been through the stack it names."""
 
 
 def step_in_one_call(model: nn.Module) -> int:
@@ -35,63 +43,52 @@ def step_in_one_call(model: nn.Module) -> int:
     Returns:
         How many layers do.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in LAYERS and linears_of(module) is not None
-    ]
-    for layer in layers:
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, (_SingleToken, kind), {})
-        vars(layer)["_step"] = _Step()
-    return len(layers)
+    served = 0
+    for layers in model.modules():
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if all(type(one).__name__ in LAYERS and linears_of(one) is not None for one in layers):
+            stack = Stack(list(layers))
+            for index, layer in enumerate(layers):
+                kind = type(layer)
+                layer.__class__ = type(kind.__name__, (_SingleToken, kind), {})
+                vars(layer)["_place"] = _Place(stack, index)
+            served += len(layers)
+    return served
 
 
 def linears_of(layer: Any) -> list[PackedLinear] | None:
-    """q/k/v joined, o, gate/up joined, and down; None if the layer is not fused and packed so."""
+    """q/k/v joined, o, gate/up joined, and down; None if the layer is not fused and packed so.
+
+    Nor if its attention looks back over a window only.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     if not isinstance(attention.q_proj, Part) or not isinstance(mlp, FusedMLP):
         return None
+    of_config = getattr(attention.config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", of_config)
     joined = (attention.q_proj.shared.linear, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
     linears = [linear for linear in joined if isinstance(linear, PackedLinear)]
     fits = attention.head_dim % HEAD_MULTIPLE == 0 and attention.head_dim <= LARGEST_HEAD
-    if len(linears) < len(joined) or not fits:
+    if len(linears) < len(joined) or not fits or window is not None:
         return None
     return linears if all(one.spec.activation_bits == 8 for one in linears) else None
 
 
-class _Step:
-    """The prepared call of a layer, and what it was prepared from. A copy begins empty.
+class _Place:
+    """A layer's place in a stack. A copy of the layer has none, and runs by itself."""
 
-    Attributes:
-        linears, norms: the layer's modules, looked up once, since that takes longer than their use.
-        made_from: weights, parameters, threads, path and dtype that ``call`` was prepared from.
-        call: None if the layer does not serve them.
-    """
+    def __init__(self, stack: Stack | None, index: int) -> None:
+        self.stack, self.index = stack, index
 
-    def __init__(self) -> None:
-        self.linears: list[PackedLinear] = []
-        self.norms: list[Any] = []
-        self.made_from: tuple[Any, ...] = ()
-        self.call: LayerCall | None = None
-
-    def look_up(self, layer: Any) -> None:
-        """Find the modules if they are not known."""
-        if not self.linears:
-            attention = layer.self_attn
-            head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-            self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            self.norms += [norm for norm in head_norms if norm is not None]
-            self.linears = linears_of(layer) or []
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Step:
-        return _Step()
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Place:
+        return _Place(None, self.index)
 
 
 class _SingleToken:
     """Put in front of a layer's class: its forward, where that is not one token on a CPU."""
 
-    _step: _Step
+    _place: _Place
 
     def forward(
         self,
@@ -104,16 +101,19 @@ class _SingleToken:
         **options: Any,
     ) -> Tensor:
         """As the class behind."""
-        if (
-            hidden_states.shape[:2] == (1, 1)
-            and attention_mask is None
-            and position_embeddings is not None
-            and not options.get("output_attentions")
-        ):
-            cache = _cache_of(self, past_key_values)
-            call = None if cache is None else _call_of(self, hidden_states, *position_embeddings)
-            if cache is not None and call is not None:
-                return _run(call, hidden_states, *position_embeddings, cache)
+        stack, index = self._place.stack, self._place.index
+        if stack is not None:
+            if index and getattr(hidden_states, DONE, None) is stack:
+                return hidden_states
+            if (
+                not index
+                and hidden_states.shape[:2] == (1, 1)
+                and attention_mask is None
+                and position_embeddings is not None
+            ):
+                y = stack.run(hidden_states, *position_embeddings, past_key_values)
+                if y is not None:
+                    return y
         result: Tensor = super().forward(  # type: ignore[misc]
             hidden_states,
             attention_mask=attention_mask,
@@ -126,80 +126,128 @@ class _SingleToken:
         return result
 
 
-def _cache_of(layer: Any, past_key_values: Any) -> DynamicLayer | None:
-    """The layer's cache, if it is of the kind that grows and is for one sequence."""
-    layers = getattr(past_key_values, "layers", None)
-    index = layer.self_attn.layer_idx
-    if layers is None or index >= len(layers) or type(layers[index]) is not DynamicLayer:
-        return None
-    cache = layers[index]
-    ready = cache.is_initialized and cache.keys.dim() == 4 and cache.keys.shape[0] == 1
-    return cache if ready else None
+class Stack:
+    """The decoder layers of a model, and their prepared call.
+
+    Attributes:
+        call: None if there is none yet, or if the layers as they are cannot be served.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+        self._linears = [linears_of(layer) or [] for layer in layers]
+        self._norms = [_norms_of(layer) for layer in layers]
+        self._config = layers[0].self_attn.config
+        self._made_from: list[Any] = []
+        self.call: StackCall | None = None
+
+    def run(self, x: Tensor, cosine: Tensor, sine: Tensor, past_key_values: Any) -> Tensor | None:
+        """One token through all layers; None if they have to do it themselves.
+
+        Args:
+            x: ``[1, 1, hidden]``.
+            cosine, sine: of its position.
+            past_key_values: transformers' cache; grows by the token.
+        """
+        if (
+            x.device.type != "cpu"
+            or x.dtype not in native.TYPES
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or not (x.is_contiguous() and cosine.is_contiguous() and sine.is_contiguous())
+            or not cosine.dtype == sine.dtype == x.dtype
+            or not cosine.numel() == sine.numel() == self._layers[0].self_attn.head_dim
+            or self._config.num_hidden_layers != len(self._layers)
+            or any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._layers)
+        ):
+            return None
+        caches = getattr(past_key_values, "layers", None)
+        if caches is None or len(caches) != len(self._layers):
+            return None
+        for cache in caches:
+            if type(cache) is not DynamicLayer or not cache.is_initialized:
+                return None
+        shape = caches[0].keys.shape
+        if len(shape) != 4 or shape[0] != 1 or any(one.keys.shape != shape for one in caches):
+            return None
+        self._prepare(x.dtype)
+        if self.call is None:
+            return None
+        length = shape[2]
+        buffers = [_with_room(cache, length, x.dtype) for cache in caches]
+        y = self.call(x, cosine, sine, buffers, length)
+        for cache, (keys, values) in zip(caches, buffers, strict=True):
+            cache.keys, cache.values = (
+                keys.narrow(2, 0, length + 1),
+                values.narrow(2, 0, length + 1),
+            )
+            cache.sparse_bitnet_room = (cache.keys, cache.values, keys, values)
+        setattr(y, DONE, self)
+        return y
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Make the call anew if anything is not what it was made from."""
+        weights = [[one.layout("weight") for one in linears] for linears in self._linears]
+        norms = [[norm.weight for norm in norms] for norms in self._norms]
+        made_from = [torch.get_num_threads(), native.path(), dtype]
+        made_from += [one for layer in (*weights, *norms) for one in layer]
+        if len(made_from) == len(self._made_from) and all(
+            a is b or (isinstance(a, int) and a == b)
+            for a, b in zip(made_from, self._made_from, strict=True)
+        ):
+            return
+        self._made_from, self.call = made_from, None
+        for layer_weights, layer_norms in zip(weights, norms, strict=True):
+            if any(weight.packed is None for weight in layer_weights) or any(
+                norm.dtype != dtype or norm.device.type != "cpu" or not norm.is_contiguous()
+                for norm in layer_norms
+            ):
+                return
+        calls = []
+        for index, layer in enumerate(self._layers):
+            attention, modules, parameters = layer.self_attn, self._norms[index], norms[index]
+            biases = [
+                None if linear.bias is None else linear.bias.contiguous()
+                for linear in self._linears[index]
+            ]
+            calls.append(
+                LayerCall(
+                    list(zip(weights[index], biases, strict=True)),
+                    (parameters[0], parameters[1]),
+                    (modules[0].variance_epsilon, modules[1].variance_epsilon),
+                    (parameters[2], parameters[3]) if len(parameters) > 2 else None,
+                    modules[2].variance_epsilon if len(modules) > 2 else 0.0,
+                    (attention.config.num_attention_heads, attention.config.num_key_value_heads),
+                    attention.head_dim,
+                    attention.scaling,
+                    dtype,
+                )
+            )
+        self.call = StackCall(calls)
 
 
-def _call_of(layer: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> LayerCall | None:
-    """The layer's prepared call; None if it does not serve such a token."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in native.TYPES
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or (torch.is_grad_enabled() and x.requires_grad)
-        or not (x.is_contiguous() and cosine.is_contiguous() and sine.is_contiguous())
-        or not cosine.dtype == sine.dtype == x.dtype
-        or not cosine.numel() == sine.numel() == layer.self_attn.head_dim
-    ):
-        return None
-    step: _Step = layer._step
-    step.look_up(layer)
-    weights: list[TernaryWeight] = [linear.layout("weight") for linear in step.linears]
-    parameters = [norm.weight for norm in step.norms]
-    made_from = (*weights, *parameters, torch.get_num_threads(), native.path(), x.dtype)
-    if len(made_from) == len(step.made_from) and all(
-        a is b for a, b in zip(made_from, step.made_from, strict=True)
-    ):
-        return step.call
-    step.made_from, step.call = made_from, None
-    if all(weight.packed is not None for weight in weights) and all(
-        one.dtype == x.dtype and one.device == x.device and one.is_contiguous()
-        for one in parameters
-    ):
-        attention, norms = layer.self_attn, step.norms
-        step.call = LayerCall(
-            [
-                (weight, None if linear.bias is None else linear.bias.contiguous())
-                for weight, linear in zip(weights, step.linears, strict=True)
-            ],
-            (norms[0].weight, norms[1].weight),
-            (norms[0].variance_epsilon, norms[1].variance_epsilon),
-            (norms[2].weight, norms[3].weight) if len(norms) > 2 else None,
-            norms[2].variance_epsilon if len(norms) > 2 else 0.0,
-            (attention.config.num_attention_heads, attention.config.num_key_value_heads),
-            attention.head_dim,
-            attention.scaling,
-            x.dtype,
-        )
-    return step.call
+def _norms_of(layer: Any) -> list[Any]:
+    """Of the layer, of the MLP, and of each query and key head where there are such."""
+    head_norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    both = [layer.input_layernorm, layer.post_attention_layernorm]
+    return both + [norm for norm in head_norms if norm is not None]
 
 
-def _run(call: LayerCall, x: Tensor, cosine: Tensor, sine: Tensor, cache: Any) -> Tensor:
-    length = cache.keys.shape[-2]
-    buffers: tuple[Tensor, Tensor] | None = getattr(cache, "sparse_bitnet_buffers", None)
-    if (
-        buffers is None
-        or cache.keys.data_ptr() != buffers[0].data_ptr()  # somebody else has grown or sorted it
-        or cache.values.data_ptr() != buffers[1].data_ptr()
-        or length >= buffers[0].shape[-2]
-        or cache.keys.dtype != buffers[0].dtype
-    ):
-        buffers = (_with_room(cache.keys, x.dtype), _with_room(cache.values, x.dtype))
-        cache.sparse_bitnet_buffers = buffers
-    y = call(x, cosine, sine, *buffers, length)
-    cache.keys, cache.values = (buffer[:, :, : length + 1] for buffer in buffers)
-    return y
+def _with_room(cache: Any, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values with room for a token: those that the cache's tensors are the front of.
+
+    Made anew, longer, where the room is used up or somebody else has changed the tensors.
+    """
+    room = getattr(cache, "sparse_bitnet_room", None)
+    if room is not None and room[0] is cache.keys and room[1] is cache.values:
+        keys, values = room[2:]
+        if length < keys.shape[2] and keys.dtype == dtype:
+            return keys, values
+    return _longer(cache.keys, dtype), _longer(cache.values, dtype)
 
 
-def _with_room(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _longer(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of ``[1, heads, tokens, head_dim]`` in the front of a longer one."""
     batch, heads, length, width = tensor.shape
     room = max(SPARE_TOKENS, length // 2)

@@ -59,8 +59,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             library.sparse_bitnet_reads_six_bit.argtypes = [ctypes.c_int64]
             library.sparse_bitnet_linear.argtypes = [ctypes.c_char_p]
             library.sparse_bitnet_linear.restype = ctypes.c_int64
-            library.sparse_bitnet_layer.argtypes = [ctypes.c_void_p]
-            library.sparse_bitnet_layer.restype = ctypes.c_int64
+            library.sparse_bitnet_layers.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+            library.sparse_bitnet_layers.restype = ctypes.c_int64
             _share_threads(library)
             return library, ""
         except (OSError, AttributeError) as error:
@@ -212,8 +212,8 @@ def linear(
         raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
 
 
-def run_layer(call: Any) -> None:
-    """A pointer to a ``Layer`` of native.h, filled in; see ``layer.py``."""
+def run_layers(calls: Any, count: int) -> None:
+    """An array of ``Layer`` of native.h, filled in; see ``layer.py``."""
     library, _ = _load()
-    if library is None or library.sparse_bitnet_layer(call):
+    if library is None or library.sparse_bitnet_layers(calls, count):
         raise MemoryError("no memory for the activations of one token")

@@ -1,4 +1,4 @@
-"""One token through a whole decoder layer in one call of the library.
+"""One token through decoder layers in one call of the library.
 
 A token of a small model takes a dozen milliseconds, of which reading the weights is the larger
 part only if nothing else costs much: run module by module, a layer's norms, rotation, attention and
@@ -45,7 +45,7 @@ class _Layer(ctypes.Structure):
 
 
 class LayerCall:
-    """A decoder layer of the Llama family, ready to be called.
+    """What a call of a decoder layer of the Llama family is made of.
 
     All tensors are on the CPU, contiguous and of ``dtype`` unless said otherwise. The weights are
     used where they are: an object of this class keeps them alive, and sees what is written to them.
@@ -97,21 +97,39 @@ class LayerCall:
         (call.heads, call.kv_heads), call.head_dim = heads, head_dim
         call.scaling = scaling
 
+
+class StackCall:
+    """Layers that follow each other, ready to be called; from several threads too.
+
+    Args:
+        layers: at least one; of the same hidden size, dtype and ``head_dim``.
+    """
+
+    def __init__(self, layers: list[LayerCall]) -> None:
+        self._alive, self._array = layers, _Layer * len(layers)
+        self._calls = self._array(*(layer._call for layer in layers))
+
     def __call__(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, position: int
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        caches: list[tuple[Tensor, Tensor]],
+        position: int,
     ) -> Tensor:
-        """The layer's output ``[1, 1, hidden]`` for ``x`` of that shape.
+        """The last layer's output ``[1, 1, hidden]`` for the first one's input of that shape.
 
         Args:
             cosine, sine: of this position, ``[..., head_dim]``, one row.
-            keys, values: ``[1, key heads, capacity, head_dim]``, dense in the last two dimensions;
-                written at ``position``.
+            caches: keys and values of each layer, ``[1, key heads, capacity, head_dim]``, dense in
+                the last two dimensions and of the same strides; written at ``position``.
             position: how many tokens came before, fewer than the capacity.
         """
-        call, y = self._call, torch.empty_like(x)
-        call.x, call.y = x.data_ptr(), y.data_ptr()
-        call.cosine, call.sine = cosine.data_ptr(), sine.data_ptr()
-        call.keys, call.values = keys.data_ptr(), values.data_ptr()
-        call.kv_stride, call.position = keys.stride(1), position
-        native.run_layer(ctypes.byref(call))
+        calls, y = self._array.from_buffer_copy(self._calls), torch.empty_like(x)
+        calls[0].x, calls[-1].y, calls[0].position = x.data_ptr(), y.data_ptr(), position
+        calls[0].cosine, calls[0].sine = cosine.data_ptr(), sine.data_ptr()
+        for call, (keys, values) in zip(calls, caches, strict=True):
+            call.keys, call.values = keys.data_ptr(), values.data_ptr()
+            call.kv_stride = keys.stride(1)
+        native.run_layers(calls, len(calls))
         return y

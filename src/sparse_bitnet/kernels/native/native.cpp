@@ -322,6 +322,26 @@ int64_t layer(Layer &call) {
     return 0;
 }
 
+// One token through layers that follow each other: the first has x, position, cosine and sine, the
+// last y; all have their own cache.
+int64_t stack(Layer *calls, int64_t count) {
+    const int64_t bytes = (calls->qkv.in * int64_t(sizeof(float)) + 63) / 64 * 64;
+    Memory between(2 * bytes);
+    if (between.start == nullptr) return 2;
+    for (int64_t i = 0; i < count; ++i) {
+        Layer &call = calls[i];
+        if (i > 0) {
+            call.x = calls[i - 1].y;
+            call.cosine = calls->cosine;
+            call.sine = calls->sine;
+            call.position = calls->position;
+        }
+        if (i + 1 < count) call.y = between.aligned() + i % 2 * bytes;
+        if (int64_t status = layer(call)) return status;
+    }
+    return 0;
+}
+
 }  // namespace
 }  // namespace sparse_bitnet
 
@@ -348,4 +368,4 @@ EXPORT void sparse_bitnet_use_openmp(void *address) {
 // Both return 0; 1 for a path that does not run here; 2 out of memory.
 EXPORT int64_t sparse_bitnet_linear(const Linear *call) { return product(*call); }
 
-EXPORT int64_t sparse_bitnet_layer(Layer *call) { return layer(*call); }
+EXPORT int64_t sparse_bitnet_layers(Layer *calls, int64_t count) { return stack(calls, count); }
