@@ -64,7 +64,7 @@ def bpe():
 def save(tmp_path, bpe):
     """Write a random model of an architecture as a trained directory."""
 
-    def write(kind, *, pattern="6:8", method=None, tokenizer=bpe, **options):
+    def write(kind, *, pattern="6:8", method=None, tokenizer=bpe, rules=None, **options):
         options = {
             "vocab_size": 323,  # three rows more than there are tokens
             "hidden_size": 256,
@@ -84,8 +84,8 @@ def save(tmp_path, bpe):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
-        convert(model, pattern, method=method)
-        sparsity = SparsityConfig(pattern=pattern, method=method or Method())
+        convert(model, pattern, method=method, rules=rules)
+        sparsity = SparsityConfig(pattern=pattern, method=method or Method(), rules=rules or {})
         return save_trained(model, tokenizer, tmp_path / "trained", sparsity)
 
     return write
@@ -214,12 +214,30 @@ def test_rows_that_no_block_fits(save, tmp_path):
     for part in ("blocks of 256", "mlp.down_proj have 384", "2 of 14 layers", "--odd-rows f16"):
         assert part in str(caught.value)
     assert not (tmp_path / "m.gguf").exists()
-    export_gguf(directory, tmp_path / "m.gguf", odd_rows="f16")
+    result = export_gguf(directory, tmp_path / "m.gguf", odd_rows="f16")
+    assert result.format == "GGUF TQ2_0"
+    assert any("2 of 14 ternary layers" in line for line in result.lost)
+    assert any("rounded to 8 bits by blocks" in line for line in result.lost)
     found, _ = read(tmp_path / "m.gguf")
     expected = expected_tensors(directory, llama=False)
     assert found["blk.1.ffn_down.weight"][0] == Type.F16
     assert torch.equal(found["blk.1.ffn_down.weight"][1], expected["blk.1.ffn_down.weight"])
     assert found["blk.1.ffn_up.weight"][0] == Type.TQ2_0
+
+
+def test_nothing_that_a_block_fits(save, tmp_path):
+    directory = save("qwen2", intermediate_size=384, hidden_size=128)
+    result = export_gguf(directory, tmp_path / "m.gguf", odd_rows="f16")
+    assert str(result).startswith(f"{tmp_path / 'm.gguf'}: GGUF F16, ")
+    assert any("14 of 14 ternary layers" in line for line in result.lost)
+    assert not any("8 bits" in line for line in result.lost)
+    assert read(tmp_path / "m.gguf")[1]["general.file_type"] == 1  # mostly F16
+
+
+def test_a_bias_that_the_graph_does_not_add_in_a_layer_left_alone(save, tmp_path):
+    directory = save("qwen3", rules={"o_proj": "skip"}, attention_bias=True)
+    with pytest.raises(ConfigError, match=r"o_proj has a bias, and it knows biases of q_proj"):
+        export_gguf(directory, tmp_path / "m.gguf")
 
 
 def test_llama3_frequencies(save, tmp_path):

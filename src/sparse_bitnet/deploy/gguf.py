@@ -89,13 +89,19 @@ def export_gguf(
             f"gguf: {directory} has no tokenizer, and llama.cpp reads it from the same file; copy "
             "its files there, or pack the model again with one"
         )
-    lost = [
-        "activations are rounded to 8 bits by blocks of 256 there, by token here",
-        f"embedding and head are stored as {embeddings.upper()}",
-    ]
+    lost = ["N:M is kept as zeros, of which llama.cpp makes no use"]
     embedding: Any = source.model.get_input_embeddings()
     words = vocabulary(source.tokenizer, len(embedding.weight))
     tensors = _Tensors(source, kind, linears.upper(), embeddings.upper(), odd_rows)
+    lost.append(f"embedding and head are stored as {embeddings.upper()}")
+    odd, layers = len(tensors.odd), len(source.shapes)
+    if odd:
+        lost.append(
+            f"{odd} of {layers} ternary layers have rows that 256 does not divide and are stored "
+            "as F16; llama.cpp does not quantize their activations"
+        )
+    if odd < layers:
+        lost.append("activations are rounded to 8 bits by blocks of 256 there, by token here")
     out = Path(out)
     if out.is_dir():
         raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
@@ -104,7 +110,7 @@ def export_gguf(
     change = tensors.largest_change
     lost.insert(0, f"each γ is rounded to fp16, which changes it by at most {change:.1e} of itself")
     return ExportResult(
-        out, f"GGUF {linears.upper()}", source.weights, out.stat().st_size, lost + words.lost
+        out, f"GGUF {tensors.main}", source.weights, out.stat().st_size, lost + words.lost
     )
 
 
@@ -119,7 +125,9 @@ class _Tensors:
         blocks = source.model.config.num_hidden_layers
         wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
         self._names = gguf.get_tensor_name_map(wanted, blocks)
-        odd = [name for name, (_, columns) in source.shapes.items() if columns % BLOCK]
+        self.odd = [name for name, (_, columns) in source.shapes.items() if columns % BLOCK]
+        self.main = "F16" if len(self.odd) == len(source.shapes) else linears
+        odd = self.odd
         if odd and odd_rows == "refuse":
             raise ConfigError(
                 f"gguf: {linears} stores rows in blocks of {BLOCK}, and the rows of {odd[0]} have "
@@ -136,6 +144,8 @@ class _Tensors:
         heads = {"token_embd.weight", "output.weight"}
         for name, tensor in self.source.others.items():
             there = self._name(name)
+            if name.endswith(".bias"):
+                check_bias(self.source.model, name.removesuffix(".bias"))
             kind = embeddings if there in heads else "F32" if tensor.dim() < 2 else "F16"
             if kind == "Q8_0" and tensor.shape[-1] % 32:
                 raise ConfigError(
@@ -197,11 +207,9 @@ def _write(
 ) -> None:
     gguf = _gguf()
     writer = gguf.GGUFWriter(path, kind)
-    types = {planned.kind for planned in tensors.planned}
-    main = next((kind for kind in ("TQ2_0", "TQ1_0") if kind in types), "F16")
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{main}"])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{tensors.main}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, source.model, lost)
     _write_tokenizer(writer, words, source)
@@ -214,7 +222,7 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress(f"writing {main}", len(tensors.planned)) as task:
+        with progress(f"writing {tensors.main}", len(tensors.planned)) as task:
             for planned in tensors.planned:
                 writer.write_tensor_data(_encoded(planned))
                 task.advance()
