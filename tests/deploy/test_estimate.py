@@ -182,6 +182,26 @@ def test_experts_are_read_as_tokens_meet_them(trained, tmp_path):
     assert one.decode_seconds < many.decode_seconds
 
 
+def test_layers_of_linear_attention_have_no_kv_cache(trained, tmp_path):
+    config = trained("qwen2").config
+    config.save_pretrained(tmp_path)
+    both = estimate(str(tmp_path))
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["layer_types"] = ["linear_attention", "full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert 2 * estimate(str(tmp_path)).kv_bytes == both.kv_bytes > 0
+
+
+def test_models_without_attention_are_refused(tmp_path):
+    from transformers import Mamba2Config
+
+    Mamba2Config(num_hidden_layers=1, hidden_size=64, num_heads=4, head_dim=32).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="a Mamba2ForCausalLM is no decoder of attention"):
+        estimate(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -146,7 +146,13 @@ def estimate(
     parsed = Pattern.parse(pattern)
     device = device_named(gpu)
     skeleton = _skeleton(model, vocab_size, getattr(torch, dtype))
-    shape = DecoderShape(skeleton)
+    try:
+        shape = DecoderShape(skeleton)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{model}: a {type(skeleton).__name__} is no decoder of attention and MLPs as "
+            f"estimates know it ({error})"
+        ) from None
     dense_parameters = sum(p.numel() for p in skeleton.parameters())
     convert(skeleton, parsed)
     sizes = packed_sizes(skeleton, storage, head, dtype)

@@ -46,11 +46,14 @@ class DecoderShape:
         self.tied = head.weight is model.get_input_embeddings().weight
         window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
-        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        self.windows = [
+            window if kind == "sliding_attention" else None if _keeps_keys(kind) else 0
+            for kind in kinds
+        ]
 
     def kv_lengths(self, context: int) -> list[int]:
         """Tokens that each layer keeps of that many."""
-        return [min(context, window or context) for window in self.windows]
+        return [context if window is None else min(context, window) for window in self.windows]
 
     def kv_bytes(self, context: int) -> int:
         """Of one sequence: keys and values in bfloat16."""
@@ -60,6 +63,11 @@ class DecoderShape:
         a, b, c, d = KEPT[kind]
         layer = a * self.hidden + b * self.intermediate + c * self.kv_width + d
         return self.layers * layer
+
+
+def _keeps_keys(kind: str) -> bool:
+    """Whether a layer of that kind has a KV cache: not linear attention, Mamba, convolutions."""
+    return kind.endswith("attention") and kind != "linear_attention"
 
 
 @dataclass(frozen=True)
