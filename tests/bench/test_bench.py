@@ -43,6 +43,12 @@ def test_layers_are_copies_in_their_own_memory() -> None:
     assert first.mlp.down_proj.weight.data_ptr() != second.mlp.down_proj.weight.data_ptr()
 
 
+def test_a_preset_that_is_not_there() -> None:
+    for vocabulary in (None, 64):
+        with pytest.raises(ConfigError, match="preset 'gpt-5' is unknown"):
+            Decoder("gpt-5", None, vocabulary=vocabulary, device="cpu")
+
+
 def test_candidates_take_turns() -> None:
     order: list[str] = []
     calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
@@ -86,6 +92,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"prefill": ("4by8",)}, "'4by8' is not understood: write SEQUENCESxTOKENS"),
         ({"prefill": ("1x1",)}, "is not understood"),
         ({"head": "fp4"}, "head is 'fp4'; choose bf16 or int8"),
+        ({"decode": (8, 0)}, "decode 0 is no batch"),
         ({"repeats": 0}, "have to be at least 1"),
         ({"preset": "gpt-5"}, "preset 'gpt-5' is unknown"),
     ],

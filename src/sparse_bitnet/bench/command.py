@@ -48,6 +48,8 @@ def bench(
         raise ConfigError(f"bench: head is {head!r}; choose bf16 or int8")
     if repeats < 1 or context < 1:
         raise ConfigError("bench: repeats and context have to be at least 1")
+    if any(batch < 1 for batch in decode or ()):
+        raise ConfigError(f"bench: decode {min(decode or ())} is no batch; it has to be 1 or more")
     if prefill is None:
         prefill = ("1x512", "4x4096") if on_gpu else ("1x128",)
     if decode is None:

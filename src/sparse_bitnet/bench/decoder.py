@@ -24,7 +24,7 @@ from sparse_bitnet.nn.int8_head import Int8Head, quantize_rows
 from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
-from sparse_bitnet.train.presets import PRESETS, preset_config
+from sparse_bitnet.train.presets import preset_config
 
 
 class StaticLayerCache:
@@ -70,7 +70,7 @@ class Decoder:
         device: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        config = preset_config(preset, vocabulary or PRESETS[preset].vocab_size)
+        config = preset_config(preset, vocabulary)
         count = layers or config.num_hidden_layers
         config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
         config._attn_implementation = ATTENTION
