@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.generate import Sampling, generate, generate_text
+from sparse_bitnet.deploy.generate import COLDEST, Sampling, generate, generate_text
 from sparse_bitnet.deploy.packing import pack
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
@@ -66,6 +66,11 @@ def test_a_prompt_that_is_no_text_and_no_length(trained, tokenizer):
         generate_text(trained("qwen2"), tokenizer, PROMPT, 0)
 
 
+def test_the_coldest_draws_take_the_likeliest(trained, tokenizer):
+    cold = generate_text(trained("qwen2"), tokenizer, PROMPT, 8, Sampling(temperature=COLDEST))
+    assert cold == generate_text(trained("qwen2"), tokenizer, PROMPT, 8)
+
+
 def test_a_directory_without_tokenizer(tmp_path, trained):
     pack(trained("qwen2"), tmp_path / "out")
     with pytest.raises(ConfigError, match="out has no tokenizer; copy its files there, or pack"):
@@ -81,6 +86,8 @@ def test_a_directory_without_tokenizer(tmp_path, trained):
         ({"top_p": 1.5}, r"top_p is 1.5; it has to be in \(0, 1\]"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it has to be above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf; it has to be finite"),
+        ({"temperature": 1e-320}, "0 or at least 1e-30"),
     ],
 )
 def test_sampling_out_of_range(options, message):

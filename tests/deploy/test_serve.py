@@ -188,7 +188,10 @@ def test_an_over_long_prompt(client):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": "hot"}, "temperature is 'hot'; it has to be a number from 0 to 2"),
+        (
+            {"temperature": "hot"},
+            "temperature is 'hot'; it has to be 0, or a number from 1e-30 to 2",
+        ),
         ({"temperature": -1}, "temperature is '-1'"),
         ({"temperature": True}, "temperature is 'True'"),
         ({"top_p": 0}, "top_p is '0'"),
@@ -241,6 +244,9 @@ def test_messages_that_make_no_sense(client, messages, message):
         (b"\xff\xfe", ""),
         (b"[" * 100_000, ""),
         (b'{"prompt": "\\ud800"}', "prompt is '\\ud800'"),
+        (b'{"prompt": "x", "stop": ["a", "\\udfff"]}', "stop is "),
+        (b'{"prompt": "x", "suffix": "\\udfff"}', "suffix is "),
+        (b'{"prompt": "x", "temperature": 1e-40}', "temperature is '1e-40'"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature is 'nan'"),
         (b'{"prompt": "x", "temperature": 1e999}', "temperature is 'inf'"),
     ],
@@ -250,6 +256,16 @@ def test_malformed_json(client, url, body, message):
     answer = requests.post(f"{url}/v1/completions", data=body, headers=headers, timeout=SECONDS)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("tool", ['{"name": "\\udfff"}', '{"\\udfff": 1}', f'{{"a":{"[" * 5000}'])
+def test_tools_that_are_no_text(url, tool):
+    closed = tool + "]" * tool.count("[") + "}" * (tool.count("{") - tool.count("}"))
+    body = f'{{"messages": {json.dumps(USER)}, "max_tokens": 1, "tools": [{closed}]}}'
+    headers = {"Content-Type": "application/json"}
+    address = f"{url}/v1/chat/completions"
+    answer = requests.post(address, data=body, headers=headers, timeout=SECONDS)
+    assert answer.status_code == 400, answer.text
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_tensors", "tools"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
+
+COLDEST = 1e-30
+"""Scores divided by a lower temperature than this could leave float32."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("temperature", self.temperature >= 0, "0 or more"),
+            (
+                "temperature",
+                not 0 < self.temperature < COLDEST and self.temperature < math.inf,
+                f"finite, and 0 or at least {COLDEST}",
+            ),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),

@@ -8,12 +8,14 @@ refused rather than left out of the answer.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sparse_bitnet.core import SparseBitNetError
+from sparse_bitnet.deploy.generate import COLDEST
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 MOST_STOPS = 16
@@ -53,6 +55,12 @@ def check_chat(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in (body.get("chat_template_kwargs") or {}).keys() & own.keys():
         raise InvalidRequest(f"chat_template_kwargs.{name} is not for requests to set")
+    try:
+        whole = _is_text(json.dumps(body, ensure_ascii=False))  # tools have text too
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    if not whole:
+        raise InvalidRequest("a string of the body holds half a character (a lone surrogate)")
 
 
 def check_completion(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,7 +108,11 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
 
 def _is_stop(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return 0 < len(values) <= MOST_STOPS and all(isinstance(v, str) and v for v in values)
+    return 0 < len(values) <= MOST_STOPS and all(_is_text(v) and v for v in values)
+
+
+def _is_temperature(value: Any) -> bool:
+    return _number(0, 2)(value) and (value == 0 or value >= COLDEST)
 
 
 def _are_objects(value: Any) -> bool:
@@ -111,14 +123,14 @@ def _are_objects(value: Any) -> bool:
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a string", lambda v: isinstance(v, str)),
     "stream": ("true or false", lambda v: isinstance(v, bool)),
-    "temperature": ("a number from 0 to 2", _number(0, 2)),
+    "temperature": (f"0, or a number from {COLDEST} to 2", _is_temperature),
     "top_p": ("a number above 0, up to 1", _number(1e-9, 1)),
     "max_tokens": ("a whole number, 1 or more", _whole(1, 2**31)),
     "max_completion_tokens": ("a whole number, 1 or more", _whole(1, 2**31)),
     "seed": ("a whole number, 0 or more", _whole(0, 2**63 - 1)),
     "frequency_penalty": ("a number from 0 to 2", _number(0, 2)),
     "stop": (f"a string that is not empty, or up to {MOST_STOPS} of them", _is_stop),
-    "suffix": ("a string", lambda v: isinstance(v, str)),
+    "suffix": ("a string of whole characters", _is_text),
     "tools": ("a list of objects", _are_objects),
     "chat_template_kwargs": ("an object", lambda v: isinstance(v, dict)),
     # What this server does not do: only the value that asks for nothing.
