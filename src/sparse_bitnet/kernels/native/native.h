@@ -33,7 +33,7 @@ constexpr int64_t BLOCK = 256;     // weights that meet one block of activations
 constexpr int64_t PLANE = 64;      // activations of a plane of a block
 constexpr int64_t PLANES = 4;      // plane p of a block holds activations p, 4 + p, 8 + p, …
 constexpr int64_t PANEL_ROWS = 32; // rows whose codes are kept while all tokens pass
-constexpr int64_t PREFETCH_BYTES = 8192;
+constexpr int64_t PREFETCH_BYTES = 4096;
 
 constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
