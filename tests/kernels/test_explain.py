@@ -22,3 +22,7 @@ def test_covers_all_it_was_asked() -> None:
         explain(("8x12",), (1,), ("6:8",), "cpu")
     with pytest.raises(ConfigError, match="write OUTxIN"):
         explain(("8,16",), (1,), ("6:8",), "cpu")
+    with pytest.raises(ConfigError, match="tokens 0 is no count"):
+        explain(("8x16",), (1, 0), ("6:8",), "cpu")
+    with pytest.raises(ConfigError, match="device 'cudaa' cannot be used here"):
+        explain(("8x16",), (1,), ("6:8",), "cudaa")

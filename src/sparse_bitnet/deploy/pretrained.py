@@ -19,6 +19,7 @@ from sparse_bitnet.deploy.packed_config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.deploy.tensor_file import read_header
 from sparse_bitnet.deploy.verify import CONFIG, read_json, weight_files
 from sparse_bitnet.files import refuse_special
+from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
 from sparse_bitnet.train.export import load_trained
@@ -116,7 +117,7 @@ def load(
         ConfigError: if PyTorch cannot compute on that device here.
     """
     directory = Path(directory)
-    device = _usable(device)
+    device = usable_device(device)
     if not is_packed(directory):
         model, tokenizer = load_trained(directory, device)
         if dtype is not None:
@@ -131,22 +132,6 @@ def load(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
         ) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
-
-
-def _usable(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU, if there is one."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.empty(1, device=device).is_meta:
-            raise RuntimeError("it holds shapes and no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(
-            f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or an NVIDIA GPU "
-            f"as cuda or cuda:N, of which PyTorch finds {torch.cuda.device_count()}"
-        ) from None
-    return torch.device(device)
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import row_scale
 from sparse_bitnet.kernels import native, tuning
 from sparse_bitnet.kernels.dispatch import Choice, choose, without_triton
-from sparse_bitnet.kernels.platform import runs_triton
+from sparse_bitnet.kernels.platform import runs_triton, usable_device
 from sparse_bitnet.kernels.ternarize import ternarize
 from sparse_bitnet.kernels.weight import prepare
 
@@ -54,10 +54,13 @@ def explain(
         device: the first CUDA device if left out, or CPU where there is none.
 
     Raises:
-        ConfigError: if a shape is not written OUTxIN.
+        ConfigError: if a shape is not written OUTxIN, a token count is below 1, or the device is
+            not there.
         PatternError: if a pattern does not fit a shape.
     """
-    where = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(device)
+    if any(count < 1 for count in tokens):
+        raise ConfigError(f"tokens {min(tokens)} is no count of tokens; it has to be 1 or more")
     rows = []
     for shape in shapes:
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)

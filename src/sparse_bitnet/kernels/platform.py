@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from sparse_bitnet.core.errors import ConfigError
+
 OLDEST_CAPABILITY = (8, 0)
 """Triton's int8 products and cuSPARSELt begin here."""
 
@@ -32,3 +34,23 @@ def runs_triton(tensor: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _serves(device_index: int | None) -> bool:
     return has_triton() and capability(device_index) >= OLDEST_CAPABILITY
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; if none was, the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: if PyTorch cannot compute on it here.
+    """
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it holds shapes and no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or an NVIDIA GPU "
+            f"as cuda or cuda:N, of which PyTorch finds {torch.cuda.device_count()}"
+        ) from None
+    return torch.device(device)
