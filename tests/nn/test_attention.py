@@ -40,6 +40,27 @@ def test_values_narrower_than_keys_are_left_to_sdpa() -> None:
     torch.testing.assert_close(y, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_masks_and_scales(scaling: float | None, mask: str | None) -> None:
+    query, keys, values = (
+        torch.randn(2, 4, 1, 16),
+        torch.randn(2, 2, 7, 16),
+        torch.randn(2, 2, 7, 16),
+    )
+    seen = None if mask is None else torch.rand(2, 1, 1, 7) < 0.5
+    if seen is not None:
+        seen[..., 0] = True
+    if mask == "float":
+        seen = torch.randn(2, 1, 1, 7)  # added to the scores, as a bias of positions is
+    module = nn.Module().eval()
+    module.is_causal, module.num_key_value_groups = True, 2  # type: ignore[assignment]
+    y, _ = attend(module, query, keys, values, seen, scaling=scaling)
+    repeated = [tensor.repeat_interleave(2, 1) for tensor in (keys, values)]
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=seen, scale=scaling)
+    torch.testing.assert_close(y, expected.transpose(1, 2))
+
+
 def test_padding_is_not_seen(tiny: Callable[..., PreTrainedModel]) -> None:
     model: Any = tiny().eval()
     tokens = torch.randint(0, 64, (2, 6))

@@ -129,6 +129,13 @@ def test_other_models_stay_as_they_are(tiny: Tiny) -> None:
     assert {type(m).__name__ for m in model.modules()} == kinds
 
 
+def test_a_gated_mlp_of_another_activation_stays(tiny: Tiny, tokens: Tensor, logits: Any) -> None:
+    model = packed(tiny("llama", hidden_act="gelu")).eval()
+    before = logits(model, tokens)
+    assert fuse(model) == 4  # q, k and v of two layers
+    assert torch.equal(logits(model, tokens), before)
+
+
 def test_unlike_linears_are_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be joined: Linear in_features=4"):
         join([nn.Linear(4, 4), nn.Linear(8, 4)])
