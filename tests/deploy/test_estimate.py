@@ -158,6 +158,17 @@ def test_patterns_cost_what_their_layouts_do():
     assert times["dense"] < estimate("qwen2.5-0.5b", prompt=8192).bf16.prefill_seconds
 
 
+def test_memory_on_a_gpu_is_the_sum_of_the_layouts():
+    """Compressed, four lanes are two bytes of values and two places of two bits: 2.5 bytes."""
+    dense, pairs, windows = (
+        estimate("qwen2.5-0.5b", pattern=pattern) for pattern in ("dense", "2:4", "6:8")
+    )
+    more = pairs.packed.device_bytes - dense.packed.device_bytes
+    assert more == dense.weights * 2.5 / 4
+    more = windows.packed.device_bytes - dense.packed.device_bytes
+    assert more == 1.5 * dense.weights * 2.5 / 4  # six lanes for four
+
+
 @pytest.mark.parametrize("gpu", [*GPUS, "cpu"])
 def test_the_page(gpu):
     page = str(estimate("tiny", vocab_size=1000, gpu=gpu, price=2.0, prompt=64, context=64))

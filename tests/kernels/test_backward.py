@@ -79,6 +79,25 @@ def test_fp8_rounds_each_operand_once(dtype: torch.dtype, one_scale: bool) -> No
     assert dw.dtype == torch.float32
 
 
+@pytest.mark.parametrize("one_scale", [True, False])
+def test_fp8_rounds_the_same_at_every_magnitude(one_scale: bool) -> None:
+    """Powers of two move through all scales; nothing falls below e4m3's smallest number."""
+    dy, x_q, x_scale, ternary = operands()
+    w_scale = torch.full((32,), 0.02) if one_scale else torch.rand(32) + 0.01
+
+    def both(dy: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dw = gradients(dy, x_q, x_scale, ternary, w_scale, one_scale=one_scale, use_fp8=True)
+        assert dx is not None
+        assert dw is not None
+        return dx, dw
+
+    dx, dw = both(dy, x_scale)
+    small, tiny = 2.0**-20, 2.0**-12
+    scaled = both(dy * small, x_scale * tiny)
+    assert torch.equal(scaled[0], dx * small)
+    assert torch.equal(scaled[1], dw * (small * tiny))
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=30)
 def test_fp8_is_exact_where_nothing_rounds(seed: int) -> None:
