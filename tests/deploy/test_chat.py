@@ -54,13 +54,13 @@ def test_without_a_template_the_text_goes_on(trained, tokenizer):
 
 
 def test_old_turns_are_forgotten_when_the_context_is_full(trained, speaker, capsys):
+    strict = "{% if messages[1].role != 'user' %}{{ raise_exception('who began?') }}{% endif %}"
+    speaker.chat_template = strict + TEMPLATE  # as many a template insists
     talk = Conversation(trained("qwen2"), speaker, "x", 4, GREEDY)  # 64 positions
     for _ in range(5):
         talk.answer("def main", silent)
     assert talk.messages[0] == {"role": "system", "content": "x"}
     assert talk.messages[1]["role"] == "user" and len(talk.messages) < 9
-    roles = [message["role"] for message in talk.messages[1:]]
-    assert roles == ["user", "assistant"] * (len(roles) // 2)  # many templates insist on it
     assert "the oldest turn no longer fits" in capsys.readouterr().err
     said = list(talk.messages)
     with pytest.raises(ConfigError, match=r"the line has .* tokens .* say it shorter"):
