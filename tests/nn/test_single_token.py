@@ -274,3 +274,25 @@ def test_sees_weights_that_change_and_threads() -> None:
     halved = logits()
     model.to(torch.bfloat16).to(torch.float32)
     assert torch.allclose(logits(), halved, atol=0.05 * float(halved.abs().max()))
+
+
+def test_sees_memory_that_was_replaced() -> None:
+    """``parameter.data = …`` keeps the object and frees the memory that the call points to."""
+    plain = fused(Qwen2Config, torch.float32)
+    model = copy.deepcopy(plain)
+    step_in_one_call(model)
+    prompt = torch.randint(0, 300, (1, 5))
+    model.generate(prompt, max_new_tokens=3, do_sample=False)
+    for changed in (plain, model):
+        for layer in changed.model.layers:
+            layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.flip(0) * 3
+            bias = layer.self_attn.q_proj.joined.bias
+            bias.data = bias.data.flip(0) + 1
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    expected, found = (
+        m.generate(prompt, return_dict_in_generate=True, **options) for m in (plain, model)
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(
+        torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-3
+    )

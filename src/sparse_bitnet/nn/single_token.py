@@ -192,6 +192,13 @@ class Stack:
         norms = [[norm.weight for norm in norms] for norms in self._norms]
         made_from = [torch.get_num_threads(), native.path(), dtype]
         made_from += [one for layer in (*weights, *norms) for one in layer]
+        # A parameter or bias may be given other memory and stay the same object.
+        made_from += [norm.data_ptr() for layer in norms for norm in layer]
+        made_from += [
+            0 if linear.bias is None else linear.bias.data_ptr()
+            for linears in self._linears
+            for linear in linears
+        ]
         if len(made_from) == len(self._made_from) and all(
             a is b or (isinstance(a, int) and a == b)
             for a, b in zip(made_from, self._made_from, strict=True)
