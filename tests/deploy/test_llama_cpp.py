@@ -5,7 +5,9 @@ logits are compared twice: with ours, loosely, and tightly with our model given 
 (`like_llama_cpp`), which shows that nothing else differs.
 """
 
+import copy
 import random
+import statistics
 from contextlib import closing
 from pathlib import Path
 
@@ -139,18 +141,27 @@ def test_logits_of_random_models(tmp_path, text, kind, linears):
     save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
     export_gguf(tmp_path / "trained", tmp_path / "m.gguf", linears=linears)
     model, _ = load_trained(tmp_path / "trained")
-    ids = tokenizer(text[0]).input_ids[:200]
-    there = logits_there(tmp_path / "m.gguf", ids)
+    ids = tokenizer(text[0]).input_ids[:192]
+    # Floats added in another order turn a rounding of some token's activations over, now and then,
+    # which moves the logits of all tokens after it. So: many short prompts, and their median.
+    prompts = [ids[first : first + 8] for first in range(0, len(ids), 8)]
+    there = [logits_there(tmp_path / "m.gguf", prompt) for prompt in prompts]
+    rounded = like_llama_cpp(copy.deepcopy(model))
+    from_ours, from_alike, spreads = [], [], []
     with torch.no_grad():
-        ours = model(torch.tensor([ids])).logits[0]
-        alike = like_llama_cpp(model)(torch.tensor([ids])).logits[0]
-    spread = float(ours.std())
+        for prompt, theirs in zip(prompts, there, strict=True):
+            ours = model(torch.tensor([prompt])).logits[0]
+            alike = rounded(torch.tensor([prompt])).logits[0]
+            from_ours.append(float((theirs - ours).abs().mean()))
+            from_alike.append(float((theirs - alike).abs().mean()))
+            spreads.append(float(ours.std()))
+    spread = statistics.median(spreads)
     print(
-        f"{kind} {linears}: {float((there - ours).abs().mean()) / spread:.1e} of a logit's "
-        f"deviation from ours, {float((there - alike).abs().mean()) / spread:.1e} from its like"
+        f"{kind} {linears}: {statistics.mean(from_ours) / spread:.1e} of a logit's deviation from "
+        f"ours, {statistics.median(from_alike) / spread:.1e} from its like"
     )
-    assert float((there - ours).abs().mean()) < 0.03 * spread
-    assert float((there - alike).abs().mean()) < 0.002 * spread
+    assert statistics.mean(from_ours) < 0.03 * spread
+    assert statistics.median(from_alike) < 0.0005 * spread
 
 
 @pytest.fixture(scope="module")
