@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_bitnet.study import plots, report
-from sparse_bitnet.study.analysis import best_rates, sizes
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 
 STUDY = Path(__file__).parents[1] / "study" / "conftest.py"
@@ -52,8 +51,6 @@ def picture(*drawn: Any, **more: Any) -> bytes:
 def read(directory: Path, mutation: Any) -> None:
     rows, problems = read_rows(directory)
     assert len(json.dumps(problems)) < 5000
-    for size in sizes(rows):
-        best_rates(rows, size)
     if any(not row.diverged for row in rows):
         sections = report.build(rows, problems)
         report.render("title", [], sections)

@@ -91,6 +91,7 @@ def test_figures_are_those_of_the_rows(evidence: Path) -> None:
     assert "first beyond: 4:8 BF16, 3:8 BitNet" in page.text
     # BF16 costs 1.02, 1.05, 1.10, 1.13 at 4, 16, 64 and 100 tokens a weight, BitNet 1.06 to 1.07.
     assert "The curves cross at about 2" in page.text
+    assert "Some points have one seed" in page.text
     assert "Groups whose threshold is in the dead zone: BF16 50.0%, BitNet 90.0%." in page.text
     assert "second size" in page.text  # what the claim about size lacks
 

@@ -192,13 +192,6 @@ def sizes(rows: Sequence[Row]) -> list[str]:
     return [size for size, _ in counts.most_common()]
 
 
-def best_rates(rows: Sequence[Row], size: str) -> dict[str, float]:
-    """For each kind the learning rate whose dense model has the lowest perplexity."""
-    runs = Runs(rows, size)
-    found = {kind: runs.rates(kind) for kind in ("bf16", "bitnet")}
-    return {kind: min(rates, key=rates.__getitem__) for kind, rates in found.items() if rates}
-
-
 def crossing(
     lengths: Sequence[float], above: Sequence[float], below: Sequence[float]
 ) -> float | None:

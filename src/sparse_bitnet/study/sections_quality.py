@@ -145,6 +145,8 @@ def tokens_per_weight(runs: Runs) -> Section:
         told = "The curves do not cross in this range."
     else:
         told = f"The curves cross at about {meet:.0f} tokens per weight."
+        if any(len(found[kind][x].values) < 2 for kind in KINDS for x in shared):
+            told += " Some points have one seed, and another seed may move them."
     lengths = sorted({x for curve in curves.values() for x in curve.x})
     png = plots.lines(
         list(curves.values()),
