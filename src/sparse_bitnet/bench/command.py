@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sparse_bitnet import console, files
-from sparse_bitnet.bench.inference import FULL, KINDS, Case, Row, measure
+from sparse_bitnet.bench.inference import KINDS, Case, Row, measure
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
 
@@ -85,16 +85,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"{_device()}, {rows[0].preset}" if rows else _device()]
     lines.append(f"{'tokens/s':28}" + "".join(f"{kind:>20}" for kind in kinds))
     for row in rows:
-        cells = []
-        for kind in kinds:
-            if kind not in row.microseconds:
-                cells.append(f"{'-':>20}")
-                continue
-            tokens = row.case.batch * (row.case.length if row.case.stage == "prefill" else 1)
-            over = row.ratio(kind, FULL)
-            told = f" ({over:.2f}×)" if over is not None and kind != FULL else ""
-            cells.append(f"{tokens * 1e6 / row.median(kind):,.0f}{told}".rjust(20))
-        lines.append(f"{row.case!s:28}" + "".join(cells))
+        cells = "".join(f"{row.told(kind):>20}" for kind in kinds)
+        lines.append(f"{row.case!s:28}{cells}")
     return "\n".join(lines)
 
 

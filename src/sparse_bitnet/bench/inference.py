@@ -45,6 +45,11 @@ class Case:
     length: int
     head: str = "bf16"
 
+    @property
+    def tokens(self) -> int:
+        """That one pass works on."""
+        return self.batch * (self.length if self.stage == "prefill" else 1)
+
     def __str__(self) -> str:
         what = f"{self.batch} × {self.length}" if self.stage == "prefill" else f"batch {self.batch}"
         return f"{self.stage} {what}" + (", int8 head" if self.head != "bf16" else "")
@@ -70,6 +75,18 @@ class Row:
         """Microseconds; raises KeyError for a kind without a measurement."""
         return statistics.median(self.microseconds[kind])
 
+    def rate(self, kind: str) -> float:
+        """Tokens a second; raises KeyError for a kind without a measurement."""
+        return self.case.tokens * 1e6 / self.median(kind)
+
+    def told(self, kind: str) -> str:
+        """Tokens a second, and how many times BF16's, for people; ``-`` without a measurement."""
+        if kind not in self.microseconds:
+            return "-"
+        over = self.ratio(kind, FULL)
+        beside = f" ({over:.2f}×)" if over is not None and kind != FULL else ""
+        return f"{self.rate(kind):,.0f}{beside}"
+
     def ratio(self, kind: str, over: str) -> float | None:
         """How many times faster than another kind; None if one of them was not measured."""
         if kind not in self.microseconds or over not in self.microseconds:
@@ -78,14 +95,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
-        tokens = self.case.batch * (self.case.length if self.case.stage == "prefill" else 1)
         return {
             "model": self.preset,
             "stage": self.case.stage,
             "batch": self.case.batch,
             "length": self.case.length,
             "head": self.case.head,
-            "tokens_per_second": {k: tokens * 1e6 / self.median(k) for k in self.microseconds},
+            "tokens_per_second": {k: self.rate(k) for k in self.microseconds},
             "over_bf16": {k: self.ratio(k, FULL) for k in self.microseconds},
             "over_dense": {k: self.ratio(k, "dense") for k in self.microseconds},
             "microseconds": {
@@ -97,12 +113,7 @@ class Row:
         }
 
     def __str__(self) -> str:
-        tokens = self.case.batch * (self.case.length if self.case.stage == "prefill" else 1)
-        parts = []
-        for kind in self.microseconds:
-            ratio = self.ratio(kind, FULL)
-            over = f" ({ratio:.2f}×)" if ratio is not None and kind != FULL else ""
-            parts.append(f"{kind} {tokens * 1e6 / self.median(kind):,.0f}{over}")
+        parts = [f"{kind} {self.told(kind)}" for kind in self.microseconds]
         parts += [f"{kind}: {why}" for kind, why in self.problem.items()]
         return f"{self.preset} {self.case!s:28} tokens/s: " + "  ".join(parts)
 
@@ -192,12 +203,11 @@ def call_of(decoder: Decoder, case: Case) -> Callable[[], object]:
 
 def choose_backends(decoder: Decoder, case: Case) -> dict[str, str]:
     """Measure every layer's backends for this many tokens, before anything is compiled."""
-    tokens = case.batch * (case.length if case.stage == "prefill" else 1)
     chosen = {}
     for name, module in decoder.layers[0].named_modules():
         if isinstance(module, PackedLinear):
             weight: TernaryWeight = module.layout("weight")
-            chosen[name] = dispatch.choose(weight, tokens, decoder.dtype).backend
+            chosen[name] = dispatch.choose(weight, case.tokens, decoder.dtype).backend
     return chosen
 
 

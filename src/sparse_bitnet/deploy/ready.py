@@ -1,6 +1,6 @@
 """A loaded model made ready to run: fused, laid out, and decoding in few calls.
 
-On a GPU a token is one CUDA graph, if asked for; on a CPU one call of the compiled kernel a layer.
+On a GPU a token is one CUDA graph, if asked for; on a CPU one call of the compiled kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
     Args:
         model: packed or not, on its device.
         compile: decode with a static key-value cache, compiled, as one CUDA graph (transformers'
-            own): the first tokens take up to a minute longer, the others a fraction of their time.
+            own). Compiling takes its time before the second token, so it pays for long texts.
 
     Raises:
         ConfigError: for ``compile`` without an NVIDIA GPU.

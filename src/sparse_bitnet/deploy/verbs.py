@@ -105,7 +105,7 @@ def generate(
         sampling: how the next token is chosen.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
-        compile: on a GPU, decode as one CUDA graph; worth its minute for long texts.
+        compile: on a GPU, decode as one CUDA graph; compiling pays for long texts.
     """
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     make_ready(model, compile)
