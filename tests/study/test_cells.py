@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.study.cells import Cell, read_sweep
+from sparse_bitnet.study.cells import Cell, fingerprint, key_today, read_sweep
+from sparse_bitnet.train.recipe import to_dict
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "sweeps"
 BASE = """
@@ -149,3 +153,30 @@ def test_training_length_has_its_own() -> None:
     kinds, patterns = ("bf16", "bitnet"), ("dense", "4:8")
     lengths, seeds = (4.0, 16.0, 64.0, 128.0), (0, 1, 2)
     assert found == set(itertools.product(kinds, patterns, lengths, seeds))
+
+
+def test_a_row_of_an_older_version_keeps_its_cell(tmp_path: Path) -> None:
+    recipe = read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]"))
+    cell, facts = recipe.cells[0], {"train": [1000], "tokenizer": "abc"}
+    config = json.loads(json.dumps(to_dict(recipe.config(cell))))
+    del config["sparsity"]["method"]["backward"]  # a setting that came later, with a default
+    row = {
+        "key": "0123456789ab",
+        "config": config,
+        "evaluation": dataclasses.asdict(recipe.evaluation),
+        "data": facts,
+    }
+    assert key_today(row) == recipe.key(cell, fingerprint(facts))
+    config["optimizer"]["learning_rate"] = 0.5
+    assert key_today(row) != recipe.key(cell, fingerprint(facts))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"config": None}, {"config": {"no": 1}}, {"evaluation": {"no": 1}}]
+)
+def test_a_row_that_says_too_little_keeps_its_key(tmp_path: Path, damage: dict[str, Any]) -> None:
+    recipe = read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]"))
+    whole = {"config": to_dict(recipe.config(recipe.cells[0])), "evaluation": {}, "data": {}}
+    assert key_today({"key": "0123456789ab", **whole, **damage}) == "0123456789ab"
+    del whole["data"]
+    assert key_today({"key": "0123456789ab", **whole}) == "0123456789ab"

@@ -191,12 +191,7 @@ class SweepRecipe:
         The data counts by content (``data_fingerprint``), not by path: rows made on another machine
         are recognised.
         """
-        settings = identity(self.config(cell))
-        settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.mixture")}
-        evaluation = dataclasses.asdict(self.evaluation)
-        evaluation["cloze_text"] = bool(self.evaluation.cloze_text)
-        text = json.dumps([settings, evaluation, data_fingerprint], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _key(self.config(cell), self.evaluation, data_fingerprint)
 
 
 def read_sweep(path: str | Path) -> SweepRecipe:
@@ -244,6 +239,36 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     for cell in recipe.cells:
         recipe.config(cell)
     return recipe
+
+
+def key_today(row: dict[str, Any]) -> str:
+    """The key that a row's cell has now, from the settings that the row records.
+
+    A version of the package that adds a setting changes all keys; what a row was run with is the
+    new setting's default, so its cell is still finished. A row that does not record enough, or
+    whose settings are refused today, keeps the key it was written with.
+    """
+    written: str = row["key"]
+    try:
+        config = config_from_dict(row["config"], f"row {written}")
+        evaluation = Evaluation(**row["evaluation"])
+        return _key(config, evaluation, fingerprint(row["data"]))
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return written
+
+
+def fingerprint(data_facts: dict[str, Any]) -> str:
+    """What a key says of the data, from :func:`sparse_bitnet.study.run_cell.data_facts`."""
+    return json.dumps(data_facts, sort_keys=True)
+
+
+def _key(config: TrainConfig, evaluation: Evaluation, data_fingerprint: str) -> str:
+    settings = identity(config)
+    settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.mixture")}
+    measured = dataclasses.asdict(evaluation)
+    measured["cloze_text"] = bool(evaluation.cloze_text)
+    text = json.dumps([settings, measured, data_fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

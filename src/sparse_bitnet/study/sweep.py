@@ -28,7 +28,7 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import write_text
 from sparse_bitnet.study.board import Board
-from sparse_bitnet.study.cells import SweepRecipe, read_sweep
+from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, read_rows
 from sparse_bitnet.study.run_cell import data_facts
@@ -98,7 +98,7 @@ def sweep(
         rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
         for problem in problems:
             say(problem)
-        done = {row.key for row in rows}
+        done = {key_today(row.raw) for row in rows}
         waiting = [job for job in jobs if job.key not in done]
         say(
             f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
@@ -254,7 +254,7 @@ def _jobs(plan: SweepRecipe, scratch: Path) -> list[Job]:
         config = plan.config(cell)
         place = json.dumps([config.data.path, config.data.mixture])
         if place not in fingerprints:
-            fingerprints[place] = json.dumps(data_facts(config), sort_keys=True)
+            fingerprints[place] = fingerprint(data_facts(config))
         key = plan.key(cell, fingerprints[place])
         jobs.append(
             Job(
