@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import Pattern
+from sparse_bitnet.kernels.platform import compile_options
 from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import Int8Head, quantize_rows
@@ -94,9 +95,9 @@ class Decoder:
 
     def compile(self) -> None:
         """Compile a layer, once for all of them, and what stands around the layers."""
-        for layer in self.layers:
-            layer.compile(dynamic=False)
-        self.norm.compile(dynamic=False)
+        options = compile_options()
+        for module in (*self.layers, self.norm):
+            module.compile(dynamic=False, options=options)
 
     def caches(self, batch: int, length: int) -> list[StaticLayerCache]:
         """Static caches of random keys and values."""

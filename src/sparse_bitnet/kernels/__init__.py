@@ -3,6 +3,7 @@
 One folder an operation, one file a backend; ``reference.py`` is the judge of the others.
 """
 
+from sparse_bitnet.kernels import symbolic  # noqa: F401  (registers operators)
 from sparse_bitnet.kernels.matmul import (
     integer_matmul,
     packed_matmul,

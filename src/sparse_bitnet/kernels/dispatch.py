@@ -15,7 +15,8 @@ windows    compressed                     0.83 (4:6) – 1.2        bf16 results
 
 The choice is by measured time of the whole layer, activation quantization, lifting, scales and bias
 included. Dense always takes part, so no choice is slower than it was when measured. Token counts
-share a measurement with the next power of two.
+share a measurement with the next power of two. Inside ``torch.compile`` nothing is measured: the
+choice is looked up, while it traces where the token count is known, else when the graph runs.
 """
 
 from __future__ import annotations
@@ -136,8 +137,11 @@ def ternary_linear(
         BackendError: if the backend asked for does not serve this weight, dtype or device.
     """
     out_dtype = out_dtype or x.dtype
-    tokens = x.numel() // max(1, x.shape[-1])
+    tokens = tokens_of(x)
     if backend is None:
+        if _decides_later(weight, tokens):
+            y: Tensor = torch.ops.sparse_bitnet.linear(x.detach(), *parts(weight), bias, out_dtype)
+            return y
         backend = _chosen(weight, tokens, out_dtype)
     elif backend not in backends(weight, tokens, out_dtype):
         raise BackendError(
@@ -169,19 +173,35 @@ def gated_mlp(
         ``[..., out]``.
     """
     out_dtype = out_dtype or x.dtype
-    tokens = x.numel() // max(1, x.shape[-1])
+    tokens = tokens_of(x)
+    if _decides_later(gate_up, tokens):
+        both = (*parts(gate_up), *parts(down))
+        y: Tensor = torch.ops.sparse_bitnet.gated_mlp(x.detach(), *both, out_dtype)
+        return y
     first = _chosen(gate_up, tokens, out_dtype, deferred=True)
     if first == "cpu":  # quantizes while it multiplies
         gate, up = ternary_linear(x, gate_up, None, out_dtype).chunk(2, dim=-1)
         return ternary_linear(F.silu(gate) * up, down, None, out_dtype)
-    x_q, x_scale = _quantized(x, gate_up, first, tokens)
+    second = _chosen(down, tokens, out_dtype)
+    return gated_mlp_by(first, second, x, gate_up, down, out_dtype)
+
+
+def gated_mlp_by(
+    first: str,
+    second: str,
+    x: Tensor,
+    gate_up: TernaryWeight,
+    down: TernaryWeight,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`gated_mlp` with given backends of its two products; not "cpu"."""
+    x_q, x_scale = _quantized(x, gate_up, first, tokens_of(x))
     factor: Tensor | None = None
     if first in SPARSE_BACKENDS:
         y = structured_matmul(x_q, None, cast(Tensor, gate_up.structured), gate_up.w_scale)
         factor = x_scale
     else:
         y = _product(x_q, x_scale, gate_up, None, out_dtype, first)
-    second = _chosen(down, tokens, out_dtype)
     y_q, y_scale = quantize_fused(y, swiglu=True, group=_lifting(down, second), factor=factor)
     return _product(y_q, y_scale, down, None, out_dtype, second)
 
@@ -243,6 +263,35 @@ def _chosen(
         if tuning.may_measure():  # a capture takes the rule's word, but only for itself
             _decisions[here] = have
     return have
+
+
+def remembered(
+    weight: TernaryWeight, tokens: int, out_dtype: torch.dtype, deferred: bool = False
+) -> str:
+    """The choice for a weight on a GPU by what is remembered, else by rule; never measures."""
+    usable = tuple(backends(weight, tokens, out_dtype))
+    key = _key(weight, tokens, out_dtype)
+    return _decide(weight.device.index, key, usable, tokens, deferred).backend
+
+
+def tokens_of(x: Tensor) -> int:
+    """Rows of ``[..., in]``."""
+    return x.numel() // max(1, x.shape[-1])
+
+
+def parts(weight: TernaryWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """What the operators of ``symbolic.py`` take of a weight on a GPU."""
+    return weight.w_scale, weight.dense, weight.packed, weight.structured, weight.group
+
+
+def _decides_later(weight: TernaryWeight, tokens: int) -> bool:
+    """Whether a compiler traces for sizes that the choice depends on and it does not know yet."""
+    if not torch.compiler.is_compiling() or not runs_triton(weight.w_scale):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    sizes = (tokens, weight.out_features, weight.in_features)
+    return not all(has_static_value(size) for size in sizes)
 
 
 _decisions: dict[tuple[int, str, bool], str] = {}

@@ -36,6 +36,18 @@ def _serves(device_index: int | None) -> bool:
     return has_triton() and capability(device_index) >= OLDEST_CAPABILITY
 
 
+def compile_options() -> dict[str, bool]:
+    """``options`` of ``torch.compile`` for chains of short kernels.
+
+    The compiler's own kernels are launched early too (:mod:`sparse_bitnet.kernels.early`), where
+    this PyTorch and the GPU have it.
+    """
+    import torch._inductor.config as inductor
+
+    known = hasattr(inductor.triton, "enable_pdl") and torch.cuda.is_available()
+    return {"triton.enable_pdl": True} if known else {}
+
+
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; if none was, the first GPU, or the CPU where there is none.
 

@@ -18,9 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_bitnet.kernels import early
+from sparse_bitnet.kernels.early import wait
+
 BLOCK = 64  # keys at once
 PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
+JOINED = 16  # shares added at once
 
 
 @triton.jit
@@ -53,6 +57,7 @@ def _share_kernel(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     head = tl.program_id(0)  # of all key heads of the batch
     number = tl.program_id(1)
@@ -60,6 +65,7 @@ def _share_kernel(
     key_head = head % key_heads
     rows = tl.arange(0, ROWS)
     lanes = tl.arange(0, WIDTH)
+    wait(EARLY)
     q_at = q_ptr + batch * q_batch + (key_head * GROUP + rows[:, None]) * q_head + lanes[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (lanes[None, :] < width), other=0.0)
     k_ptr += batch * k_batch + key_head * k_head
@@ -102,22 +108,32 @@ def _join_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHARES: tl.constexpr,
+    JOINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     head = tl.program_id(0) // GROUP
     row = tl.program_id(0) % GROUP
+    first = (head * shares).to(tl.int64) * ROWS + row
     lanes = tl.arange(0, WIDTH)
-    largest = tl.load(m_ptr + head * shares * ROWS + row)
-    for number in range(1, shares):
-        largest = tl.maximum(largest, tl.load(m_ptr + (head * shares + number) * ROWS + row))
-    total = 0.0
-    y = tl.zeros((WIDTH,), tl.float32)
-    for number in range(shares):
-        part = (head * shares + number).to(tl.int64) * ROWS + row
-        factor = tl.exp(tl.load(m_ptr + part) - largest)  # 0 for a share of which nothing is seen
-        total += tl.load(l_ptr + part) * factor
-        y += tl.load(y_ptr + part * WIDTH + lanes) * factor
+    wait(EARLY)
+    every = tl.arange(0, SHARES)
+    m = tl.load(m_ptr + first + every * ROWS, mask=every < shares, other=-float("inf"))
+    largest = tl.max(m, 0)
+    total = tl.zeros((JOINED,), tl.float32)
+    y = tl.zeros((JOINED, WIDTH), tl.float32)
+    for start in range(0, shares, JOINED):
+        number = start + tl.arange(0, JOINED)
+        inside = number < shares
+        part = first + number * ROWS
+        m = tl.load(m_ptr + part, mask=inside, other=-float("inf"))
+        factor = tl.exp(m - largest)  # 0 for a share of which nothing is seen
+        total += tl.load(l_ptr + part, mask=inside, other=0.0) * factor
+        at = part[:, None] * WIDTH + lanes[None, :]
+        y += tl.load(y_ptr + at, mask=inside[:, None], other=0.0) * factor[:, None]
     at = tl.program_id(0).to(tl.int64) * width + lanes
-    tl.store(out_ptr + at, (y / total).to(out_ptr.dtype.element_ty), mask=lanes < width)
+    result = tl.sum(y, 0) / tl.sum(total, 0)
+    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=lanes < width)
 
 
 def attend(
@@ -178,8 +194,21 @@ def attend(
         MASKED=seen is not None,
         PRECISION=precision,
         num_warps=4,
+        **early.launch_options(query),
     )
     _join_kernel[(batch * heads,)](
-        y, m, total, out, shares, width, GROUP=group, ROWS=rows, WIDTH=padded, num_warps=1
+        y,
+        m,
+        total,
+        out,
+        shares,
+        width,
+        GROUP=group,
+        ROWS=rows,
+        WIDTH=padded,
+        SHARES=triton.next_power_of_2(shares),
+        JOINED=JOINED,
+        num_warps=4,
+        **early.launch_options(query),
     )
     return out

@@ -13,6 +13,9 @@ and activation registers line up without an exchange. More tokens: the packed by
 core's register layout once, and the planes are taken out of them there. Where rows are too few to
 fill the device, a row is cut over K, and a second, small kernel adds the shares: they are integers,
 so the result does not depend on the cut.
+
+Weights are asked for before the activations are there (``kernels/early.py``): the first words into
+registers, or all of a program's rows into L2 (``fetch``).
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels import early, tuning
+from sparse_bitnet.kernels.early import fetch, wait
 
 BLOCK = 64
 LONGEST_ROW = 2**18
 MOST_DOT_TOKENS = 2
 FEW_ROWS = 8192
 JOIN = 512
+LINE_WORDS = tl.constexpr(32)  # 128 bytes
 TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
 
 
@@ -46,11 +51,15 @@ def pack_rows(ternary: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DotTiles:
-    """Byte-wise dot products: rows and words a program takes at once; does it read ahead?"""
+    """Byte-wise dot products: rows and words a program takes at once; does it read ahead?
+
+    ``fetch``: it asks for all its rows before it waits for the kernel ahead of it.
+    """
 
     rows: int
     words: int
     ahead: bool
+    fetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 2x256 ahead": DotTiles(2, 256, True),
     "dot 2x128 ahead": DotTiles(2, 128, True),
     "dot 4x256": DotTiles(4, 256, False),
+    "dot 4x128 fetch": DotTiles(4, 128, False, True),
+    "dot 2x256 ahead fetch": DotTiles(2, 256, True, True),
+    "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
     "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
     "mma 128x128": MmaTiles(128, 128, 1, 8, 3),
     "mma 128x64": MmaTiles(128, 64, 1, 8, 3),
@@ -114,18 +126,27 @@ def _dot_kernel(
     WORDS: tl.constexpr,
     BIAS: tl.constexpr,
     AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = n < columns
     row_ptr = words_ptr + n.to(tl.int64) * row_words
+    if FETCH:
+        for start in range(0, row_words, 32 * LINE_WORDS):
+            word = start + tl.arange(0, 32) * LINE_WORDS
+            word = tl.minimum(word, row_words - 1)
+            fetch(tl.where(inside, row_ptr, words_ptr)[:, None] + word[None, :], EARLY)
     sums = ()
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
+    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
     if AHEAD:
         word = tl.arange(0, WORDS)
         mask = inside[:, None] & (word < row_words)[None, :]
         ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+    wait(EARLY)
     for start in range(0, row_words, WORDS):
         word = start + tl.arange(0, WORDS)
         if AHEAD:  # the next words are asked for before these are used
@@ -144,7 +165,6 @@ def _dot_kernel(
                 x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
                 after = after + (_dot4(plane, x, sums[token], ASM),)
             sums = after
-    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], axis=1) >> 6
         y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
@@ -216,6 +236,7 @@ def _mma_kernel(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
     n = tile * ROWS + tl.arange(0, ROWS)
@@ -223,6 +244,7 @@ def _mma_kernel(
     inside = n < columns
     row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
     total = tl.zeros((ROWS, TOKENS), tl.int32)
+    wait(EARLY)
     for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
         byte = start + tl.arange(0, BYTES)
         packed = tl.load(
@@ -262,11 +284,13 @@ def _join_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The shares of one token's row, summed and scaled."""
     token = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < columns
+    wait(EARLY)
     total = tl.zeros((BLOCK_N,), tl.int32)
     for split in tl.static_range(SPLITS):
         at = partial_ptr + (split * tokens + token) * columns + n
@@ -290,7 +314,7 @@ def run(
     """Launch one candidate; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
     tokens, inner = x_q.shape
     columns, row_bytes = packed.shape
-    common = {"BIAS": bias is not None, "ASM": x_q.is_cuda, "enable_fp_fusion": False}
+    common = {"BIAS": bias is not None, "enable_fp_fusion": False, **early.launch_options(x_q)}
     if isinstance(tiles, DotTiles):
         if inner % 4:
             x_q = F.pad(x_q, (0, -inner % 4))
@@ -308,6 +332,8 @@ def run(
             ROWS=tiles.rows,
             WORDS=tiles.words,
             AHEAD=tiles.ahead,
+            FETCH=tiles.fetch,
+            ASM=x_q.is_cuda,
             num_warps=1,
             **common,
         )
@@ -331,6 +357,7 @@ def run(
         ROWS=tiles.rows,
         BYTES=tiles.bytes,
         SPLITS=tiles.splits,
+        ASM=x_q.is_cuda,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **common,
@@ -346,9 +373,8 @@ def run(
             columns,
             SPLITS=tiles.splits,
             BLOCK_N=JOIN,
-            BIAS=bias is not None,
             num_warps=4,
-            enable_fp_fusion=False,
+            **common,
         )
 
 

@@ -21,10 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_bitnet.kernels import early
+from sparse_bitnet.kernels.early import wait
+
 SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 MOST_CHUNKS = 20
+FEW_ROWS = 32
 
 
 @triton.jit
@@ -90,6 +94,7 @@ def _quantize_kernel(
     WINDOWS: tl.constexpr,
     WORDS: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -98,6 +103,7 @@ def _quantize_kernel(
         plain_ptr += row * columns
     inverse_rms = 1.0
     factor = 1.0
+    wait(EARLY)
     if FACTOR:
         factor = tl.load(factor_ptr + row)
     if NORM:
@@ -142,19 +148,21 @@ def _quantize_kernel(
             tl.store(q_ptr.to(tl.pointer_type(tl.int32)) + at, packed, mask=inside)
 
 
-def _shape(columns: int, swiglu: bool, lifted: bool) -> tuple[int, int]:
+def _shape(rows: int, columns: int, swiglu: bool, lifted: bool) -> tuple[int, int]:
     """Chunk length and warps; measured on an H200, where more or fewer registers a row lose.
 
-    Chunks are unrolled, so their number is kept small enough to compile in a few seconds.
+    Chunks are unrolled, so their number is kept small enough to compile in a few seconds. Few rows
+    leave most multiprocessors idle, and the one that serves a long row wants all its threads.
     """
     power = triton.next_power_of_2(max(columns, 64))
     if not (swiglu or lifted) and power <= 4096:
         return power, 1 if power <= 1024 else 2
-    largest = (2048 if lifted else 4096) if swiglu else (512 if lifted else 1024)
+    few = rows <= FEW_ROWS and swiglu and not lifted
+    largest = (2048 if lifted else 8192 if few else 4096) if swiglu else (512 if lifted else 1024)
     chunk = min(power, largest)
     while columns > MOST_CHUNKS * chunk:
         chunk *= 2
-    return chunk, max(1, min(8, chunk // 128))
+    return chunk, max(1, min(32 if few else 8, chunk // 128))
 
 
 def quantize(
@@ -179,7 +187,7 @@ def quantize(
         rows = rows.contiguous()
     if scale.numel() == 0:
         return quantized, scale
-    chunk, warps = _shape(columns, swiglu, group > 0)
+    chunk, warps = _shape(rows.shape[0], columns, swiglu, group > 0)
     whole = math.lcm(max(group, 1), 8)  # chunks end with a group, and on a vector of eight
     step = chunk // whole * whole
     windows = max(1, group // 2 - 1)
@@ -206,5 +214,6 @@ def quantize(
         PLAIN=plain is not None,
         num_warps=warps,
         enable_fp_fusion=False,
+        **early.launch_options(x),
     )
     return quantized, scale

@@ -1,0 +1,64 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Kernels that begin while the one ahead of them ends: programmatic dependent launch, Hopper on.
+
+Decoding a token is a chain of kernels of a few microseconds. Launched one after the other, each
+begins with an idle GPU: blocks start, addresses are computed, the first bytes come. Launched early,
+it does that while the kernel ahead still runs, and asks for its weights, which nobody writes; then
+it waits until all that the kernel ahead wrote can be seen.
+
+    kernel ahead   ─ blocks ─────────────────┤
+    this one                ├ start, weights ┤ wait, activations, arithmetic ───┤
+    next                                     ├ start, weights ──────────────────┤ wait …
+
+Three rules make it safe, and PyTorch's compiler keeps them too (see ``platform.compile_options``): before
+:func:`wait` a kernel reads nothing but weights and writes nothing; every kernel waits; it lets the
+next one begin only after it has waited itself, so whoever begins finds all but the kernel directly
+ahead of it complete.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_bitnet.kernels.platform import capability
+
+OLDEST_CAPABILITY = (9, 0)
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Everything written ahead is visible from here on; the next kernel may begin."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(pointers, EARLY: tl.constexpr):
+    """Ask for the cache lines at these addresses; they arrive in L2 while others still compute."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+def launch_options(tensor: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a launch on the tensor's device: EARLY, and the launch attribute."""
+    early = tensor.is_cuda and _serves(tensor.device.index)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
+def _serves(device_index: int | None) -> bool:
+    known = hasattr(tl.extra.cuda, "gdc_wait")
+    return known and capability(device_index) >= OLDEST_CAPABILITY
