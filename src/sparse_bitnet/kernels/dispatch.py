@@ -139,10 +139,11 @@ def ternary_linear(
     out_dtype = out_dtype or x.dtype
     tokens = tokens_of(x)
     if backend is None:
-        if _decides_later(weight, tokens):
+        known = _known(weight, tokens)
+        if known is None:
             y: Tensor = torch.ops.sparse_bitnet.linear(x.detach(), *parts(weight), bias, out_dtype)
             return y
-        backend = _chosen(weight, tokens, out_dtype)
+        backend = _chosen(weight, known, out_dtype)
     elif backend not in backends(weight, tokens, out_dtype):
         raise BackendError(
             f"backend {backend!r} does not serve {tokens} tokens × {weight.pattern} weight "
@@ -173,8 +174,8 @@ def gated_mlp(
         ``[..., out]``.
     """
     out_dtype = out_dtype or x.dtype
-    tokens = tokens_of(x)
-    if _decides_later(gate_up, tokens):
+    tokens = _known(gate_up, tokens_of(x))
+    if tokens is None:
         both = (*parts(gate_up), *parts(down))
         y: Tensor = torch.ops.sparse_bitnet.gated_mlp(x.detach(), *both, out_dtype)
         return y
@@ -284,14 +285,16 @@ def parts(weight: TernaryWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
     return weight.w_scale, weight.dense, weight.packed, weight.structured, weight.group
 
 
-def _decides_later(weight: TernaryWeight, tokens: int) -> bool:
-    """Whether a compiler traces for sizes that the choice depends on and it does not know yet."""
+def _known(weight: TernaryWeight, tokens: int) -> int | None:
+    """The token count; None where a compiler traces for sizes that it does not know yet."""
     if not torch.compiler.is_compiling() or not runs_triton(weight.w_scale):
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
+        return tokens
+    from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
     sizes = (tokens, weight.out_features, weight.in_features)
-    return not all(has_static_value(size) for size in sizes)
+    if not all(has_static_value(size) for size in sizes):
+        return None
+    return int(guard_scalar(tokens))  # a symbol with one possible value is not yet a constant
 
 
 _decisions: dict[tuple[int, str, bool], str] = {}

@@ -10,10 +10,10 @@ it waits until all that the kernel ahead wrote can be seen.
     this one                ├ start, weights ┤ wait, activations, arithmetic ───┤
     next                                     ├ start, weights ──────────────────┤ wait …
 
-Three rules make it safe, and PyTorch's compiler keeps them too (see ``platform.compile_options``): before
-:func:`wait` a kernel reads nothing but weights and writes nothing; every kernel waits; it lets the
-next one begin only after it has waited itself, so whoever begins finds all but the kernel directly
-ahead of it complete.
+Three rules make it safe, and PyTorch's compiler keeps them too (``platform.compile_options``):
+before :func:`wait` a kernel reads nothing but weights and writes nothing; every kernel waits; it
+lets the next one begin only after it has waited itself, so whoever begins finds all but the kernel
+directly ahead of it complete.
 """
 
 from __future__ import annotations

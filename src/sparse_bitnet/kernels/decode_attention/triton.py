@@ -22,6 +22,7 @@ from sparse_bitnet.kernels import early
 from sparse_bitnet.kernels.early import wait
 
 BLOCK = 64  # keys at once
+WARPS = 4
 PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
@@ -193,7 +194,7 @@ def attend(
         BLOCK=BLOCK,
         MASKED=seen is not None,
         PRECISION=precision,
-        num_warps=4,
+        num_warps=WARPS,
         **early.launch_options(query),
     )
     _join_kernel[(batch * heads,)](
@@ -208,7 +209,7 @@ def attend(
         WIDTH=padded,
         SHARES=triton.next_power_of_2(shares),
         JOINED=JOINED,
-        num_warps=4,
+        num_warps=WARPS,
         **early.launch_options(query),
     )
     return out
