@@ -38,8 +38,9 @@ def test_dense(shape: tuple[int, int, int], descriptors: bool, with_bias: bool) 
     [
         DotTiles(4, 16, False),
         DotTiles(1, 16, True),
+        DotTiles(2, 32, False, fetch=True),
         MmaTiles(16, 32, 1, 4, 2),
-        MmaTiles(32, 16, 3, 4, 2),
+        MmaTiles(32, 16, 3, 4, 2, fetch=True),
     ],
 )
 def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None:

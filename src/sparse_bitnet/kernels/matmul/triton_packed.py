@@ -71,6 +71,7 @@ class MmaTiles:
     splits: int
     warps: int
     stages: int
+    fetch: bool = False
 
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
@@ -235,6 +236,7 @@ def _mma_kernel(
     BYTES: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
+    FETCH: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -244,6 +246,9 @@ def _mma_kernel(
     inside = n < columns
     row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
     total = tl.zeros((ROWS, TOKENS), tl.int32)
+    if FETCH:
+        for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
+            fetch(row_ptr + start, EARLY)
     wait(EARLY)
     for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
         byte = start + tl.arange(0, BYTES)
@@ -357,6 +362,7 @@ def run(
         ROWS=tiles.rows,
         BYTES=tiles.bytes,
         SPLITS=tiles.splits,
+        FETCH=tiles.fetch,
         ASM=x_q.is_cuda,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

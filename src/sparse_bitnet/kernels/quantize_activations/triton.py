@@ -40,31 +40,17 @@ def _scaled(at, mask, factor, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _prepared(
-    x_ptr,
-    norm_ptr,
-    lanes,
-    mask,
-    columns,
-    factor,
-    inverse_rms,
-    FACTOR: tl.constexpr,
-    NORM: tl.constexpr,
-    SWIGLU: tl.constexpr,
-):
-    """The value that is quantized, in float32, rounded where the unfused modules round."""
-    x = _scaled(x_ptr + lanes, mask, factor, FACTOR)
-    if SWIGLU:
-        gate = x.to(tl.float32)
-        up = _scaled(x_ptr + columns + lanes, mask, factor, FACTOR)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype)
-        x = (silu.to(tl.float32) * up.to(tl.float32)).to(x.dtype)
-    value = x.to(tl.float32)
-    if NORM:
-        weight = tl.load(norm_ptr + lanes, mask=mask, other=0.0)
-        normed = (value * inverse_rms).to(x.dtype)
-        value = (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
-    return value
+def _swiglu(gate, up):
+    """silu(gate) · up, rounded where the unfused modules round."""
+    silu = (gate.to(tl.float32) / (1.0 + tl.exp(-gate.to(tl.float32)))).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
+def _normed(x, weight, inverse_rms):
+    """RMSNorm's last steps, rounded where the module rounds."""
+    normed = (x.to(tl.float32) * inverse_rms).to(x.dtype)
+    return (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -101,34 +87,40 @@ def _quantize_kernel(
     q_ptr += row * q_stride
     if PLAIN:
         plain_ptr += row * columns
-    inverse_rms = 1.0
     factor = 1.0
     wait(EARLY)
     if FACTOR:
         factor = tl.load(factor_ptr + row)
-    if NORM:
-        squares = tl.zeros((CHUNK,), tl.float32)
-        for i in tl.static_range(CHUNKS):
-            lanes = i * CHUNK + tl.arange(0, CHUNK)
-            x = _scaled(x_ptr + lanes, lanes < columns, factor, FACTOR).to(tl.float32)
-            squares += x * x
-        inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / columns + epsilon))
     values = ()
-    largest = tl.full((CHUNK,), SMALLEST_BITS, tl.int32)
+    squares = tl.zeros((CHUNK,), tl.float32)
     for i in tl.static_range(CHUNKS):
         lanes = i * STEP + tl.arange(0, CHUNK)
         mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
-        value = _prepared(
-            x_ptr, norm_ptr, lanes, mask, columns, factor, inverse_rms, FACTOR, NORM, SWIGLU
-        )
-        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        values = values + (value,)
+        x = _scaled(x_ptr + lanes, mask, factor, FACTOR)
+        if SWIGLU:
+            x = _swiglu(x, _scaled(x_ptr + columns + lanes, mask, factor, FACTOR))
+        if NORM:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        values = values + (x,)
+    if NORM:
+        inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / columns + epsilon))
+        normed = ()
+        for i in tl.static_range(CHUNKS):
+            lanes = i * STEP + tl.arange(0, CHUNK)
+            mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
+            weight = tl.load(norm_ptr + lanes, mask=mask, other=0.0)
+            normed = normed + (_normed(values[i], weight, inverse_rms),)
+        values = normed
+    largest = tl.full((CHUNK,), SMALLEST_BITS, tl.int32)
+    for i in tl.static_range(CHUNKS):
+        bits = values[i].to(tl.float32).to(tl.int32, bitcast=True)
+        largest = tl.maximum(largest, bits & 0x7FFFFFFF)
     magnitude = tl.max(largest).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + row, tl.div_rn(magnitude, 127.0))
     inverse_step = tl.div_rn(1.0, magnitude) * 127.0  # the reference's own two roundings
     for i in tl.static_range(CHUNKS):
         lanes = i * CHUNK + tl.arange(0, CHUNK)
-        rounded = _rounded(values[i], inverse_step)
+        rounded = _rounded(values[i].to(tl.float32), inverse_step)
         if GROUP == 0:
             tl.store(q_ptr + lanes, rounded.to(tl.int8), mask=lanes < columns)
         else:
