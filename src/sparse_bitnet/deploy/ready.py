@@ -5,10 +5,11 @@ On a GPU a token is one CUDA graph, if asked for; on a CPU one call of the compi
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.native.pages import use_large_pages
+from sparse_bitnet.kernels.platform import compile_options
 from sparse_bitnet.nn.attention import ATTENTION
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import Int8Table
@@ -46,3 +47,7 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
     if compile:
         assert model.generation_config is not None
         model.generation_config.cache_implementation = "static"
+        options = {"triton.cudagraphs": True, **compile_options()}
+        # PyTorch takes a mode or options; these are what the mode "reduce-overhead" stands for.
+        config = CompileConfig(mode=None, options=options)  # type: ignore[arg-type]
+        model.generation_config.compile_config = config
