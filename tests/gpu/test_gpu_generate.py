@@ -35,8 +35,8 @@ def generated(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_same_text(packed: Path, compiled: bool) -> None:
-    expected = generated(load_packed(packed).float().cuda())
-    model = load_packed(packed).float().cuda()
+    expected = generated(load_packed(packed, dtype=torch.float32).cuda())
+    model = load_packed(packed, dtype=torch.float32).cuda()
     make_ready(model, compile=compiled)
     assert torch.equal(generated(model), expected)
     assert torch.equal(generated(model), expected)
