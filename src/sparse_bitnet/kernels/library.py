@@ -31,6 +31,8 @@ def register(
 
     @wraps(kernel)
     def on_device(*arguments: Any) -> Any:
+        if arguments[0].device.index == torch.cuda.current_device():  # the usual case, and cheaper
+            return kernel(*arguments)
         with torch.cuda.device_of(arguments[0]):
             return kernel(*arguments)
 

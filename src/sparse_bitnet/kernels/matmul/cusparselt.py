@@ -261,7 +261,8 @@ def _set(function: str, handle: object, target: object, attribute: int, value: i
 
 
 def _run(plan: _Plan, x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> None:
-    stream = torch.cuda.current_stream(y.device).cuda_stream
+    # The stream's address without an object around it: a tenth of the host time.
+    stream = torch._C._cuda_getCurrentRawStream(_index(y.device))
     key = (y.device, stream, plan.workspace_bytes)
     workspace = _workspaces.get(key)
     if workspace is None:
