@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005  (Triton's language concatenates tuples, it does not unpack them)
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 """Activations → int8 in one pass over them, with what comes before and after fused in.
 
 One program serves one token and holds its values in registers, so device memory is read once:
