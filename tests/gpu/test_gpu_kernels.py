@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from sparse_bitnet.core import Pattern, quantize_int8, row_scale, ternarize
 from sparse_bitnet.formats.windows import lift
@@ -145,6 +146,31 @@ def test_compiles_in_one_graph_and_in_a_cuda_graph(tokens: int) -> None:
         y.fill_(torch.nan)
         graph.replay()
         assert torch.equal(y, dispatch.ternary_linear(x, weight))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_compiled_function_serves_all_token_counts(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    gate_up, _ = prepared(2 * 768, 1024, "6:8")
+    down, _ = prepared(1024, 768, "6:8")
+    linear = torch.compile(
+        lambda x: dispatch.ternary_linear(x, gate_up), fullgraph=True, dynamic=dynamic
+    )
+    mlp = torch.compile(
+        lambda x: dispatch.gated_mlp(x, gate_up, down), fullgraph=True, dynamic=dynamic
+    )
+    for place, tokens in enumerate((40, 300, 2, 33, 1000, 17, 64, 5)):
+        x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+        for compiled, eager in (
+            (linear(x), dispatch.ternary_linear(x, gate_up)),
+            (mlp(x), dispatch.gated_mlp(x, gate_up, down)),
+        ):
+            if place or dynamic:  # the same kernels, chosen at run time
+                assert torch.equal(compiled, eager)
+            else:
+                torch.testing.assert_close(compiled, eager, rtol=2 * BF16_STEP, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == (2 if dynamic else 4)
 
 
 def test_measures_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:

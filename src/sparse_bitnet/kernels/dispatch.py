@@ -226,6 +226,27 @@ def _lifting(weight: TernaryWeight, backend: str) -> int:
     return weight.group if backend in SPARSE_BACKENDS else 0
 
 
+def integer_linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: TernaryWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Y = (Xq @ (γT)ᵀ) · x_scale + bias, of activations that are integers already.
+
+    Args:
+        x_q: int8 ``[..., in]``, of any number of bits up to eight.
+        x_scale: float32 ``[..., 1]``.
+        weight, bias, out_dtype: as of :func:`ternary_linear`.
+
+    Returns:
+        ``[..., out]``.
+    """
+    backend = "cpu" if weight.rows is None else "dense"  # no choice: bytes are not kept on a CPU
+    return _product(x_q, x_scale, weight, bias, out_dtype, backend)
+
+
 def _product(
     x_q: Tensor,
     x_scale: Tensor,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bitnet.core import check_segments
-from sparse_bitnet.kernels import quantize_activations, ternary_matmul
-from sparse_bitnet.kernels.dispatch import ternary_linear
+from sparse_bitnet.kernels import quantize_activations
+from sparse_bitnet.kernels.dispatch import integer_linear, ternary_linear
 from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
@@ -86,9 +86,7 @@ class PackedLinear(PackedModule):
         if self.spec.activation_bits == 8:
             return ternary_linear(x, weight, self.bias, output_dtype(x))
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return ternary_matmul(
-            x_q, x_scale, weight.dense, weight.w_scale, self.bias, output_dtype(x)
-        )
+        return integer_linear(x_q, x_scale, weight, self.bias, output_dtype(x))
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
