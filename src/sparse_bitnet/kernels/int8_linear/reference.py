@@ -8,24 +8,29 @@ head loses, also where a few large lanes would leave the others of a single int8
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparse_bitnet.core.activation import quantize_int8
 from sparse_bitnet.kernels.matmul.reference import integer_matmul
 
+Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 EXACT_LANES = 1023  # products of two int8 values that float32 sums exactly
 
 
-def two_terms(x: Tensor) -> tuple[Tensor, Tensor]:
+def two_terms(x: Tensor, quantize: Quantizer = quantize_int8) -> tuple[Tensor, Tensor]:
     """int8 ``[2·tokens, in]`` and float32 ``[2·tokens, 1]``: all tokens, then all remainders.
 
     Args:
         x: ``[tokens, in]``, float.
+        quantize: a backend of ``quantize_int8``.
     """
     x = x.detach().float()
-    first, first_scale = quantize_int8(x)
-    rest, rest_scale = quantize_int8(x - first * first_scale)
+    first, first_scale = quantize(x)
+    rest, rest_scale = quantize(x - first * first_scale)
     return torch.cat([first, rest]), torch.cat([first_scale, rest_scale])
 
 
