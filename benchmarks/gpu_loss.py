@@ -53,6 +53,8 @@ def liger() -> Loss:
 
 
 def torch_own() -> Loss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"needs PyTorch 2.13 or newer; this is {torch.__version__}")
     options = torch.nn.LinearCrossEntropyOptions()
     return partial(_torch_own, options)
 
@@ -117,7 +119,8 @@ def measure(tokens: int, features: int, repeats: int) -> list[dict[str, Any]]:
             row["head_gradient_error"] = float((head.grad - truth).norm() / truth.norm())
             ready[name] = loss_of
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+            plain = isinstance(error, ImportError)
+            row["failed"] = (str(error) if plain else f"{type(error).__name__}: {error}")[:300]
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(repeats):
         for name, loss_of in ready.items():
