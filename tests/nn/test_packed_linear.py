@@ -248,3 +248,14 @@ def test_segments_have_to_sum_to_the_rows():
         WeightError, match=r"qkv: segments \(4, 2\) must be positive and sum to its 8"
     ):
         PackedLinear(16, 8, spec=PackedSpec(segments=(4, 2)), where="qkv")
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiles_in_one_graph(storage, bits):
+    packed = pack_module(trained_linear(method=Method(activation_bits=bits)), storage, "l")
+    packed.prepare()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 40, 1):
+        x = torch.randn(tokens, 40)
+        assert torch.equal(compiled(x), packed(x))
