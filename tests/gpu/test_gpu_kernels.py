@@ -170,7 +170,7 @@ def test_one_compiled_function_serves_all_token_counts(dynamic: bool | None) -> 
                 assert torch.equal(compiled, eager)
             else:
                 torch.testing.assert_close(compiled, eager, rtol=2 * BF16_STEP, atol=1e-3)
-    assert counters["stats"]["unique_graphs"] == (2 if dynamic else 4)
+    assert counters["stats"]["unique_graphs"] <= (2 if dynamic else 4)
 
 
 def test_measures_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
