@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparse_bitnet.study.analysis import Estimate, Runs, crossing, first_beyond, sizes
+from sparse_bitnet.study.analysis import Estimate, Runs, crossings, first_beyond, sizes
 from sparse_bitnet.study.rows import Row, append_row, read_rows
 
 Make = Callable[..., dict[str, Any]]
@@ -43,6 +43,7 @@ def test_estimate() -> None:
     assert one.text(1) == "3.0 ± 2.6 (3 seeds)"
     assert Estimate((1.5,)).text(2, sign=True) == "+1.50 (1 seed)"
     assert Estimate((1.5,)).spread == 0
+    assert Estimate((-1.5,)).text(2, sign=True) == "−1.50 (1 seed)"
 
 
 def test_ratio_is_to_the_dense_twin_of_the_same_seed(runs: Runs) -> None:
@@ -88,15 +89,26 @@ def test_main_grid_is_the_length_of_most_rows(runs: Runs) -> None:
     short = runs.ratio("bitnet", "4:8", tokens_per_weight=4.0)
     assert short is not None
     assert short.values == pytest.approx((1.025,))
-    assert runs.label == "4.72M weights"
+    assert runs.label == "4.7M weights"
 
 
-def test_crossing_is_linear_in_the_logarithm() -> None:
+def test_crossings_are_linear_in_the_logarithm() -> None:
     # Gaps −1 at 4 and +1 at 64: zero half way in the logarithm, at 16.
-    assert crossing([4, 64], [1, 3], [2, 2]) == pytest.approx(16)
-    assert crossing([4, 64], [3, 3], [2, 2]) is None
-    assert crossing([4, 64], [1, 1], [2, 2]) is None
-    assert crossing([4], [1], [2]) is None
+    assert crossings([4, 64], [-1, 1]) == [pytest.approx(16)]
+    assert crossings([4, 64], [1, -1]) == [pytest.approx(16)]
+    # +1 at 4, −1 at 16, +3 at 256: at 8, and a quarter of the way from 16 to 256.
+    assert crossings([4, 16, 256], [1, -1, 3]) == [pytest.approx(8), pytest.approx(32)]
+    assert crossings([4, 16, 64], [1, 2, 0.5]) == []
+    assert crossings([4, 16, 64], [0, 1, 2]) == [pytest.approx(4)]
+    assert crossings([4], [-1]) == []
+
+
+def test_steps_are_those_of_the_length(tmp_path: Path, make_row: Make) -> None:
+    for seed, length, steps in ((0, 100, 1800), (1, 100, 1800), (0, 4, 72)):
+        row = make_row(30, kind="bf16", pattern="4:8", seed=seed, tokens_per_weight=length)
+        append_row(tmp_path / "rows.jsonl", row | {"steps": steps})
+    found = Runs(read_rows(tmp_path)[0], "study-5m")
+    assert (found.steps(100.0), found.steps(4.0), found.steps(16.0)) == ([1800], [72], [])
 
 
 def test_first_beyond_goes_from_dense_to_sparse() -> None:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from sparse_bitnet.study.analysis import Estimate, Runs
-from sparse_bitnet.study.claims import FAILS, HOLDS, IN_PART, Claim, claims, judge
+from sparse_bitnet.study.claims import (
+    FAILS,
+    HOLDS,
+    IN_PART,
+    Claim,
+    claim_about_size,
+    claims,
+    decided,
+    judge,
+)
 from sparse_bitnet.study.rows import append_row, read_rows
 
 Make = Callable[..., dict[str, Any]]
@@ -33,6 +42,13 @@ def test_rule(comparisons: list[tuple[float, ...]], verdict: str) -> None:
     assert judge([Estimate(values) for values in comparisons]) == verdict
 
 
+def test_decided_looks_both_ways() -> None:
+    assert decided(Estimate((1.0, 1.1, 0.9))) == 1
+    assert decided(Estimate((-1.0, -1.1))) == -1
+    assert decided(Estimate((1.0,))) == 0
+    assert decided(Estimate((1.0, -0.2, 1.1))) == 0
+
+
 def by_start(found: list[Claim], start: str) -> Claim:
     (claim,) = [claim for claim in found if claim.claim.startswith(start)]
     return claim
@@ -40,7 +56,7 @@ def by_start(found: list[Claim], start: str) -> Claim:
 
 def test_rows_in_the_published_order_confirm_the_claims(evidence: Path) -> None:
     runs = Runs(read_rows(evidence)[0], "study-5m")
-    found = claims(runs, [])
+    found = claims(runs)
     assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == HOLDS
     collapse = by_start(found, "BitNet stays within")
     assert collapse.verdict == HOLDS
@@ -48,7 +64,7 @@ def test_rows_in_the_published_order_confirm_the_claims(evidence: Path) -> None:
     assert by_start(found, "Ternary weights trained with 6:8").verdict == HOLDS
     assert by_start(found, "The pruning threshold").verdict == HOLDS
     assert by_start(found, "Dense first").verdict == IN_PART  # one seed
-    size = by_start(found, "ΔPPL at 6:8 falls")
+    size = claim_about_size([runs])
     assert (size.verdict, size.ours) == ("not measured", "–")
     assert "second size" in size.missing
 
@@ -60,7 +76,7 @@ def test_the_opposite_order_is_said_plainly(tmp_path: Path, make_row: Make) -> N
             for pattern, ratio in (("dense", 1.0), ("6:8", factor), ("4:8", factor + 0.03)):
                 row = make_row(dense * ratio, kind=kind, pattern=pattern, seed=seed)
                 append_row(tmp_path / "rows.jsonl", row)
-    found = claims(Runs(read_rows(tmp_path)[0], "study-5m"), [])
+    found = claims(Runs(read_rows(tmp_path)[0], "study-5m"))
     assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == FAILS
     assert by_start(found, "BitNet's normalised perplexity").verdict == FAILS
     assert by_start(found, "BitNet stays within").verdict == FAILS
@@ -75,8 +91,25 @@ def test_accuracy_is_compared_within_a_seed(tmp_path: Path, make_row: Make) -> N
                 row = make_row(30.0, accuracy, kind=kind, pattern=pattern, seed=seed)
                 append_row(tmp_path / "rows.jsonl", row)
     runs = Runs(read_rows(tmp_path)[0], "study-5m")
-    found = by_start(claims(runs, []), "At 6:8 BitNet loses less downstream")
+    found = by_start(claims(runs), "At 6:8 BitNet loses less downstream")
     # BitNet loses 2.5 and 0.5 points where BF16 loses 5 and 1; its seed 0 loses 4.5.
     assert found.verdict == IN_PART, "1.5 ± 1.4 points better: within two standard errors"
     assert "(2 seeds) BF16" in found.ours and "(3 seeds) BitNet" in found.ours
     assert runs.deltas("bitnet", "6:8", "accuracy")[0] == pytest.approx(-0.045)
+
+
+def test_size_is_compared_within_a_seed(tmp_path: Path, make_row: Make) -> None:
+    """The smaller size comes first by its weights; a seed that only one size has is left out."""
+    for size, weights, seeds, lost in (
+        ("study-20m", 20_000_000, (1, 2), {"bf16": 1.0, "bitnet": 0.5}),
+        ("study-5m", 4_718_592, (0, 1, 2), {"bf16": 2.0, "bitnet": 0.4}),
+    ):
+        for kind in ("bf16", "bitnet"):
+            for seed in seeds:
+                for pattern, delta in (("dense", 0.0), ("6:8", lost[kind] + seed / 10)):
+                    row = make_row(30 + delta, kind=kind, pattern=pattern, seed=seed, size=size)
+                    append_row(tmp_path / "rows.jsonl", row | {"weights": weights})
+    rows = read_rows(tmp_path)[0]
+    found = claim_about_size([Runs(rows, size) for size in ("study-20m", "study-5m")])
+    assert found.ours.startswith("BF16: +2.10 ± 0.10 (3 seeds) → +1.15 ± 0.07 (2 seeds)")
+    assert found.verdict == IN_PART, "BF16 falls by 1 at both seeds, BitNet rises by 0.1"

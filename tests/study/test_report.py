@@ -21,6 +21,7 @@ Make = Callable[..., dict[str, Any]]
 PLOTS = {
     "collapse",
     "length",
+    "mask-cost",
     "group-size",
     "ablations",
     "dense-to-sparse",
@@ -90,8 +91,9 @@ def test_figures_are_those_of_the_rows(evidence: Path) -> None:
     page = Page(report(evidence).page.read_text(encoding="utf-8"))
     assert "first beyond: 4:8 BF16, 3:8 BitNet" in page.text
     # BF16 costs 1.02, 1.05, 1.10, 1.13 at 4, 16, 64 and 100 tokens a weight, BitNet 1.06 to 1.07.
-    assert "The curves cross at about 2" in page.text
-    assert "Some points have one seed" in page.text
+    # One seed at 64 is no point of a curve whose others have two and three.
+    assert "The means cross at about 20 tokens per weight" in page.text
+    assert "BitNet at 100 and BF16 at 4, 16 loses less." in page.text
     assert "Groups whose threshold is in the dead zone: BF16 50.0%, BitNet 90.0%." in page.text
     assert "second size" in page.text  # what the claim about size lacks
 
@@ -103,7 +105,8 @@ def test_sections_without_data_say_which_cells_are_missing(tmp_path: Path, make_
         row["layers"] = {}
         append_row(tmp_path / "rows.jsonl", row)
     page = Page(report(tmp_path).page.read_text(encoding="utf-8"))
-    assert set(page.images) == {"collapse", "loss", "flips", "zeros"}
+    assert set(page.images) == {"loss", "mask-cost", "flips", "zeros"}
+    assert "collapse" in page.sections, "one pattern is a line of the table, no curve"
     assert "Missing: bf16 7:8, bf16 6:8" in page.text
     assert "Needs bitnet with each ablation. Missing: mask-then-quant" in page.text
     assert "not measured" in page.text
@@ -127,9 +130,9 @@ def test_hostile_rows_do_not_break_the_page(evidence: Path, make_row: Make) -> N
     assert set(Page(html).images) == PLOTS
 
 
-def test_a_second_size_gets_sections_of_its_own(evidence: Path, make_row: Make) -> None:
+def test_a_second_size_gets_parts_of_its_own(evidence: Path, make_row: Make) -> None:
     for kind, dense in (("bf16", 20.0), ("bitnet", 25.0)):
-        for pattern, factor in (("dense", 1.0), ("6:8", 1.01)):
+        for pattern, factor in (("dense", 1.0), ("6:8", 1.01), ("4:8", 1.1)):
             row = make_row(dense * factor, kind=kind, pattern=pattern, size="study-20m")
             append_row(evidence / "rows.jsonl", row | {"weights": 20_000_000})
     page = Page(report(evidence).page.read_text(encoding="utf-8"))
@@ -137,6 +140,36 @@ def test_a_second_size_gets_sections_of_its_own(evidence: Path, make_row: Make) 
     assert "collapse-study-20m" in page.images
     assert "ablations-study-20m" not in page.sections
     assert "20M weights" in page.text
+    # A topic has one heading, and its parts stand together.
+    assert page.text.count("Where sparsity breaks the model") == 2, "list of contents and heading"
+    place = page.sections.index("collapse")
+    assert page.sections[place + 1] == "collapse-study-20m"
+    # Each claim is judged on both sizes.
+    assert page.text.count("first beyond: ") == 3, "published, and both sizes"
+
+
+def test_a_second_setting_is_told_and_kept_apart(evidence: Path, make_row: Make) -> None:
+    plain = Page(report(evidence).page.read_text(encoding="utf-8"))
+    for kind, dense in (("bf16", 50.0), ("bitnet", 60.0)):
+        for length, seed in ((100, 0), (100, 1), (8, 0), (8, 1)):
+            for pattern, factor in (("dense", 1.0), ("4:8", 1.5)):
+                run = {"kind": kind, "seed": seed, "tokens_per_weight": length}
+                row = make_row(dense * factor, pattern=pattern, **run)
+                row["key"] += " small batch"
+                row["config"] = {"data": {"batch_size": 16}}
+                append_row(evidence / "rows.jsonl", row)
+    page = Page(report(evidence).page.read_text(encoding="utf-8"))
+    assert set(page.images) - set(plain.images) == {
+        "length-study-5m-2",
+        "mask-cost-study-5m-2",
+        "loss-study-5m-2",
+    }
+    assert "4.7M weights, batch size 16" in page.text
+    assert "Setting, the main one's in brackets: batch size 16 (not said)." in page.text
+    same = plain.images["collapse"]["src"]
+    assert page.images["collapse"]["src"] == same, "the main setting's figures are what they were"
+    assert "1.500 ± 0.000 (2 seeds)" in page.text
+    assert "1.500" not in plain.text
 
 
 def test_nothing_to_report(tmp_path: Path, make_row: Make) -> None:

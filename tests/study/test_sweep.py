@@ -118,7 +118,7 @@ def test_four_cells_killed_and_resumed(
     assert (out / "rows.jsonl").read_bytes().count(b"\n") == 4
 
     written = report(out)
-    assert {"collapse", "loss", "flips", "zeros"} <= {path.stem for path in written.pictures}
+    assert {"loss", "mask-cost", "flips", "zeros"} <= {path.stem for path in written.pictures}
 
 
 def test_a_deadline_starts_nothing_that_cannot_finish(

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sparse_bitnet.core import Pattern
@@ -36,10 +37,15 @@ class Estimate:
 
     def text(self, digits: int = 2, sign: bool = False) -> str:
         """``1.07 ± 0.01 (3 seeds)``; without a spread where there is one seed."""
-        mean = f"{self.mean:+.{digits}f}" if sign else f"{self.mean:.{digits}f}"
+        mean = signed(self.mean, digits) if sign else f"{self.mean:.{digits}f}"
         if len(self.values) < 2:
             return f"{mean} (1 seed)"
         return f"{mean} ± {self.spread:.{digits}f} ({len(self.values)} seeds)"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign, a true minus: ``−1.25``."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def text_of(estimate: Estimate | None, digits: int = 2, sign: bool = False) -> str:
@@ -48,14 +54,25 @@ def text_of(estimate: Estimate | None, digits: int = 2, sign: bool = False) -> s
 
 
 class Runs:
-    """Rows of one size, with the settings of the main grid as defaults.
+    """Rows of one size and setting, with the values of the main grid as defaults.
 
     The main grid is the published method, sparse from scratch, at the training length
-    (tokens per weight) that most of its rows have.
+    (tokens per weight) that most of its rows have. Whether rows were trained in one setting is
+    :func:`sparse_bitnet.study.experiments.experiments`' to see to.
+
+    Args:
+        rows: those of other sizes, and diverged ones, are left out.
+        size: a preset's name.
+        name: short and unique in a report; the size if left out.
+        differs: what is otherwise than in the size's main setting; empty for that itself.
     """
 
-    def __init__(self, rows: Iterable[Row], size: str) -> None:
+    def __init__(
+        self, rows: Iterable[Row], size: str, name: str = "", differs: Sequence[str] = ()
+    ) -> None:
         self.size = size
+        self.name = name or size
+        self.differs = list(differs)
         self.rows = [row for row in rows if row.cell.size == size and not row.diverged]
         plain = [r for r in self.rows if r.cell.method == "published" and not r.cell.until]
         lengths = Counter(row.cell.tokens_per_weight for row in plain)
@@ -77,8 +94,10 @@ class Runs:
 
     @property
     def label(self) -> str:
-        """The size as people say it: ``4.7M weights``."""
-        return f"{self.weights / 1e6:.3g}M weights" if self.weights else self.size
+        """The size as people say it, ``4.7M weights``, and in what the setting differs."""
+        millions = self.weights / 1e6
+        size = f"{millions:.{millions < 10:d}f}M weights" if millions else self.size
+        return f"{size}, {self.differs[0].partition(' (')[0]}" if self.differs else size
 
     def select(self, **wanted: Any) -> list[Row]:
         """Rows whose cell has these values; what is not named has the main grid's.
@@ -174,6 +193,11 @@ class Runs:
         have = {(c.kind, c.pattern, c.tokens_per_weight) for c in plain}
         return sorted({t for kind, p, t in have if p == pattern and (kind, "dense", t) in have})
 
+    def steps(self, tokens_per_weight: float) -> list[int]:
+        """Optimizer steps of the plain runs of a length, ascending."""
+        counts = (r.raw.get("steps") for r in self.select(tokens_per_weight=tokens_per_weight))
+        return sorted({n for n in counts if isinstance(n, int)})
+
     def _pairs(
         self, kind: str, pattern: str, figure: str, **wanted: Any
     ) -> dict[int, tuple[float, float]]:
@@ -192,21 +216,14 @@ def sizes(rows: Sequence[Row]) -> list[str]:
     return [size for size, _ in counts.most_common()]
 
 
-def crossing(
-    lengths: Sequence[float], above: Sequence[float], below: Sequence[float]
-) -> float | None:
-    """Where the first curve comes to lie above the second: linear between points in log(x).
-
-    None if it never does, or does from the first point on.
-    """
-    gaps = [a - b for a, b in zip(above, below, strict=True)]
-    for (x0, g0), (x1, g1) in zip(
-        zip(lengths, gaps, strict=True), list(zip(lengths, gaps, strict=True))[1:], strict=False
-    ):
-        if g0 <= 0 < g1:
-            part = -g0 / (g1 - g0)
-            return math.exp(math.log(x0) + part * (math.log(x1) - math.log(x0)))
-    return None
+def crossings(lengths: Sequence[float], gaps: Sequence[float]) -> list[float]:
+    """Where a difference of two curves changes its sign: linear between points in log(x)."""
+    found = []
+    for (x0, g0), (x1, g1) in pairwise(zip(lengths, gaps, strict=True)):
+        if g0 <= 0 < g1 or g1 <= 0 < g0:
+            part = g0 / (g0 - g1)
+            found.append(math.exp(math.log(x0) + part * (math.log(x1) - math.log(x0))))
+    return found
 
 
 def first_beyond(ratios: dict[str, float], limit: float) -> str | None:

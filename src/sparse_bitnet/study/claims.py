@@ -14,12 +14,14 @@ and holds in part in all other cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from sparse_bitnet.study import published
-from sparse_bitnet.study.analysis import Estimate, Runs, first_beyond
+from sparse_bitnet.study.analysis import Estimate, Runs, first_beyond, signed
+from sparse_bitnet.study.cells import KINDS
+from sparse_bitnet.study.plots import NAME
 
 RULE = (
     "Rule: a comparison holds if every one of at least two seeds shows it and the mean lies more "
@@ -57,8 +59,14 @@ def _grade(one: Estimate) -> str:
     return HOLDS if sure else IN_PART
 
 
-def claims(runs: Runs, others: list[Runs]) -> list[Claim]:
-    """All claims, judged on one size; ``others`` are the other sizes, for the claim about size."""
+def decided(gap: Estimate) -> int:
+    """1 if the comparison holds by the rule, −1 if its opposite does, 0 if neither."""
+    opposite = Estimate(tuple(-value for value in gap.values))
+    return (_grade(gap) == HOLDS) - (_grade(opposite) == HOLDS)
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """The claims about one size, judged on it."""
     makers: list[Callable[[Runs], Claim]] = [
         _delta,
         _every_pattern,
@@ -69,7 +77,7 @@ def claims(runs: Runs, others: list[Runs]) -> list[Claim]:
         _ablations,
         _dense_to_sparse,
     ]
-    return [maker(runs) for maker in makers] + [_size(runs, others)]
+    return [maker(runs) for maker in makers]
 
 
 def _undecided(claim: str, told: str, missing: str) -> Claim:
@@ -79,8 +87,8 @@ def _undecided(claim: str, told: str, missing: str) -> Claim:
 def _delta(runs: Runs) -> Claim:
     claim = "At 6:8 BitNet loses less perplexity than BF16, each against its own dense model"
     told = ", ".join(
-        f"{size}: {published.DELTA_PPL_6_8['bf16'][size]:+.2f} BF16, "
-        f"{published.DELTA_PPL_6_8['bitnet'][size]:+.2f} BitNet"
+        f"{size}: {signed(published.DELTA_PPL_6_8['bf16'][size])} BF16, "
+        f"{signed(published.DELTA_PPL_6_8['bitnet'][size])} BitNet"
         for size in published.DELTA_PPL_6_8["bf16"]
     )
     bf16, bitnet = runs.delta("bf16", "6:8"), runs.delta("bitnet", "6:8")
@@ -116,7 +124,7 @@ def _collapse(runs: Runs) -> Claim:
     first = published.FIRST_BEYOND
     told = f"first beyond: {first['bf16']} BF16, {first['bitnet']} BitNet"
     ratios: dict[str, dict[str, Estimate]] = {}
-    for kind in ("bf16", "bitnet"):
+    for kind in KINDS:
         found = {p: runs.ratio(kind, p) for p in published.NORMALISED_PPL[kind]}
         ratios[kind] = {p: ratio for p, ratio in found.items() if ratio is not None}
     shared = [p for p in ratios["bf16"] if p in ratios["bitnet"]]
@@ -143,11 +151,11 @@ def _both(above: Estimate, below: Estimate) -> str:
 def _accuracy(runs: Runs) -> Claim:
     claim = "At 6:8 BitNet loses less downstream accuracy than BF16 (ours: cloze, in points)"
     told = ", ".join(
-        f"{size}: {published.DELTA_ACCURACY_6_8['bf16'][size]:+.2f} BF16, "
-        f"{published.DELTA_ACCURACY_6_8['bitnet'][size]:+.2f} BitNet"
+        f"{size}: {signed(published.DELTA_ACCURACY_6_8['bf16'][size])} BF16, "
+        f"{signed(published.DELTA_ACCURACY_6_8['bitnet'][size])} BitNet"
         for size in published.DELTA_ACCURACY_6_8["bf16"]
     )
-    deltas = {kind: runs.deltas(kind, "6:8", "accuracy") for kind in ("bf16", "bitnet")}
+    deltas = {kind: runs.deltas(kind, "6:8", "accuracy") for kind in KINDS}
     both = sorted(deltas["bf16"].keys() & deltas["bitnet"].keys())
     if not both:
         return _undecided(claim, told, "bf16 and bitnet at dense and 6:8, with cloze questions")
@@ -183,7 +191,7 @@ def _dead_zone(runs: Runs) -> Claim:
             for row in runs.select(kind=kind, pattern=pattern)
             if (share := row.final_statistic("dead_zone_groups")) is not None
         }
-        for kind in ("bf16", "bitnet")
+        for kind in KINDS
     }
     both = sorted(shares["bf16"].keys() & shares["bitnet"].keys())
     if not both:
@@ -198,7 +206,7 @@ def _ablations(runs: Runs) -> Claim:
     claim = "At 6:8 each ablation is worse than the published method"
     base = published.ABLATIONS_PPL["published"]
     told = ", ".join(
-        f"{name}: {'worse' if value is None else f'{value - (base or 0):+.2f}'}"
+        f"{name}: {'worse' if value is None else signed(value - (base or 0))}"
         for name, value in published.ABLATIONS_PPL.items()
         if name != "published"
     )
@@ -221,7 +229,7 @@ def _dense_to_sparse(runs: Runs) -> Claim:
     scratch = published.DENSE_TO_SPARSE_PPL["sparse from scratch"]
     switched = published.DENSE_TO_SPARSE_PPL["switched"]
     assert isinstance(switched, tuple) and isinstance(scratch, float)
-    told = ", ".join(f"{value - scratch:+.2f}" for value in switched)
+    told = ", ".join(signed(value - scratch) for value in switched)
     schedules = sorted(
         {
             row.cell.until
@@ -242,22 +250,25 @@ def _dense_to_sparse(runs: Runs) -> Claim:
     return Claim(claim, told, ours, judge(list(gaps.values())))
 
 
-def _size(runs: Runs, others: list[Runs]) -> Claim:
+def claim_about_size(by_size: Sequence[Runs]) -> Claim:
+    """The claim that needs several sizes."""
     claim = "ΔPPL at 6:8 falls with size, for both kinds"
     told = "; ".join(
-        f"{kind}: " + " → ".join(f"{v:+.2f}" for v in values.values())
+        f"{NAME[kind]}: " + " → ".join(signed(v) for v in values.values())
         for kind, values in published.DELTA_PPL_6_8.items()
     )
-    ordered = sorted([runs, *others], key=lambda one: one.weights)
+    ordered = sorted(by_size, key=lambda one: one.weights)
     comparisons, parts = [], []
-    for kind in ("bf16", "bitnet"):
-        found = [(one.label, one.delta(kind, "6:8")) for one in ordered]
-        deltas = [(label, delta) for label, delta in found if delta is not None]
+    for kind in KINDS:
+        deltas = [found for one in ordered if (found := one.deltas(kind, "6:8"))]
         if len(deltas) < 2:
             return _undecided(claim, told, "dense and 6:8 of both kinds at a second size")
-        parts.append(f"{kind}: " + " → ".join(f"{d.text(2, True)}" for _, d in deltas))
-        for (_, small), (_, large) in pairwise(deltas):
-            count = min(len(small.values), len(large.values))
-            values = zip(small.values[:count], large.values[:count], strict=True)
-            comparisons.append(Estimate(tuple(a - b for a, b in values)))
+        texts = [Estimate(tuple(found.values())).text(2, True) for found in deltas]
+        parts.append(f"{NAME[kind]}: {' → '.join(texts)}")
+        for small, large in pairwise(deltas):
+            both = sorted(small.keys() & large.keys())
+            if both:
+                comparisons.append(Estimate(tuple(small[seed] - large[seed] for seed in both)))
+    if not comparisons:
+        return _undecided(claim, told, "two sizes of one seed")
     return Claim(claim, told, "; ".join(parts), judge(comparisons))

@@ -2,26 +2,31 @@
 
 Colours are those of Okabe and Ito, which people with any common colour blindness tell apart; line
 style and marker say the same thing again. BF16 is vermilion and round, BitNet is blue and square,
-everywhere; what is published is hollow and dashed.
+everywhere, and these two colours mean nothing else where kinds are compared; what is published is
+hollow and dashed.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec
 
 from sparse_bitnet.core import MissingExtraError
 
+P = ParamSpec("P")
 COLOUR = {"bf16": "#D55E00", "bitnet": "#0072B2"}
 MARKER = {"bf16": "o", "bitnet": "s"}
 NAME = {"bf16": "BF16", "bitnet": "BitNet"}
 GREY = "#666666"
-CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
+CYCLE = ("#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6914")
 STYLES = ("-", "--", "-.", ":")
 DPI = 150
+SEEDS_BESIDE = 6  # points from an error bar
 
 STYLE: Any = {
     "figure.facecolor": "white",
@@ -42,9 +47,30 @@ STYLE: Any = {
 }
 
 
+def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
+    """The whole drawing in :data:`STYLE`: matplotlib asks for most of it only when it is used."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        try:
+            import matplotlib as mpl
+        except ImportError as error:
+            raise MissingExtraError(
+                "plots need matplotlib: pip install 'sparse-bitnet[plot]'"
+            ) from error
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 @dataclass(frozen=True)
 class Curve:
-    """A line of a plot; ``error`` are half-lengths of error bars, ``kind`` sets the looks."""
+    """A line of a plot; ``error`` are half-lengths of error bars, ``kind`` sets the looks.
+
+    ``seeds`` are the single values behind each point, drawn as dots where there are several. An
+    empty label stays out of the legend.
+    """
 
     label: str
     x: Sequence[float]
@@ -52,6 +78,7 @@ class Curve:
     error: Sequence[float] | None = None
     kind: str = ""
     published: bool = False
+    seeds: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,7 @@ class Histogram:
     kind: str
 
 
+@_styled
 def collapse(curves: Sequence[Curve], patterns: Sequence[str], limit: float, title: str) -> bytes:
     """Normalised perplexity against the pattern, with the line that is called collapse."""
     figure, (axis,) = _figure(1, width=7.0, height=4.4)
@@ -80,6 +108,7 @@ def collapse(curves: Sequence[Curve], patterns: Sequence[str], limit: float, tit
     return _png(figure)
 
 
+@_styled
 def lines(
     curves: Sequence[Curve],
     title: str,
@@ -87,11 +116,9 @@ def lines(
     ylabel: str,
     *,
     log_x: bool = False,
-    log_y: bool = False,
-    mark: float | None = None,
     ticks: Mapping[float, str] | None = None,
 ) -> bytes:
-    """Curves over one horizontal axis; ``mark`` draws a vertical line there."""
+    """Curves over one horizontal axis."""
     figure, (axis,) = _figure(1, width=7.0, height=4.2)
     plain = 0
     for curve in curves:
@@ -103,70 +130,115 @@ def lines(
             plain += 1
     if log_x:
         axis.set_xscale("log", base=2)
-    if log_y:
-        axis.set_yscale("log")
     if ticks:
         axis.set_xticks(list(ticks), list(ticks.values()))
         axis.minorticks_off()
-    if mark is not None:
-        axis.axvline(mark, color=GREY, linewidth=1, linestyle=":")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend(ncols=2 if len(curves) > 6 else 1)
     return _png(figure)
 
 
+@_styled
 def panels(
-    groups: Mapping[str, Sequence[Curve]], title: str, xlabel: str, ylabel: str, log_y: bool = False
+    groups: Mapping[str, Sequence[Curve]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    top: float | None = None,
 ) -> bytes:
-    """One panel a group, axes shared, colours by the curve's place in its group."""
-    figure, axes = _figure(len(groups), width=3.6 * len(groups) + 0.6, height=3.8, share=True)
-    for axis, (name, curves) in zip(axes, groups.items(), strict=True):
+    """One panel a group, axes shared and cut off at ``top``; up to three beside each other.
+
+    Colours are by kind, else by the curve's place in its group.
+    """
+    columns = len(groups) if len(groups) <= 3 else 2
+    rows = math.ceil(len(groups) / columns)
+    width = {1: 7.0, 2: 8.4}.get(columns, 9.6)
+    figure, grid = _subplots(rows, columns, width, 3.4 * rows + 0.4, share=True)
+    axes = [axis for row in grid for axis in row]
+    for axis in axes[len(groups) :]:
+        axis.set_visible(False)
+    shown: list[str] = []
+    for axis, (name, curves) in zip(axes, groups.items(), strict=False):
         for index, curve in enumerate(curves):
             style = {"color": CYCLE[index % len(CYCLE)], "linestyle": STYLES[index % len(STYLES)]}
-            axis.plot(curve.x, curve.y, label=curve.label, linewidth=1.4, **style)
+            if curve.kind:
+                dashes = "-" if curve.kind == "bf16" else "--"
+                style = {"color": COLOUR[curve.kind], "linestyle": dashes}
+            axis.plot(curve.x, curve.y, label=curve.label or None, linewidth=1.3, **style)
         axis.set(title=name, xlabel=xlabel)
-        if log_y:
-            axis.set_yscale("log")
-        axis.legend()
-    axes[0].set_ylabel(ylabel)
+        if log_x:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+        labels = [curve.label for curve in curves if curve.label]
+        if not set(labels) <= set(shown):
+            axis.legend()
+            shown = labels
+    for row in grid:
+        row[0].set_ylabel(ylabel)
+    if top is not None:
+        every = [curve for curves in groups.values() for curve in curves]
+        inside = [x for c in every for x, y in zip(c.x, c.y, strict=True) if y <= top]
+        for axis in axes:
+            axis.set_ylim(top=top)
+            axis.set_xlim(left=0.9 * min(inside))
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return _png(figure)
 
 
+@_styled
 def bars(
     labels: Sequence[str],
     groups: Mapping[str, Sequence[float]],
     errors: Mapping[str, Sequence[float]],
     title: str,
     ylabel: str,
+    *,
     base: float = 0.0,
+    digits: int | None = None,
+    band: Sequence[float] = (),
 ) -> bytes:
-    """Grouped bars with error bars, growing from ``base`` (1 for a ratio)."""
-    figure, (axis,) = _figure(1, width=max(5.0, 1.1 * len(labels) + 2.4), height=4.0)
+    """Grouped bars with error bars, growing from ``base`` (1 for a ratio).
+
+    Args:
+        errors: half-lengths; 0, which is what one seed has, draws none.
+        digits: writes each bar's value beside it.
+        band: a grey area of this half-height around ``base`` behind each label's bars.
+    """
+    figure, (axis,) = _figure(1, width=min(9.6, max(5.6, 1.1 * len(labels) + 2.4)), height=4.0)
     width = 0.8 / max(1, len(groups))
+    for index, half in enumerate(band):
+        edges = [index - 0.5, index + 0.5]
+        axis.fill_between(edges, base - half, base + half, color="#ececec", lw=0)
     for index, (name, values) in enumerate(groups.items()):
         x = [i - 0.4 + width * (index + 0.5) for i in range(len(labels))]
-        axis.bar(
+        drawn = axis.bar(
             x,
             [v - base for v in values],
             width * 0.92,
             bottom=base,
-            yerr=list(errors[name]),
+            yerr=[error or math.nan for error in errors[name]],
             capsize=3,
-            color=COLOUR.get(name, CYCLE[index % len(CYCLE)]),
+            color=COLOUR.get(name, CYCLE[(index + 1) % len(CYCLE)]),
             hatch="//" if index % 2 else "",
             edgecolor="white",
             error_kw={"ecolor": "#333333", "elinewidth": 1},
             label=NAME.get(name, name),
         )
+        if digits is not None:
+            told = [f"{value - base:+.{digits}f}".replace("-", "−") for value in values]
+            axis.bar_label(drawn, told, padding=3, fontsize=8, color="#333333")
     axis.axhline(base, color="#888888", linewidth=0.8)
     axis.set_xticks(range(len(labels)), list(labels))
+    axis.grid(visible=False, axis="x")
+    axis.margins(y=0.1)
     axis.set(title=title, ylabel=ylabel)
     if len(groups) > 1:
         axis.legend()
     return _png(figure)
 
 
+@_styled
 def polarization(grid: Sequence[Sequence[Histogram]], title: str) -> bytes:
     """Histograms in rows and columns: |w|/γ filled, thresholds as a line, the dead zone shaded."""
     rows, columns = len(grid), max(len(row) for row in grid)
@@ -208,7 +280,8 @@ def _draw(axis: Any, curve: Curve, markers: bool = True) -> None:
     axis.errorbar(
         curve.x,
         curve.y,
-        yerr=curve.error,
+        # One seed has no spread to show.
+        yerr=None if curve.error is None else [error or math.nan for error in curve.error],
         label=curve.label,
         color=colour,
         capsize=3,
@@ -219,40 +292,44 @@ def _draw(axis: Any, curve: Curve, markers: bool = True) -> None:
         markerfacecolor="white" if curve.published else colour,
         alpha=0.75 if curve.published else 1.0,
     )
+    _seeds(axis, curve, colour)
 
 
-def _figure(
-    columns: int, width: float, height: float, share: bool = False
-) -> tuple[Any, list[Any]]:
-    figure, axes = _subplots(1, columns, width, height, share)
+def _seeds(axis: Any, curve: Curve, colour: str) -> None:
+    """Single seeds beside the error bars, those of the two kinds on either side."""
+    from matplotlib.transforms import ScaledTranslation
+
+    points = -SEEDS_BESIDE if curve.kind == "bf16" else SEEDS_BESIDE
+    beside = axis.transData + ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
+    for x, values in zip(curve.x, curve.seeds, strict=False):
+        if len(values) > 1:
+            axis.scatter(
+                [x] * len(values), values, s=9, color=colour, alpha=0.6, lw=0, transform=beside
+            )
+
+
+def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    figure, axes = _subplots(1, columns, width, height, share=False)
     return figure, list(axes[0])
 
 
 def _grid(rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    return _subplots(rows, columns, 2.9 * columns + 0.5, 2.3 * rows + 0.6, False)
+    width = min(9.6, 2.9 * columns + 0.5)
+    return _subplots(rows, columns, width, 2.3 * rows + 0.6, share=False)
 
 
 def _subplots(
     rows: int, columns: int, width: float, height: float, share: bool
 ) -> tuple[Any, list[list[Any]]]:
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "plots need matplotlib: pip install 'sparse-bitnet[plot]'"
-        ) from error
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=share)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share)
     return figure, [list(row) for row in axes]
 
 
 def _png(figure: Any) -> bytes:
-    import matplotlib as mpl
-
     buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        # No Software entry: the same rows give the same bytes with every matplotlib release's name.
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    # No Software entry: the same rows give the same bytes with every matplotlib release's name.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_bitnet.console import progress, say
-from sparse_bitnet.core import DataError
+from sparse_bitnet.core import DataError, Pattern
 from sparse_bitnet.files import atomic_file, write_text
 from sparse_bitnet.study import published
-from sparse_bitnet.study.analysis import Runs, sizes
-from sparse_bitnet.study.claims import RULE, claims
+from sparse_bitnet.study.analysis import Runs
+from sparse_bitnet.study.claims import RULE, claim_about_size, claims
+from sparse_bitnet.study.experiments import experiments
 from sparse_bitnet.study.page import Section, Table, render
 from sparse_bitnet.study.rows import Row, read_rows
 from sparse_bitnet.study.sections_quality import cloze, collapse, delta_by_size, tokens_per_weight
-from sparse_bitnet.study.sections_training import flips, losses, polarization, zeros
+from sparse_bitnet.study.sections_training import (
+    flips,
+    losses,
+    mask_cost,
+    polarization,
+    zeros,
+)
 from sparse_bitnet.study.sections_variants import (
     ablations,
     dense_to_sparse,
@@ -29,6 +36,7 @@ PAGE = "report.html"
 ABOUT_A_SIZE: tuple[Callable[[Runs], Section], ...] = (
     collapse,
     tokens_per_weight,
+    mask_cost,
     group_size,
     ablations,
     dense_to_sparse,
@@ -39,6 +47,8 @@ ABOUT_A_SIZE: tuple[Callable[[Runs], Section], ...] = (
     zeros,
     polarization,
 )
+# What a second setting of a size is shown for.
+ABOUT_A_SETTING = (collapse, tokens_per_weight, mask_cost, losses)
 
 
 @dataclass(frozen=True)
@@ -83,55 +93,96 @@ def report(directory: str | Path, out: str | Path | None = None) -> Written:
 
 def build(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[Section]:
     """All sections of the page. One without data has a note that names the missing cells."""
-    by_size = [Runs(rows, size) for size in sizes(rows)]
-    by_size = [runs for runs in by_size if runs.rows]
-    main, others = by_size[0], by_size[1:]
-    sections = [_claims(main, others), delta_by_size(by_size)]
-    steps = [(runs, make) for runs in by_size for make in ABOUT_A_SIZE]
-    with progress("plots", len(steps)) as task:
-        for runs, make in steps:
-            section = make(runs)
-            # Other sizes appear where they have something to show.
-            if runs is main or section.figures or section.tables:
-                sections.append(section if runs is main else _of_size(section, runs))
-            task.advance()
-    sections.append(_runs(rows, problems))
+    every = [runs for runs in experiments(rows) if runs.rows]
+    main, by_size = every[0], [runs for runs in every if not runs.differs]
+    sections = [_claims(by_size), delta_by_size(by_size)]
+    with progress("plots", len(ABOUT_A_SIZE) * len(every)) as task:
+        for make in ABOUT_A_SIZE:
+            topic = []
+            for runs in every:
+                task.advance()
+                if runs.differs and make not in ABOUT_A_SETTING:
+                    continue
+                section = make(runs)
+                # Other sizes and settings appear where they have something to show.
+                if runs is main or section.figures or (section.tables and not runs.differs):
+                    topic.append((runs, section))
+            several = len(topic) > 1
+            said = ""
+            for runs, section in topic:
+                text = "" if section.text == said else section.text
+                said = said or section.text
+                sections.append(
+                    _part(dataclasses.replace(section, text=text), runs, runs is main, several)
+                )
+    sections.append(_runs(every, rows, problems))
     return sections
 
 
-def _of_size(section: Section, runs: Runs) -> Section:
-    figures = [
-        dataclasses.replace(figure, name=f"{figure.name}-{runs.size}") for figure in section.figures
-    ]
+def _part(section: Section, runs: Runs, main: bool, several: bool) -> Section:
+    """A section as one of several sizes and settings, under a name of its own."""
+    if not main:
+        section = dataclasses.replace(
+            section,
+            id=f"{section.id}-{runs.name}",
+            figures=[
+                dataclasses.replace(figure, name=f"{figure.name}-{runs.name}")
+                for figure in section.figures
+            ],
+        )
+    differs = f"Setting, the main one's in brackets: {', '.join(runs.differs)}. "
     return dataclasses.replace(
         section,
-        id=f"{section.id}-{runs.size}",
-        title=f"{section.title}, {runs.label}",
-        figures=figures,
+        part=runs.label if several or not main else "",
+        text=(differs if runs.differs else "") + section.text,
     )
 
 
-def _claims(main: Runs, others: list[Runs]) -> Section:
-    found = claims(main, others)
-    table = Table(
-        ("claim", f"published ({published.SOURCE})", f"here, {main.label}", "verdict"),
-        [(c.claim, c.published, c.ours, c.verdict) for c in found],
-    )
-    missing = [f"Not decided: {c.claim}. Missing: {c.missing}." for c in found if c.missing]
+def _claims(by_size: Sequence[Runs]) -> Section:
+    """One line a claim and size; a size beside the main one counts where it has measured."""
+    main, others = by_size[0], by_size[1:]
+    lines, missing = [], []
+    found = [claims(runs) for runs in by_size]
+    for here, *elsewhere in zip(*found, strict=True):
+        lines.append((here.claim, here.published, main.label, here.ours, here.verdict))
+        lines += [
+            ("", "", runs.label, one.ours, one.verdict)
+            for runs, one in zip(others, elsewhere, strict=True)
+            if not one.missing
+        ]
+        missing += [here] if here.missing else []
+    size = claim_about_size(by_size)
+    lines.append((size.claim, size.published, "all", size.ours, size.verdict))
+    missing += [size] if size.missing else []
+    lengths = ", ".join(f"{runs.label} at {runs.main_length:g}" for runs in by_size)
     return Section(
         "claims",
         "Published claims and what we find",
-        f"Judged on {main.label} at {main.main_length:g} training tokens per weight.",
-        tables=[table],
-        notes=[RULE, *missing],
+        f"Training tokens per weight: {lengths}.",
+        tables=[
+            Table(("claim", f"published ({published.SOURCE})", "size", "here", "verdict"), lines)
+        ],
+        notes=[RULE, *(f"Not decided: {one.claim}. Missing: {one.missing}." for one in missing)],
     )
 
 
-def _runs(rows: Sequence[Row], problems: Sequence[str]) -> Section:
+def _runs(every: Sequence[Runs], rows: Sequence[Row], problems: Sequence[str]) -> Section:
+    """All rows by size and setting, the longest trainings and the densest patterns first."""
+    labels = {
+        row.key: (number, runs.label) for number, runs in enumerate(every) for row in runs.rows
+    }
+
+    def order(row: Row) -> tuple[object, ...]:
+        cell = row.cell
+        density = -Pattern.parse(cell.pattern).density
+        number = labels.get(row.key, (len(every), ""))[0]
+        return number, -cell.tokens_per_weight, cell.kind, density, str(cell)
+
     table = Table(
-        ("cell", "perplexity", "cloze", "zeros", "tokens", "seconds", "tokens/s", "key"),
+        ("setting", "cell", "perplexity", "cloze", "zeros", "tokens", "seconds", "tokens/s", "key"),
         [
             (
+                labels.get(row.key, (0, "–"))[1],
                 str(row.cell),
                 "diverged" if row.diverged else f"{row.perplexity:.3f}",
                 "–" if row.accuracy is None else f"{row.accuracy:.1%}",
@@ -141,7 +192,7 @@ def _runs(rows: Sequence[Row], problems: Sequence[str]) -> Section:
                 _number(row.raw.get("tokens_per_second"), 1e6, "M", 2),
                 row.key,
             )
-            for row in rows
+            for row in sorted(rows, key=order)
         ],
     )
     diverged = [f"{r.cell} diverged: {r.raw.get('problem')}" for r in rows if r.diverged]

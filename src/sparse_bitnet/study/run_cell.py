@@ -36,6 +36,7 @@ from sparse_bitnet.train.signals import TrainingInterruptedError
 SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
 SNAPSHOT_FILE = "polarization.jsonl"
 POINTS = 250
+LAYER_POINTS = 5
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
 
 Report = Callable[[int, int], None]
@@ -241,7 +242,7 @@ def _history(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, list
 
 
 def _layers(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    rows = _thin([row for row in rows if "layers" in row], 20)
+    rows = _thin([row for row in rows if "layers" in row], LAYER_POINTS)
     names = list(rows[0]["layers"]) if rows else []
     return {
         "names": names,

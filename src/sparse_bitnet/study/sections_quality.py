@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparse_bitnet.study import plots, published
-from sparse_bitnet.study.analysis import Estimate, Runs, crossing, text_of
+from sparse_bitnet.study.analysis import Estimate, Runs, crossings, signed, text_of
 from sparse_bitnet.study.cells import KINDS
+from sparse_bitnet.study.claims import decided
 from sparse_bitnet.study.page import Figure, Section, Table, needs
 from sparse_bitnet.study.plots import NAME, Curve
 
 EIGHTS = tuple(published.NORMALISED_PPL["bf16"])
 LENGTH_PATTERN = "4:8"
+LESS = {1: "BitNet", -1: "BF16", 0: "not decided"}
+SEEDS = "Lines and error bars: mean and standard deviation over seeds; dots beside: single seeds."
 
 
 def collapse(runs: Runs) -> Section:
@@ -28,12 +31,14 @@ def collapse(runs: Runs) -> Section:
                     [e.mean for _, e in ours],
                     [e.spread for _, e in ours],
                     kind,
+                    seeds=[e.values for _, e in ours],
                 )
             )
         cells += [f"{kind} {p}" for p, (_, e) in zip(EIGHTS, found, strict=True) if e is None]
     notes = needs("bf16 and bitnet at dense and each N:8", cells)
-    if not curves:
-        return Section("collapse", "Where sparsity breaks the model", notes=notes)
+    title = "Where sparsity breaks the model"
+    if all(len(curve.x) < 2 for curve in curves):
+        return Section("collapse", title, notes=notes)
     for kind, values in published.NORMALISED_PPL.items():
         x = [EIGHTS.index(p) for p in values]
         label = f"{NAME[kind]}, published 0.5B"
@@ -62,13 +67,10 @@ def collapse(runs: Runs) -> Section:
         + "."
         for curve in curves
     )
-    caption = (
-        "Error bars: standard deviation over seeds. Dotted: the +10 % line that the paper calls "
-        "collapse."
-    )
+    caption = f"{SEEDS} Dotted: the +10 % line that the paper calls collapse."
     return Section(
         "collapse",
-        "Where sparsity breaks the model",
+        title,
         "Perplexity of each model over that of the same model without a mask, against the pattern.",
         [Figure("collapse", png, alt, caption)],
         [table],
@@ -83,7 +85,7 @@ def delta_by_size(by_size: Sequence[Runs]) -> Section:
             f"{size} (published)",
             "–",
             "–",
-            *(f"{published.DELTA_PPL_6_8[k][size]:+.2f}" for k in KINDS),
+            *(signed(published.DELTA_PPL_6_8[k][size]) for k in KINDS),
         )
         for size in published.DELTA_PPL_6_8["bf16"]
     ]
@@ -113,66 +115,103 @@ def delta_by_size(by_size: Sequence[Runs]) -> Section:
 def tokens_per_weight(runs: Runs) -> Section:
     """Normalised perplexity at 4:8 against training length: where do the kinds cross?"""
     title = f"Normalised perplexity at {LENGTH_PATTERN} against training length"
-    curves: dict[str, Curve] = {}
     found: dict[str, dict[float, Estimate]] = {}
     for kind in KINDS:
-        found[kind] = {}
-        for length in runs.lengths(LENGTH_PATTERN):
-            ratio = runs.ratio(kind, LENGTH_PATTERN, tokens_per_weight=length)
-            if ratio is not None:
-                found[kind][length] = ratio
-        if len(found[kind]) > 1:
+        ratios = {
+            length: runs.ratio(kind, LENGTH_PATTERN, tokens_per_weight=length)
+            for length in runs.lengths(LENGTH_PATTERN)
+        }
+        found[kind] = {length: ratio for length, ratio in ratios.items() if ratio is not None}
+    curves = {}
+    for kind, points in found.items():
+        seeds = _enough(list(points.values()))
+        drawn = {x: e for x, e in points.items() if len(e.values) >= seeds}
+        if len(drawn) > 1:
             curves[kind] = Curve(
                 NAME[kind],
-                list(found[kind]),
-                [e.mean for e in found[kind].values()],
-                [e.spread for e in found[kind].values()],
+                list(drawn),
+                [e.mean for e in drawn.values()],
+                [e.spread for e in drawn.values()],
                 kind,
+                seeds=[e.values for e in drawn.values()],
             )
     missing = [f"{kind} at more lengths" for kind in KINDS if kind not in curves]
-    notes = needs(f"dense and {LENGTH_PATTERN} of both kinds at several lengths", missing)
-    if not curves:
+    wanted = f"dense and {LENGTH_PATTERN} of both kinds at several lengths, all with seeds or none"
+    notes = needs(wanted, missing)
+    lengths = sorted({x for kind in KINDS for x in found[kind]})
+    if len(lengths) < 2:
         return Section("length", title, notes=notes)
-    shared = [x for x in found["bf16"] if x in found["bitnet"]]
-    meet = crossing(
-        shared,
-        [found["bf16"][x].mean for x in shared],
-        [found["bitnet"][x].mean for x in shared],
+    paired = {x: runs.advantage(LENGTH_PATTERN, tokens_per_weight=x) for x in lengths}
+    gaps = {x: gap for x, gap in paired.items() if gap is not None}
+    told = _who_loses_less(gaps)
+    rows = [
+        (
+            f"{x:g}",
+            ", ".join(f"{n:,}" for n in runs.steps(x)) or "–",
+            *(text_of(found[kind].get(x), 3) for kind in KINDS),
+            text_of(gaps.get(x), 3, True),
+            LESS[decided(gaps[x])] if x in gaps else "–",
+        )
+        for x in lengths
+    ]
+    header = (
+        *("tokens per weight", "optimizer steps"),
+        *(NAME[k] for k in KINDS),
+        *("BF16 − BitNet, by seed", "loses less"),
     )
-    if len(shared) < 2:
-        told = "There are not enough lengths that both kinds share to see a crossing."
-    elif meet is None:
-        told = "The curves do not cross in this range."
-    else:
-        told = f"The curves cross at about {meet:.0f} tokens per weight."
-        if any(len(found[kind][x].values) < 2 for kind in KINDS for x in shared):
-            told += " Some points have one seed, and another seed may move them."
-    lengths = sorted({x for curve in curves.values() for x in curve.x})
-    png = plots.lines(
-        list(curves.values()),
-        f"Cost of {LENGTH_PATTERN}, {runs.label}",
-        "training tokens per weight",
-        "perplexity / that of the dense model",
-        log_x=True,
-        mark=meet,
-        ticks={x: f"{x:g}" for x in lengths},
-    )
-    rows = [(f"{x:g}", *(text_of(found[kind].get(x), 3) for kind in KINDS)) for x in lengths]
-    alt = f"Line plot of normalised perplexity against tokens per weight. {told} " + " ".join(
-        f"{curve.label}: "
-        + ", ".join(f"{x:g} {y:.3f}" for x, y in zip(curve.x, curve.y, strict=True))
-        + "."
-        for curve in curves.values()
-    )
+    figures = []
+    if curves:
+        png = plots.lines(
+            list(curves.values()),
+            f"Cost of {LENGTH_PATTERN}, {runs.label}",
+            "training tokens per weight",
+            "perplexity / that of the dense model",
+            log_x=True,
+            ticks={x: f"{x:g}" for x in lengths},
+        )
+        alt = f"Line plot of normalised perplexity against tokens per weight. {told} " + " ".join(
+            f"{curve.label}: "
+            + ", ".join(f"{x:g} {y:.3f}" for x, y in zip(curve.x, curve.y, strict=True))
+            + "."
+            for curve in curves.values()
+        )
+        figures.append(Figure("length", png, alt, SEEDS))
     return Section(
         "length",
         title,
-        "An undertrained model loses little to a mask; the longer it trains, the more it needs "
-        f"its weights. {told} Each point is a run of its own with its own schedule.",
-        [Figure("length", png, alt, "Dotted: where the curves cross.")],
-        [Table(("tokens per weight", *(NAME[k] for k in KINDS)), rows)],
+        f"Each point is a run of its own with its own schedule. {told}",
+        figures,
+        [Table(header, rows)],
         notes,
     )
+
+
+def _enough(points: Sequence[Estimate]) -> int:
+    """Seeds of a point of a curve: beside points with a spread, a single seed's is none."""
+    return 2 if any(len(one.values) > 1 for one in points) else 1
+
+
+def _who_loses_less(gaps: dict[float, Estimate]) -> str:
+    """Where the means cross, and what of it seeds decide by the rule of the claims."""
+    seeds = _enough(list(gaps.values()))
+    gaps = {x: gap for x, gap in gaps.items() if len(gap.values) >= seeds}
+    if len(gaps) < 2:
+        return "Too few lengths, or too few of them with several seeds, to see a crossing."
+    meet = crossings(list(gaps), [gap.mean for gap in gaps.values()])
+    places = " and ".join(f"{x:.0f}" for x in meet)
+    told = f"The means cross at about {places} tokens per weight. " if meet else ""
+    told = told or "The means do not cross in this range. "
+    sure = {x: sign for x, gap in gaps.items() if (sign := decided(gap))}
+    if not sure:
+        return told + "Seeds decide at none of the lengths which kind loses less."
+    parts = [
+        f"{LESS[sign]} at {', '.join(f'{x:g}' for x in sure if sure[x] == sign)}"
+        for sign in (1, -1)
+        if sign in sure.values()
+    ]
+    left = [f"{x:g}" for x in gaps if x not in sure]
+    undecided = f"; at {', '.join(left)} they do not decide" if left else ""
+    return f"{told}By seeds, {' and '.join(parts)} loses less{undecided}."
 
 
 def cloze(runs: Runs) -> Section:

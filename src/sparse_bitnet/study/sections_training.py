@@ -14,6 +14,7 @@ from sparse_bitnet.study.rows import Row
 
 SHOWN_PATTERNS = ("dense", "6:8", "4:8", "2:8")
 MILLION = 1e6
+LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are drawn
 SMOOTH = 5  # logged steps that a point of a loss curve averages
 
 
@@ -21,28 +22,68 @@ def losses(runs: Runs) -> Section:
     """Training loss of some patterns, BF16 beside BitNet."""
     groups = {
         NAME[kind]: [
-            Curve(row.cell.pattern, _millions(tokens), _smooth(values))
+            Curve(row.cell.pattern, _length(runs, tokens), _smooth(values))
             for row in _shown(runs, kind)
             for tokens, values in [row.series("loss")]
             if len(values) > 1
         ]
         for kind in KINDS
     }
+    ends = [curve.y[-1] for curves in groups.values() for curve in curves]
     return _curves(
+        runs,
         "loss",
         "Training loss",
-        f"Loss of the training batches, mean over {SMOOTH} logged steps.",
+        f"Loss of the training batches, mean over {SMOOTH} logged steps; the first steps lie above "
+        "the picture.",
         groups,
         "nats per token",
         "training loss of " + ", ".join(SHOWN_PATTERNS),
+        log_x=True,
+        top=LOSS_SHOWN * min(ends) if ends else None,
     )
+
+
+def mask_cost(runs: Runs) -> Section:
+    """What the mask costs over training: loss minus the dense twin's, on the same batches."""
+    groups: dict[str, list[Curve]] = {}
+    for pattern in SHOWN_PATTERNS[1:]:
+        for kind in KINDS:
+            dense = {row.cell.seed: row for row in runs.select(kind=kind, pattern="dense")}
+            label = NAME[kind]
+            for row in sorted(
+                runs.select(kind=kind, pattern=pattern), key=lambda one: one.cell.seed
+            ):
+                tokens, gap = _gap(row, dense.get(row.cell.seed))
+                if len(gap) > SMOOTH:
+                    curve = Curve(label, _length(runs, tokens), _smooth(gap), kind=kind)
+                    groups.setdefault(pattern, []).append(curve)
+                    label = ""
+    text = (
+        "Training loss minus that of the dense model of the same seed, which saw the same batches: "
+        f"one line a seed, mean over {SMOOTH} logged steps."
+    )
+    ylabel, what = "nats per token", "training loss above that of the dense twin"
+    return _curves(
+        runs, "mask-cost", "What the mask costs, over training", text, groups, ylabel, what, True
+    )
+
+
+def _gap(row: Row, dense: Row | None) -> tuple[list[float], list[float]]:
+    """(tokens, loss minus the twin's) where both were logged."""
+    if dense is None:
+        return [], []
+    tokens, losses_here = row.series("loss")
+    twin = dict(zip(*dense.series("loss"), strict=True))
+    both = [(t, loss - twin[t]) for t, loss in zip(tokens, losses_here, strict=True) if t in twin]
+    return [t for t, _ in both], [gap for _, gap in both]
 
 
 def flips(runs: Runs) -> Section:
     """How much of the mask one optimizer step changes."""
     groups = {
         NAME[kind]: [
-            Curve(row.cell.pattern, _millions(tokens), values)
+            Curve(row.cell.pattern, _length(runs, tokens), [100 * v for v in values])
             for row in _shown(runs, kind)
             for tokens, values in [row.series("flip_rate")]
             if len(values) > 1 and any(v > 0 for v in values)
@@ -50,20 +91,20 @@ def flips(runs: Runs) -> Section:
         for kind in KINDS
     }
     return _curves(
+        runs,
         "flips",
         "Mask flip rate",
-        "Fraction of mask entries that one optimizer step changes.",
+        "Mask entries that one optimizer step changes, in percent.",
         groups,
-        "flip rate",
+        "% of the mask a step",
         "flip rate over training",
-        log_y=True,
     )
 
 
 def zeros(runs: Runs) -> Section:
     """Weights that round to zero before any mask: over training, and by layer at the end."""
     over_time = [
-        Curve(row.cell.pattern, _millions(tokens), [100 * v for v in values])
+        Curve(row.cell.pattern, _length(runs, tokens), [100 * v for v in values])
         for row in _shown(runs, "bitnet")
         for tokens, values in [row.series("zeros")]
         if len(values) > 1
@@ -74,7 +115,7 @@ def zeros(runs: Runs) -> Section:
     png = plots.lines(
         over_time,
         f"Zeros before the mask, BitNet {runs.label}",
-        "training tokens, millions",
+        _unit(runs),
         "% of weights with |w| ≤ γ/2",
     )
     figures = [
@@ -88,7 +129,7 @@ def zeros(runs: Runs) -> Section:
     by_layer = _by_layer(runs)
     if by_layer:
         png = plots.panels(
-            by_layer, f"Zeros by layer at the end, BitNet {runs.label}", "decoder block", "%"
+            by_layer, f"Zeros by layer at the end, BitNet {runs.label}", "decoder block", "% zeros"
         )
         patterns = next(iter(by_layer.values()))
         alt = "Line plots of zeros before the mask by decoder block, one panel for each linear: "
@@ -97,7 +138,7 @@ def zeros(runs: Runs) -> Section:
     return Section(
         "zeros",
         title,
-        "Fraction of weights that are ternary zeros without any mask. Where it exceeds what the "
+        "Percentage of weights that are ternary zeros without any mask. Where it exceeds what the "
         "pattern removes, a mask has little left to take.",
         figures,
     )
@@ -157,20 +198,22 @@ def polarization(runs: Runs) -> Section:
 
 
 def _curves(
+    runs: Runs,
     name: str,
     title: str,
     text: str,
     groups: dict[str, list[Curve]],
     ylabel: str,
     what: str,
-    log_y: bool = False,
+    log_x: bool = False,
+    top: float | None = None,
 ) -> Section:
     groups = {kind: curves for kind, curves in groups.items() if curves}
     if not groups:
         return Section(name, title, notes=["Needs runs of the main grid with a history."])
-    png = plots.panels(groups, title, "training tokens, millions", ylabel, log_y)
+    png = plots.panels(groups, f"{title}, {runs.label}", _unit(runs), ylabel, log_x=log_x, top=top)
     ends = "; ".join(
-        f"{kind}: " + ", ".join(f"{c.label} {c.y[-1]:.4g}" for c in curves)
+        f"{kind}: " + ", ".join(f"{c.label} {c.y[-1]:.4g}".strip() for c in curves)
         for kind, curves in groups.items()
     )
     return Section(
@@ -214,8 +257,13 @@ def _shares(rows: dict[str, Row]) -> str:
     return f"Groups whose threshold is in the dead zone: {', '.join(parts)}." if parts else ""
 
 
-def _millions(tokens: Sequence[float]) -> list[float]:
-    return [t / MILLION for t in tokens]
+def _length(runs: Runs, tokens: Sequence[float]) -> list[float]:
+    """Tokens per weight, which compares across sizes; millions where the weights are not known."""
+    return [t / (runs.weights or MILLION) for t in tokens]
+
+
+def _unit(runs: Runs) -> str:
+    return "training tokens per weight" if runs.weights else "training tokens, millions"
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.study import plots, published
-from sparse_bitnet.study.analysis import Estimate, Runs, text_of
+from sparse_bitnet.study.analysis import Estimate, Runs, signed, text_of
 from sparse_bitnet.study.cells import KINDS, METHODS
 from sparse_bitnet.study.page import Figure, Section, Table, needs
 from sparse_bitnet.study.plots import NAME
@@ -91,9 +91,12 @@ def ablations(runs: Runs) -> Section:
             {p: [gaps[name].spread for name in shown] for p, gaps in values.items()},
             f"Perplexity above the published method, {runs.label}",
             "ΔPPL",
+            digits=1,
         )
         alt = "Bars of perplexity minus that of the published method: " + "; ".join(
-            f"{p}, {name}: {gaps[name].mean:+.2f}" for p, gaps in values.items() for name in shown
+            f"{p}, {name}: {signed(gaps[name].mean)}"
+            for p, gaps in values.items()
+            for name in shown
         )
         figures.append(Figure("ablations", png, alt))
     base = published.ABLATIONS_PPL["published"]
@@ -119,19 +122,23 @@ def ablations(runs: Runs) -> Section:
 
 def dense_to_sparse(runs: Runs) -> Section:
     """Schedules: dense first, staircases."""
-    cells = sorted({(r.cell.pattern, r.cell.until) for r in runs.rows if r.cell.until})
-    rows, labels, gaps = [], [], []
+    cells = sorted(
+        {(r.cell.pattern, r.cell.until) for r in runs.rows if r.cell.until},
+        key=lambda one: (-Pattern.parse(one[0]).density, len(one[1]), one[1]),
+    )
+    rows, labels, gaps, spreads = [], [], [], []
     for pattern, until in cells:
         gap = runs.excess(
             {"kind": "bitnet", "pattern": pattern}, kind="bitnet", pattern=pattern, until=until
         )
         here = runs.perplexity(kind="bitnet", pattern=pattern, until=until)
         scratch = runs.perplexity(kind="bitnet", pattern=pattern)
-        if gap is None or here is None:
+        if gap is None or here is None or scratch is None:
             continue
         schedule = ", ".join(f"{p} to {fraction:.0%}" for fraction, p in until)
         labels.append(f"{pattern}\n{schedule.replace(', ', chr(10))}")
         gaps.append(gap)
+        spreads.append(scratch.spread)
         rows.append((pattern, schedule, text_of(here), text_of(scratch), text_of(gap, 2, True)))
     if not rows:
         return Section(
@@ -145,18 +152,23 @@ def dense_to_sparse(runs: Runs) -> Section:
         {"bitnet": [gap.spread for gap in gaps]},
         f"Perplexity above sparse from scratch, {runs.label}",
         "ΔPPL",
+        digits=2,
+        band=spreads if all(spreads) else (),
     )
     alt = "Bars of perplexity minus that of training sparse from scratch: " + "; ".join(
         f"{pattern}, {schedule}: {gap}" for pattern, schedule, _, _, gap in rows
     )
+    band = "Grey: ± the standard deviation of the seeds trained sparse from scratch."
     switched = published.DENSE_TO_SPARSE_PPL["switched"]
+    assert isinstance(switched, tuple)
+    told = ", ".join(str(perplexity) for perplexity in switched)
     scratch_told = published.DENSE_TO_SPARSE_PPL["sparse from scratch"]
     return Section(
         "dense-to-sparse",
         "Dense first, then sparse",
         "The same pattern at the end, after a dense beginning or down a staircase of patterns. "
-        f"Published at 6:8: perplexity {switched} after a switch, {scratch_told} from scratch.",
-        [Figure("dense-to-sparse", png, alt)],
+        f"Published at 6:8: perplexity {told} after a switch, {scratch_told} from scratch.",
+        [Figure("dense-to-sparse", png, alt, band if all(spreads) else "")],
         [Table(("final pattern", "before", "perplexity", "from scratch", "ΔPPL"), rows)],
     )
 
@@ -196,4 +208,4 @@ def _published_ablation(name: str, base: float | None) -> str:
     if name not in published.ABLATIONS_PPL:
         return "–"
     value = published.ABLATIONS_PPL[name]
-    return "worse" if value is None or base is None else f"{value - base:+.2f}"
+    return "worse" if value is None or base is None else signed(value - base)
