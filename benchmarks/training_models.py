@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
+from sparse_bitnet.kernels import compiled
 from sparse_bitnet.nn import DerivedModule, choose_products, convert, use_products
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
@@ -24,6 +25,9 @@ from sparse_bitnet.train.presets import preset_config
 FAKE = "fake-quant"
 FULL = "bf16"
 PRODUCTS = ("sparse-forward", "dense-forward")
+DEFAULT_LONGEST = compiled.LONGEST_ROW
+LONGEST_ROWS = {"rows-by-op": 0, "rows-by-compiler": 2**24}
+"""Columns of ``kernels.compiled.LONGEST_ROW`` by word."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Row:
     method: Method = field(default_factory=Method)
     product: str | None = None
     """The forward product, "dense" or "sparse"; None for the package's own choice."""
+    longest: int = DEFAULT_LONGEST
+    """Columns up to which the compiler quantizes rows; 0 also compiles with its default options."""
 
     @staticmethod
     def parse(name: str) -> Row:
@@ -50,12 +56,17 @@ class Row:
         if first == FAKE and len(words) == 1:
             return Row(name, str(Pattern.parse(words[0])), FAKE)
         products = [word for word in words if word in PRODUCTS]
-        if len(products) > 1 or set(words) - {"fp8", *PRODUCTS}:
-            forms = "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8]"
+        rows = [word for word in words if word in LONGEST_ROWS]
+        if max(len(products), len(rows)) > 1 or set(words) - {"fp8", *PRODUCTS, *LONGEST_ROWS}:
+            forms = (
+                "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8] "
+                "[rows-by-op|rows-by-compiler]"
+            )
             raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
         product = products[0].removesuffix("-forward") if products else None
-        return Row(name, str(Pattern.parse(first)), "ours", method, product)
+        longest = LONGEST_ROWS[rows[0]] if rows else DEFAULT_LONGEST
+        return Row(name, str(Pattern.parse(first)), "ours", method, product, longest)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -103,7 +114,7 @@ def base_model(preset: str, vocabulary: int | None, device: torch.device) -> Pre
 class Candidate:
     """A row's model over the shared parameters."""
 
-    def __init__(self, row: Row, base: PreTrainedModel, tokens: int, compiled: bool) -> None:
+    def __init__(self, row: Row, base: PreTrainedModel, tokens: int, compile: bool) -> None:
         self.row = row
         self.products: dict[str, int] = {}
         # Its modules are its own, its tensors those of the base.
@@ -123,14 +134,18 @@ class Candidate:
                         new = FakeQuantLinear(module, Pattern.parse(row.pattern))
                         block.set_submodule(name, new)
         self.loss_of = CausalLoss(model)
-        if compiled:
+        if compile and row.longest:
             compile_blocks(model)
+        elif compile:
+            for block in blocks(model):
+                block.compile()
         self.derived = [m for m in model.modules() if isinstance(m, DerivedModule)]
         self.masters = [dict(m.master_parameters()) for m in self.derived]
         self.rest()
 
     def wake(self) -> None:
         """Take the shared weights and derive from them."""
+        compiled.LONGEST_ROW = self.row.longest
         for module, masters in zip(self.derived, self.masters, strict=True):
             for name, parameter in masters.items():
                 module._parameters[name] = parameter
@@ -139,6 +154,7 @@ class Candidate:
 
     def rest(self) -> None:
         """Let go of everything that is not shared; optimizer steps of other rows are not seen."""
+        compiled.LONGEST_ROW = DEFAULT_LONGEST
         for module, masters in zip(self.derived, self.masters, strict=True):
             for name, parameter in masters.items():
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))

@@ -57,6 +57,19 @@ def test_resting_rows_do_not_see_steps(script: Any) -> None:
     assert not any(module.ternary.is_meta for module in resting.derived)
 
 
+def test_only_a_working_row_changes_what_the_compiler_gets(script: Any) -> None:
+    from sparse_bitnet.kernels import compiled
+
+    usual = compiled.LONGEST_ROW
+    bench = script.Bench(script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False))
+    bench.add("6:8 rows-by-op")
+    candidate = bench.candidates["6:8 rows-by-op"]
+    candidate.wake()
+    assert compiled.LONGEST_ROW == 0
+    candidate.rest()
+    assert usual == compiled.LONGEST_ROW
+
+
 def test_fake_quantization_is_the_method(script: Any) -> None:
     """Forward and gradients in float32 equal the integer layer's."""
     from sparse_bitnet.core import Pattern
@@ -85,6 +98,12 @@ def test_names_of_rows() -> None:
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
-    for wrong in ("6:8 quickly", "6:8 sparse-forward dense-forward"):
+    assert Row.parse("dense fp8 rows-by-op").longest == 0
+    assert Row.parse("dense rows-by-compiler").longest > Row.parse("dense").longest > 0
+    for wrong in (
+        "6:8 quickly",
+        "6:8 sparse-forward dense-forward",
+        "6:8 rows-by-op rows-by-compiler",
+    ):
         with pytest.raises(ValueError, match="none of"):
             Row.parse(wrong)

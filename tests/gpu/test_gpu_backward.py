@@ -61,6 +61,21 @@ def test_rows_equal_the_reference(shape: tuple[int, int], fold: bool) -> None:
     assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("columns", [2048, 11008])
+def test_compiled_rows_equal_the_reference(columns: int) -> None:
+    dy = (torch.randn(64, columns) * torch.logspace(-20, 20, 64).unsqueeze(-1)).cuda()
+    dy[5] = 0
+    values, scale = torch.compile(reference.fp8_rows, fullgraph=True)(dy, None)
+    expected, expected_scale = reference.fp8_rows(dy, None)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    dy[3, 7] = float("nan")
+    dy[4, 7] = float("inf")
+    _, scale = torch.compile(reference.fp8_rows, fullgraph=True)(dy, None)
+    assert scale[3:5].isnan().all()
+    assert torch.equal(scale[5:], expected_scale[5:])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 70), (1000, 3000), (0, 4)])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("factored", [False, True])

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_bitnet.core import Pattern, ternarize
+from sparse_bitnet.core import Method, Pattern, quantize_int8, ternarize
 from sparse_bitnet.formats.windows import encode, group_for, lift
 from sparse_bitnet.kernels import quantize_activations, training, tuning
+from sparse_bitnet.kernels.compiled import INDUCTOR_OPTIONS
 from sparse_bitnet.kernels.matmul import cusparselt
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
 from sparse_bitnet.kernels.ternarize import triton_windows
-from sparse_bitnet.nn import SparseBitLinear, choose_products, use_products
+from sparse_bitnet.nn import SparseBitLinear, choose_products, convert, use_products
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,10 +85,57 @@ def test_layer(pattern: str, bias: bool, compiled: bool) -> None:
     # The library rounds the product to bf16 before the bias is added, which may cancel it.
     product = y.abs() + (0 if module.bias is None else module.bias.detach().abs())
     largest = y.abs().max()
-    assert ((ours[0] - y).abs() <= 2 * BF16_STEP * product + BF16_STEP**2 * largest).all()
-    # The same integers are kept for backward.
+    bound = 2 * BF16_STEP * product + BF16_STEP**2 * largest
+    if compiled:  # a tie may fall to the other side, which moves a token's results by one step
+        bound = bound + 1.01 * x.abs().amax(-1, keepdim=True) / 127 * module.scale
+    assert ((ours[0] - y).abs() <= bound).all()
+    # The same integers, but for ties, are kept for backward.
     torch.testing.assert_close(ours[1], dx, rtol=2e-2, atol=2e-2 * float(dx.abs().max()))
     assert (ours[2] - dw).norm() < 1e-3 * dw.norm()
+
+
+@pytest.mark.parametrize("columns", [2048, 4096])
+def test_compiled_quantization_gives_the_same_integers(columns: int) -> None:
+    x = (
+        torch.randn(256, columns, device="cuda")
+        * torch.logspace(-8, 8, 256, device="cuda")[:, None]
+    )
+    x[3] = 0
+    quantized, scale = torch.compile(quantize_int8, fullgraph=True)(x)
+    expected, expected_scale = quantize_activations(x)
+    # 1/127 is multiplied by, and a compiled division is good to two units in the last place.
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-21, atol=0)
+    different = quantized != expected
+    assert different.float().mean() < 1e-4
+    assert ((quantized.int() - expected.int()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("backward", ["full", "fp8"])
+def test_compiled_block_trains_as_in_eager_mode(backward: str) -> None:
+    torch.manual_seed(1)
+    block = torch.nn.Sequential(
+        torch.nn.RMSNorm(IN, device="cuda"),
+        torch.nn.Linear(IN, OUT, bias=False, device="cuda"),
+        torch.nn.SiLU(),
+        torch.nn.Linear(OUT, IN, bias=False, device="cuda"),
+    )
+    convert(block, "6:8", method=Method(backward=backward))
+    x = torch.randn(TOKENS, IN, device="cuda")
+    dy = torch.randn(TOKENS, IN, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            block.compile(fullgraph=True, options=dict(INDUCTOR_OPTIONS))
+        inside = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(inside)
+        y.backward(dy)
+        grads = [inside.grad, *(p.grad for p in block.parameters())]
+        results.append([y.detach(), *(g.clone() for g in grads)])
+        block.zero_grad()
+    for eager, ours in zip(*results, strict=True):
+        # Roundings to bf16 that the compiler skips move values to other integers and e4m3 numbers.
+        assert (ours - eager).norm() < (6e-2 if backward == "fp8" else 2e-2) * eager.norm()
 
 
 def test_layout_follows_the_weight_and_the_pattern() -> None:

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sparse_bitnet.core import DENSE, Method, Pattern, check_segments, method_mask, row_scale
+from sparse_bitnet.core import (
+    DENSE,
+    Method,
+    Pattern,
+    check_segments,
+    method_mask,
+    quantize_int8,
+    row_scale,
+)
 from sparse_bitnet.kernels import (
+    compiled,
     quantize_activations,
     structured_matmul,
     ternarize,
@@ -30,7 +39,9 @@ class BitProduct(torch.autograd.Function):
         dX = dY @ (γT)        dW = dYᵀ @ (x_scale·Xq)
 
     and dW is not masked: a weight that the mask removed keeps learning and can come back. The int8
-    activations are what is kept for backward, half the memory of bf16. Products run in dY's dtype,
+    activations are what is kept for backward, half the memory of bf16; compiled, they may be made
+    again from what is kept anyway (:mod:`sparse_bitnet.kernels.compiled`, also for how integers
+    then differ). Products run in dY's dtype,
     or in fp8 (:mod:`sparse_bitnet.kernels.backward.fp8`). The master weight takes part
     only to receive its gradient. There are no second derivatives: asking for them is an error.
 
@@ -57,6 +68,9 @@ class BitProduct(torch.autograd.Function):
             structured = None
         if structured is not None and group:
             x_q, operand, x_scale = quantize_with_lifted(x, group)
+        elif bits == 8 and compiled.takes_rows(x.shape[-1]):
+            x_q, x_scale = quantize_int8(x)
+            operand = x_q
         else:
             x_q, x_scale = quantize_activations(x, bits)
             operand = x_q

@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels import compiled
+from sparse_bitnet.nn import SparseBitLinear
 from sparse_bitnet.train.loss import CausalLoss
 
 
@@ -129,7 +131,8 @@ def compile_blocks(model: PreTrainedModel) -> None:
     # Runs of a sweep in one process differ in kind and pattern, and each may compile once more.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in blocks(model):
-        block.compile()
+        ternary = any(isinstance(module, SparseBitLinear) for module in block.modules())
+        block.compile(options=dict(compiled.INDUCTOR_OPTIONS) if ternary else None)
 
 
 def uncompile_blocks(model: PreTrainedModel) -> None:

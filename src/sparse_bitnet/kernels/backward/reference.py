@@ -15,6 +15,8 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 SMALLEST_POWER = 2.0**-100
 """Rows of smaller magnitude share this scale: zeros have one too, and its inverse is finite."""
+ONE_BITS = 127 << 23
+"""Of 1.0 as float32."""
 HEADROOM = 2.0**7
 """A row's largest magnitude lands in [2⁷, 2⁸); e4m3 ends at 448."""
 
@@ -72,9 +74,11 @@ def fp8_rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     if dy.shape[-1] == 0:
         return values.to(FP8), dy.new_full(dy.shape[:1], SMALLEST_POWER, dtype=torch.float32)
     largest = values.abs().amax(-1)
-    power = power_of_two(largest.clamp(min=SMALLEST_POWER * HEADROOM)) / HEADROOM
+    power = power_of_two(largest.clamp(min=SMALLEST_POWER * HEADROOM)) * (1.0 / HEADROOM)
     finite = torch.isfinite(largest)
-    scaled = values / torch.where(finite, power, 1.0).unsqueeze(-1)
+    # 1/2ᵏ by its exponent: exact even where a compiler's division is not.
+    inverse = (ONE_BITS * 2 - power.view(torch.int32)).view(torch.float32)
+    scaled = values * torch.where(finite, inverse, 1.0).unsqueeze(-1)
     return scaled.to(FP8), torch.where(finite, power, torch.nan)
 
 

@@ -1,0 +1,44 @@
+"""What a training step leaves to ``torch.compile`` instead of giving it to a kernel of ours.
+
+A kernel of ours is opaque to the compiler: what it reads must lie in memory first. To quantize a
+row by its largest magnitude is little work beside that, so in a compiled training step the compiler
+gets it as plain operations and joins them to the norm, the SwiGLU product or its derivative that
+makes the row, which then is never written in floating point.
+
+Two consequences. Such a row is quantized before it would have been rounded to bf16, so an integer
+may differ by one from eager mode's, as for any two orders of rounding. And what backward keeps is
+the partitioner's choice: the integers, or nothing, where their floating-point source is kept anyway
+for its own derivative and they are cheaper made again than read.
+
+Outside of training (``dispatch.py``) products of many tokens follow one another without backward,
+and kernels of ours that take norm and SwiGLU product along are faster.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+LONGEST_ROW = 4096
+"""Columns up to which the compiler gets a row.
+
+It reads a row twice, the second time from cache, and computes what makes the row twice: on an H200
+SwiGLU or its derivative over 11008 columns costs more that way than memory does.
+"""
+
+INDUCTOR_OPTIONS: Final[dict[str, str | int | bool]] = {
+    "realize_reads_threshold": 8,
+    "realize_opcount_threshold": 100,
+}
+"""For ``torch.compile`` of blocks with ternary layers.
+
+By default the compiler writes an intermediate value to memory once it has read four tensors or
+counts thirty operations. The sum of dX of q, k and v reads six (three products, three γ), and the
+derivative of SwiGLU up to its rounding to e4m3 is longer: both are cheaper made twice.
+"""
+
+
+def takes_rows(columns: int) -> bool:
+    """Whether passes over rows of this length are left to the compiler; False in eager mode."""
+    return torch.compiler.is_compiling() and columns <= LONGEST_ROW
