@@ -91,7 +91,10 @@ class Cell:
                 sorted((float(part), str(Pattern.parse(p))) for part, p in pairs)
             )
             values["pattern"] = str(Pattern.parse(str(values.get("pattern", cls.pattern))))
-            values["seed"] = int(values.get("seed", 0))
+            seed = values.get("seed", 0)
+            if int(seed) != float(seed):
+                raise ValueError(f"seed is {seed}; it should be a whole number")
+            values["seed"] = int(seed)
             given = values.get("tokens_per_weight", cls.tokens_per_weight)
             values["tokens_per_weight"] = float(given)
             if values.get("learning_rate") is not None:
@@ -208,37 +211,65 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     for name in values:
         if name not in known:
             raise ConfigError(f"{path}: {shown(name)} is unknown; a sweep has {', '.join(known)}")
-    kinds = values.get("kinds") or {}
+    base, kinds, defaults, evaluation = (
+        _mapping(values.get(name), f"{path}: {name}")
+        for name in ("base", "kinds", "defaults", "evaluation")
+    )
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"{path}: kinds: {shown(kind)}; choose among {', '.join(KINDS)}")
+        kinds[kind] = _mapping(kinds[kind], f"{path}: kinds: {kind}")
     blocks: dict[Cell, list[str]] = {}
-    for index, block in enumerate(values.get("blocks") or []):
+    listed = values.get("blocks") or []
+    if not isinstance(listed, list):
+        raise ConfigError(f"{path}: blocks: expected a list, found {shown(listed)}")
+    for index, block in enumerate(listed):
         if not isinstance(block, dict):
             raise ConfigError(f"{path}: block {index + 1} is {shown(block)}: it must be a mapping")
         name = str(block.get("name", f"block {index + 1}"))
-        for cell in _expand(block, values.get("defaults") or {}, f"{path}, {name}"):
+        for cell in _expand(block, defaults, f"{path}, {name}"):
             asked = blocks.setdefault(cell, [])
             if name not in asked:
                 asked.append(name)
     if not blocks:
         raise ConfigError(f"{path}: no cells; add blocks")
-    try:
-        evaluation = Evaluation(**(values.get("evaluation") or {}))
-    except TypeError as error:
-        fields = ", ".join(f.name for f in dataclasses.fields(Evaluation))
-        raise ConfigError(f"{path}: evaluation: {error}; it has {fields}") from None
     recipe = SweepRecipe(
         name=str(values.get("name", path.stem)),
-        base=values.get("base") or {},
+        base=base,
         kinds=kinds,
-        evaluation=evaluation,
+        evaluation=_evaluation(evaluation, f"{path}: evaluation"),
         cells=list(blocks),
         blocks=blocks,
     )
     for cell in recipe.cells:
         recipe.config(cell)
     return recipe
+
+
+def _mapping(value: Any, place: str) -> dict[Any, Any]:
+    """A section of the file, empty if it is not there."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: expected a mapping, found {shown(value)}")
+    return value
+
+
+def _evaluation(values: dict[Any, Any], place: str) -> Evaluation:
+    """Checked here: a wrong value must not come to light after hours of training."""
+    defaults = dataclasses.asdict(Evaluation())
+    for name, value in values.items():
+        if name not in defaults:
+            raise ConfigError(f"{place}: {shown(name)} is unknown; it has {', '.join(defaults)}")
+        least = 1 if name == "cloze_questions" else 0
+        text = isinstance(defaults[name], str)
+        if text and not isinstance(value, str):
+            raise ConfigError(f"{place}: {name} is {shown(value)}; it should be a source of text")
+        if not text and (type(value) is not int or value < least):
+            raise ConfigError(
+                f"{place}: {name} is {shown(value)}; it should be a whole number from {least} on"
+            )
+    return Evaluation(**values)
 
 
 def key_today(row: dict[str, Any]) -> str:
@@ -284,7 +315,13 @@ def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iterator[Cell]:
     axes = {key: value for key, value in block.items() if key not in ("name", "cells")}
     lists = [value if isinstance(value, list) else [value] for value in axes.values()]
-    for explicit in block.get("cells") or [{}]:
+    for name, listed in zip(axes, lists, strict=True):
+        if not listed:
+            raise ConfigError(f"{place}: {name} is an empty list; leave it out or give values")
+    cells = block.get("cells") or [{}]
+    if not isinstance(cells, list) or not all(isinstance(one, dict) for one in cells):
+        raise ConfigError(f"{place}: cells: expected a list of mappings, found {shown(cells)}")
+    for explicit in cells:
         for values in itertools.product(*lists):
             chosen = {**defaults, **dict(zip(axes, values, strict=True)), **explicit}
             yield Cell.from_dict(chosen, place)

@@ -128,12 +128,17 @@ class Pool:
             worker.launch()
         job.side_by_side = self.per_device
         worker.running = Running(job, steps=job.config.schedule.steps)
-        worker.connection.send_bytes(job.order())
+        try:
+            worker.connection.send_bytes(job.order())
+        except OSError:  # it died just now
+            worker.close()
+            worker.launch()
+            worker.connection.send_bytes(job.order())
 
     def reports(self, timeout: float) -> list[tuple[Job, dict[str, Any]]]:
         """Rows, failures and interruptions that have come in; progress is noted here.
 
-        A process that died without a word is reported as a failure of its cell.
+        A process that died without a word is reported as a failure of its cell, marked ``died``.
         """
         busy = {w.connection: w for w in self._workers if w.running is not None}
         found = []
@@ -149,28 +154,39 @@ class Pool:
             worker.running = None
         return found
 
-    def stop(self) -> list[tuple[Job, Running]]:
-        """Ask all workers to save and leave, and wait; returns what was still running."""
-        busy = [worker for worker in self._workers if worker.running is not None]
-        for worker in busy:
-            worker.process.terminate()
+    def stop(self) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
+        """Ask all workers to save and leave, and wait.
+
+        Returns:
+            ``(reports, left)``: rows and failures of cells that came to their end meanwhile, and
+            the cells that did not.
+        """
         for worker in self._workers:
-            if worker not in busy:
+            if worker.running is None:
                 worker.close()
+            else:
+                worker.process.terminate()
         until = time.monotonic() + GRACE_SECONDS
+        reports, left = [], []
+        while self.running and time.monotonic() < until:
+            for job, message in self.reports(until - time.monotonic()):
+                if "row" in message or ("failed" in message and "died" not in message):
+                    reports.append((job, message))
+                else:
+                    left.append(job)
+        left += [running.job for running in self.running]
         for worker in self._workers:
+            worker.connection.close()  # those that answered wait for another order
             try:
                 worker.process.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 say(f"worker {worker.number} does not leave; killing it")
                 worker.process.kill()
                 worker.process.wait()
-        left = [(w.running.job, w.running) for w in busy if w.running is not None]
-        for worker in busy:
             worker.running = None
             worker.close()
         self._workers = []
-        return left
+        return reports, left
 
 
 def _receive(worker: Worker) -> dict[str, Any]:
@@ -181,5 +197,6 @@ def _receive(worker: Worker) -> dict[str, Any]:
         code = worker.process.wait()
         return {
             "failed": f"worker {worker.number} died with exit code {code}; its output is in "
-            f"{worker.log}"
+            f"{worker.log}",
+            "died": True,
         }

@@ -70,7 +70,7 @@ class Row:
         if not (isinstance(tokens, list) and isinstance(values, list)):
             return [], []
         both = zip(tokens, values, strict=False)
-        pairs = [(t, v) for t, v in both if _is_number(t) and _is_number(v)]
+        pairs = [(t, v) for t, v in both if is_number(t) and is_number(v)]
         return [t for t, _ in pairs], [v for _, v in pairs]
 
     @property
@@ -82,7 +82,7 @@ class Row:
     def final_statistic(self, name: str) -> float | None:
         """A figure of the last polarization snapshot over all layers."""
         found = [one.get(name) for one in self.snapshots if one["position"] == "all"]
-        return found[-1] if found and _is_number(found[-1]) else None
+        return found[-1] if found and is_number(found[-1]) else None
 
     @property
     def zeros_by_layer(self) -> dict[str, float]:
@@ -94,7 +94,7 @@ class Row:
         if not (isinstance(names, list) and isinstance(last, list)):
             return {}
         both = zip(names, last, strict=False)
-        return {str(name): value for name, value in both if _is_number(value)}
+        return {str(name): value for name, value in both if is_number(value)}
 
     @property
     def zeros(self) -> float | None:
@@ -179,7 +179,7 @@ def _is_snapshot(one: Any) -> bool:
     )
     bins = len(magnitudes) if isinstance(magnitudes, list) else 0
     return (
-        _is_number(one.get("fraction"))
+        is_number(one.get("fraction"))
         and _are_numbers(edges, bins + 1)
         and _are_numbers(magnitudes, bins)
         and (not thresholds or _are_numbers(thresholds, bins))
@@ -188,10 +188,11 @@ def _is_snapshot(one: Any) -> bool:
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
+    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a row is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 

@@ -204,6 +204,16 @@ def _evaluate(
     }
 
 
+def check_evaluation(evaluation: Evaluation) -> None:
+    """Find out before anything is trained whether there are documents for the questions.
+
+    Raises:
+        ConfigError, DataError: for a source that cannot be opened or read.
+    """
+    if evaluation.cloze_text:
+        cloze_items(open_source(evaluation.cloze_text), limit=1)
+
+
 @cache
 def _items(spec: str, count: int) -> list[ClozeItem]:
     """The same questions for every cell of a process."""

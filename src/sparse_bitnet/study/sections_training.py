@@ -45,19 +45,27 @@ def losses(runs: Runs) -> Section:
 
 
 def mask_cost(runs: Runs) -> Section:
-    """What the mask costs over training: loss minus the dense twin's, on the same batches."""
+    """What the mask costs over training: loss minus the dense twin's, on the same batches.
+
+    A panel for each pattern; where there is but one, for each training length.
+    """
+    patterns = [p for p in SHOWN_PATTERNS[1:] if p in runs.patterns()]
+    places = [(pattern, pattern, runs.main_length) for pattern in patterns]
+    if len(patterns) == 1:
+        (only,) = patterns
+        places = [(f"{only}, {x:g} tokens per weight", only, x) for x in runs.lengths(only)]
     groups: dict[str, list[Curve]] = {}
-    for pattern in SHOWN_PATTERNS[1:]:
+    for title, pattern, length in places:
         for kind in KINDS:
-            dense = {row.cell.seed: row for row in runs.select(kind=kind, pattern="dense")}
+            at = {"kind": kind, "tokens_per_weight": length}
+            dense = {row.cell.seed: row for row in runs.select(pattern="dense", **at)}
+            masked = runs.select(pattern=pattern, **at)
             label = NAME[kind]
-            for row in sorted(
-                runs.select(kind=kind, pattern=pattern), key=lambda one: one.cell.seed
-            ):
+            for row in sorted(masked, key=lambda one: one.cell.seed):
                 tokens, gap = _gap(row, dense.get(row.cell.seed))
                 if len(gap) > SMOOTH:
                     curve = Curve(label, _length(runs, tokens), _smooth(gap), kind=kind)
-                    groups.setdefault(pattern, []).append(curve)
+                    groups.setdefault(title, []).append(curve)
                     label = ""
     text = (
         "Training loss minus that of the dense model of the same seed, which saw the same batches: "

@@ -28,11 +28,16 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import write_text
 from sparse_bitnet.study.board import Board
-from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
+from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
-from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, read_rows
-from sparse_bitnet.study.run_cell import data_facts
+from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
+from sparse_bitnet.study.run_cell import check_evaluation, data_facts, environment
 from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.signals import (
+    StopRequest,
+    TrainingInterruptedError,
+    stop_on_signals,
+)
 
 HISTORY_ROWS = 200
 LAYER_ROWS = 20
@@ -55,6 +60,11 @@ class SweepResult:
     done: int
     failed: dict[str, str]
     left: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line exits with: 1 if a cell failed."""
+        return 1 if self.failed else 0
 
 
 def sweep(
@@ -83,7 +93,8 @@ def sweep(
 
     Raises:
         ConfigError: for a recipe that cannot be read, or if another sweep runs in ``out``.
-        DataError: if the tokens are missing.
+        DataError: if the tokens or the cloze questions' documents are missing.
+        TrainingInterruptedError: after SIGTERM or Ctrl-C, once workers have saved and left.
     """
     started = time.monotonic()
     deadline = None if minutes is None else started + 60 * minutes
@@ -93,36 +104,47 @@ def sweep(
     plan = read_sweep(recipe)
     out = Path(out)
     jobs = _jobs(plan, Path(scratch) if scratch else out / "cells")
-    with _locked(out):
-        rows_path = out / ROWS_FILE
-        rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
-        for problem in problems:
-            say(problem)
-        done = {key_today(row.raw) for row in rows}
-        waiting = [job for job in jobs if job.key not in done]
-        say(
-            f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
-            f"{len(waiting)} to run"
-        )
-        if dry_run:
-            for job in waiting:
-                say(f"  {job.key}  {job.cell}  {job.tokens / 1e6:,.0f}M tokens")
-            return SweepResult(
-                rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting]
-            )
+    check_evaluation(plan.evaluation)
+    rows_path = out / ROWS_FILE
+    if dry_run:
+        _, waiting = _waiting(plan, jobs, rows_path)
+        for job in waiting:
+            say(f"  {job.key}  {job.cell}  {_millions(job.tokens)} tokens")
+        say(f"{_millions(sum(job.tokens for job in waiting))} tokens together; nothing was run")
+        return SweepResult(rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting])
+    with _locked(out), stop_on_signals() as stop:
+        rows, waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
         run = _Sweep(plan, jobs, waiting, rows, rows_path, deadline, keep_runs)
-        places = _places(per_gpu, cpu_workers)
-        places = places[: max(1, len(waiting))]
-        with Pool(places, out / "logs") as pool, Board(plan.name, len(jobs)) as board:
-            run.work(pool, board)
+        places = _places(per_gpu, cpu_workers)[: len(waiting)]
+        if places:
+            with Pool(places, out / "logs") as pool, Board(plan.name, len(jobs)) as board:
+                run.work(pool, board, stop)
     left = [str(job.cell) for job in run.waiting]
     finished = len(jobs) - len(left) - len(run.failed)
     say(
         f"sweep {plan.name}: {finished} of {len(jobs)} cells finished, {len(run.failed)} failed, "
         f"{len(left)} left, {time.monotonic() - started:.0f} s; rows in {rows_path}"
     )
+    if stop and left:
+        raise TrainingInterruptedError(
+            f"sweep {plan.name}: stopped by {stop.name}; the same command goes on", stop.number
+        )
     return SweepResult(rows_path, finished, run.failed, left)
+
+
+def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[Row], list[Job]]:
+    """The rows there are, and the cells without one; says what it found."""
+    rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
+    for problem in problems:
+        say(problem)
+    done = {key_today(row.raw) for row in rows}
+    waiting = [job for job in jobs if job.key not in done]
+    say(
+        f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
+        f"{len(waiting)} to run"
+    )
+    return rows, waiting
 
 
 class _Sweep:
@@ -144,13 +166,15 @@ class _Sweep:
         self.speeds = _Speeds(rows)
         self.finished = len(jobs) - len(waiting)
 
-    def work(self, pool: Pool, board: Board) -> None:
-        """Hand out cells until none is left, or none fits before the deadline."""
+    def work(self, pool: Pool, board: Board, stop: StopRequest) -> None:
+        """Hand out cells until none is left or fits before the deadline, or a signal arrives."""
         try:
             self._hand_out(pool)
             while pool.running:
                 for job, message in pool.reports(POLL_SECONDS):
                     self._heed(job, message)
+                if stop:
+                    break
                 self._hand_out(pool)
                 board.show(
                     self.finished, len(self.waiting), self.failed, pool, self._time_left(pool)
@@ -159,15 +183,18 @@ class _Sweep:
                     say("sweep: out of time; asking what still runs to save and leave")
                     break
         finally:
-            # Whatever ended the loop (time, Ctrl-C, an error): runs are saved, and counted as left.
-            self.waiting = [job for job, _ in pool.stop()] + self.waiting
+            # Whatever ended the loop (time, a signal, an error): runs are saved, counted as left.
+            reports, left = pool.stop()
+            self.waiting = left + self.waiting
+            for job, message in reports:
+                self._heed(job, message)
 
     def _heed(self, job: Job, message: dict[str, Any]) -> None:
         if "row" in message:
             row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
             row["environment"] = {**row["environment"], "side_by_side": job.side_by_side}
             append_row(self.rows_path, row)
-            self.speeds.add(row)
+            self.speeds.add(job.cell, row)
             self.finished += 1
             if not self.keep_runs:
                 shutil.rmtree(job.config.run.directory, ignore_errors=True)
@@ -218,22 +245,21 @@ class _Speeds:
 
     def __init__(self, rows: list[Row]) -> None:
         self._seen: list[tuple[str, str, int, float, float]] = []
-        self._device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         for row in rows:
-            self.add(row.raw)
+            self.add(row.cell, row.raw)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, cell: Cell, row: dict[str, Any]) -> None:
         """Remember (size, kind, side by side, seconds a token, seconds besides)."""
-        environment = row.get("environment") or {}
-        if self._device is not None and environment.get("device") != self._device:
+        where = row.get("environment")
+        if not isinstance(where, dict) or where.get("device") != environment()["device"]:
             return
-        speed, tokens, seconds = (row.get(k) for k in ("tokens_per_second", "tokens", "seconds"))
-        cell = row.get("cell") or {}
-        if speed and tokens and seconds and row.get("status") == "done":
+        given = [row.get(name) for name in ("tokens_per_second", "tokens", "seconds")]
+        figures = [float(one) for one in given if one is not None and is_number(one) and one > 0]
+        if row.get("status") == "done" and len(figures) == len(given):
+            speed, tokens, seconds = figures
             besides = max(0.0, seconds - tokens / speed)
-            self._seen.append(
-                (cell["size"], cell["kind"], environment.get("side_by_side", 1), 1 / speed, besides)
-            )
+            beside = where.get("side_by_side", 1)
+            self._seen.append((cell.size, cell.kind, beside, 1 / speed, besides))
 
     def seconds(self, job: Job, side_by_side: int) -> float | None:
         """Expected wall time of a cell; None if nothing like it has been seen."""
@@ -312,6 +338,10 @@ def _locked(out: Path) -> Iterator[None]:
                 f"another sweep is running in {out}; wait for it, or choose another directory"
             ) from None
         yield
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:,.0f}M" if tokens >= 10e6 else f"{tokens / 1e6:.2g}M"
 
 
 def _figures(row: dict[str, Any]) -> str:
