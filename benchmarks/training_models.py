@@ -25,6 +25,7 @@ from sparse_bitnet.train.presets import preset_config
 FAKE = "fake-quant"
 FULL = "bf16"
 PRODUCTS = ("sparse-forward", "dense-forward")
+PLAIN = "plain-compile"
 DEFAULT_LONGEST = compiled.LONGEST_ROW
 LONGEST_ROWS = {"rows-by-op": 0, "rows-by-compiler": 2**24}
 """Columns of ``kernels.compiled.LONGEST_ROW`` by word."""
@@ -41,7 +42,9 @@ class Row:
     product: str | None = None
     """The forward product, "dense" or "sparse"; None for the package's own choice."""
     longest: int = DEFAULT_LONGEST
-    """Columns up to which the compiler quantizes rows; 0 also compiles with its default options."""
+    """Columns up to which the compiler quantizes rows."""
+    options: bool = True
+    """Compile with the package's options for ternary layers."""
 
     @staticmethod
     def parse(name: str) -> Row:
@@ -57,16 +60,19 @@ class Row:
             return Row(name, str(Pattern.parse(words[0])), FAKE)
         products = [word for word in words if word in PRODUCTS]
         rows = [word for word in words if word in LONGEST_ROWS]
-        if max(len(products), len(rows)) > 1 or set(words) - {"fp8", *PRODUCTS, *LONGEST_ROWS}:
+        known = {"fp8", PLAIN, *PRODUCTS, *LONGEST_ROWS}
+        if max(len(products), len(rows)) > 1 or set(words) - known:
             forms = (
                 "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8] "
-                "[rows-by-op|rows-by-compiler]"
+                "[rows-by-op|rows-by-compiler] [plain-compile]"
             )
             raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
         product = products[0].removesuffix("-forward") if products else None
         longest = LONGEST_ROWS[rows[0]] if rows else DEFAULT_LONGEST
-        return Row(name, str(Pattern.parse(first)), "ours", method, product, longest)
+        return Row(
+            name, str(Pattern.parse(first)), "ours", method, product, longest, PLAIN not in words
+        )
 
 
 class FakeQuantLinear(nn.Linear):
@@ -134,7 +140,7 @@ class Candidate:
                         new = FakeQuantLinear(module, Pattern.parse(row.pattern))
                         block.set_submodule(name, new)
         self.loss_of = CausalLoss(model)
-        if compile and row.longest:
+        if compile and row.options:
             compile_blocks(model)
         elif compile:
             for block in blocks(model):

@@ -99,6 +99,7 @@ def test_names_of_rows() -> None:
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
     assert Row.parse("dense fp8 rows-by-op").longest == 0
+    assert not Row.parse("dense plain-compile").options
     assert Row.parse("dense rows-by-compiler").longest > Row.parse("dense").longest > 0
     for wrong in (
         "6:8 quickly",

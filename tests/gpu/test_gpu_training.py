@@ -108,6 +108,10 @@ def test_compiled_quantization_gives_the_same_integers(columns: int) -> None:
     different = quantized != expected
     assert different.float().mean() < 1e-4
     assert ((quantized.int() - expected.int()).abs() <= 1).all()
+    x[4, 7] = float("nan")
+    _, scale = torch.compile(quantize_int8, fullgraph=True)(x)
+    assert scale[4].isnan()  # what diverged must not come out healthy
+    assert scale[5:].isfinite().all()
 
 
 @pytest.mark.parametrize("backward", ["full", "fp8"])
