@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import sparse_bitnet
 from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError, DataError, PatternError
+from sparse_bitnet.study.sweep import SweepResult
 
 
 def exit_code(arguments: list[str]) -> int | str | None:
@@ -42,6 +44,17 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["explode"]) == cli.MISUSED
     assert "there is no verb 'explode'" in capsys.readouterr().err
+
+
+def test_a_sweep_with_failed_cells_is_shown_and_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = SweepResult(Path("rows.jsonl"), 3, {"bitnet 3:5": "out of memory"}, [])
+    monkeypatch.setattr(cli, "_call", lambda verb, arguments: result)
+    assert exit_code(["sweep"]) == cli.FAILED
+    assert "out of memory" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "_call", lambda verb, arguments: replace(result, failed={}))
+    cli.main(["sweep"])
 
 
 def test_errors_are_one_line_and_a_code(

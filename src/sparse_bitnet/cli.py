@@ -60,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"error: there is no verb {arguments[0]!r}")
         sys.exit(MISUSED)
     try:
-        _show(_call(verb, arguments[len(verb.split()) :]))
+        result = _call(verb, arguments[len(verb.split()) :])
+        _show(result)
+        if code := getattr(result, "exit_code", 0):  # done, but not all of it
+            sys.exit(code)
     except (ConfigError, PatternError) as error:
         say(f"error: {error}")
         sys.exit(MISUSED)
