@@ -102,7 +102,18 @@ def test_a_cell_survives_json() -> None:
         ("blocks: []", "no cells"),
         ("block: []", "'block' is unknown; a sweep has"),
         ("blocks: [7]", "block 1 is 7: it must be a mapping"),
+        ("blocks: {a: 1}", "blocks: expected a list, found {'a': 1}"),
+        ("blocks: [{pattern: []}]", "pattern is an empty list"),
+        ("blocks: [{cells: [7]}]", "cells: expected a list of mappings, found [7]"),
+        ("blocks: [{seed: 1.5}]", "seed is 1.5; it should be a whole number"),
+        ("blocks: [{pattern: 4:8}]\nbase: [1]", "base: expected a mapping, found [1]"),
+        ("blocks: [{pattern: 4:8}]\nkinds: {bf16: 3}", "kinds: bf16: expected a mapping"),
+        ("blocks: [{pattern: 4:8}]\ndefaults: tiny", "defaults: expected a mapping"),
         ("blocks: [{pattern: 4:8}]\nevaluation: {windows: 3}", "it has window"),
+        ("blocks: [{pattern: 4:8}]\nevaluation: {window: -1}", "whole number from 0 on"),
+        ("blocks: [{pattern: 4:8}]\nevaluation: {validation_tokens: all}", "from 0 on"),
+        ("blocks: [{pattern: 4:8}]\nevaluation: {cloze_questions: 0}", "from 1 on"),
+        ("blocks: [{pattern: 4:8}]\nevaluation: {cloze_text: 3}", "should be a source of text"),
     ],
 )
 def test_refusals_name_place_and_remedy(tmp_path: Path, text: str, message: str) -> None:

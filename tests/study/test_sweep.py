@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sparse_bitnet.core import ConfigError
+from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.study import pool
+from sparse_bitnet.study.cells import Cell, read_sweep
+from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
-from sparse_bitnet.study.rows import read_rows
-from sparse_bitnet.study.sweep import sweep
+from sparse_bitnet.study.rows import append_row, read_rows
+from sparse_bitnet.study.run_cell import environment
+from sparse_bitnet.study.sweep import _jobs, _Speeds, sweep
 
 RECIPE = """
 name: test
@@ -145,6 +150,7 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, toy_tokens: Pat
     recipe.write_text(recipe.read_text().replace("[dense, 4:8]", "[dense, 3:5]"))
     result = sweep(recipe, tmp_path / "out", cpu_workers=2)
     assert len(result.failed) == 2
+    assert result.exit_code == 1
     assert all("is not a multiple of M = 5" in reason for reason in result.failed.values())
     rows, _ = read_rows(tmp_path / "out")
     assert {row.cell.pattern for row in rows} == {"dense"}
@@ -166,8 +172,124 @@ def test_dry_run_lists_and_runs_nothing(
 ) -> None:
     result = sweep(write_recipe(tmp_path, toy_tokens), tmp_path / "out", dry_run=True)
     assert (result.done, len(result.left)) == (0, 4)
-    assert not (tmp_path / "out" / "rows.jsonl").exists()
-    assert capfd.readouterr().err.count("bitnet 4:8 tiny seed 0") == 1
+    assert not (tmp_path / "out").exists()
+    told = capfd.readouterr().err
+    assert told.count("bitnet 4:8 tiny seed 0") == 1
+    assert "0.0061M tokens" in told
+    assert "0.025M tokens together; nothing was run" in told
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+    tmp_path: Path, toy_tokens: Path, number: signal.Signals
+) -> None:
+    recipe, out = write_recipe(tmp_path, toy_tokens, steps=400), tmp_path / "out"
+    recipe.write_text(recipe.read_text().replace("checkpoint_every: 6, ", ""))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparse_bitnet", "sweep", str(recipe), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not any(line.count("\n") > 2 for line in _metrics(out)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number
+    assert "0 of 4 cells finished, 0 failed, 4 left" in told
+    assert f"stopped by {number.name}; the same command goes on" in told
+    assert len(list(out.glob("cells/*/checkpoints/step-*"))) == 1
+
+
+def _metrics(out: Path) -> list[str]:
+    return [path.read_text() for path in out.glob("cells/*/metrics.jsonl")]
+
+
+# Stands for a worker that has trained and measures for a while.
+MEASURING = """
+import sys, time
+from multiprocessing.connection import Connection
+from sparse_bitnet.study import worker
+
+def run(order, connection, asked):
+    connection.send_bytes(b'{"done": 1, "steps": 1}')
+    time.sleep(1)
+    return {"much": "x" * 2**20}
+
+worker._run = run
+worker.serve(Connection(int(sys.argv[1])))
+"""
+DYING = "import sys; sys.stdin.read(); open(sys.argv[1]); print('no'); sys.exit(3)"
+
+
+def one_job(tmp_path: Path, tokens: Path) -> Job:
+    return _jobs(read_sweep(write_recipe(tmp_path, tokens)), tmp_path / "cells")[0]
+
+
+def test_what_is_trained_is_measured_before_a_worker_leaves(
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", MEASURING))
+    job = one_job(tmp_path, toy_tokens)
+    with Pool([{}, {}], tmp_path / "logs") as workers:
+        workers.start(workers.idle()[0], job)
+        while not workers.running[0].done:
+            assert workers.reports(30) == []
+        reports, left = workers.stop()
+    assert reports == [(job, {"row": {"much": "x" * 2**20}})]
+    assert left == []
+
+
+def test_a_worker_that_dies_is_a_failure_and_is_replaced(
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", DYING))
+    job = one_job(tmp_path, toy_tokens)
+    with Pool([{}], tmp_path / "logs") as workers:
+        for _ in range(2):
+            workers.idle()[0].process.wait()
+            workers.start(workers.idle()[0], job)
+            ((found, message),) = workers.reports(30)
+            assert found is job
+            assert message["died"]
+            assert "worker 0 died with exit code 1; its output is in" in message["failed"]
+        assert workers.stop() == ([], [])
+
+
+def test_speeds_come_from_rows_of_this_device(
+    tmp_path: Path, toy_tokens: Path, make_row: Any
+) -> None:
+    job = one_job(tmp_path, toy_tokens)
+    path = tmp_path / "rows.jsonl"
+    row = make_row(30.0, size="tiny", kind="bf16")
+    append_row(path, row)  # of another device
+    for damage in ({"tokens": "many"}, {"seconds": None}, {"environment": [1]}, {"cell": {}}):
+        mine = {"environment": {"device": environment()["device"]}}
+        append_row(path, {**row, **mine, **damage, "key": str(damage)})
+    speeds = _Speeds(read_rows(path)[0])
+    assert speeds.seconds(job, 1) is None
+    speeds.add(Cell(kind="bf16", size="tiny"), {**row, **mine})
+    assert speeds.seconds(job, 1) == pytest.approx(job.tokens / 4.5e6 + 100 - 12 / 4.5)
+
+
+def test_missing_documents_are_found_before_anything_is_trained(
+    tmp_path: Path, toy_tokens: Path
+) -> None:
+    recipe = write_recipe(tmp_path, toy_tokens)
+    wanted = "validation_tokens: 1000, cloze_text: 'text:nowhere.txt'"
+    recipe.write_text(recipe.read_text().replace("validation_tokens: 1000", wanted))
+    with pytest.raises((ConfigError, DataError), match=r"nowhere\.txt"):
+        sweep(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refused_settings(tmp_path: Path, toy_tokens: Path) -> None:

@@ -18,6 +18,7 @@ from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.train.config import TrainConfig
 
 GRACE_SECONDS = 20.0
+COMMAND = (sys.executable, "-m", "sparse_bitnet.study.worker")
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Worker:
         self.connection, theirs = Pipe()
         self._output: IO[bytes] = self.log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sparse_bitnet.study.worker", str(theirs.fileno())],
+            [*COMMAND, str(theirs.fileno())],
             env={**os.environ, **self.environment},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
