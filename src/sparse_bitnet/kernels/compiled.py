@@ -9,9 +9,6 @@ Two consequences. Such a row is quantized before it would have been rounded to b
 may differ by one from eager mode's, as for any two orders of rounding. And what backward keeps is
 the partitioner's choice: the integers, or nothing, where their floating-point source is kept anyway
 for its own derivative and they are cheaper made again than read.
-
-Outside of training (``dispatch.py``) products of many tokens follow one another without backward,
-and kernels of ours that take norm and SwiGLU product along are faster.
 """
 
 from __future__ import annotations
@@ -33,9 +30,9 @@ INDUCTOR_OPTIONS: Final[dict[str, str | int | bool]] = {
 }
 """For ``torch.compile`` of blocks with ternary layers.
 
-By default the compiler writes an intermediate value to memory once it has read four tensors or
-counts thirty operations. The sum of dX of q, k and v reads six (three products, three γ), and the
-derivative of SwiGLU up to its rounding to e4m3 is longer: both are cheaper made twice.
+By default the compiler writes an intermediate value to memory once more than four tensors or thirty
+operations go into it. The sum of dX of q, k and v reads six (three products, three γ), and takes
+more than thirty operations where fp8 brings a scale for each token. It is cheaper made twice.
 """
 
 
