@@ -144,7 +144,9 @@ def test_a_deadline_starts_nothing_that_cannot_finish(
     assert "out of time" in capfd.readouterr().err
 
 
-def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, toy_tokens: Path) -> None:
+def test_a_failing_cell_does_not_stop_the_others(
+    tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     # A rule that no module's name matches: found when the model is converted.
     recipe = write_recipe(tmp_path, toy_tokens, steps=2)
     recipe.write_text(recipe.read_text().replace("[dense, 4:8]", "[dense, 3:5]"))
@@ -154,6 +156,8 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, toy_tokens: Pat
     assert all("is not a multiple of M = 5" in reason for reason in result.failed.values())
     rows, _ = read_rows(tmp_path / "out")
     assert {row.cell.pattern for row in rows} == {"dense"}
+    sweep(write_recipe(tmp_path, toy_tokens, steps=3), tmp_path / "out", dry_run=True)
+    assert "holds 2 rows of other cells or settings" in capfd.readouterr().err
 
 
 def test_two_sweeps_in_one_directory(tmp_path: Path, toy_tokens: Path) -> None:
@@ -303,4 +307,4 @@ def test_rows_are_plain_json(tmp_path: Path, toy_tokens: Path) -> None:
     for line in (out / "rows.jsonl").read_text().splitlines():
         assert json.loads(line)["status"] == "done"
         assert len(line) < 100_000
-    assert len(list((out / "cells").iterdir())) == 4
+    assert len(list((out / "cells").glob("*/model/model.safetensors"))) == 4

@@ -127,7 +127,8 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
             *(ValueError, TypeError, KeyError, AttributeError),
             *(ConfigError, OverflowError, RecursionError),
         ) as error:
-            problems.append(f"{path.name}, line {number}: skipped, {str(error)[:300]}")
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            problems.append(f"{path.name}, line {number}: skipped, {why[:300]}")
             continue
         rows[row.key] = row
     return list(rows.values()), problems

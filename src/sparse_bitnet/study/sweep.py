@@ -88,7 +88,7 @@ def sweep(
         per_gpu: workers side by side on each GPU.
         cpu_workers: workers where there is no GPU.
         scratch: where runs live until their row is written; ``out/cells`` by default.
-        keep_runs: keep their directories (checkpoints, exported models) afterwards.
+        keep_runs: keep their directories afterwards, and export their models into them.
         dry_run: say what would be run, and run nothing.
 
     Raises:
@@ -103,14 +103,15 @@ def sweep(
             raise ConfigError(f"sweep: {name} is {value}; at least 1")
     plan = read_sweep(recipe)
     out = Path(out)
-    jobs = _jobs(plan, Path(scratch) if scratch else out / "cells")
+    jobs = _jobs(plan, Path(scratch) if scratch else out / "cells", keep_runs)
     check_evaluation(plan.evaluation)
     rows_path = out / ROWS_FILE
     if dry_run:
         _, waiting = _waiting(plan, jobs, rows_path)
         for job in waiting:
             say(f"  {job.key}  {job.cell}  {_millions(job.tokens)} tokens")
-        say(f"{_millions(sum(job.tokens for job in waiting))} tokens together; nothing was run")
+        if waiting:
+            say(f"{_millions(sum(job.tokens for job in waiting))} tokens together; nothing was run")
         return SweepResult(rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting])
     with _locked(out), stop_on_signals() as stop:
         rows, waiting = _waiting(plan, jobs, rows_path)
@@ -139,6 +140,12 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[
     for problem in problems:
         say(problem)
     done = {key_today(row.raw) for row in rows}
+    others = done - {job.key for job in jobs}
+    if others:
+        say(
+            f"{rows_path} holds {len(others)} rows of other cells or settings too; they stay, and "
+            "a report shows them"
+        )
     waiting = [job for job in jobs if job.key not in done]
     say(
         f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
@@ -273,7 +280,7 @@ class _Speeds:
         return job.tokens * each + statistics.median(s[4] for s in alike)
 
 
-def _jobs(plan: SweepRecipe, scratch: Path) -> list[Job]:
+def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
     fingerprints: dict[str, str] = {}
     jobs = []
     for cell in plan.cells:
@@ -286,7 +293,7 @@ def _jobs(plan: SweepRecipe, scratch: Path) -> list[Job]:
             Job(
                 key=key,
                 cell=cell,
-                config=_run_settings(plan, config, scratch / key),
+                config=_run_settings(plan, config, scratch / key, export),
                 evaluation=asdict(plan.evaluation),
                 tokens=config.schedule.steps * config.data.batch_size * config.data.sequence_length,
             )
@@ -294,7 +301,9 @@ def _jobs(plan: SweepRecipe, scratch: Path) -> list[Job]:
     return jobs
 
 
-def _run_settings(plan: SweepRecipe, config: TrainConfig, directory: Path) -> TrainConfig:
+def _run_settings(
+    plan: SweepRecipe, config: TrainConfig, directory: Path, export: bool
+) -> TrainConfig:
     """The directory, and how often to log, where the recipe does not say."""
     given = plan.base.get("run") or {}
     steps = config.schedule.steps
@@ -305,7 +314,7 @@ def _run_settings(plan: SweepRecipe, config: TrainConfig, directory: Path) -> Tr
         # The end is measured on the whole validation split; a checkpoint is a person's choice.
         "validation_sequences": 0,
         "checkpoint_every": 0,
-        "export": False,
+        "export": export,
     }
     kept = {k: v for k, v in chosen.items() if k not in given}
     return replace(config, run=replace(config.run, directory=str(directory), **kept))  # type: ignore[arg-type]
