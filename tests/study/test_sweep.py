@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
@@ -20,7 +21,7 @@ from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import append_row, read_rows
 from sparse_bitnet.study.run_cell import environment
-from sparse_bitnet.study.sweep import _jobs, _Speeds, sweep
+from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, sweep
 
 RECIPE = """
 name: test
@@ -283,6 +284,21 @@ def test_speeds_come_from_rows_of_this_device(
     assert speeds.seconds(job, 1) is None
     speeds.add(Cell(kind="bf16", size="tiny"), {**row, **mine})
     assert speeds.seconds(job, 1) == pytest.approx(job.tokens / 4.5e6 + 100 - 12 / 4.5)
+
+
+def test_workers_get_their_gpu_and_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert _places(1, 3) == [{"OMP_NUM_THREADS": "4"}] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    places = _places(2, 9)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "1", "0", "1"]
+    assert {place["OMP_NUM_THREADS"] for place in places} == {"3"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [tuple(place.values()) for place in _places(1, 1)] == [("5", "1"), ("7", "1")]
 
 
 def test_missing_documents_are_found_before_anything_is_trained(

@@ -326,11 +326,14 @@ def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     gpus = gpus if torch.cuda.is_available() else []
     workers = per_gpu * len(gpus) or cpu_workers
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    # The cores this process may use, where the system tells, and not all of the machine.
+    told = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if told else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
     if not gpus:
         return [{"OMP_NUM_THREADS": threads}] * cpu_workers
     return [
-        {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
+        {"CUDA_VISIBLE_DEVICES": gpu.strip(), "OMP_NUM_THREADS": threads}
         for _ in range(per_gpu)
         for gpu in gpus
     ]
