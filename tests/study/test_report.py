@@ -94,6 +94,9 @@ def test_figures_are_those_of_the_rows(evidence: Path) -> None:
     # One seed at 64 is no point of a curve whose others have two and three.
     assert "The means cross at about 20 tokens per weight" in page.text
     assert "BitNet at 100 and BF16 at 4, 16 loses less." in page.text
+    alt = page.images["length"]["alt"] or ""
+    assert "BF16: 4 1.0" in alt and ", 100 1.1" in alt
+    assert " 64 1" not in alt
     assert "Groups whose threshold is in the dead zone: BF16 50.0%, BitNet 90.0%." in page.text
     assert "second size" in page.text  # what the claim about size lacks
 
@@ -152,7 +155,7 @@ def test_a_second_setting_is_told_and_kept_apart(evidence: Path, make_row: Make)
     plain = Page(report(evidence).page.read_text(encoding="utf-8"))
     for kind, dense in (("bf16", 50.0), ("bitnet", 60.0)):
         for length, seed in ((100, 0), (100, 1), (8, 0), (8, 1)):
-            for pattern, factor in (("dense", 1.0), ("4:8", 1.5)):
+            for pattern, factor in (("dense", 1.0), ("6:8", 1.2), ("4:8", 1.5)):
                 run = {"kind": kind, "seed": seed, "tokens_per_weight": length}
                 row = make_row(dense * factor, pattern=pattern, **run)
                 row["key"] += " small batch"
@@ -160,16 +163,36 @@ def test_a_second_setting_is_told_and_kept_apart(evidence: Path, make_row: Make)
                 append_row(evidence / "rows.jsonl", row)
     page = Page(report(evidence).page.read_text(encoding="utf-8"))
     assert set(page.images) - set(plain.images) == {
+        "collapse-study-5m-2",
         "length-study-5m-2",
         "mask-cost-study-5m-2",
         "loss-study-5m-2",
     }
     assert "4.7M weights, batch size 16" in page.text
     assert "Setting, the main one's in brackets: batch size 16 (not said)." in page.text
+    assert page.text.count("first beyond: ") == 2, "claims are judged on main settings"
     same = plain.images["collapse"]["src"]
     assert page.images["collapse"]["src"] == same, "the main setting's figures are what they were"
     assert "1.500 ± 0.000 (2 seeds)" in page.text
     assert "1.500" not in plain.text
+
+
+def test_what_the_mask_costs_is_the_difference_on_the_same_batches(
+    tmp_path: Path, make_row: Make
+) -> None:
+    """4:8 is 0.25 above dense at seed 0, 0.5 below at seed 1, and seed 2 has no dense twin."""
+    for seed, pattern, more in (
+        *((0, "dense", 0.0), (0, "4:8", 0.25), (1, "dense", 0.0), (1, "4:8", -0.5)),
+        *((2, "4:8", 9.0), (0, "6:8", 0.125)),
+    ):
+        row = make_row(30.0, kind="bf16", pattern=pattern, seed=seed)
+        row["history"]["loss"] = [loss + seed + more for loss in row["history"]["loss"]]
+        if pattern == "6:8":  # logged at other steps: only those of both count
+            row["history"]["tokens"][:4] = [1.5e6, 2.5e6, 3.5e6, 4.5e6]
+        append_row(tmp_path / "rows.jsonl", row)
+    page = Page(report(tmp_path).page.read_text(encoding="utf-8"))
+    alt = page.images["mask-cost"]["alt"] or ""
+    assert alt.endswith("At the end: 6:8: BF16 0.125; 4:8: BF16 0.25, −0.5")
 
 
 def test_nothing_to_report(tmp_path: Path, make_row: Make) -> None:

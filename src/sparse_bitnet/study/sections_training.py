@@ -221,7 +221,8 @@ def _curves(
         return Section(name, title, notes=["Needs runs of the main grid with a history."])
     png = plots.panels(groups, f"{title}, {runs.label}", _unit(runs), ylabel, log_x=log_x, top=top)
     ends = "; ".join(
-        f"{kind}: " + ", ".join(f"{c.label} {c.y[-1]:.4g}".strip() for c in curves)
+        f"{kind}: "
+        + ", ".join(f"{c.label} {c.y[-1]:.4g}".strip().replace("-", "−") for c in curves)
         for kind, curves in groups.items()
     )
     return Section(
