@@ -26,7 +26,7 @@ def build(directory: Path) -> None:
 
 
 def read(directory: Path, mutation: Any) -> None:
-    result = polarization.analyse(directory, directory.parent / "statistics")
+    result = polarization.analyse(directory, directory.parent / "statistics").values
     for one in [result["overall"], *result["layers"]]:
         figures = [one["zeros_before_mask"], one["dead_zone_groups"], *one["magnitudes"]]
         assert all(0 <= figure <= 1 for figure in figures)

@@ -24,7 +24,18 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     row = [1.0, -1.0, 0.2, -0.2, 1.0, 0.2, -1.0, 0.2]
     weight = torch.tensor([row, row])
     save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
-    result = analyse(tmp_path, pattern="4:8")
+    analysis = analyse(tmp_path, pattern="4:8")
+    result = analysis.values
+    heading, line, total = str(analysis).splitlines()
+    assert heading.split() == ["matrix", "shape", "pattern", "zeros", "lose", "nothing", "kurtosis"]
+    assert line.split()[:5] == [
+        "model.layers.0.mlp.up_proj.weight",
+        "2×8",
+        "4:8",
+        "50.0%",
+        "100.0%",
+    ]
+    assert total.split()[:3] == ["all", "50.0%", "100.0%"]
     (layer,) = result["layers"]
     assert layer["zeros_before_mask"] == 0.5
     assert layer["dead_zone_groups"] == 1.0
@@ -42,7 +53,7 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     assert written == result
     assert (tmp_path / "polarization" / "polarization.png").stat().st_size > 1000
     # A sparser pattern cuts into the large weights: threshold 1.667 γ, outside the dead zone.
-    assert analyse(tmp_path, pattern="2:8")["overall"]["dead_zone_groups"] == 0.0
+    assert analyse(tmp_path, pattern="2:8").values["overall"]["dead_zone_groups"] == 0.0
 
 
 def test_pool_weighs_by_size() -> None:
@@ -82,7 +93,7 @@ def test_embeddings_head_norms_and_routers_are_left_out(tmp_path: Path) -> None:
     tensors["model.layers.0.input_layernorm.weight"] = torch.ones(8)
     tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.randn(2, 8, 8)
     save_file(tensors, tmp_path / "model.safetensors")
-    found = [layer["name"] for layer in analyse(tmp_path, tmp_path / "out")["layers"]]
+    found = [layer["name"] for layer in analyse(tmp_path, tmp_path / "out").values["layers"]]
     assert found == [
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.gate_proj.weight",
@@ -94,7 +105,7 @@ def test_layers_are_in_natural_order_and_one_file_is_enough(tmp_path: Path) -> N
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2, 10)]
     file = tmp_path / "weights.safetensors"
     save_file({name: torch.randn(4, 8).half() for name in names}, file)
-    result = analyse(file)
+    result = analyse(file).values
     assert [layer["name"] for layer in result["layers"]] == names
     assert (tmp_path / "polarization" / "layers.png").is_file()
 

@@ -127,9 +127,34 @@ def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured; its text is a table.
+
+    Attributes:
+        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``, ``overall``
+            and ``layers``.
+    """
+
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        layers = self.values["layers"]
+        width = max(6, *(len(layer["name"]) for layer in layers))
+        lines = [f"{'matrix':{width}}  {'shape':>14}  pattern  zeros  lose nothing  kurtosis"]
+        for layer in [*layers, self.values["overall"]]:
+            name, shape = layer.get("name", "all"), "×".join(map(str, layer.get("shape", ())))
+            lines.append(
+                f"{name:{width}}  {shape:>14}  {layer.get('pattern', ''):7}  "
+                f"{layer['zeros_before_mask']:5.1%}  {layer['dead_zone_groups']:12.1%}  "
+                f"{layer['kurtosis']:8.2f}"
+            )
+        return "\n".join(lines)
+
+
 def analyse(
     checkpoint: str | Path, out: str | Path | None = None, *, pattern: str | None = None
-) -> dict[str, Any]:
+) -> Analysis:
     """The verb ``polarization``: measure every linear of a checkpoint, write JSON and plots.
 
     Args:
@@ -140,8 +165,8 @@ def analyse(
             trained with, else 6:8.
 
     Returns:
-        What ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``, ``overall`` and
-        ``layers``.
+        For every matrix: zeros before any mask, groups of which masking takes nothing but such
+        zeros, kurtosis; with histograms of |w|/γ and of the thresholds.
 
     Raises:
         CheckpointError: if there are no readable master weights.
@@ -177,7 +202,7 @@ def analyse(
         f"{overall.dead_zone_groups:.1%} of {result['pattern']} groups lose nothing, "
         f"kurtosis {overall.kurtosis:.2f}; written to {target}"
     )
-    return result
+    return Analysis(result)
 
 
 def _measure(directory: Path, pattern: Pattern) -> list[LayerStatistics]:
