@@ -144,15 +144,15 @@ def _claims(by_size: Sequence[Runs]) -> Section:
     lines, missing = [], []
     found = [claims(runs) for runs in by_size]
     for here, *elsewhere in zip(*found, strict=True):
-        lines.append((here.claim, here.published, main.label, here.ours, here.verdict))
+        lines.append((here.claim, main.label, here.ours, here.verdict, here.published))
         lines += [
-            ("", "", runs.label, one.ours, one.verdict)
+            ("", runs.label, one.ours, one.verdict, "")
             for runs, one in zip(others, elsewhere, strict=True)
             if not one.missing
         ]
         missing += [here] if here.missing else []
     size = claim_about_size(by_size)
-    lines.append((size.claim, size.published, "all", size.ours, size.verdict))
+    lines.append((size.claim, "all", size.ours, size.verdict, size.published))
     missing += [size] if size.missing else []
     lengths = ", ".join(f"{runs.label} at {runs.main_length:g}" for runs in by_size)
     return Section(
@@ -160,7 +160,7 @@ def _claims(by_size: Sequence[Runs]) -> Section:
         "Published claims and what we find",
         f"Training tokens per weight: {lengths}.",
         tables=[
-            Table(("claim", f"published ({published.SOURCE})", "size", "here", "verdict"), lines)
+            Table(("claim", "size", "here", "verdict", f"published ({published.SOURCE})"), lines)
         ],
         notes=[RULE, *(f"Not decided: {one.claim}. Missing: {one.missing}." for one in missing)],
     )

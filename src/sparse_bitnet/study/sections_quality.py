@@ -96,7 +96,7 @@ def delta_by_size(by_size: Sequence[Runs]) -> Section:
         if any(deltas):
             ours.append(
                 (
-                    f"{runs.label}, {runs.main_length:g} tokens per weight",
+                    runs.label,
                     *(text_of(one) for one in dense),
                     *(text_of(one, 2, True) for one in deltas),
                 )
