@@ -108,6 +108,8 @@ def test_a_cell_survives_json() -> None:
         ("blocks: [{seed: 1.5}]", "seed is 1.5; it should be a whole number"),
         ("blocks: [{pattern: 4:8}]\nbase: [1]", "base: expected a mapping, found [1]"),
         ("blocks: [{pattern: 4:8}]\nkinds: {bf16: 3}", "kinds: bf16: expected a mapping"),
+        ("blocks: [{pattern: 4:8}]\nbase: {model: 5}", "base: 'model': expected a mapping"),
+        ("blocks: [{pattern: 4:8}]\nkinds: {bf16: {run: a}}", "bf16: 'run': expected a mapping"),
         ("blocks: [{pattern: 4:8}]\ndefaults: tiny", "defaults: expected a mapping"),
         ("blocks: [{pattern: 4:8}]\nevaluation: {windows: 3}", "it has window"),
         ("blocks: [{pattern: 4:8}]\nevaluation: {window: -1}", "whole number from 0 on"),

@@ -211,14 +211,13 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     for name in values:
         if name not in known:
             raise ConfigError(f"{path}: {shown(name)} is unknown; a sweep has {', '.join(known)}")
-    base, kinds, defaults, evaluation = (
+    kinds, defaults, evaluation = (
         _mapping(values.get(name), f"{path}: {name}")
-        for name in ("base", "kinds", "defaults", "evaluation")
+        for name in ("kinds", "defaults", "evaluation")
     )
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"{path}: kinds: {shown(kind)}; choose among {', '.join(KINDS)}")
-        kinds[kind] = _mapping(kinds[kind], f"{path}: kinds: {kind}")
     blocks: dict[Cell, list[str]] = {}
     listed = values.get("blocks") or []
     if not isinstance(listed, list):
@@ -235,8 +234,8 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         raise ConfigError(f"{path}: no cells; add blocks")
     recipe = SweepRecipe(
         name=str(values.get("name", path.stem)),
-        base=base,
-        kinds=kinds,
+        base=_sections(values.get("base"), f"{path}: base"),
+        kinds={name: _sections(own, f"{path}: kinds: {name}") for name, own in kinds.items()},
         evaluation=_evaluation(evaluation, f"{path}: evaluation"),
         cells=list(blocks),
         blocks=blocks,
@@ -253,6 +252,12 @@ def _mapping(value: Any, place: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: expected a mapping, found {shown(value)}")
     return value
+
+
+def _sections(value: Any, place: str) -> dict[str, dict[str, Any]]:
+    """Sections of a training recipe; their fields are checked with the whole configuration."""
+    sections = _mapping(value, place)
+    return {k: _mapping(one, f"{place}: {shown(k)}") for k, one in sections.items()}
 
 
 def _evaluation(values: dict[Any, Any], place: str) -> Evaluation:
@@ -306,9 +311,7 @@ def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``base`` with the fields of each section of ``upper`` in place of its own."""
     result: dict[str, Any] = copy.deepcopy(base)
     for section, fields in upper.items():
-        own = result.get(section)
-        laid = isinstance(own, dict) and isinstance(fields, dict)
-        result[section] = dict(own or {}, **fields) if laid else fields
+        result[section] = {**result.get(section, {}), **fields}
     return result
 
 
