@@ -24,6 +24,7 @@ from sparse_bitnet.kernels.matmul import reference
 from sparse_bitnet.kernels.weight import TernaryWeight
 from sparse_bitnet.nn import convert, packed_linear
 from sparse_bitnet.nn.attention import ATTENTION
+from sparse_bitnet.nn.few_tokens import quantize_in_norms
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows, swap_int8
 from sparse_bitnet.nn.pack import pack_module
@@ -59,6 +60,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         one = torch.ones(*x_q.shape[:-1], 1) if x_scale is None else x_scale
         return reference.ternary_matmul(x_q, one, weight, w_scale, bias, torch.bfloat16)
 
+    def add_norm_quantize(
+        x: Tensor, delta: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return x + delta, *quantization.reference.quantize_fused(x + delta, weight, epsilon)
+
     for module in (dispatch, matmul, quantization):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     monkeypatch.setattr(tuning, "memory", lambda index: memory)
@@ -67,6 +73,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     dispatch._decisions.clear()
     library = torch.library.Library("sparse_bitnet", "IMPL")
     played("quantize_activations", quantization.reference.quantize_fused)
+    played("add_norm_quantize", add_norm_quantize)
     played("dense_matmul", reference.ternary_matmul)
     played("packed_matmul", reference.ternary_matmul)  # its weight is not packed here
     played("structured_matmul", structured_matmul)
@@ -333,3 +340,52 @@ def test_prompt_and_generated_tokens_compiled(
     assert "decode_attention" in calls
     assert not counters["graph_break"]
     assert graphs() <= 6
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_few_tokens_are_quantized_in_their_norms(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    model = packed_model(monkeypatch)
+    ids = torch.randint(0, 96, (1, length))
+    prepare(model)
+    with torch.no_grad():
+        plain = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected = plain(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        assert quantize_in_norms(model) == 2
+        eager = model(input_ids=ids, use_cache=False).logits
+        calls.clear()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = compiled(input_ids=ids, use_cache=False).logits
+    assert (eager - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    layer = [
+        "quantize_activations",
+        "packed_matmul",
+        *(["decode_attention"] if length == 1 else []),
+        "quantize_activations",
+        "packed_matmul",
+        "add_norm_quantize",
+        "packed_matmul",
+        "quantize_activations",
+        "packed_matmul",
+    ]
+    assert calls[: 2 * len(layer)] == 2 * layer or length > dispatch.MOST_PACKED_TOKENS
+    assert "add_norm_quantize" not in calls or length <= dispatch.MOST_PACKED_TOKENS
+
+
+def test_norms_of_another_dtype_stay_the_compilers(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(monkeypatch)
+    quantize_in_norms(model)
+    for layer in model.model.layers:
+        layer.input_layernorm.float()
+    ids = torch.randint(0, 96, (1, 1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        calls.clear()
+        found = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
+    assert "add_norm_quantize" not in calls
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels.platform import compile_options
 from sparse_bitnet.nn.attention import ATTENTION
+from sparse_bitnet.nn.few_tokens import quantize_in_norms
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import Int8Head, quantize_rows
 from sparse_bitnet.nn.pack import pack_module
@@ -83,6 +84,7 @@ class Decoder:
             _pack(first, pattern)
         fuse(model)
         prepare(first)
+        quantize_in_norms(first)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
         self.embed, self.norm = model.model.embed_tokens, model.model.norm

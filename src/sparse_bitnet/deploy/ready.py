@@ -11,6 +11,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.native.pages import use_large_pages
 from sparse_bitnet.kernels.platform import compile_options
 from sparse_bitnet.nn.attention import ATTENTION
+from sparse_bitnet.nn.few_tokens import quantize_in_norms
 from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import prepare
@@ -42,6 +43,8 @@ def make_ready(model: PreTrainedModel, compile: bool = False) -> None:
         for module in model.modules():
             if isinstance(module, Int8Table):
                 use_large_pages(module.weight)
+    if model.device.type == "cuda":
+        quantize_in_norms(model)
     if model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
     if compile:

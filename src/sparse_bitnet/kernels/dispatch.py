@@ -22,7 +22,7 @@ choice is looked up, while it traces where the token count is known, else when t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -43,8 +43,6 @@ from sparse_bitnet.kernels.weight import TernaryWeight, copies
 MOST_PACKED_TOKENS = 32
 FEWEST_SPARSE_TOKENS = 256
 """Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
-SETTLE_SECONDS = 0.3
-"""Of work before a backend of many tokens is timed: it is the sustained clock that counts."""
 SPARSE_BACKENDS = ("2:4", "windows")
 DEFERRED = " deferred"  # a sparse product without its token scale
 
@@ -120,6 +118,7 @@ def ternary_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    joins: bool = True,
 ) -> Tensor:
     """Y = X @ (γT)ᵀ + bias through int8 activations, by the chosen backend.
 
@@ -129,6 +128,7 @@ def ternary_linear(
         bias: ``[out]`` or None.
         out_dtype: of the result; ``x.dtype`` if left out.
         backend: use this one instead of the chosen.
+        joins: whether a compiler may make X, so that the quantization can join it.
 
     Returns:
         ``[..., out]``.
@@ -152,7 +152,7 @@ def ternary_linear(
         )
     if backend == "cpu" and weight.packed is not None:
         return cpu.linear(x, weight.packed, weight.layout, weight.w_scale, bias, out_dtype)
-    x_q, x_scale = _quantized(x, weight, backend, tokens)
+    x_q, x_scale = _quantized(x, weight, backend, tokens, joins)
     return _product(x_q, x_scale, weight, bias, out_dtype, backend)
 
 
@@ -208,7 +208,7 @@ def gated_mlp_by(
 
 
 def _quantized(
-    x: Tensor, weight: TernaryWeight, backend: str, tokens: int
+    x: Tensor, weight: TernaryWeight, backend: str, tokens: int, joins: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Quantized, and lifted for a sparse product.
 
@@ -216,7 +216,8 @@ def _quantized(
     this: launches are what such a kernel costs. For many tokens ours is several times faster.
     """
     group = _lifting(weight, backend)
-    if torch.compiler.is_compiling() and tokens <= MOST_PACKED_TOKENS and not group:
+    few = tokens <= MOST_PACKED_TOKENS
+    if torch.compiler.is_compiling() and few and joins and not group:
         return quantize_int8(x)
     return quantize_fused(x, group=group)
 
@@ -243,8 +244,39 @@ def integer_linear(
     Returns:
         ``[..., out]``.
     """
-    backend = "cpu" if weight.rows is None else "dense"  # no choice: bytes are not kept on a CPU
+    backend = "cpu"  # no choice: bytes are not kept on a CPU
+    if weight.rows is not None:
+        backend = "dense"
+        tokens = _known(weight, tokens_of(x_q)) if runs_triton(weight.w_scale) else None
+        if tokens is not None and weight.packed is not None and tokens <= MOST_PACKED_TOKENS:
+            key = _key(weight, tokens, out_dtype)
+            backend = _decided(weight.device.index, key, ("dense", "packed"), tokens)
     return _product(x_q, x_scale, weight, bias, out_dtype, backend)
+
+
+def integer_mlp(
+    x_q: Tensor,
+    x_scale: Tensor,
+    gate_up: TernaryWeight,
+    down: TernaryWeight,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`gated_mlp` of activations that are integers already, as :func:`integer_linear`'s."""
+    y = integer_linear(x_q, x_scale, gate_up, None, out_dtype)
+    return integer_linear(*quantize_fused(y, swiglu=True), down, None, out_dtype)
+
+
+def takes_integers(weights: Sequence[TernaryWeight], x: Tensor) -> bool:
+    """Whether products of these weights and few tokens read plain integers, in a compiled graph.
+
+    Then one kernel can make them of a residual sum and its norm (``nn/few_tokens.py``).
+    """
+    if not torch.compiler.is_compiling() or not runs_triton(x):
+        return False
+    tokens = _known(weights[0], tokens_of(x))
+    if tokens is None or tokens > MOST_PACKED_TOKENS or any(w.packed is None for w in weights):
+        return False
+    return all(_chosen(w, tokens, x.dtype) not in SPARSE_BACKENDS for w in weights)
 
 
 def _product(
@@ -363,15 +395,19 @@ def measure(
         def best(
             key: str, candidates: list[str], launch: Callable[[TernaryWeight, str], None]
         ) -> None:
+            if memory.get(key):
+                return  # measured with another weight of this shape
             times: dict[str, float] = {}
-            for candidate in candidates:
+            calls = {name: [partial(launch, c, name) for c in same] for name in candidates}
+            for candidate, call in calls.items():
                 try:
-                    calls = [partial(launch, copy, candidate) for copy in same]
-                    times[candidate] = tuning.microseconds(calls)
+                    times[candidate] = tuning.microseconds(call)
                 except RuntimeError:
                     continue  # this GPU has too little shared memory for the tile, say
                 finally:
                     task.advance()
+            if times and tokens >= FEWEST_SPARSE_TOKENS:
+                times = tuning.under_load(calls, times)
             if times:
                 memory.put(key, times)
 
@@ -396,7 +432,7 @@ def measure(
             ),
         )
         times = {}
-        settle = SETTLE_SECONDS if tokens >= FEWEST_SPARSE_TOKENS else 0.0
+        settle = tuning.SETTLE_SECONDS if tokens >= FEWEST_SPARSE_TOKENS else 0.0
         for name in names:
             calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in same]
             calls[0]()  # lets the sparse library search its algorithms outside the graph

@@ -28,6 +28,8 @@ from torch import Tensor
 from sparse_bitnet.kernels.platform import capability
 
 OLDEST_CAPABILITY = (9, 0)
+OFF: dict[str, Any] = {"EARLY": False, "launch_pdl": False}
+"""Launch options of a kernel that begins when the one ahead of it has ended."""
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def fetch(pointers, EARLY: tl.constexpr):
 def launch_options(tensor: Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on the tensor's device: EARLY, and the launch attribute."""
     early = tensor.is_cuda and _serves(tensor.device.index)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if early else OFF
 
 
 @cache

@@ -37,15 +37,19 @@ def _serves(device_index: int | None) -> bool:
 
 
 def compile_options() -> dict[str, bool]:
-    """``options`` of ``torch.compile`` for chains of short kernels.
+    """``options`` of ``torch.compile`` for chains of short kernels, as far as it has them.
 
-    The compiler's own kernels are launched early too (:mod:`sparse_bitnet.kernels.early`), where
-    this PyTorch and the GPU have it.
+    The compiler's own kernels are launched early too (:mod:`sparse_bitnet.kernels.early`), and
+    those that do not need each other, such as rotations of queries and keys, become one.
     """
     import torch._inductor.config as inductor
 
-    known = hasattr(inductor.triton, "enable_pdl") and torch.cuda.is_available()
-    return {"triton.enable_pdl": True} if known else {}
+    if not torch.cuda.is_available():
+        return {}
+    options = {"combo_kernels": True}
+    if hasattr(inductor.triton, "enable_pdl"):
+        options["triton.enable_pdl"] = True
+    return options
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

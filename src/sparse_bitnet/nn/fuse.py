@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.kernels.dispatch import gated_mlp
-from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.kernels.dispatch import gated_mlp, integer_mlp
+from sparse_bitnet.nn.packed_linear import Integers, PackedLinear
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
@@ -67,7 +67,7 @@ class SharedProduct:
 
     def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
-        self.last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.last: tuple[Tensor | Integers, tuple[Tensor, ...]] | None = None
 
 
 class Part(nn.Module):
@@ -86,7 +86,7 @@ class Part(nn.Module):
             self.joined = shared.linear
             self.register_state_dict_pre_hook(_refuse_to_save)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Integers) -> Tensor:
         shared = self.shared
         last = shared.last
         # The first part multiplies anew: the same tensor may have been written to since.
@@ -109,10 +109,13 @@ class FusedMLP(nn.Module):
         self.down_proj = mlp.get_submodule("down_proj")
         self.register_state_dict_pre_hook(_refuse_to_save)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Integers) -> Tensor:
         first, second = self.gate_up_proj, self.down_proj
         if _runs_fused(first) and _runs_fused(second):
-            return gated_mlp(x, first.layout("weight"), second.layout("weight"), output_dtype(x))  # type: ignore[operator]
+            both = first.layout("weight"), second.layout("weight")  # type: ignore[operator]
+            if isinstance(x, Integers):
+                return integer_mlp(x.values, x.scale, *both, x.dtype)
+            return gated_mlp(x, *both, output_dtype(x))
         gate, up = first(x).chunk(2, dim=-1)
         result: Tensor = second(F.silu(gate) * up)
         return result

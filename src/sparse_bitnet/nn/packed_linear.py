@@ -13,6 +13,20 @@ from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
+class Integers:
+    """Quantized activations on their way to packed linears, in a tensor's place.
+
+    Args:
+        values: int8 ``[..., in]``.
+        scale: float32 ``[..., 1]``.
+        dtype: of the results.
+    """
+
+    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.values, self.scale, self.dtype = values, scale, dtype
+        self.shape = values.shape  # all that attention modules ask of their input
+
+
 class PackedLinear(PackedModule):
     """The inference form of ``SparseBitLinear``: the same integers, scaled once.
 
@@ -36,6 +50,8 @@ class PackedLinear(PackedModule):
     """
 
     bias: Tensor | None
+    joins = True
+    """Whether a compiler may make the input, so that the quantization can join that."""
 
     def __init__(
         self,
@@ -81,10 +97,12 @@ class PackedLinear(PackedModule):
         stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None
         return prepare(ternary, scale, self.spec.pattern, stored)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Integers) -> Tensor:
         weight = self.layout("weight")
+        if isinstance(x, Integers):
+            return integer_linear(x.values, x.scale, weight, self.bias, x.dtype)
         if self.spec.activation_bits == 8:
-            return ternary_linear(x, weight, self.bias, output_dtype(x))
+            return ternary_linear(x, weight, self.bias, output_dtype(x), joins=self.joins)
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
         return integer_linear(x_q, x_scale, weight, self.bias, output_dtype(x))
 

@@ -57,22 +57,28 @@ def step_in_one_call(model: nn.Module) -> int:
     return served
 
 
-def linears_of(layer: Any) -> list[PackedLinear] | None:
-    """q/k/v joined, o, gate/up joined, and down; None if the layer is not fused and packed so.
-
-    Nor if its attention looks back over a window only.
-    """
+def joined_linears(layer: Any) -> list[PackedLinear] | None:
+    """q/k/v joined, o, gate/up joined, and down; None if the layer is not fused and packed so."""
     attention, mlp = layer.self_attn, layer.mlp
     if not isinstance(attention.q_proj, Part) or not isinstance(mlp, FusedMLP):
         return None
-    of_config = getattr(attention.config, "sliding_window", None)
-    window = getattr(attention, "sliding_window", of_config)
     joined = (attention.q_proj.shared.linear, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
     linears = [linear for linear in joined if isinstance(linear, PackedLinear)]
-    fits = attention.head_dim % HEAD_MULTIPLE == 0 and attention.head_dim <= LARGEST_HEAD
-    if len(linears) < len(joined) or not fits or window is not None:
+    if len(linears) < len(joined) or any(one.spec.activation_bits != 8 for one in linears):
         return None
-    return linears if all(one.spec.activation_bits == 8 for one in linears) else None
+    return linears
+
+
+def linears_of(layer: Any) -> list[PackedLinear] | None:
+    """:func:`joined_linears`; None if the compiled call does not compute such a layer.
+
+    It knows some head dimensions, and no attention that looks back over a window only.
+    """
+    attention = layer.self_attn
+    of_config = getattr(attention.config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", of_config)
+    fits = attention.head_dim % HEAD_MULTIPLE == 0 and attention.head_dim <= LARGEST_HEAD
+    return joined_linears(layer) if fits and window is None else None
 
 
 class _Place:

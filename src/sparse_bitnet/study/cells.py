@@ -289,7 +289,7 @@ def key_today(row: dict[str, Any]) -> str:
         config = config_from_dict(row["config"], f"row {written}")
         evaluation = Evaluation(**row["evaluation"])
         return _key(config, evaluation, fingerprint(row["data"]))
-    except (ConfigError, KeyError, TypeError, AttributeError):
+    except (SparseBitNetError, KeyError, TypeError, AttributeError):
         return written
 
 

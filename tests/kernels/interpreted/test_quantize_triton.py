@@ -85,6 +85,19 @@ def test_fuses_the_norm(columns: int, group: int) -> None:
     assert (quantized != expected).float().mean() < 0.01
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 1160), (40, 200), (2, 9000)])
+def test_adds_before_the_norm(rows: int, columns: int) -> None:
+    x, delta = torch.randn(2, rows, columns).half()
+    weight = torch.rand(columns).half()
+    total = torch.full_like(x, torch.nan)
+    quantized, scale = triton.quantize(x, weight, 1e-6, delta=delta, total=total)
+    assert torch.equal(total, x + delta)
+    expected, step = reference.quantize_fused(total, weight, 1e-6)
+    torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
+    assert (quantized.int() - expected.int()).abs().max() <= 1
+    assert (quantized != expected).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("group", [0, 8])
 def test_fuses_the_swiglu_product(group: int) -> None:
     x, factor = torch.randn(4, 2 * 232), torch.rand(4, 1)

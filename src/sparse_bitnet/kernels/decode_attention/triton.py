@@ -109,7 +109,6 @@ def _join_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHARES: tl.constexpr,
     JOINED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -118,9 +117,7 @@ def _join_kernel(
     first = (head * shares).to(tl.int64) * ROWS + row
     lanes = tl.arange(0, WIDTH)
     wait(EARLY)
-    every = tl.arange(0, SHARES)
-    m = tl.load(m_ptr + first + every * ROWS, mask=every < shares, other=-float("inf"))
-    largest = tl.max(m, 0)
+    largest = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((JOINED,), tl.float32)
     y = tl.zeros((JOINED, WIDTH), tl.float32)
     for start in range(0, shares, JOINED):
@@ -128,10 +125,15 @@ def _join_kernel(
         inside = number < shares
         part = first + number * ROWS
         m = tl.load(m_ptr + part, mask=inside, other=-float("inf"))
-        factor = tl.exp(m - largest)  # 0 for a share of which nothing is seen
-        total += tl.load(l_ptr + part, mask=inside, other=0.0) * factor
+        more = tl.load(l_ptr + part, mask=inside, other=0.0)
         at = part[:, None] * WIDTH + lanes[None, :]
-        y += tl.load(y_ptr + at, mask=inside[:, None], other=0.0) * factor[:, None]
+        values = tl.load(y_ptr + at, mask=inside[:, None], other=0.0)
+        new = tl.maximum(largest, tl.max(m, 0))
+        shrink = tl.exp(largest - new)
+        factor = tl.exp(m - new)  # 0 for a share of which nothing is seen
+        total = total * shrink + more * factor
+        y = y * shrink + values * factor[:, None]
+        largest = new
     at = tl.program_id(0).to(tl.int64) * width + lanes
     result = tl.sum(y, 0) / tl.sum(total, 0)
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=lanes < width)
@@ -207,7 +209,6 @@ def attend(
         GROUP=group,
         ROWS=rows,
         WIDTH=padded,
-        SHARES=triton.next_power_of_2(shares),
         JOINED=JOINED,
         num_warps=WARPS,
         **early.launch_options(query),

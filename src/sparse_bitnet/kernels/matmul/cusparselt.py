@@ -14,6 +14,7 @@ The library is the one that PyTorch's CUDA wheels bring and have already loaded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -297,15 +298,17 @@ def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Pla
     key = f"cusparselt {version(index)} {tuning.bucket(tokens)}x{out}x{inner}"
     times = remembered.get(key)
     if times is None and tuning.may_measure():
-        times = {}
+        calls = {}
         for candidate in range(_plan(index, tokens, out, inner, None).algorithms):
-            try:
+            with contextlib.suppress(BackendError):  # not every algorithm takes every shape
                 plan = _plan(index, tokens, out, inner, candidate)
-                call = partial(_run, plan, x_q, compressed, w_scale, y)
-                times[str(candidate)] = tuning.microseconds([call])
-            except BackendError:
-                continue  # not every algorithm takes every shape
+                calls[str(candidate)] = [partial(_run, plan, x_q, compressed, w_scale, y)]
+        times = {}
+        for name, call in calls.items():
+            with contextlib.suppress(BackendError):
+                times[name] = tuning.microseconds(call)
         if times:
+            times = tuning.under_load(calls, times)
             remembered.put(key, times)
     return _plan(index, tokens, out, inner, int(tuning.fastest(times)) if times else None)
 

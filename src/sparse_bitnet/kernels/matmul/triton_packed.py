@@ -36,6 +36,8 @@ LONGEST_ROW = 2**18
 MOST_DOT_TOKENS = 2
 FEW_ROWS = 8192
 JOIN = 512
+MOST_EARLY_PROGRAMS = 4096
+"""All resident at once on an H100 or H200; of more, each later one would wait for nothing."""
 LINE_WORDS = tl.constexpr(32)  # 128 bytes
 TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
 
@@ -323,7 +325,10 @@ def run(
     if isinstance(tiles, DotTiles):
         if inner % 4:
             x_q = F.pad(x_q, (0, -inner % 4))
-        _dot_kernel[(triton.cdiv(columns, tiles.rows),)](
+        programs = triton.cdiv(columns, tiles.rows)
+        if programs > MOST_EARLY_PROGRAMS:
+            common |= early.OFF
+        _dot_kernel[(programs,)](
             x_q.view(torch.int32),
             packed.view(torch.int32),
             y,

@@ -10,7 +10,12 @@ from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import reference
 
-__all__ = ["quantize_activations", "quantize_fused", "quantize_with_lifted"]
+__all__ = [
+    "add_norm_quantize",
+    "quantize_activations",
+    "quantize_fused",
+    "quantize_with_lifted",
+]
 
 
 def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -73,6 +78,29 @@ def quantize_with_lifted(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]
     return quantized, lifted, scale
 
 
+def add_norm_quantize(
+    x: Tensor, delta: Tensor, norm_weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A decoder's step between two sublayers: residual sum, RMSNorm, quantization, in one pass.
+
+    Args:
+        x: ``[..., in]``, float: the residual stream.
+        delta: like ``x``: what a sublayer adds to it.
+        norm_weight: ``[in]``.
+        epsilon: of the RMSNorm.
+
+    Returns:
+        x + delta, then int8 ``[..., in]`` and float32 ``[..., 1]`` of its norm.
+    """
+    if not runs_triton(x):
+        total = x + delta
+        return total, *reference.quantize_fused(total, norm_weight, epsilon)
+    total, quantized, scale = torch.ops.sparse_bitnet.add_norm_quantize(
+        x, delta, norm_weight, epsilon
+    )
+    return total, quantized, scale
+
+
 def _width(x: Tensor, swiglu: bool, group: int) -> int:
     columns = x.shape[-1] // 2 if swiglu else x.shape[-1]
     return columns // group * (2 * group - 4) if group else columns
@@ -118,6 +146,30 @@ def _fake_with_lifted(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), lifted, scale
 
 
+def _cuda_add_norm(
+    x: Tensor, delta: Tensor, norm_weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sparse_bitnet.kernels.quantize_activations import triton
+
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    quantized, scale = triton.quantize(
+        x, norm_weight, epsilon, delta=delta.contiguous(), total=total
+    )
+    return total, quantized, scale
+
+
+def _fake_add_norm(
+    x: Tensor, delta: Tensor, norm_weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_fake(x, norm_weight, epsilon, False, 0, None)
+
+
+register(
+    "add_norm_quantize(Tensor x, Tensor delta, Tensor norm_weight, float epsilon) "
+    "-> (Tensor, Tensor, Tensor)",
+    _cuda_add_norm,
+    _fake_add_norm,
+)
 register(
     "quantize_with_lifted(Tensor x, int group) -> (Tensor, Tensor, Tensor)",
     _cuda_with_lifted,

@@ -65,6 +65,8 @@ def _quantize_kernel(
     factor_ptr,
     q_ptr,
     plain_ptr,
+    delta_ptr,
+    sum_ptr,
     scale_ptr,
     columns,
     x_stride,
@@ -80,6 +82,7 @@ def _quantize_kernel(
     WINDOWS: tl.constexpr,
     WORDS: tl.constexpr,
     PLAIN: tl.constexpr,
+    ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -97,6 +100,10 @@ def _quantize_kernel(
         lanes = i * STEP + tl.arange(0, CHUNK)
         mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
         x = _scaled(x_ptr + lanes, mask, factor, FACTOR)
+        if ADD:
+            delta = tl.load(delta_ptr + row * columns + lanes, mask=mask, other=0.0)
+            x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+            tl.store(sum_ptr + row * columns + lanes, x, mask=mask)
         if SWIGLU:
             x = _swiglu(x, _scaled(x_ptr + columns + lanes, mask, factor, FACTOR))
         if NORM:
@@ -147,10 +154,12 @@ def _shape(rows: int, columns: int, swiglu: bool, lifted: bool) -> tuple[int, in
     leave most multiprocessors idle, and the one that serves a long row wants all its threads.
     """
     power = triton.next_power_of_2(max(columns, 64))
+    few = rows <= FEW_ROWS and not lifted
+    if few and not swiglu and power <= 8192:
+        return power, max(1, power // 512)
     if not (swiglu or lifted) and power <= 4096:
         return power, 1 if power <= 1024 else 2
-    few = rows <= FEW_ROWS and swiglu and not lifted
-    largest = (2048 if lifted else 8192 if few else 4096) if swiglu else (512 if lifted else 1024)
+    largest = (2048 if lifted else 4096) if swiglu else (512 if lifted else 1024)
     chunk = min(power, largest)
     while columns > MOST_CHUNKS * chunk:
         chunk *= 2
@@ -165,10 +174,13 @@ def quantize(
     group: int = 0,
     factor: Tensor | None = None,
     plain: Tensor | None = None,
+    delta: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; arguments and results as ``quantize_fused`` of this operation.
 
-    When lifting, ``plain`` (int8, contiguous, ``[..., in]``) receives the values unlifted too.
+    When lifting, ``plain`` (int8, contiguous, ``[..., in]``) receives the values unlifted too. With
+    ``delta`` (contiguous, like ``x``), ``total`` receives x + delta, and that is what is quantized.
     """
     columns = x.shape[-1] // 2 if swiglu else x.shape[-1]
     width = columns // group * (2 * group - 4) if group else columns
@@ -189,6 +201,8 @@ def quantize(
         None if factor is None else factor.reshape(-1).contiguous(),
         quantized,
         plain,
+        delta,
+        total,
         scale,
         columns,
         rows.stride(0),
@@ -204,6 +218,7 @@ def quantize(
         WINDOWS=windows,
         WORDS=triton.next_power_of_2(step // group * windows) if group else 1,
         PLAIN=plain is not None,
+        ADD=delta is not None,
         num_warps=warps,
         enable_fp_fusion=False,
         **early.launch_options(x),
