@@ -60,6 +60,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         one = torch.ones(*x_q.shape[:-1], 1) if x_scale is None else x_scale
         return reference.ternary_matmul(x_q, one, weight, w_scale, bias, torch.bfloat16)
 
+    def packed_swiglu(
+        x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y = reference.ternary_matmul(x_q, x_scale, weight, w_scale, None, dtype)
+        values, scale = quantization.reference.quantize_fused(y, swiglu=True)
+        return values, scale
+
     def add_norm_quantize(
         x: Tensor, delta: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     played("add_norm_quantize", add_norm_quantize)
     played("dense_matmul", reference.ternary_matmul)
     played("packed_matmul", reference.ternary_matmul)  # its weight is not packed here
+    played("packed_swiglu", packed_swiglu)
     played("structured_matmul", structured_matmul)
     played("decode_attention", decode_attention.reference.decode_attention)
     played("linear", symbolic._linear)
@@ -367,8 +375,7 @@ def test_few_tokens_are_quantized_in_their_norms(
         "quantize_activations",
         "packed_matmul",
         "add_norm_quantize",
-        "packed_matmul",
-        "quantize_activations",
+        *(["packed_swiglu"] if length == 1 else ["packed_matmul", "quantize_activations"]),
         "packed_matmul",
     ]
     assert calls[: 2 * len(layer)] == 2 * layer or length > dispatch.MOST_PACKED_TOKENS

@@ -35,12 +35,20 @@ from sparse_bitnet import console
 from sparse_bitnet.core.activation import quantize_int8
 from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.kernels import native, tuning
-from sparse_bitnet.kernels.matmul import cpu, packed_matmul, structured_matmul, ternary_matmul
+from sparse_bitnet.kernels.matmul import (
+    cpu,
+    packed_matmul,
+    packed_swiglu,
+    structured_matmul,
+    ternary_matmul,
+)
 from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.weight import TernaryWeight, copies
 
 MOST_PACKED_TOKENS = 32
+MOST_SWIGLU_TOKENS = 1
+"""Up to here a two-bit product takes the SwiGLU that follows it along."""
 FEWEST_SPARSE_TOKENS = 256
 """Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
 SPARSE_BACKENDS = ("2:4", "windows")
@@ -262,8 +270,13 @@ def integer_mlp(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """:func:`gated_mlp` of activations that are integers already, as :func:`integer_linear`'s."""
-    y = integer_linear(x_q, x_scale, gate_up, None, out_dtype)
-    return integer_linear(*quantize_fused(y, swiglu=True), down, None, out_dtype)
+    tokens = _known(gate_up, tokens_of(x_q))
+    if tokens is not None and 0 < tokens <= MOST_SWIGLU_TOKENS and gate_up.packed is not None:
+        y_q, y_scale = packed_swiglu(x_q, x_scale, gate_up.packed, gate_up.w_scale, out_dtype)
+    else:
+        y = integer_linear(x_q, x_scale, gate_up, None, out_dtype)
+        y_q, y_scale = quantize_fused(y, swiglu=True)
+    return integer_linear(y_q, y_scale, down, None, out_dtype)
 
 
 def takes_integers(weights: Sequence[TernaryWeight], x: Tensor) -> bool:

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from sparse_bitnet.kernels.matmul import triton_dense, triton_finish, triton_packed
+from sparse_bitnet.kernels.matmul import triton_dense, triton_finish, triton_packed, triton_swiglu
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.matmul.triton_dense import Tiles
 from sparse_bitnet.kernels.matmul.triton_packed import DotTiles, MmaTiles
+from sparse_bitnet.kernels.quantize_activations.reference import quantize_fused
 
 SHAPES = [(1, 40, 64), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
 
@@ -55,6 +56,28 @@ def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None
             x, x_scale.unsqueeze(-1), weight, w_scale, given, out_dtype=torch.float16
         )
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name", triton_swiglu.SWIGLU_TILES)
+@pytest.mark.parametrize(("tokens", "inner", "columns"), [(1, 40, 64), (2, 19, 132), (1, 3, 50)])
+def test_swiglu(name: str, tokens: int, inner: int, columns: int) -> None:
+    x, x_scale, weight, w_scale, _ = operands(tokens, 2 * inner, columns)
+    packed = triton_packed.pack_rows(weight)
+    found, scale = triton_swiglu.run_swiglu(x, x_scale, packed, w_scale, torch.float16, name)
+    y = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, None, torch.float16)
+    expected, step = quantize_fused(y, swiglu=True)
+    torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
+    # exp of another library may round silu to the other side of an fp16 step.
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert (found != expected).float().mean() < 0.05
+
+
+def test_swiglu_of_a_diverged_token_is_not_a_number() -> None:
+    x, _, weight, w_scale, _ = operands(1, 16, 64)
+    packed = triton_packed.pack_rows(weight)
+    x_scale = torch.tensor([torch.nan])
+    _, scale = triton_swiglu.swiglu_rows(x, x_scale, packed, w_scale, torch.float32)
+    assert scale.isnan().all()
 
 
 def test_largest_sums_fit() -> None:

@@ -45,6 +45,23 @@ def packed_matmul(
     return torch.ops.sparse_bitnet.packed_matmul(x_q, x_scale, packed, w_scale, bias, out_dtype)
 
 
+def packed_swiglu(
+    x_q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The first half of a gated MLP of one or two tokens: quantized silu(gate)·up. CUDA.
+
+    Args:
+        x_q, x_scale: as of :func:`ternary_matmul`.
+        packed, w_scale: of gate's rows before those of up.
+        dtype: what separate modules would round to in between.
+
+    Returns:
+        int8 ``[..., inner]`` and float32 ``[..., 1]``.
+    """
+    values, scale = torch.ops.sparse_bitnet.packed_swiglu(x_q, x_scale, packed, w_scale, dtype)
+    return values, scale
+
+
 def structured_matmul(
     x_q: Tensor,
     x_scale: Tensor | None,
@@ -101,6 +118,27 @@ def _packed(
     return y.view(*x_q.shape[:-1], packed.shape[0])
 
 
+def _packed_swiglu(
+    x_q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from sparse_bitnet.kernels.matmul import triton_swiglu
+
+    rows, scale = _rows(x_q, x_scale)
+    values, scale = triton_swiglu.swiglu_rows(rows, scale, packed, w_scale.contiguous(), dtype)
+    leading = x_q.shape[:-1]
+    return values.view(*leading, -1), scale.view(*leading, 1)
+
+
+def _fake_packed_swiglu(
+    x_q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    leading = x_q.shape[:-1]
+    return (
+        x_q.new_empty((*leading, w_scale.shape[0] // 2)),
+        x_q.new_empty((*leading, 1), dtype=torch.float32),
+    )
+
+
 def _fake_matmul(
     x_q: Tensor,
     x_scale: Tensor,
@@ -149,4 +187,10 @@ register(
     "Tensor? bias) -> Tensor",
     _structured,
     _fake_structured,
+)
+register(
+    "packed_swiglu(Tensor x_q, Tensor x_scale, Tensor packed, Tensor w_scale, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    _packed_swiglu,
+    _fake_packed_swiglu,
 )

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparse_bitnet.kernels import early, tuning
 from sparse_bitnet.kernels.early import fetch, wait
+from sparse_bitnet.kernels.quantize_activations.triton import _swiglu, magnitude_bits
 
 BLOCK = 64
 LONGEST_ROW = 2**18
@@ -82,6 +83,8 @@ CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 2x256 ahead": DotTiles(2, 256, True),
     "dot 2x128 ahead": DotTiles(2, 128, True),
     "dot 4x256": DotTiles(4, 256, False),
+    "dot 16x64": DotTiles(16, 64, False),
+    "dot 16x64 ahead": DotTiles(16, 64, True),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
     "dot 2x256 ahead fetch": DotTiles(2, 256, True, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
@@ -121,6 +124,7 @@ def _dot_kernel(
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
+    peaks_ptr,
     columns,
     row_words,
     x_words,
@@ -130,11 +134,18 @@ def _dot_kernel(
     BIAS: tl.constexpr,
     AHEAD: tl.constexpr,
     FETCH: tl.constexpr,
+    SWIGLU: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = n < columns
+    if SWIGLU:  # rows of gate and up in turns, of which each pair makes one value
+        inner = columns // 2
+        value = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) // 2
+        inside = value < inner
+        n = value + tl.arange(0, ROWS) % 2 * inner
+    else:
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = n < columns
     row_ptr = words_ptr + n.to(tl.int64) * row_words
     if FETCH:
         for start in range(0, row_words, 32 * LINE_WORDS):
@@ -173,7 +184,16 @@ def _dot_kernel(
         y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
         if BIAS:
             y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + token * columns + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y = y.to(y_ptr.dtype.element_ty)
+        if SWIGLU:
+            gate, up = tl.split(tl.reshape(tl.where(inside, y, 0.0), (ROWS // 2, 2)))
+            h = _swiglu(gate, up)
+            at = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+            tl.store(y_ptr + token * inner + at, h, mask=at < inner)
+            peak = tl.max(magnitude_bits(h))
+            tl.store(peaks_ptr + token * tl.num_programs(0) + tl.program_id(0), peak)
+        else:
+            tl.store(y_ptr + token * columns + n, y, mask=inside)
 
 
 @triton.jit
@@ -335,6 +355,7 @@ def run(
             x_scale,
             w_scale,
             bias,
+            None,
             columns,
             row_bytes // 4,
             x_q.shape[1] // 4,
@@ -343,6 +364,7 @@ def run(
             WORDS=tiles.words,
             AHEAD=tiles.ahead,
             FETCH=tiles.fetch,
+            SWIGLU=False,
             ASM=x_q.is_cuda,
             num_warps=1,
             **common,

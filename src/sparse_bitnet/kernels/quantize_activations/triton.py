@@ -29,6 +29,7 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 MOST_CHUNKS = 20
 FEW_ROWS = 32
+PEAK_CHUNK = 1024
 
 
 @triton.jit
@@ -51,6 +52,12 @@ def _normed(x, weight, inverse_rms):
     """RMSNorm's last steps, rounded where the module rounds."""
     normed = (x.to(tl.float32) * inverse_rms).to(x.dtype)
     return (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as the bits of a float32, which order as magnitudes do and keep NaN the largest."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -120,8 +127,7 @@ def _quantize_kernel(
         values = normed
     largest = tl.full((CHUNK,), SMALLEST_BITS, tl.int32)
     for i in tl.static_range(CHUNKS):
-        bits = values[i].to(tl.float32).to(tl.int32, bitcast=True)
-        largest = tl.maximum(largest, bits & 0x7FFFFFFF)
+        largest = tl.maximum(largest, magnitude_bits(values[i]))
     magnitude = tl.max(largest).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + row, tl.div_rn(magnitude, 127.0))
     inverse_step = tl.div_rn(1.0, magnitude) * 127.0  # the reference's own two roundings
@@ -145,6 +151,59 @@ def _quantize_kernel(
             at = i * (STEP // GROUP * WINDOWS) + word
             inside = (word < STEP // GROUP * WINDOWS) & (at < columns // GROUP * WINDOWS)
             tl.store(q_ptr.to(tl.pointer_type(tl.int32)) + at, packed, mask=inside)
+
+
+@triton.jit
+def _by_peaks_kernel(
+    x_ptr,
+    peaks_ptr,
+    q_ptr,
+    scale_ptr,
+    columns,
+    peaks,
+    PEAKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    peak = tl.arange(0, PEAKS)
+    wait(EARLY)
+    bits = tl.load(peaks_ptr + row * peaks + peak, mask=peak < peaks, other=0)
+    x = tl.load(x_ptr + row * columns + lanes, mask=lanes < columns, other=0.0).to(tl.float32)
+    magnitude = tl.maximum(tl.max(bits), SMALLEST_BITS).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + row, tl.div_rn(magnitude, 127.0))  # the same from every program
+    rounded = _rounded(x, tl.div_rn(1.0, magnitude) * 127.0)
+    tl.store(q_ptr + row * columns + lanes, rounded.to(tl.int8), mask=lanes < columns)
+
+
+def by_peaks(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize rows of which the largest magnitude is nearly known, many programs a row.
+
+    Args:
+        x: ``[rows, columns]``, float, contiguous.
+        peaks: int32 ``[rows, any]``: ``magnitude_bits`` of parts of a row that cover it.
+
+    Returns:
+        int8 ``[rows, columns]``, float32 ``[rows, 1]``.
+    """
+    rows, columns = x.shape
+    quantized = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    _by_peaks_kernel[(rows, triton.cdiv(columns, PEAK_CHUNK))](
+        x,
+        peaks,
+        quantized,
+        scale,
+        columns,
+        peaks.shape[1],
+        PEAKS=triton.next_power_of_2(peaks.shape[1]),
+        CHUNK=PEAK_CHUNK,
+        num_warps=8,
+        enable_fp_fusion=False,
+        **early.launch_options(x),
+    )
+    return quantized, scale
 
 
 def _shape(rows: int, columns: int, swiglu: bool, lifted: bool) -> tuple[int, int]:
