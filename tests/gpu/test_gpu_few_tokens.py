@@ -1,4 +1,4 @@
-"""Kernels that decoding takes: residual sum, norm and quantization in one; a product with SwiGLU."""
+"""What decoding takes: residual sum, norm and quantization in one; a product with SwiGLU."""
 
 from __future__ import annotations
 
