@@ -140,7 +140,7 @@ def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
         except Exception as error:
             failed[path] = f"{type(error).__name__}: {error}"[:300]
             del calls[path]
-    values, scale = fp8._rows(dy, None)
+    values, scale = fp8.rows(dy, None)
     factor = torch.exp2(-torch.randint(0, 4, scale.shape, device="cuda").float())
     t8, dy8, x8 = (
         fp8._transposed(ternary, None),
@@ -149,7 +149,7 @@ def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
     )
     half, full = torch.bfloat16, torch.float32
     parts: dict[str, Callable[[], Any]] = {
-        "dY rows": lambda: fp8._rows(dy, None),
+        "dY rows": lambda: fp8.rows(dy, None),
         "dY turned": lambda: fp8._transposed(values, factor),
         "X turned": lambda: fp8._transposed(x_q, 1 + factor / 2),
         "T turned": lambda: fp8._transposed(ternary, None),

@@ -49,7 +49,7 @@ def test_odd_magnitudes_have_the_scale_of_the_reference() -> None:
     assert torch.equal(triton_fp8.rows(dy, None)[1], reference.fp8_rows(dy, None)[1])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 70), (16, 300), (0, 4)])
+@pytest.mark.parametrize("shape", [(4, 1), (128, 128), (132, 70), (16, 300), (260, 129), (0, 4)])
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("kind", ["ternary", "int8", "fp8"])
 def test_transposed(shape: tuple[int, int], kind: str, factored: bool) -> None:

@@ -60,25 +60,39 @@ def gradients(
     dx = dw = None
     if needs[0]:
         # Different γ lie along the contracted dimension, and dW must not see them.
-        values, scale = _rows(dy, None if one_scale else w_scale)
-        # Unscaled sums reach 2⁸·out, too much for float16.
-        out_dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-        product = _matmul(values, _transposed(ternary, None), None, out_dtype)
-        dx = product * (scale * w_scale.select(0, 0) if one_scale else scale).unsqueeze(-1)
+        values, scale = rows(dy, None if one_scale else w_scale)
+        factor = scale * w_scale.select(0, 0) if one_scale else scale
+        dx = unscaled_input_gradient(values, ternary, dy.dtype) * factor.unsqueeze(-1)
     if needs[1]:
         if not (needs[0] and one_scale):
-            values, scale = _rows(dy, None)
-        token_scale = x_scale.reshape(-1)
-        power = reference.power_of_two(token_scale)
-        both = scale * power
-        largest = both.max()
-        dy_t = _transposed(values, both / largest)
-        x_t = _transposed(x_q, token_scale / power)
-        dw = _matmul(dy_t, x_t, largest, torch.float32)
+            values, scale = rows(dy, None)
+        dw = weight_gradient(values, scale, x_q, x_scale)
     return dx, dw
 
 
-def _has_kernels(tensor: Tensor) -> bool:
+def unscaled_input_gradient(values: Tensor, ternary: Tensor, dtype: torch.dtype) -> Tensor:
+    """values @ T of e4m3 rows, dX but for the token scales (and γ, if it was not folded in).
+
+    Args:
+        dtype: of dY. Unscaled sums reach 2⁸·out, too much for float16, which gives float32.
+    """
+    out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return _matmul(values, _transposed(ternary, None), None, out_dtype)
+
+
+def weight_gradient(values: Tensor, scale: Tensor, x_q: Tensor, x_scale: Tensor) -> Tensor:
+    """dW in float32 from dY's e4m3 rows and their scales, without γ."""
+    token_scale = x_scale.reshape(-1)
+    power = reference.power_of_two(token_scale)
+    both = scale * power
+    largest = both.max()
+    dy_t = _transposed(values, both / largest)
+    x_t = _transposed(x_q, token_scale / power)
+    return _matmul(dy_t, x_t, largest, torch.float32)
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether Triton and e4m3 products serve the tensor's device."""
     return runs_triton(tensor) and _has_fp8(tensor.device.index)
 
 
@@ -87,21 +101,22 @@ def _has_fp8(device_index: int | None) -> bool:
     return capability(device_index) >= OLDEST_CAPABILITY
 
 
-def _rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
-    if compiled.takes_rows(dy.shape[-1]) or not _has_kernels(dy):
+def rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """e4m3 rows of dY with a power of two each; arguments and results of the reference."""
+    if compiled.takes_rows(dy.shape[-1]) or not has_kernels(dy):
         return reference.fp8_rows(dy, fold)
     values, scale = torch.ops.sparse_bitnet.fp8_rows(dy, fold)
     return values, scale
 
 
 def _transposed(values: Tensor, factor: Tensor | None) -> Tensor:
-    if not _has_kernels(values):
+    if not has_kernels(values):
         return reference.fp8_transposed(values, factor)
     return torch.ops.sparse_bitnet.fp8_transposed(values, factor)
 
 
 def _matmul(a: Tensor, b: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    if not _has_kernels(a):
+    if not has_kernels(a):
         return reference.fp8_matmul(a, b, scale, out_dtype)
     return torch.ops.sparse_bitnet.fp8_matmul(a, b, scale, out_dtype)
 

@@ -8,6 +8,8 @@ its rows has to be turned first. Scales are powers of two, so scaling never roun
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,26 @@ SMALLEST_BITS = tl.constexpr((127 - 100 + 7) << 23)  # 2⁻¹⁰⁰ · 2⁷
 INFINITY_BITS = tl.constexpr(0x7F800000)
 HEADROOM_BITS = tl.constexpr(7 << 23)
 WIDEST_CHUNK = 4096
-TILE = 128
+
+
+class Tile(NamedTuple):
+    """What one program turns: rows and columns of what it reads, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(128, 128, 4)
+
+
+@triton.jit
+def power_and_inverse(bits):
+    """A row's scale (NaN if not finite) and its inverse, from the bits of its largest magnitude."""
+    finite = bits < INFINITY_BITS
+    power = ((bits & INFINITY_BITS) - HEADROOM_BITS).to(tl.float32, bitcast=True)
+    inverse = tl.where(finite, tl.div_rn(1.0, power), 1.0)
+    return tl.where(finite, power, float("nan")), inverse
 
 
 @triton.jit
@@ -45,15 +66,49 @@ def _rows_kernel(
         # Bit patterns order as magnitudes do and let a NaN through.
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         values = values + (value,)
-    bits = tl.max(largest)
-    finite = bits < INFINITY_BITS
-    power = ((bits & INFINITY_BITS) - HEADROOM_BITS).to(tl.float32, bitcast=True)
-    tl.store(scale_ptr + row, tl.where(finite, power, float("nan")))
-    inverse = tl.where(finite, tl.div_rn(1.0, power), 1.0)
+    power, inverse = power_and_inverse(tl.max(largest))
+    tl.store(scale_ptr + row, power)
     for i in tl.static_range(CHUNKS):
         lanes = i * CHUNK + tl.arange(0, CHUNK)
         scaled = (values[i] * inverse).to(tl.float8e4nv)
         tl.store(values_ptr + lanes, scaled, mask=lanes < columns)
+
+
+@triton.jit
+def _fourth(
+    values_ptr, factor_ptr, at, inside, row, columns, K: tl.constexpr, FACTOR: tl.constexpr
+):
+    """Row 4·row + K of the tile in float32, multiplied by its factor."""
+    values = tl.load(values_ptr + at + K * columns, mask=inside).to(tl.float32)
+    if FACTOR:
+        values *= tl.load(factor_ptr + row * 4 + K)[:, None]
+    return values
+
+
+@triton.jit
+def _e4m3_word(a, b, c, d, ASM: tl.constexpr):
+    """Four float32 as e4m3 in one word, the first lowest."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    low = _byte(a) | (_byte(b) << 8)
+    return low | (_byte(c) << 16) | (_byte(d) << 24)
+
+
+@triton.jit
+def _byte(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 
 
 @triton.jit
@@ -64,17 +119,26 @@ def _transpose_kernel(
     rows,
     columns,
     FACTOR: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = values_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tile = tl.load(at, mask=inside).to(tl.float32)
-    if FACTOR:
-        tile *= tl.load(factor_ptr + row, mask=row < rows, other=0.0)[:, None]
-    out_at = out_ptr + column.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(out_at, tl.trans(tile.to(tl.float8e4nv)), mask=tl.trans(inside))
+    # Four rows of a column are one word of the result, so that whole words change threads.
+    words = rows // 4
+    word = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (word < words)[:, None] & (column < columns)[None, :]
+    at = word.to(tl.int64)[:, None] * (4 * columns) + column[None, :]
+    row = tl.minimum(word, words - 1)
+    packed = _e4m3_word(
+        _fourth(values_ptr, factor_ptr, at, inside, row, columns, 0, FACTOR),
+        _fourth(values_ptr, factor_ptr, at, inside, row, columns, 1, FACTOR),
+        _fourth(values_ptr, factor_ptr, at, inside, row, columns, 2, FACTOR),
+        _fourth(values_ptr, factor_ptr, at, inside, row, columns, 3, FACTOR),
+        ASM,
+    )
+    out_at = out_ptr + column.to(tl.int64)[:, None] * words + word[None, :]
+    tl.store(out_at, tl.trans(packed), mask=tl.trans(inside))
 
 
 def rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,14 +166,23 @@ def rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def transposed(values: Tensor, factor: Tensor | None) -> Tensor:
-    """Launch; arguments and results as ``reference.fp8_transposed``."""
+def transposed(values: Tensor, factor: Tensor | None, tile: Tile = TILE) -> Tensor:
+    """Launch; arguments and results as ``reference.fp8_transposed``. Four divides the rows."""
     values = values.contiguous()
     count, columns = values.shape
     out = torch.empty((columns, count), dtype=torch.float8_e4m3fn, device=values.device)
     if out.numel() == 0:
         return out
-    _transpose_kernel[(triton.cdiv(count, TILE), triton.cdiv(columns, TILE))](
-        values, factor, out, count, columns, FACTOR=factor is not None, TILE=TILE, num_warps=8
+    _transpose_kernel[(triton.cdiv(count, tile.rows), triton.cdiv(columns, tile.columns))](
+        values,
+        None if factor is None else factor.contiguous(),
+        out.view(torch.int32),
+        count,
+        columns,
+        FACTOR=factor is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        ASM=values.is_cuda,
+        num_warps=tile.warps,
     )
     return out
