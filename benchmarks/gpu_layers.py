@@ -27,6 +27,7 @@ from gpu_common import copies_beyond_cache, interleaved, report, summary
 from sparse_bitnet import console
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, structured_matmul, ternarize, ternary_matmul
+from sparse_bitnet.kernels.measure import measure
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
@@ -95,7 +96,7 @@ def layer_calls(name: str, tokens: int) -> dict[str, list[Callable[[], object]]]
     for copy in range(count):
         dense = weight_of(out, columns, "dense")
         if copy == 0:
-            dispatch.measure(dense, tokens)
+            measure(dense, tokens)
         add("dense", partial(dispatch.ternary_linear, x, dense, backend="dense"))
         if tokens <= dispatch.MOST_PACKED_TOKENS:
             add("packed", partial(dispatch.ternary_linear, x, dense, backend="packed"))
@@ -142,7 +143,7 @@ def mlp_calls(size: str, tokens: int) -> dict[str, list[Callable[[], object]]]:
     for pattern in ("dense", *PATTERNS):
         pair = (weight_of(two, hidden, pattern), weight_of(hidden, inner, pattern))
         for weight in pair:
-            dispatch.measure(weight, tokens)
+            measure(weight, tokens)
         calls[pattern] = [partial(ours, *pair)]
     return calls
 

@@ -183,7 +183,7 @@ def test_what_was_measured_decides(calls: list[str]) -> None:
         dynamic=True,
     )
     compiled(tokens(64))
-    key = dispatch._key(weight, 900, torch.bfloat16)
+    key = dispatch.key_of(weight, 900, torch.bfloat16)
     tuning.memory(0).put(key, {"dense": 1.0, "windows": 2.0, "windows deferred": 0.5})
     calls.clear()
     compiled(tokens(900))

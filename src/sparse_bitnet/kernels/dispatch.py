@@ -22,16 +22,14 @@ choice is looked up, while it traces where the token count is known, else when t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_bitnet import console
 from sparse_bitnet.core.activation import quantize_int8
 from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.kernels import native, tuning
@@ -44,7 +42,7 @@ from sparse_bitnet.kernels.matmul import (
 )
 from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton, runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
-from sparse_bitnet.kernels.weight import TernaryWeight, copies
+from sparse_bitnet.kernels.weight import TernaryWeight
 
 MOST_PACKED_TOKENS = 32
 MOST_SWIGLU_TOKENS = 1
@@ -68,10 +66,12 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     """The backend for this many tokens: remembered, else measured now, else by rule."""
     if not runs_triton(weight.w_scale):
         return without_triton(weight.device, weight.packed is not None)
-    key = _key(weight, tokens, out_dtype)
+    key = key_of(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
     index = weight.device.index
     if len(usable) > 1 and may_measure_now() and tuning.memory(index).get(key) is None:
+        from sparse_bitnet.kernels.measure import measure
+
         measure(weight, tokens, out_dtype)
     return _decide(index, key, usable, tokens)
 
@@ -257,7 +257,7 @@ def integer_linear(
         backend = "dense"
         tokens = _known(weight, tokens_of(x_q)) if runs_triton(weight.w_scale) else None
         if tokens is not None and weight.packed is not None and tokens <= MOST_PACKED_TOKENS:
-            key = _key(weight, tokens, out_dtype)
+            key = key_of(weight, tokens, out_dtype)
             backend = _decided(weight.device.index, key, ("dense", "packed"), tokens)
     return _product(x_q, x_scale, weight, bias, out_dtype, backend)
 
@@ -317,7 +317,7 @@ def _chosen(
 ) -> str:
     if not runs_triton(weight.w_scale):
         return "reference" if weight.packed is None else "cpu"
-    key, index = _key(weight, tokens, out_dtype), weight.device.index
+    key, index = key_of(weight, tokens, out_dtype), weight.device.index
     if torch.compiler.is_compiling():
         return _decided(index, key, tuple(backends(weight, tokens, out_dtype)), tokens)
     here = (index, key, deferred)
@@ -337,7 +337,7 @@ def remembered(
 ) -> str:
     """The choice for a weight on a GPU by what is remembered, else by rule; never measures."""
     usable = tuple(backends(weight, tokens, out_dtype))
-    key = _key(weight, tokens, out_dtype)
+    key = key_of(weight, tokens, out_dtype)
     return _decide(weight.device.index, key, usable, tokens, deferred).backend
 
 
@@ -372,96 +372,11 @@ def may_measure_now() -> bool:
     return os.environ.get("SPARSE_BITNET_MEASURE", "1") != "0" and tuning.may_measure()
 
 
-def _key(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
+def key_of(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:
+    """What a measurement of a layer is remembered under."""
     shape = f"{tuning.bucket(tokens)}x{weight.out_features}x{weight.in_features}"
     layouts = f"{weight.sparse_backend}/{weight.group}/{weight.packed is not None}"
     return f"linear {shape} {layouts} {out_dtype}"
-
-
-@torch.no_grad()
-def measure(
-    weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16
-) -> dict[str, float]:
-    """Time every backend, after choosing the best launch of each; remember all of it.
-
-    Returns:
-        Microseconds of the whole layer by backend; of a sparse one also without its token scale,
-        which is what counts inside ``torch.compile``.
-    """
-    from sparse_bitnet.kernels.matmul import triton_dense, triton_packed
-
-    device = weight.device
-    tokens = tuning.bucket(tokens)
-    memory = tuning.memory(device.index)
-    names = backends(weight, tokens, out_dtype)
-    same = copies(weight)
-    x = torch.randn(tokens, weight.in_features, device=device).to(torch.bfloat16)
-    x_q, x_scale = quantize_fused(x)
-    x_scale = x_scale.reshape(-1)
-    shape = (tokens, weight.out_features, weight.in_features)
-    y = torch.empty(shape[:2], dtype=out_dtype, device=device)
-    label = f"measuring {tokens} tokens, [{shape[1]}, {shape[2]}] {weight.pattern}"
-    dense = triton_dense.candidates(x_q, weight.dense)
-    packed = triton_packed.candidates(tokens, weight.out_features) if "packed" in names else []
-    with console.progress(label, len(dense) + len(packed) + len(names)) as task:
-
-        def best(
-            key: str, candidates: list[str], launch: Callable[[TernaryWeight, str], None]
-        ) -> None:
-            if memory.get(key):
-                return  # measured with another weight of this shape
-            times: dict[str, float] = {}
-            calls = {name: [partial(launch, c, name) for c in same] for name in candidates}
-            for candidate, call in calls.items():
-                try:
-                    times[candidate] = tuning.microseconds(call)
-                except RuntimeError:
-                    continue  # this GPU has too little shared memory for the tile, say
-                finally:
-                    task.advance()
-            if times and tokens >= FEWEST_SPARSE_TOKENS:
-                times = tuning.under_load(calls, times)
-            if times:
-                memory.put(key, times)
-
-        best(
-            triton_dense.memory_key(*shape),
-            dense,
-            lambda c, name: triton_dense.run(
-                x_q, x_scale, c.dense, c.w_scale, None, y, triton_dense.CANDIDATES[name]
-            ),
-        )
-        best(
-            triton_packed.memory_key(*shape),
-            packed,
-            lambda c, name: triton_packed.run(
-                x_q,
-                x_scale,
-                cast(Tensor, c.packed),
-                c.w_scale,
-                None,
-                y,
-                triton_packed.CANDIDATES[name],
-            ),
-        )
-        times = {}
-        settle = tuning.SETTLE_SECONDS if tokens >= FEWEST_SPARSE_TOKENS else 0.0
-        for name in names:
-            calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in same]
-            calls[0]()  # lets the sparse library search its algorithms outside the graph
-            times[name] = tuning.microseconds(calls, settle)
-            if name in SPARSE_BACKENDS:
-                calls = [partial(_deferred, x, copy) for copy in same]
-                times[name + DEFERRED] = tuning.microseconds(calls, settle)
-            task.advance()
-    memory.put(_key(weight, tokens, out_dtype), times)
-    return times
-
-
-def _deferred(x: Tensor, weight: TernaryWeight) -> Tensor:
-    """The sparse layer up to the token scale."""
-    x_q, _ = quantize_fused(x, group=weight.group)
-    return structured_matmul(x_q, None, cast(Tensor, weight.structured), weight.w_scale)
 
 
 def without_triton(device: torch.device, packed: bool) -> Choice:

@@ -99,6 +99,8 @@ def _measure(
     out: int, columns: int, pattern: Pattern, tokens: int, device: torch.device
 ) -> dict[str, float]:
     """Microseconds of a forward product by each path, the token scale left to fusion; of layout."""
+    from sparse_bitnet.kernels.measure import measure
+
     with console.progress(f"measuring {tokens} tokens, [{out}, {columns}] {pattern}", 3) as task:
         weight = torch.randn(out, columns, device=device)
         ternary, scale = ternarize(weight, pattern)
@@ -106,7 +108,7 @@ def _measure(
         rows = scale.expand(out).contiguous()
         x = torch.randn(tokens, columns, device=device).bfloat16()
         dense = prepare(ternary, rows)
-        dispatch.measure(dense, tokens)  # finds the best tiles
+        measure(dense, tokens)  # finds the best tiles
         times = {DENSE: tuning.microseconds([partial(_dense, x, dense)])}
         task.advance()
         group = group_of(pattern, device, out, columns)
