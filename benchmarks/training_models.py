@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
-from sparse_bitnet.kernels import compiled
 from sparse_bitnet.nn import DerivedModule, choose_products, convert, use_products
+from sparse_bitnet.nn.gated_mlp import join_gated_mlps
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
 from sparse_bitnet.train.presets import preset_config
@@ -26,9 +26,7 @@ FAKE = "fake-quant"
 FULL = "bf16"
 PRODUCTS = ("sparse-forward", "dense-forward")
 PLAIN = "plain-compile"
-DEFAULT_LONGEST = compiled.LONGEST_ROW
-LONGEST_ROWS = {"rows-by-op": 0, "rows-by-compiler": 2**24}
-"""Columns of ``kernels.compiled.LONGEST_ROW`` by word."""
+JOINED = "joined-mlp"
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Row:
     method: Method = field(default_factory=Method)
     product: str | None = None
     """The forward product, "dense" or "sparse"; None for the package's own choice."""
-    longest: int = DEFAULT_LONGEST
-    """Columns up to which the compiler quantizes rows."""
+    joined: bool = False
+    """Gated MLPs train as one function each."""
     options: bool = True
     """Compile with the package's options for ternary layers."""
 
@@ -59,20 +57,16 @@ class Row:
         if first == FAKE and len(words) == 1:
             return Row(name, str(Pattern.parse(words[0])), FAKE)
         products = [word for word in words if word in PRODUCTS]
-        rows = [word for word in words if word in LONGEST_ROWS]
-        known = {"fp8", PLAIN, *PRODUCTS, *LONGEST_ROWS}
-        if max(len(products), len(rows)) > 1 or set(words) - known:
+        if len(products) > 1 or set(words) - {"fp8", PLAIN, JOINED, *PRODUCTS}:
             forms = (
                 "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8] "
-                "[rows-by-op|rows-by-compiler] [plain-compile]"
+                "[joined-mlp] [plain-compile]"
             )
             raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
         product = products[0].removesuffix("-forward") if products else None
-        longest = LONGEST_ROWS[rows[0]] if rows else DEFAULT_LONGEST
-        return Row(
-            name, str(Pattern.parse(first)), "ours", method, product, longest, PLAIN not in words
-        )
+        pattern = str(Pattern.parse(first))
+        return Row(name, pattern, "ours", method, product, JOINED in words, PLAIN not in words)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -133,6 +127,8 @@ class Candidate:
                 products = dict.fromkeys(products, row.product)
             use_products(model, products)
             self.products = dict(Counter(products.values()))
+            if row.joined:
+                join_gated_mlps(model)
         elif row.kind == FAKE:
             for block in blocks(model):
                 for name, module in list(block.named_modules()):
@@ -151,7 +147,6 @@ class Candidate:
 
     def wake(self) -> None:
         """Take the shared weights and derive from them."""
-        compiled.LONGEST_ROW = self.row.longest
         for module, masters in zip(self.derived, self.masters, strict=True):
             for name, parameter in masters.items():
                 module._parameters[name] = parameter
@@ -160,7 +155,6 @@ class Candidate:
 
     def rest(self) -> None:
         """Let go of everything that is not shared; optimizer steps of other rows are not seen."""
-        compiled.LONGEST_ROW = DEFAULT_LONGEST
         for module, masters in zip(self.derived, self.masters, strict=True):
             for name, parameter in masters.items():
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))

@@ -57,17 +57,21 @@ def test_resting_rows_do_not_see_steps(script: Any) -> None:
     assert not any(module.ternary.is_meta for module in resting.derived)
 
 
-def test_only_a_working_row_changes_what_the_compiler_gets(script: Any) -> None:
-    from sparse_bitnet.kernels import compiled
+def test_a_row_may_join_its_gated_mlps(script: Any) -> None:
+    from sparse_bitnet.nn.gated_mlp import GatedMLP
 
-    usual = compiled.LONGEST_ROW
     bench = script.Bench(script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False))
-    bench.add("6:8 rows-by-op")
-    candidate = bench.candidates["6:8 rows-by-op"]
-    candidate.wake()
-    assert compiled.LONGEST_ROW == 0
-    candidate.rest()
-    assert usual == compiled.LONGEST_ROW
+    losses = []
+    for name in ("6:8", "6:8 joined-mlp"):
+        bench.add(name)
+        candidate = bench.candidates[name]
+        joined = [m for m in candidate.loss_of.model.modules() if isinstance(m, GatedMLP)]
+        assert len(joined) == (bench.base.config.num_hidden_layers if "joined" in name else 0)
+        candidate.wake()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(candidate.loss_of(bench.tokens).item())
+        candidate.rest()
+    assert losses[0] == losses[1]
 
 
 def test_fake_quantization_is_the_method(script: Any) -> None:
@@ -98,13 +102,13 @@ def test_names_of_rows() -> None:
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
-    assert Row.parse("dense fp8 rows-by-op").longest == 0
+    assert Row.parse("dense fp8 joined-mlp").joined
+    assert not Row.parse("dense fp8").joined
     assert not Row.parse("dense plain-compile").options
-    assert Row.parse("dense rows-by-compiler").longest > Row.parse("dense").longest > 0
     for wrong in (
         "6:8 quickly",
         "6:8 sparse-forward dense-forward",
-        "6:8 rows-by-op rows-by-compiler",
+        "6:8 rows-by-op",
     ):
         with pytest.raises(ValueError, match="none of"):
             Row.parse(wrong)

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8
-from sparse_bitnet.kernels import compiled, matmul
+from sparse_bitnet.kernels import compiled, matmul, swiglu
 from sparse_bitnet.kernels.backward import fp8
-from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.nn import SparseBitLinear, convert, gated_mlp
+from sparse_bitnet.nn.gated_mlp import join_gated_mlps
 
 TOKENS, WIDTH = 32, 64
 OPS = torch.ops.sparse_bitnet
@@ -202,20 +203,54 @@ def test_what_is_not_finite_shows() -> None:
     assert y[4:].isfinite().all()
 
 
-def test_a_new_length_limit_is_seen() -> None:
-    """Dynamo guards on it: the benchmark changes it between rows."""
-    seen = []
+class Gated(nn.Module):
+    """A norm and a gated MLP."""
 
-    def f(x: Tensor) -> Tensor:
-        return x + (1 if compiled.takes_rows(x.shape[-1]) else 2)
+    def __init__(self, backward: Any, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.mlp: nn.Module = Qwen2MLP(inner)
+        convert(self, "6:8", method=Method(backward=backward))
+        assert join_gated_mlps(self) == 1
 
-    g = torch.compile(f, fullgraph=True, backend="eager")
-    original = compiled.LONGEST_ROW
-    try:
-        for longest in (4, 3, 4):
-            compiled.LONGEST_ROW = longest
-            seen.append(g(torch.zeros(4))[0].item())
-    finally:
-        compiled.LONGEST_ROW = original
-    assert seen == [1, 2, 1]
-    assert f(torch.zeros(4))[0] == 2
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.mlp(self.norm(x))
+        return result
+
+
+class Qwen2MLP(nn.Module):
+    """Of transformers' class name and form."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, inner, bias=False)
+        self.up_proj = nn.Linear(WIDTH, inner, bias=False)
+        self.down_proj = nn.Linear(inner, WIDTH, bias=False)
+        self.act_fn = nn.SiLU()
+
+
+@pytest.mark.parametrize("longest", [0, WIDTH, 4096])
+@pytest.mark.parametrize("backward", ["full", "fp8"])
+def test_a_gated_mlp_is_one_pass_each_way(monkeypatch: Any, backward: str, longest: int) -> None:
+    monkeypatch.setattr(compiled, "LONGEST_ROW", longest)
+    monkeypatch.setattr(gated_mlp, "_on_gpu_in_bf16", _yes)
+    monkeypatch.setattr(swiglu, "runs_triton", _yes)
+    module = Gated(backward, 2 * WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        graphs = Graphs(module, torch.randn(TOKENS, WIDTH), monkeypatch)
+    calls = graphs.calls()
+    fp8_mode, by_kernel = backward == "fp8", longest < 2 * WIDTH
+    assert calls["sparse_bitnet.dense_matmul.default"] == 3
+    assert calls["sparse_bitnet.swiglu_quantize.default"] == by_kernel
+    assert calls["sparse_bitnet.swiglu_fp8_gradients.default"] == (fp8_mode and by_kernel)
+    # dY of down alone; those of gate and up come as rows.
+    assert calls["sparse_bitnet.fp8_rows.default"] == (fp8_mode and longest == 0)
+    assert calls["sparse_bitnet.quantize_activations.default"] == (longest == 0)
+    if fp8_mode:
+        assert calls["sparse_bitnet.fp8_matmul.default"] == 6
+        # Three weights, three dY, and two X: gate's is up's.
+        assert calls["sparse_bitnet.fp8_transposed.default"] == 8
+    # gate and up, and one byte of their product: integers, or e4m3 that was turned in forward.
+    wide = [t.element_size() for t in graphs.kept() if t.numel() == TOKENS * 2 * WIDTH]
+    assert wide.count(2) == 2
+    assert sum(wide) <= 5

@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-LONGEST_ROW = 4096
+LONGEST_ROW: Final = 4096
 """Columns up to which the compiler gets a row.
 
 It reads a row twice, the second time from cache, and computes what makes the row twice: on an H200

@@ -68,11 +68,8 @@ class BitProduct(torch.autograd.Function):
             structured = None
         if structured is not None and group:
             x_q, operand, x_scale = quantize_with_lifted(x, group)
-        elif bits == 8 and compiled.takes_rows(x.shape[-1]):
-            x_q, x_scale = quantize_int8(x)
-            operand = x_q
         else:
-            x_q, x_scale = quantize_activations(x, bits)
+            x_q, x_scale = quantized(x, bits)
             operand = x_q
         ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
         ctx.one_scale, ctx.fp8 = one_scale, fp8
@@ -108,6 +105,13 @@ class BitProduct(torch.autograd.Function):
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
         return dx, dw, dbias, *[None] * 9
+
+
+def quantized(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers and step of each token, by a kernel or left to the compiler."""
+    if bits == 8 and compiled.takes_rows(x.shape[-1]):
+        return quantize_int8(x)
+    return quantize_activations(x, bits)
 
 
 def kept_weights(
