@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8
 from sparse_bitnet.kernels import compiled, matmul, swiglu
@@ -254,3 +256,25 @@ def test_a_gated_mlp_is_one_pass_each_way(monkeypatch: Any, backward: str, longe
     wide = [t.element_size() for t in graphs.kept() if t.numel() == TOKENS * 2 * WIDTH]
     assert wide.count(2) == 2
     assert sum(wide) <= 5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("backward", ["full", "fp8"])
+def test_a_compiled_gated_mlp_learns_as_its_layers(
+    monkeypatch: Any, backward: str, checkpointed: bool
+) -> None:
+    monkeypatch.setattr(gated_mlp, "_on_gpu_in_bf16", _yes)
+    module = Gated(backward, 2 * WIDTH)
+    layers = copy.deepcopy(module)
+    other: Any = layers.mlp
+    other.forward = lambda x: other.down_proj(F.silu(other.gate_proj(x)) * other.up_proj(x))
+    module.compile(fullgraph=True, options=dict(compiled.INDUCTOR_OPTIONS))
+    x, dy, results = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH), []
+    for one in (layers, module):
+        inside = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = checkpoint(one, inside, use_reentrant=False) if checkpointed else one(inside)
+        y.backward(dy)
+        results.append([y.detach() - x, inside.grad - dy, *(p.grad for p in one.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() < (6e-2 if backward == "fp8" else 2e-2) * expected.norm()
