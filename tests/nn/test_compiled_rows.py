@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -213,7 +212,8 @@ class Gated(nn.Module):
         self.norm = nn.RMSNorm(WIDTH)
         self.mlp: nn.Module = Qwen2MLP(inner)
         convert(self, "6:8", method=Method(backward=backward))
-        assert join_gated_mlps(self) == 1
+        join_gated_mlps(self)
+        assert isinstance(self.mlp, gated_mlp.GatedMLP)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.norm(x))
@@ -266,8 +266,7 @@ def test_a_compiled_gated_mlp_learns_as_its_layers(
     monkeypatch.setattr(gated_mlp, "_on_gpu_in_bf16", _yes)
     module = Gated(backward, 2 * WIDTH)
     layers = copy.deepcopy(module)
-    other: Any = layers.mlp
-    other.forward = lambda x: other.down_proj(F.silu(other.gate_proj(x)) * other.up_proj(x))
+    layers.mlp.gate_proj.register_forward_hook(lambda *_: None)  # so they run one by one
     module.compile(fullgraph=True, options=dict(compiled.INDUCTOR_OPTIONS))
     x, dy, results = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH), []
     for one in (layers, module):
