@@ -105,3 +105,4 @@ def test_launches_cover_a_row(launch: triton.Launch, columns: int) -> None:
     assert options["CHUNK"] * (options["CHUNKS"] - 1) < columns
     assert options["CHUNK"] & (options["CHUNK"] - 1) == 0
     assert options["CHUNKS"] <= 8
+    assert options["num_warps"] * 32 * (options["maxnreg"] or 64) <= triton.REGISTERS

@@ -21,10 +21,12 @@ from sparse_bitnet.kernels.backward.triton_fp8 import power_and_inverse
 SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: rounds half to even, leaves it in the low bits
 ROUNDER_BITS = tl.constexpr(0x4B400000)
+REGISTERS = 65536
+"""Of a multiprocessor, which one program must not exceed."""
 
 
 class Launch(NamedTuple):
-    """Of a thread: lanes in a chunk, lanes in a row at most, and registers at most."""
+    """Of a thread: lanes in a chunk, lanes in a row (for up to 32 warps), registers at most."""
 
     lanes: int
     most: int
@@ -35,7 +37,8 @@ class Launch(NamedTuple):
         warps = min(32, triton.next_power_of_2(triton.cdiv(columns, 32 * self.most)))
         chunk = 32 * warps * self.lanes
         chunks = triton.cdiv(columns, chunk)
-        return {"CHUNK": chunk, "CHUNKS": chunks, "num_warps": warps, "maxnreg": self.registers}
+        registers = self.registers and min(self.registers, REGISTERS // (32 * warps))
+        return {"CHUNK": chunk, "CHUNKS": chunks, "num_warps": warps, "maxnreg": registers}
 
 
 FORWARD = Launch(8, 48, None)
