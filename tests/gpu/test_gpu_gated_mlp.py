@@ -26,8 +26,9 @@ SHAPES = [(0, 64), (1, 1), (5, 100), (37, 4864), (64, 8960), (64, 11008), (9, 18
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh() -> None:
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 def inputs(*shape: int) -> tuple[Tensor, Tensor]:
