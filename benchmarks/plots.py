@@ -15,6 +15,7 @@ KINDS = {"dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
 
 def main() -> None:
     rows = json.loads((RESULTS / "inference.json").read_text())["rows"]
+    rows = [r for r in rows if r["model"] == "qwen2.5-7b" and r["head"] == "bf16"]
     shown = {
         "prefill": sorted((r for r in rows if r["stage"] == "prefill"), key=_tokens),
         "decode": sorted((r for r in rows if r["stage"] == "decode"), key=_tokens),

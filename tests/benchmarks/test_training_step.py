@@ -57,16 +57,17 @@ def test_resting_rows_do_not_see_steps(script: Any) -> None:
     assert not any(module.ternary.is_meta for module in resting.derived)
 
 
-def test_a_row_may_join_its_gated_mlps(script: Any) -> None:
+def test_a_row_may_run_layers_one_by_one(script: Any) -> None:
     from sparse_bitnet.nn.gated_mlp import GatedMLP
 
     bench = script.Bench(script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False))
     losses = []
-    for name in ("6:8", "6:8 joined-mlp"):
+    for name in ("6:8", "6:8 single-layers"):
         bench.add(name)
         candidate = bench.candidates[name]
         joined = [m for m in candidate.loss_of.model.modules() if isinstance(m, GatedMLP)]
-        assert len(joined) == (bench.base.config.num_hidden_layers if "joined" in name else 0)
+        assert len(joined) == bench.base.config.num_hidden_layers
+        assert all(bool(m.down_proj._forward_hooks) == ("single" in name) for m in joined)
         candidate.wake()
         with torch.autocast("cpu", torch.bfloat16):
             losses.append(candidate.loss_of(bench.tokens).item())
@@ -102,8 +103,8 @@ def test_names_of_rows() -> None:
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
-    assert Row.parse("dense fp8 joined-mlp").joined
-    assert not Row.parse("dense fp8").joined
+    assert Row.parse("dense fp8 single-layers").single
+    assert not Row.parse("dense fp8").single
     assert not Row.parse("dense plain-compile").options
     for wrong in (
         "6:8 quickly",

@@ -190,6 +190,14 @@ def test_what_was_measured_decides(calls: list[str]) -> None:
     assert calls[2] == "dense_matmul"
 
 
+def test_a_draw_goes_to_the_dense_product(calls: list[str]) -> None:
+    weight = weight_of()
+    key = dispatch.key_of(weight, 900, torch.bfloat16)
+    for dense, expected in ((10.2, "dense"), (10.4, "windows")):
+        tuning.memory(0).put(key, {"dense": dense, "windows": 10.0})
+        assert dispatch.remembered(weight, 900, torch.bfloat16) == expected
+
+
 def kernels_in(graph: GraphModule) -> list[str]:
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     return [t.split(".")[1] for t in targets if t.startswith("sparse_bitnet.")]

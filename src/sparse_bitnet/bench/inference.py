@@ -208,6 +208,8 @@ def choose_backends(decoder: Decoder, case: Case) -> dict[str, str]:
         if isinstance(module, PackedLinear):
             weight: TernaryWeight = module.layout("weight")
             chosen[name] = dispatch.choose(weight, case.tokens, decoder.dtype).backend
+            if decoder.device.type == "cuda":  # compiled, a token scale joins what reads the result
+                chosen[name] = dispatch.remembered(weight, case.tokens, decoder.dtype, True)
     return chosen
 
 

@@ -21,6 +21,7 @@ choice is looked up, while it traces where the token count is known, else when t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ MOST_SWIGLU_TOKENS = 1
 FEWEST_SPARSE_TOKENS = 256
 """Without a measurement: two-bit rows up to here, sparse tensor cores from there on."""
 SPARSE_BACKENDS = ("2:4", "windows")
+DRAW = 1.03
+"""Times this close are a draw under load; then the dense product serves, which rounds once."""
 DEFERRED = " deferred"  # a sparse product without its token scale
 
 
@@ -91,6 +94,8 @@ def _decide(
         times = {name: remembered.get(name + DEFERRED, t) for name, t in times.items()}
     if times:
         best = tuning.fastest(times)
+        if best in SPARSE_BACKENDS and times.get("dense", math.inf) < DRAW * times[best]:
+            best = "dense"
         others = ", ".join(f"{name} {t:.1f}" for name, t in times.items() if name != best)
         return Choice(best, f"measured {times[best]:.1f} µs ({others})", times)
     if tokens <= MOST_PACKED_TOKENS and "packed" in usable:

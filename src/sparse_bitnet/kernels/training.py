@@ -89,7 +89,7 @@ def choose(
         return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape", times)
     layout = times["layout"] / passes
     dense, sparse = times[DENSE], times[SPARSE]
-    best = SPARSE if sparse + layout < dense else DENSE
+    best = SPARSE if dispatch.DRAW * (sparse + layout) < dense else DENSE
     why = f"dense {dense:.0f} µs, sparse {sparse:.0f} + {layout:.0f} µs of layout a forward pass"
     return Choice(best, why, times)
 
@@ -109,7 +109,8 @@ def _measure(
         x = torch.randn(tokens, columns, device=device).bfloat16()
         dense = prepare(ternary, rows)
         measure(dense, tokens)  # finds the best tiles
-        times = {DENSE: tuning.microseconds([partial(_dense, x, dense)])}
+        settle = tuning.SETTLE_SECONDS
+        times = {DENSE: tuning.microseconds([partial(_dense, x, dense)], settle)}
         task.advance()
         group = group_of(pattern, device, out, columns)
         if group is None:
@@ -124,7 +125,7 @@ def _measure(
             return structured_matmul(x_q, None, compressed, rows)
 
         sparse()  # lets the library search its algorithms outside a graph
-        times[SPARSE] = tuning.microseconds([sparse])
+        times[SPARSE] = tuning.microseconds([sparse], settle)
         task.advance()
         times["layout"] = tuning.microseconds([partial(lay_out, ternary, group, compressed)])
         task.advance()

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.dispatch import gated_mlp, integer_mlp
+from sparse_bitnet.nn import gated_mlp as training_mlp
 from sparse_bitnet.nn.packed_linear import Integers, PackedLinear
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
-MLP = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""transformers' classes whose forward is known to be as the module's description says."""
+MLP = (*training_mlp.MLP, "GatedMLP")
+"""Classes whose forward is known to be as the module's description says."""
 
 
 def fuse(model: nn.Module) -> int:

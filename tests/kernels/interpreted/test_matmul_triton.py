@@ -41,7 +41,7 @@ def test_dense(shape: tuple[int, int, int], descriptors: bool, with_bias: bool) 
         DotTiles(1, 16, True),
         DotTiles(2, 32, False, fetch=True),
         MmaTiles(16, 32, 1, 4, 2),
-        MmaTiles(32, 16, 3, 4, 2, fetch=True),
+        MmaTiles(32, 16, 3, 4, 2),
     ],
 )
 def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None:

@@ -74,7 +74,6 @@ class MmaTiles:
     splits: int
     warps: int
     stages: int
-    fetch: bool = False
 
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
@@ -86,7 +85,6 @@ CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 16x64": DotTiles(16, 64, False),
     "dot 16x64 ahead": DotTiles(16, 64, True),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
-    "dot 2x256 ahead fetch": DotTiles(2, 256, True, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
     "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
     "mma 128x128": MmaTiles(128, 128, 1, 8, 3),
@@ -258,7 +256,6 @@ def _mma_kernel(
     BYTES: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
-    FETCH: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -268,9 +265,6 @@ def _mma_kernel(
     inside = n < columns
     row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
     total = tl.zeros((ROWS, TOKENS), tl.int32)
-    if FETCH:
-        for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
-            fetch(row_ptr + start, EARLY)
     wait(EARLY)
     for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
         byte = start + tl.arange(0, BYTES)
@@ -389,7 +383,6 @@ def run(
         ROWS=tiles.rows,
         BYTES=tiles.bytes,
         SPLITS=tiles.splits,
-        FETCH=tiles.fetch,
         ASM=x_q.is_cuda,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

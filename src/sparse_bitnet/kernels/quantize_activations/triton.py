@@ -254,6 +254,8 @@ def quantize(
     whole = math.lcm(max(group, 1), 8)  # chunks end with a group, and on a vector of eight
     step = chunk // whole * whole
     windows = max(1, group // 2 - 1)
+    # Of many short rows each program would wait for nothing, at twice the time.
+    options = early.launch_options(x) if rows.shape[0] <= FEW_ROWS else early.OFF
     _quantize_kernel[(rows.shape[0],)](
         rows,
         norm_weight,
@@ -280,6 +282,6 @@ def quantize(
         ADD=delta is not None,
         num_warps=warps,
         enable_fp_fusion=False,
-        **early.launch_options(x),
+        **options,
     )
     return quantized, scale
