@@ -61,3 +61,13 @@ def test_strides_and_no_sequence() -> None:
     torch.testing.assert_close(triton.attend(query, keys, values, None, 0.25), expected)
     empty = triton.attend(query[:0], keys[:0], values[:0], None, 0.25)
     assert empty.shape == (0, 4, 1, 16)
+
+
+@pytest.mark.parametrize("first", [0, 1, 70, 1100, 1290])
+def test_padding_on_the_left_of_many_shares(first) -> None:
+    """The first shares, more than are joined at once, see nothing."""
+    query, keys, values = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 1, 1300, 16)
+    seen = (torch.arange(1300) >= first).view(1, 1, 1, 1300)
+    expected = plain(query, keys, values, seen, 0.5)
+    found = triton.attend(query, keys, values, seen, 0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

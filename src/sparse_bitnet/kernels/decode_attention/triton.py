@@ -26,6 +26,7 @@ WARPS = 4
 PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
+LEAST = tl.constexpr(-1e30)  # below every score, and finite: shares of which nothing is seen have −∞
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _join_kernel(
     first = (head * shares).to(tl.int64) * ROWS + row
     lanes = tl.arange(0, WIDTH)
     wait(EARLY)
-    largest = tl.full((), -float("inf"), tl.float32)
+    largest = tl.full((), LEAST, tl.float32)
     total = tl.zeros((JOINED,), tl.float32)
     y = tl.zeros((JOINED, WIDTH), tl.float32)
     for start in range(0, shares, JOINED):
