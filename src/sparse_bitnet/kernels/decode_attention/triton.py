@@ -26,7 +26,7 @@ WARPS = 4
 PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
-LEAST = tl.constexpr(-1e30)  # below every score, and finite: shares of which nothing is seen have −∞
+LEAST = tl.constexpr(-1e30)  # finite, below every score; a share that sees nothing has −∞
 
 
 @triton.jit
