@@ -18,7 +18,7 @@ import torch
 from gpu_common import write
 from sparse_bitnet.bench import decoder as decoders
 from sparse_bitnet.bench.inference import Case, call_of, choose_backends
-from sparse_bitnet.bench.timing import capture
+from sparse_bitnet.bench.timing import capture, replay_microseconds
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels import dispatch, early
 from sparse_bitnet.kernels.platform import compile_options
@@ -54,16 +54,7 @@ def microseconds(decoder: decoders.Decoder, step: dict[str, Any]) -> list[float]
         decoder.compile()
         choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(TOKENS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / TOKENS)
-    return times
+    return [replay_microseconds(graph, TOKENS) / TOKENS for _ in range(REPEATS)]
 
 
 OPTIONS, TAKES, LAUNCH = compile_options(), dispatch.takes_integers, early.launch_options

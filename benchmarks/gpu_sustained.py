@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gpu_common import write
+from sparse_bitnet.bench.timing import capture, replay_microseconds
 from sparse_bitnet.core import BackendError, Pattern, row_scale
 from sparse_bitnet.kernels import ternarize
 from sparse_bitnet.kernels.matmul import cusparselt, triton_dense
@@ -33,15 +34,9 @@ SETTLE, REST = 0.7, 0.25  # seconds
 
 def sustained(call: Callable[[], object]) -> dict[str, Any]:
     """Cool and settled microseconds of a call, and what the GPU settled at."""
-    call()
+    graph = capture([call], CALLS)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    cool = _microseconds(graph, 1)
+    cool = replay_microseconds(graph, 1) / CALLS
     until = time.monotonic() + SETTLE
     seen: list[tuple[float, float]] = []
     while time.monotonic() < until:
@@ -50,20 +45,10 @@ def sustained(call: Callable[[], object]) -> dict[str, Any]:
         if time.monotonic() > until - REST and len(seen) < 2:
             seen.append(_clock_and_power())
         torch.cuda.synchronize()
-    settled = _microseconds(graph, 4)
+    settled = replay_microseconds(graph, 4) / (4 * CALLS)
     time.sleep(REST)
     clock, watts = (statistics.mean(values) for values in zip(*seen, strict=True))
     return {"cool_us": cool, "settled_us": settled, "sm_mhz": clock, "watts": watts}
-
-
-def _microseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / (CALLS * replays)
 
 
 def _clock_and_power() -> tuple[float, float]:

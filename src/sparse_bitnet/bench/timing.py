@@ -43,7 +43,7 @@ def interleaved(
     if not torch.cuda.is_available():
         return _on_cpu(candidates, repeats)
     graphs = {name: capture(calls, rounds) for name, calls in candidates.items()}
-    shortest = min(_microseconds(graph, 1) for graph in graphs.values())
+    shortest = min(replay_microseconds(graph, 1) for graph in graphs.values())
     replays = 1
     if shortest >= WHOLE_PASS:
         replays = min(MOST_REPLAYS, max(1, round(TURN_MICROSECONDS / shortest)))
@@ -51,11 +51,12 @@ def interleaved(
     for _ in range(repeats):
         for name, graph in graphs.items():
             count = replays * rounds * len(candidates[name])
-            times[name].append(_microseconds(graph, replays) / count)
+            times[name].append(replay_microseconds(graph, replays) / count)
     return times
 
 
-def _microseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+def replay_microseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Of all replays together, one after another."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(replays):
