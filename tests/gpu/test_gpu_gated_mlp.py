@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparse_bitnet.core import Method
 from sparse_bitnet.kernels.backward.reference import FP8
@@ -87,26 +89,11 @@ def test_edges() -> None:
     assert not scale[4:].isfinite().any()
 
 
-class Qwen2MLP(nn.Module):
-    """Of transformers' class name and form."""
-
-    def __init__(self, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, inner, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, inner, bias=False)
-        self.down_proj = nn.Linear(inner, HIDDEN, bias=False)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return result
-
-
 class Block(nn.Module):
     def __init__(self, inner: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(HIDDEN)
-        self.mlp: nn.Module = Qwen2MLP(inner)
+        self.mlp: nn.Module = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=inner))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.norm(x))

@@ -16,6 +16,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8
 from sparse_bitnet.kernels import compiled, matmul, swiglu
@@ -210,7 +212,7 @@ class Gated(nn.Module):
     def __init__(self, backward: Any, inner: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(WIDTH)
-        self.mlp: nn.Module = Qwen2MLP(inner)
+        self.mlp: nn.Module = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=inner))
         convert(self, "6:8", method=Method(backward=backward))
         join_gated_mlps(self)
         assert isinstance(self.mlp, gated_mlp.GatedMLP)
@@ -218,17 +220,6 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.norm(x))
         return result
-
-
-class Qwen2MLP(nn.Module):
-    """Of transformers' class name and form."""
-
-    def __init__(self, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(WIDTH, inner, bias=False)
-        self.up_proj = nn.Linear(WIDTH, inner, bias=False)
-        self.down_proj = nn.Linear(inner, WIDTH, bias=False)
-        self.act_fn = nn.SiLU()
 
 
 @pytest.mark.parametrize("longest", [0, WIDTH, 4096])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparse_bitnet.core import Method
 from sparse_bitnet.nn import SparseBitLinear, convert, set_pattern
@@ -20,30 +21,25 @@ Tiny = Callable[..., PreTrainedModel]
 HIDDEN, INNER = 32, 48
 
 
-class Qwen2MLP(nn.Module):
-    """Of transformers' class name and form."""
-
-    def __init__(self, hidden: int = HIDDEN, inner: int = INNER, bias: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return result
+def known(bias: bool = False) -> LlamaMLP:
+    """Of a class that is known."""
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER, mlp_bias=bias)
+    return LlamaMLP(config)
 
 
-class PlainMLP(Qwen2MLP):
+class PlainMLP(LlamaMLP):
     """Of a class that is not known, so its layers run one by one."""
 
 
 def pair(pattern: str = "6:8", bias: bool = False, **method: Any) -> tuple[nn.Module, GatedMLP]:
     """The layers one by one, and joined; of equal weights."""
-    plain = nn.Sequential(PlainMLP(bias=bias))
+    plain = nn.Sequential(known(bias))
+    plain[0].__class__ = PlainMLP
     convert(plain, pattern, method=Method(**method))
-    return plain[0], GatedMLP(copy.deepcopy(plain[0]))
+    joined = copy.deepcopy(plain[0])
+    joined.__class__ = GatedMLP
+    assert isinstance(joined, GatedMLP)
+    return plain[0], joined
 
 
 def joined_in(model: nn.Module) -> int:
@@ -137,6 +133,20 @@ def hook(module: nn.Module) -> None:
     module.up_proj.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
 
 
+def hook_silu(module: nn.Module) -> None:
+    module.act_fn.register_forward_pre_hook(lambda *_: None)  # type: ignore[union-attr]
+
+
+def other_function(module: nn.Module) -> None:
+    module.act_fn = nn.GELU()
+
+
+def own_forward(module: nn.Module) -> None:
+    """As libraries do it that move weights between devices."""
+    layer: Any = module.down_proj
+    layer.forward = lambda x: 2 * SparseBitLinear.forward(layer, x)
+
+
 def lay_out(module: nn.Module) -> None:
     module.down_proj.structured = torch.empty(0)
 
@@ -161,6 +171,9 @@ def subclass(module: nn.Module) -> None:
         ({"gradient": "masked"}, False, None),
         ({"activation_bits": 4}, False, None),
         ({}, False, hook),
+        ({}, False, hook_silu),
+        ({}, False, other_function),
+        ({}, False, own_forward),
         ({}, False, own_scales),
         ({}, False, subclass),
     ],
@@ -246,14 +259,16 @@ def test_edited_weights_are_seen(calls: list[bool]) -> None:
 
 
 def test_hooks_and_copies_of_the_module_stay() -> None:
-    model = nn.Sequential(Qwen2MLP())
-    seen: list[nn.Module] = []
-    model[0].register_forward_hook(lambda module, *_: seen.append(module))
-    model[0].eval()
+    model = nn.Sequential(known())
+    joined, seen, loaded = model[0], [], []
+    joined.register_forward_hook(lambda module, *_: seen.append(module))
+    joined.register_load_state_dict_pre_hook(lambda module, *_: loaded.append(module))
+    joined.eval()
     convert(model, "6:8")
-    join_gated_mlps(model)
-    joined = model[0]
+    assert model[0] is joined
     assert isinstance(joined, GatedMLP)
+    model.load_state_dict(model.state_dict())
+    assert loaded == [joined]
     assert not joined.training
     joined(torch.randn(2, HIDDEN))
     assert seen == [joined]
@@ -263,12 +278,44 @@ def test_hooks_and_copies_of_the_module_stay() -> None:
     assert torch.equal(other(x), joined(x))
 
 
+class Clamped(nn.Module):
+    """Of a name that is known, and another forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, INNER)
+        self.down_proj, self.act_fn = nn.Linear(INNER, HIDDEN), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1))
+        return result
+
+
 def test_others_are_left_alone() -> None:
-    different = Qwen2MLP()
-    different.act_fn = nn.GELU()  # type: ignore[assignment]
-    model = nn.ModuleList([PlainMLP(), different])
+    different, foreign = known(), Clamped()
+    different.act_fn = nn.GELU()
+    Clamped.__name__ = "LlamaMLP"
+    plain = PlainMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER))
+    model = nn.ModuleList([plain, different, foreign])
     convert(model, "6:8")
     assert join_gated_mlps(model) == joined_in(model) == 0
-    partly = nn.Sequential(Qwen2MLP())
+    partly = nn.Sequential(known())
     convert(partly, "6:8", rules={"up_proj": "skip"})
     assert join_gated_mlps(partly) == joined_in(partly) == 0
+
+
+def test_a_module_that_stands_twice_stays_one(tiny: Tiny) -> None:
+    model: Any = tiny("qwen2")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    keys = list(model.state_dict())
+    convert(model, "6:8")
+    assert joined_in(model) == 1
+    assert model.model.layers[1].mlp is model.model.layers[0].mlp
+    assert list(model.state_dict()) == keys
+
+
+def test_a_forward_that_was_replaced_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    model = nn.Sequential(known())
+    convert(model, "6:8")
+    assert joined_in(model) == 0

@@ -22,12 +22,14 @@ from sparse_bitnet.core import row_scale
 from sparse_bitnet.kernels import swiglu, ternary_matmul
 from sparse_bitnet.kernels.backward.gated import Kept, Layer, gated_gradients
 from sparse_bitnet.kernels.platform import runs_triton
+from sparse_bitnet.nn.calls import is_called_plainly
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear, output_dtype, quantized
 
 MLP = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 """transformers' classes whose forward is known to be down(act(gate(x))·up(x))."""
 SILU = ("SiLU", "SiLUActivation")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SOURCE = "transformers.models."
+"""Where such a class's forward has to come from: others use the names too, and may do more."""
 
 
 class GatedProducts(torch.autograd.Function):
@@ -83,19 +85,22 @@ class GatedProducts(torch.autograd.Function):
 class GatedMLP(nn.Module):
     """A gated MLP of transformers with converted layers: ``[..., hidden]`` → ``[..., hidden]``.
 
-    Takes over everything the module holds, hooks included, under the same names. Its layers become
-    one function on an NVIDIA GPU where results are bf16, activations int8 and products dense, and
-    no layer has a bias, a masked gradient, several γ or a hook; else they run one by one.
+    Only the class of a module becomes this one: it holds what it held, hooks included. Its layers
+    become one function on an NVIDIA GPU where results are bf16, activations int8 and products
+    dense, no layer has a bias, a masked gradient or several γ, and a call of each part is its
+    forward and nothing else (no hooks); else they run one by one.
     """
 
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(mlp.__dict__)
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not (_on_gpu_in_bf16(x) and _joins(gate) and _joins(up) and _joins(down)):
-            result: Tensor = down(self.act_fn(gate(x)) * up(x))  # type: ignore[operator]
+        served = _on_gpu_in_bf16(x) and _is_silu(self.act_fn)
+        if not (served and _joins(gate) and _joins(up) and _joins(down)):
+            result: Tensor = down(self.act_fn(gate(x)) * up(x))
             return result
         layers: Any = (gate, up, down)
         if not torch.compiler.is_compiling():
@@ -107,7 +112,7 @@ class GatedMLP(nn.Module):
             *[layer.ternary for layer in layers],
             *[row_scale(layer.scale, (), layer.out_features) for layer in layers],
             torch.bfloat16,
-            gate.method.backward == "fp8",  # type: ignore[union-attr]
+            gate.method.backward == "fp8",
         )
 
 
@@ -117,21 +122,22 @@ def join_gated_mlps(model: nn.Module) -> int:
     Returns:
         How many there are: of known classes with SwiGLU and three converted layers of one method.
     """
-    count = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ in MLP and _is_converted(child):
-                setattr(module, name, GatedMLP(child))
-                count += 1
-    return count
+    known = [m for m in model.modules() if type(m).__name__ in MLP and _is_converted(m)]
+    for module in known:
+        module.__class__ = GatedMLP
+    return len(known)
 
 
 def _is_converted(mlp: nn.Module) -> bool:
-    if type(getattr(mlp, "act_fn", None)).__name__ not in SILU:
+    if not (type(mlp).forward.__module__.startswith(SOURCE) and _is_silu(mlp.act_fn)):
         return False
     layers = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     methods = [layer.method for layer in layers if isinstance(layer, SparseBitLinear)]
     return len(methods) == 3 and methods[0] == methods[1] == methods[2]
+
+
+def _is_silu(function: Any) -> bool:
+    return type(function).__name__ in SILU and is_called_plainly(function)
 
 
 def _on_gpu_in_bf16(x: Tensor) -> bool:
@@ -146,5 +152,5 @@ def _joins(layer: Any) -> bool:
         and layer.structured is None
         and len(layer.segments) < 2
         and layer.method.activation_bits == 8
-        and not any(getattr(layer, hooks) for hooks in HOOKS)
+        and is_called_plainly(layer)
     )
