@@ -36,6 +36,12 @@ def test_linear_on_cpu_is_the_reference(name: str, tokens: int) -> None:
     assert (choice.backend, choice.why) == ("reference", "reference, as forced")
 
 
+def test_scales_of_rows_are_laid_out_with_the_weight() -> None:
+    """Kernels read them before those ahead have ended, which a copy just made would be one of."""
+    ternary = torch.zeros(16, 64, dtype=torch.int8)
+    assert prepare(ternary, torch.ones(1).expand(16)).w_scale.is_contiguous()
+
+
 def test_refuses_a_backend_of_another_device() -> None:
     weight = weight_of(DENSE)
     with pytest.raises(BackendError, match=r"'windows' does not serve 2 tokens × dense weight"):

@@ -6,6 +6,7 @@ compiler is given, when it compiles again, and who chooses the backend.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
 
 from sparse_bitnet.core import Pattern, row_scale, ternarize
 from sparse_bitnet.formats import windows
@@ -33,6 +42,15 @@ from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 LENGTHS = [1, 40, 300, 2, 33, 5000, 32, 17]
 IN, INNER = 32, 48
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 # Functions of the package carry the names of these modules.
 quantization = importlib.import_module("sparse_bitnet.kernels.quantize_activations")
 int8_linear = importlib.import_module("sparse_bitnet.kernels.int8_linear")
@@ -281,8 +299,8 @@ def test_fakes_are_as_the_kernels(calls: list[str]) -> None:
         torch.library.opcheck(getattr(torch.ops.sparse_bitnet, name), given)
 
 
-def packed_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A Qwen2 that was fused, of packed layers laid out as on a GPU, with an int8 head."""
+def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
+    """A fused model (a Qwen2), of packed layers laid out as on a GPU, with an int8 head."""
 
     def as_on_a_gpu(
         ternary: Tensor, w_scale: Tensor, pattern: Pattern, _stored: object
@@ -297,16 +315,7 @@ def packed_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (int8_linear, decode_attention):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model: Any = AutoModelForCausalLM.from_config(config or Qwen2Config(**SIZES)).eval()
     table = quantize_rows(model.get_input_embeddings().weight)
     convert(model, "6:8")
     for name, module in list(model.named_modules()):
@@ -403,4 +412,58 @@ def test_norms_of_another_dtype_stay_the_compilers(
         calls.clear()
         found = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
     assert "add_norm_quantize" not in calls
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_proj", "self_attn.o_proj", "mlp"])
+def test_hooks_in_a_layer_are_called_with_tensors(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = packed_model(monkeypatch)
+    quantize_in_norms(model)
+    model = copy.deepcopy(model)
+    seen: list[Any] = []
+    hooked = model.model.layers[1].get_submodule(name)
+    hooked.register_forward_hook(lambda _module, inputs, _y: seen.extend(inputs))
+    ids = torch.randint(0, 96, (1, 1))
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False)
+    assert calls.count("add_norm_quantize") == 1  # the other layer
+    assert [type(x) for x in seen] == [Tensor]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, mlp_bias=True, attention_bias=True),
+        MistralConfig(**SIZES, head_dim=8, sliding_window=4),
+        Qwen3Config(**SIZES, head_dim=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5)])
+def test_few_tokens_of_other_architectures(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, config: Any, shape: tuple[int, int]
+) -> None:
+    """Sequences of several lengths over a cache, with biases, windows, norms of heads."""
+    model = packed_model(monkeypatch, config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer.normal_()
+    ids, new = torch.randint(0, 96, (shape[0], 9)), torch.randint(0, 96, shape)
+    mask = torch.ones(shape[0], 9 + shape[1], dtype=torch.long)
+    mask[1:, :3] = 0
+
+    def logits(step: Any) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask[:, :9], past_key_values=cache)
+            found: Tensor = step(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+        return found
+
+    expected = logits(model)
+    assert quantize_in_norms(model) == 2
+    calls.clear()
+    found = logits(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert calls.count("add_norm_quantize") == 2
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -40,6 +40,19 @@ def test_values_narrower_than_keys_are_left_to_sdpa() -> None:
     torch.testing.assert_close(y, expected.transpose(1, 2))
 
 
+def test_dtypes_that_autocast_mixes_are_left_to_sdpa() -> None:
+    """Queries and keys that rotations in float32 made float32, values in bf16."""
+    query, keys = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 7, 16)
+    values = torch.randn(2, 4, 7, 16).bfloat16()
+    module = nn.Module().eval()
+    module.is_causal = True  # type: ignore[assignment]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = attend(module, query, keys, values, None)
+        expected = F.scaled_dot_product_attention(query, keys, values)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_masks_and_scales(scaling: float | None, mask: str | None) -> None:

@@ -136,6 +136,26 @@ def test_a_gated_mlp_of_another_activation_stays(tiny: Tiny, tokens: Tensor, log
     assert torch.equal(logits(model, tokens), before)
 
 
+def test_a_class_of_the_same_name_stays(tiny: Tiny, monkeypatch: Any) -> None:
+    model: Any = tiny("qwen2")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
+    assert fuse(model) == 4  # q, k and v of two layers
+    assert not any(isinstance(module, FusedMLP) for module in model.modules())
+
+
+def test_hooks_on_the_products_of_an_mlp_are_called(tiny: Tiny, tokens: Tensor) -> None:
+    model: Any = packed(tiny("qwen2")).eval()
+    fuse(model)
+    seen: list[Any] = []
+    with torch.no_grad():
+        expected = model(tokens).logits
+        mlp = model.model.layers[0].mlp
+        for layer in (mlp.gate_up_proj, mlp.down_proj):
+            layer.register_forward_hook(lambda module, *_: seen.append(module))
+        torch.testing.assert_close(model(tokens).logits, expected)
+    assert seen == [mlp.gate_up_proj, mlp.down_proj]
+
+
 def test_unlike_linears_are_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be joined: Linear in_features=4"):
         join([nn.Linear(4, 4), nn.Linear(8, 4)])

@@ -296,3 +296,24 @@ def test_sees_memory_that_was_replaced() -> None:
     torch.testing.assert_close(
         torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn", "self_attn.k_proj", "mlp", "input_layernorm"]
+)
+def test_hooks_in_a_layer_are_called(name: str) -> None:
+    model = fused(Qwen2Config, torch.float32)
+    step_in_one_call(model)
+    seen: list[bool] = []
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.randint(0, 300, (1, 5)), past_key_values=cache)
+        module = model.model.layers[1].get_submodule(name)
+        handle = module.register_forward_hook(lambda *_: seen.append(True))
+        model(torch.randint(0, 300, (1, 1)), past_key_values=cache)
+        assert seen
+        assert not any(served(model))
+        handle.remove()
+        model(torch.randint(0, 300, (1, 1)), past_key_values=cache)
+    assert len(seen) == 1
+    assert all(served(model))

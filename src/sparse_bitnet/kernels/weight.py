@@ -70,13 +70,12 @@ def prepare(
     Raises:
         WeightError: if the weight breaks its pattern and so cannot be written as windows.
     """
-    ternary = ternary.contiguous()
+    ternary, w_scale = ternary.contiguous(), w_scale.contiguous()
     out, columns = ternary.shape
     if not runs_triton(ternary):
         if ternary.device.type != "cpu" or native.path() == native.REFERENCE or not columns:
             return TernaryWeight(pattern, w_scale, out, columns, ternary)
         laid_out, layout = cpu.lay_out(ternary, stored)
-        w_scale = w_scale.contiguous()
         return TernaryWeight(pattern, w_scale, out, columns, None, laid_out, layout)
     from sparse_bitnet.kernels.matmul import cusparselt, triton_packed
 

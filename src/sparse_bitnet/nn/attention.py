@@ -31,6 +31,7 @@ def attend(
     bool_or_none = attention_mask is None or attention_mask.dtype.itemsize == 1
     simple = not options.get("dropout") and options.get("position_bias") is None
     simple = simple and value.shape[-1] == query.shape[-1]  # latent attention has narrower values
+    simple = simple and query.dtype == key.dtype == value.dtype  # autocast lets them differ
     if query.shape[2] != 1 or not (bool_or_none and simple):
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options

@@ -6,11 +6,13 @@ the residual sum along is shorter, and the product behind it fetches its weights
 (``kernels/early.py``). What it makes are integers, and they go through transformers' own attention
 in the place of its input, to the projections, which alone read them.
 
-Prompts, other layers and eager mode take transformers' own forward.
+Prompts, other layers, eager mode and layers with a hook in them take transformers' own forward.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -18,8 +20,12 @@ from torch import Tensor, nn
 
 from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.quantize_activations import add_norm_quantize, quantize_fused
+from sparse_bitnet.nn.calls import is_called_plainly
 from sparse_bitnet.nn.packed_linear import Integers
 from sparse_bitnet.nn.single_token import LAYERS, joined_linears
+
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def quantize_in_norms(model: nn.Module) -> int:
@@ -36,13 +42,33 @@ def quantize_in_norms(model: nn.Module) -> int:
     for layer in layers:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (_FewTokens, kind), {})
+        _number(layer)
         projection: Any = layer.get_submodule("self_attn.o_proj")
         projection.joins = False  # attention is a kernel of ours there, or PyTorch's
     return len(layers)
 
 
+def _number(layer: Any) -> None:
+    layer._number = next(_numbers)
+    _layers[layer._number] = layer
+
+
+@torch.compiler.assume_constant_result
+def _may_pass_over(number: int) -> bool:
+    """Whether nobody wants to see what goes into the modules of a layer, or out of them.
+
+    Asked while the compiler traces: in the graph each hook's absence would be a guard, every token.
+    """
+    layer = _layers[number]
+    return all(is_called_plainly(module) for module in layer.modules() if module is not layer)
+
+
 class _FewTokens:
     """Put in front of a layer's class: its forward for few tokens in a compiled graph."""
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _number(self)  # a copy is a layer of its own
 
     def forward(self: Any, hidden_states: Tensor, *positional: Any, **options: Any) -> Tensor:
         """As the class behind."""
@@ -50,9 +76,11 @@ class _FewTokens:
         weights = [linear.layout("weight") for linear in joined_linears(self) or []]
         if (
             positional
+            or not weights
             or not first.weight.dtype == second.weight.dtype == hidden_states.dtype
             or torch.is_autocast_enabled(hidden_states.device.type)
             or not dispatch.takes_integers(weights, hidden_states)
+            or not _may_pass_over(self._number)
         ):
             result: Tensor = super().forward(hidden_states, *positional, **options)  # type: ignore[misc]
             return result

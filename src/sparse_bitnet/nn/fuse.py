@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.dispatch import gated_mlp, integer_mlp
-from sparse_bitnet.nn import gated_mlp as training_mlp
+from sparse_bitnet.nn.calls import is_called_plainly
+from sparse_bitnet.nn.gated_mlp import SILU, GatedMLP, is_known
 from sparse_bitnet.nn.packed_linear import Integers, PackedLinear
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
-MLP = (*training_mlp.MLP, "GatedMLP")
 """Classes whose forward is known to be as the module's description says."""
 
 
@@ -53,7 +53,7 @@ def fuse(model: nn.Module) -> int:
                     setattr(module, name, Part(shared, index))
                 saved += 2
         for name, child in list(module.named_children()):
-            if type(child).__name__ in MLP and _is_gated_mlp(child):
+            if _is_gated_mlp(child):
                 setattr(module, name, FusedMLP(child))
                 saved += 1
     return saved
@@ -112,7 +112,11 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor | Integers) -> Tensor:
         first, second = self.gate_up_proj, self.down_proj
-        if _runs_fused(first) and _runs_fused(second):
+        # A compiler is not asked: each hook's absence would be a guard of every token.
+        plain = torch.compiler.is_compiling() or (
+            is_called_plainly(first) and is_called_plainly(second)
+        )
+        if plain and _runs_fused(first) and _runs_fused(second):
             both = first.layout("weight"), second.layout("weight")  # type: ignore[operator]
             if isinstance(x, Integers):
                 return integer_mlp(x.values, x.scale, *both, x.dtype)
@@ -189,7 +193,9 @@ def _can_join(linears: list[nn.Module]) -> bool:
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
-    if type(getattr(module, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
+    if not (isinstance(module, GatedMLP) or is_known(module)):
+        return False
+    if type(module.act_fn).__name__ not in SILU:
         return False
     return _can_join([module.get_submodule("gate_proj"), module.get_submodule("up_proj")])
 

@@ -122,14 +122,20 @@ def join_gated_mlps(model: nn.Module) -> int:
     Returns:
         How many there are: of known classes with SwiGLU and three converted layers of one method.
     """
-    known = [m for m in model.modules() if type(m).__name__ in MLP and _is_converted(m)]
-    for module in known:
+    found = [m for m in model.modules() if is_known(m) and _is_converted(m)]
+    for module in found:
         module.__class__ = GatedMLP
-    return len(known)
+    return len(found)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether the forward of the module's class is down(act(gate(x))·up(x))."""
+    kind = type(module)
+    return kind.__name__ in MLP and kind.forward.__module__.startswith(SOURCE)
 
 
 def _is_converted(mlp: nn.Module) -> bool:
-    if not (type(mlp).forward.__module__.startswith(SOURCE) and _is_silu(mlp.act_fn)):
+    if not _is_silu(mlp.act_fn):
         return False
     layers = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     methods = [layer.method for layer in layers if isinstance(layer, SparseBitLinear)]

@@ -144,6 +144,8 @@ class Stack:
         self._linears = [linears_of(layer) or [] for layer in layers]
         self._norms = [_norms_of(layer) for layer in layers]
         self._config = layers[0].self_attn.config
+        modules = [module for layer in layers for module in layer.modules()]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._made_from: list[Any] = []
         self.call: StackCall | None = None
 
@@ -165,7 +167,7 @@ class Stack:
             or not cosine.dtype == sine.dtype == x.dtype
             or not cosine.numel() == sine.numel() == self._layers[0].self_attn.head_dim
             or self._config.num_hidden_layers != len(self._layers)
-            or any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._layers)
+            or any(self._hooks)
         ):
             return None
         caches = getattr(past_key_values, "layers", None)
