@@ -298,9 +298,7 @@ def test_sees_memory_that_was_replaced() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["self_attn", "self_attn.k_proj", "mlp", "input_layernorm"]
-)
+@pytest.mark.parametrize("name", ["self_attn", "self_attn.k_proj", "mlp", "input_layernorm"])
 def test_hooks_in_a_layer_are_called(name: str) -> None:
     model = fused(Qwen2Config, torch.float32)
     step_in_one_call(model)
