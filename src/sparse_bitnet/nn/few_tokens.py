@@ -6,12 +6,12 @@ the residual sum along is shorter, and the product behind it fetches its weights
 (``kernels/early.py``). What it makes are integers, and they go through transformers' own attention
 in the place of its input, to the projections, which alone read them.
 
-Prompts, other layers, eager mode and layers with a hook in them take transformers' own forward.
+Prompts, other layers and eager mode take transformers' own forward, and so do all layers while
+there is a hook in one.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any
 
@@ -24,8 +24,7 @@ from sparse_bitnet.nn.calls import is_called_plainly
 from sparse_bitnet.nn.packed_linear import Integers
 from sparse_bitnet.nn.single_token import LAYERS, joined_linears
 
-_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
+_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def quantize_in_norms(model: nn.Module) -> int:
@@ -42,25 +41,23 @@ def quantize_in_norms(model: nn.Module) -> int:
     for layer in layers:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (_FewTokens, kind), {})
-        _number(layer)
+        _layers.add(layer)
         projection: Any = layer.get_submodule("self_attn.o_proj")
         projection.joins = False  # attention is a kernel of ours there, or PyTorch's
     return len(layers)
 
 
-def _number(layer: Any) -> None:
-    layer._number = next(_numbers)
-    _layers[layer._number] = layer
-
-
 @torch.compiler.assume_constant_result
-def _may_pass_over(number: int) -> bool:
+def _may_pass_over() -> bool:
     """Whether nobody wants to see what goes into the modules of a layer, or out of them.
 
-    Asked while the compiler traces: in the graph each hook's absence would be a guard, every token.
+    Asked while the compiler traces: in the graph each hook's absence would be a guard of every
+    token. Asked of all layers at once, because one graph serves layers that are alike.
     """
-    layer = _layers[number]
-    return all(is_called_plainly(module) for module in layer.modules() if module is not layer)
+    inside = (
+        module for layer in list(_layers) for module in layer.modules() if module is not layer
+    )
+    return all(is_called_plainly(module) for module in inside)
 
 
 class _FewTokens:
@@ -68,7 +65,7 @@ class _FewTokens:
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        _number(self)  # a copy is a layer of its own
+        _layers.add(self)
 
     def forward(self: Any, hidden_states: Tensor, *positional: Any, **options: Any) -> Tensor:
         """As the class behind."""
@@ -80,7 +77,7 @@ class _FewTokens:
             or not first.weight.dtype == second.weight.dtype == hidden_states.dtype
             or torch.is_autocast_enabled(hidden_states.device.type)
             or not dispatch.takes_integers(weights, hidden_states)
-            or not _may_pass_over(self._number)
+            or not _may_pass_over()
         ):
             result: Tensor = super().forward(hidden_states, *positional, **options)  # type: ignore[misc]
             return result

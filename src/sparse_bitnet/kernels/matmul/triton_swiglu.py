@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from sparse_bitnet.kernels import early, tuning
+from sparse_bitnet.kernels import dispatch, early, tuning
 from sparse_bitnet.kernels.matmul.triton_packed import (
     CANDIDATES,
     MOST_EARLY_PROGRAMS,
@@ -91,7 +91,7 @@ def swiglu_rows(
     """
     key = f"swiglu {memory_key(x_q.shape[0], packed.shape[0], x_q.shape[1])}"
     names = list(SWIGLU_TILES)
-    if x_q.is_cuda and tuning.may_measure():
+    if x_q.is_cuda and dispatch.may_measure_now():
         memory = tuning.memory(x_q.device.index)
         if memory.get(key) is None:
             cold = [packed, *(packed.clone() for _ in range(COPIES))]
