@@ -1,7 +1,7 @@
 """torch.compile: whole graphs, the eager losses, no recompilation when the pattern changes."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,17 +17,9 @@ Tiny = Callable[..., PreTrainedModel]
 SCHEDULE = ["dense", "8:8", "6:8", "4:8", "2:8", "dense", "7:8"]
 
 pytestmark = [
-    pytest.mark.usefixtures("threads"),
+    pytest.mark.usefixtures("threads", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs() -> int:

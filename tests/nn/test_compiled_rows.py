@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,16 +28,9 @@ from sparse_bitnet.nn.gated_mlp import join_gated_mlps
 TOKENS, WIDTH = 32, 64
 OPS = torch.ops.sparse_bitnet
 pytestmark = [
-    pytest.mark.usefixtures("threads"),
+    pytest.mark.usefixtures("threads", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Attention(nn.Module):

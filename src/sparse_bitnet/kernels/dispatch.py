@@ -22,7 +22,6 @@ choice is looked up, while it traces where the token count is known, else when t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -72,7 +71,7 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     key = key_of(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
     index = weight.device.index
-    if len(usable) > 1 and may_measure_now() and tuning.memory(index).get(key) is None:
+    if len(usable) > 1 and tuning.may_measure_now() and tuning.memory(index).get(key) is None:
         from sparse_bitnet.kernels.measure import measure
 
         measure(weight, tokens, out_dtype)
@@ -370,11 +369,6 @@ def _known(weight: TernaryWeight, tokens: int) -> int | None:
 
 _decisions: dict[tuple[int, str, bool], str] = {}
 """Choices made by this process, by key: token counts of one bucket go one way."""
-
-
-def may_measure_now() -> bool:
-    """Whether a shape met for the first time may be measured now."""
-    return os.environ.get("SPARSE_BITNET_MEASURE", "1") != "0" and tuning.may_measure()
 
 
 def key_of(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype) -> str:

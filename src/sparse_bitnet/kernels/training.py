@@ -81,7 +81,7 @@ def choose(
     key = f"training {tuning.bucket(tokens)}x{out}x{columns} {pattern}"
     memory = tuning.memory(index)
     if memory.get(key) is None:
-        if not dispatch.may_measure_now():
+        if not tuning.may_measure_now():
             return Choice(DENSE, "not measured")
         memory.put(key, _measure(out, columns, pattern, tuning.bucket(tokens), device))
     times = memory.get(key) or {}
@@ -127,7 +127,9 @@ def _measure(
         sparse()  # lets the library search its algorithms outside a graph
         times[SPARSE] = tuning.microseconds([sparse], settle)
         task.advance()
-        times["layout"] = tuning.microseconds([partial(lay_out, ternary, group, compressed)])
+        times["layout"] = tuning.microseconds(
+            [partial(lay_out, ternary, group, compressed)], settle
+        )
         task.advance()
     return times
 

@@ -115,6 +115,11 @@ def may_measure() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
+def may_measure_now() -> bool:
+    """Whether a shape met for the first time may be measured now."""
+    return os.environ.get("SPARSE_BITNET_MEASURE", "1") != "0" and may_measure()
+
+
 def under_load(
     calls: Mapping[str, Sequence[Callable[[], object]]], times: dict[str, float]
 ) -> dict[str, float]:

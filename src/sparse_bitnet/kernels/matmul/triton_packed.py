@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005  (Triton's language concatenates tuples, it does not unpack them)
 # mypy: disable-error-code="no-untyped-def,assignment"
 """int8 × two-bit ternary for few tokens, where reading the weight is all the time there is.
 
@@ -8,14 +7,10 @@ Shifting a pair to the top of its byte and masking the rest away gives 64·T as 
 once and no bias to subtract; a plane of 16 bytes then meets 16 consecutive activations. Sums carry
 the factor 64, which an arithmetic shift removes exactly; they fit int32 below 2¹⁸ input features.
 
-Two kernels. Up to a few tokens: byte-wise dot products (dp4a), one warp a program, so that weight
-and activation registers line up without an exchange. More tokens: the packed bytes reach the tensor
-core's register layout once, and the planes are taken out of them there. Where rows are too few to
-fill the device, a row is cut over K, and a second, small kernel adds the shares: they are integers,
-so the result does not depend on the cut.
-
-Weights are asked for before the activations are there (``kernels/early.py``): the first words into
-registers, or all of a program's rows into L2 (``fetch``).
+Two kernels. Up to a few tokens: byte-wise dot products (``triton_dot.py``). More tokens: the packed
+bytes reach the tensor core's register layout once, and the planes are taken out of them there.
+Where rows are too few to fill the device, a row is cut over K, and a second, small kernel adds the
+shares: they are integers, so the result does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -29,18 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_bitnet.kernels import early, tuning
-from sparse_bitnet.kernels.early import fetch, wait
-from sparse_bitnet.kernels.quantize_activations.triton import _swiglu, magnitude_bits
+from sparse_bitnet.kernels.early import wait
+from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, run_dot
 
 BLOCK = 64
 LONGEST_ROW = 2**18
 MOST_DOT_TOKENS = 2
 FEW_ROWS = 8192
 JOIN = 512
-MOST_EARLY_PROGRAMS = 4096
-"""All resident at once on an H100 or H200; of more, each later one would wait for nothing."""
-LINE_WORDS = tl.constexpr(32)  # 128 bytes
-TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
 
 
 def pack_rows(ternary: Tensor) -> Tensor:
@@ -50,19 +41,6 @@ def pack_rows(ternary: Tensor) -> Tensor:
     pairs = pairs.view(out, -1, 4, 16)
     packed = pairs[:, :, 0] | pairs[:, :, 1] << 2 | pairs[:, :, 2] << 4 | pairs[:, :, 3] << 6
     return packed.reshape(out, -1)
-
-
-@dataclass(frozen=True)
-class DotTiles:
-    """Byte-wise dot products: rows and words a program takes at once; does it read ahead?
-
-    ``fetch``: it asks for all its rows before it waits for the kernel ahead of it.
-    """
-
-    rows: int
-    words: int
-    ahead: bool
-    fetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,104 +72,6 @@ CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "mma 128x64 /8": MmaTiles(128, 64, 8, 4, 4),
     "mma 128x128 /4": MmaTiles(128, 128, 4, 8, 3),
 }
-
-
-@triton.jit
-def _dot4(a, b, c, ASM: tl.constexpr):
-    """Σ of four int8 products, added to c. The interpreter knows no assembly."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [a, b, c],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        for byte in tl.static_range(4):
-            c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
-        return c
-
-
-@triton.jit
-def _dot_kernel(
-    x_ptr,
-    words_ptr,
-    y_ptr,
-    x_scale_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    peaks_ptr,
-    columns,
-    row_words,
-    x_words,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    ASM: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if SWIGLU:  # rows of gate and up in turns, of which each pair makes one value
-        inner = columns // 2
-        value = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) // 2
-        inside = value < inner
-        n = value + tl.arange(0, ROWS) % 2 * inner
-    else:
-        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        inside = n < columns
-    row_ptr = words_ptr + n.to(tl.int64) * row_words
-    if FETCH:
-        for start in range(0, row_words, 32 * LINE_WORDS):
-            word = start + tl.arange(0, 32) * LINE_WORDS
-            word = tl.minimum(word, row_words - 1)
-            fetch(tl.where(inside, row_ptr, words_ptr)[:, None] + word[None, :], EARLY)
-    sums = ()
-    for _ in tl.static_range(TOKENS):
-        sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
-    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
-    if AHEAD:
-        word = tl.arange(0, WORDS)
-        mask = inside[:, None] & (word < row_words)[None, :]
-        ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
-    wait(EARLY)
-    for start in range(0, row_words, WORDS):
-        word = start + tl.arange(0, WORDS)
-        if AHEAD:  # the next words are asked for before these are used
-            packed = ahead
-            mask = inside[:, None] & (word < row_words - WORDS)[None, :]
-            ahead = tl.load(row_ptr[:, None] + (word + WORDS)[None, :], mask=mask, other=0)
-        else:
-            mask = inside[:, None] & (word < row_words)[None, :]
-            packed = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
-        for pair in tl.static_range(4):
-            plane = (packed << (6 - 2 * pair)) & TOP_PAIRS
-            lane = word // 4 * 16 + word % 4 + 4 * pair
-            after = ()
-            for token in tl.static_range(TOKENS):
-                x = tl.load(x_ptr + token * x_words + lane, mask=lane < x_words, other=0)
-                x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
-                after = after + (_dot4(plane, x, sums[token], ASM),)
-            sums = after
-    for token in tl.static_range(TOKENS):
-        total = tl.sum(sums[token], axis=1) >> 6
-        y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
-        if BIAS:
-            y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty)
-        if SWIGLU:
-            gate, up = tl.split(tl.reshape(tl.where(inside, y, 0.0), (ROWS // 2, 2)))
-            h = _swiglu(gate, up)
-            at = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-            tl.store(y_ptr + token * inner + at, h, mask=at < inner)
-            peak = tl.max(magnitude_bits(h))
-            tl.store(peaks_ptr + token * tl.num_programs(0) + tl.program_id(0), peak)
-        else:
-            tl.store(y_ptr + token * columns + n, y, mask=inside)
 
 
 @triton.jit
@@ -333,37 +213,12 @@ def run(
     tiles: DotTiles | MmaTiles,
 ) -> None:
     """Launch one candidate; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
+    if isinstance(tiles, DotTiles):
+        run_dot(x_q, x_scale, packed, w_scale, bias, y, tiles)
+        return
     tokens, inner = x_q.shape
     columns, row_bytes = packed.shape
     common = {"BIAS": bias is not None, "enable_fp_fusion": False, **early.launch_options(x_q)}
-    if isinstance(tiles, DotTiles):
-        if inner % 4:
-            x_q = F.pad(x_q, (0, -inner % 4))
-        programs = triton.cdiv(columns, tiles.rows)
-        if programs > MOST_EARLY_PROGRAMS:
-            common |= early.OFF
-        _dot_kernel[(programs,)](
-            x_q.view(torch.int32),
-            packed.view(torch.int32),
-            y,
-            x_scale,
-            w_scale,
-            bias,
-            None,
-            columns,
-            row_bytes // 4,
-            x_q.shape[1] // 4,
-            TOKENS=tokens,
-            ROWS=tiles.rows,
-            WORDS=tiles.words,
-            AHEAD=tiles.ahead,
-            FETCH=tiles.fetch,
-            SWIGLU=False,
-            ASM=x_q.is_cuda,
-            num_warps=1,
-            **common,
-        )
-        return
     partial = None
     if tiles.splits > 1:
         partial = torch.empty((tiles.splits, *y.shape), dtype=torch.int32, device=y.device)

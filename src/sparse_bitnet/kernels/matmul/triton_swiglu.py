@@ -13,18 +13,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from sparse_bitnet.kernels import dispatch, early, tuning
-from sparse_bitnet.kernels.matmul.triton_packed import (
-    CANDIDATES,
-    MOST_EARLY_PROGRAMS,
-    DotTiles,
-    _dot_kernel,
-    memory_key,
-)
+from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, dot_programs, run_dot
+from sparse_bitnet.kernels.matmul.triton_packed import CANDIDATES, memory_key
 from sparse_bitnet.kernels.quantize_activations.triton import by_peaks
 
 COPIES = 3  # of a weight while it is measured, so that L2 does not hold it
@@ -41,35 +34,10 @@ def run_swiglu(
     tiles = SWIGLU_TILES[name]
     assert isinstance(tiles, DotTiles)
     tokens, columns = x_q.shape[0], packed.shape[0]
-    if x_q.shape[1] % 4:
-        x_q = F.pad(x_q, (0, -x_q.shape[1] % 4))
-    programs = triton.cdiv(columns // 2, tiles.rows // 2)
     h = torch.empty((tokens, columns // 2), dtype=dtype, device=x_q.device)
+    programs = dot_programs(columns, tiles)
     peaks = torch.empty((tokens, programs), dtype=torch.int32, device=x_q.device)
-    options = early.launch_options(x_q) if programs <= MOST_EARLY_PROGRAMS else early.OFF
-    _dot_kernel[(programs,)](
-        x_q.view(torch.int32),
-        packed.view(torch.int32),
-        h,
-        x_scale,
-        w_scale,
-        None,
-        peaks,
-        columns,
-        packed.shape[1] // 4,
-        x_q.shape[1] // 4,
-        TOKENS=tokens,
-        ROWS=tiles.rows,
-        WORDS=tiles.words,
-        BIAS=False,
-        AHEAD=tiles.ahead,
-        FETCH=tiles.fetch,
-        SWIGLU=True,
-        ASM=x_q.is_cuda,
-        num_warps=1,
-        enable_fp_fusion=False,
-        **options,
-    )
+    run_dot(x_q, x_scale, packed, w_scale, None, h, tiles, peaks)
     return by_peaks(h, peaks)
 
 
@@ -91,7 +59,7 @@ def swiglu_rows(
     """
     key = f"swiglu {memory_key(x_q.shape[0], packed.shape[0], x_q.shape[1])}"
     names = list(SWIGLU_TILES)
-    if x_q.is_cuda and dispatch.may_measure_now():
+    if x_q.is_cuda and tuning.may_measure_now():
         memory = tuning.memory(x_q.device.index)
         if memory.get(key) is None:
             cold = [packed, *(packed.clone() for _ in range(COPIES))]

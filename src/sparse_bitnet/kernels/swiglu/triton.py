@@ -17,10 +17,12 @@ from torch import Tensor
 
 from sparse_bitnet.kernels.backward.triton_fp8 import SMALLEST_BITS as SMALLEST_POWER_BITS
 from sparse_bitnet.kernels.backward.triton_fp8 import power_and_inverse
+from sparse_bitnet.kernels.quantize_activations.triton import (
+    SMALLEST_BITS,
+    _rounded,
+    magnitude_bits,
+)
 
-SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: rounds half to even, leaves it in the low bits
-ROUNDER_BITS = tl.constexpr(0x4B400000)
 REGISTERS = 65536
 """Of a multiprocessor, which one program must not exceed."""
 
@@ -90,16 +92,15 @@ def _quantize_kernel(
         full = gate.to(tl.float32)
         silu = (full * _sigmoid(full, ASM)).to(gate.dtype)
         value = (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        largest = tl.maximum(largest, bits & 0x7FFFFFFF)
+        largest = tl.maximum(largest, magnitude_bits(value))
         values = values + (value,)
     magnitude = tl.max(largest).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + tl.program_id(0), tl.div_rn(magnitude, 127.0))
     inverse_step = tl.div_rn(1.0, magnitude) * 127.0  # the reference's own two roundings
     for i in tl.static_range(CHUNKS):
         lanes = i * CHUNK + tl.arange(0, CHUNK)
-        rounded = (values[i].to(tl.float32) * inverse_step + ROUNDER).to(tl.int32, bitcast=True)
-        tl.store(q_ptr + lanes, (rounded - ROUNDER_BITS).to(tl.int8), mask=lanes < columns)
+        rounded = _rounded(values[i].to(tl.float32), inverse_step)
+        tl.store(q_ptr + lanes, rounded.to(tl.int8), mask=lanes < columns)
 
 
 @triton.jit

@@ -1,0 +1,188 @@
+# ruff: noqa: RUF005  (Triton's language concatenates tuples, it does not unpack them)
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""int8 × two-bit ternary for one or two tokens: byte-wise dot products (dp4a).
+
+One warp a program, so that weight and activation registers line up without an exchange; the layout
+is that of ``triton_packed.py``. Weights are asked for before the activations are there
+(``kernels/early.py``): the first words into registers, or all rows of a program into L2 (fetch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_bitnet.kernels import early
+from sparse_bitnet.kernels.early import fetch, wait
+from sparse_bitnet.kernels.quantize_activations.triton import _swiglu, magnitude_bits
+
+MOST_EARLY_PROGRAMS = 4096
+"""All resident at once on an H100 or H200; of more, each later one would wait for nothing."""
+LINE_WORDS = tl.constexpr(32)  # 128 bytes
+TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
+
+
+@dataclass(frozen=True)
+class DotTiles:
+    """Byte-wise dot products: rows and words a program takes at once; does it read ahead?
+
+    ``fetch``: it asks for all its rows before it waits for the kernel ahead of it.
+    """
+
+    rows: int
+    words: int
+    ahead: bool
+    fetch: bool = False
+
+
+@triton.jit
+def _dot4(a, b, c, ASM: tl.constexpr):
+    """Σ of four int8 products, added to c. The interpreter knows no assembly."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, c],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        for byte in tl.static_range(4):
+            c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+        return c
+
+
+@triton.jit
+def _dot_kernel(
+    x_ptr,
+    words_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    peaks_ptr,
+    columns,
+    row_words,
+    x_words,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    ASM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if SWIGLU:  # rows of gate and up in turns, of which each pair makes one value
+        inner = columns // 2
+        value = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) // 2
+        inside = value < inner
+        n = value + tl.arange(0, ROWS) % 2 * inner
+    else:
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = n < columns
+    row_ptr = words_ptr + n.to(tl.int64) * row_words
+    if FETCH:
+        for start in range(0, row_words, 32 * LINE_WORDS):
+            word = start + tl.arange(0, 32) * LINE_WORDS
+            word = tl.minimum(word, row_words - 1)
+            fetch(tl.where(inside, row_ptr, words_ptr)[:, None] + word[None, :], EARLY)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
+    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+    if AHEAD:
+        word = tl.arange(0, WORDS)
+        mask = inside[:, None] & (word < row_words)[None, :]
+        ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+    wait(EARLY)
+    for start in range(0, row_words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        if AHEAD:  # the next words are asked for before these are used
+            packed = ahead
+            mask = inside[:, None] & (word < row_words - WORDS)[None, :]
+            ahead = tl.load(row_ptr[:, None] + (word + WORDS)[None, :], mask=mask, other=0)
+        else:
+            mask = inside[:, None] & (word < row_words)[None, :]
+            packed = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+        for pair in tl.static_range(4):
+            plane = (packed << (6 - 2 * pair)) & TOP_PAIRS
+            lane = word // 4 * 16 + word % 4 + 4 * pair
+            after = ()
+            for token in tl.static_range(TOKENS):
+                x = tl.load(x_ptr + token * x_words + lane, mask=lane < x_words, other=0)
+                x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
+                after = after + (_dot4(plane, x, sums[token], ASM),)
+            sums = after
+    for token in tl.static_range(TOKENS):
+        total = tl.sum(sums[token], axis=1) >> 6
+        y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty)
+        if SWIGLU:
+            gate, up = tl.split(tl.reshape(tl.where(inside, y, 0.0), (ROWS // 2, 2)))
+            h = _swiglu(gate, up)
+            at = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+            tl.store(y_ptr + token * inner + at, h, mask=at < inner)
+            peak = tl.max(magnitude_bits(h))
+            tl.store(peaks_ptr + token * tl.num_programs(0) + tl.program_id(0), peak)
+        else:
+            tl.store(y_ptr + token * columns + n, y, mask=inside)
+
+
+def dot_programs(columns: int, tiles: DotTiles) -> int:
+    """Programs of a byte-wise product of this many rows."""
+    return triton.cdiv(columns, tiles.rows)
+
+
+def run_dot(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    tiles: DotTiles,
+    peaks: Tensor | None = None,
+) -> None:
+    """Launch byte-wise dot products.
+
+    With ``peaks`` (int32 ``[tokens, dot_programs]``) the rows are those of gate before those of up,
+    and ``y`` ``[tokens, out/2]`` receives silu(gate)·up, ``peaks`` the largest of each program.
+    """
+    if x_q.shape[1] % 4:
+        x_q = F.pad(x_q, (0, -x_q.shape[1] % 4))
+    columns, row_bytes = packed.shape
+    programs = dot_programs(columns, tiles)
+    options = early.launch_options(x_q) if programs <= MOST_EARLY_PROGRAMS else early.OFF
+    _dot_kernel[(programs,)](
+        x_q.view(torch.int32),
+        packed.view(torch.int32),
+        y,
+        x_scale,
+        w_scale,
+        bias,
+        peaks,
+        columns,
+        row_bytes // 4,
+        x_q.shape[1] // 4,
+        TOKENS=x_q.shape[0],
+        ROWS=tiles.rows,
+        WORDS=tiles.words,
+        BIAS=bias is not None,
+        AHEAD=tiles.ahead,
+        FETCH=tiles.fetch,
+        SWIGLU=peaks is not None,
+        ASM=x_q.is_cuda,
+        num_warps=1,
+        enable_fp_fusion=False,
+        **options,
+    )
