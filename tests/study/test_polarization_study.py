@@ -16,6 +16,8 @@ from sparse_bitnet.core import polarization as measure
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.nn import convert
 from sparse_bitnet.study.polarization import analyse, early_and_late, pool
+from sparse_bitnet.train import train
+from sparse_bitnet.train.recipe import config_from_dict
 
 
 def test_hand_computed_statistics(tmp_path: Path) -> None:
@@ -134,3 +136,66 @@ def test_refusals(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="is a pipe or a device"):
         analyse(tmp_path)
+
+
+def names(directory: Path) -> list[str]:
+    return [layer["name"] for layer in analyse(directory).values["layers"]]
+
+
+def test_of_a_sharded_model_the_files_that_its_index_lists(tmp_path: Path) -> None:
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    matrices = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    for shard, name in zip(shards, matrices, strict=True):
+        save_file({name: torch.randn(4, 8)}, tmp_path / shard)
+    # The same weights under the names of another program, as some repositories have them.
+    save_file({"layers.0.w1.weight": torch.randn(4, 8)}, tmp_path / "consolidated.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip(matrices, shards, strict=True))}))
+    assert names(tmp_path) == matrices
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 2 files .* model-00002-of-00002"):
+        analyse(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged: 'weight_map'"):
+        analyse(tmp_path)
+    index.unlink()
+    save_file({matrices[0]: torch.randn(4, 8)}, tmp_path / "model.safetensors")
+    assert names(tmp_path) == matrices[:1]
+
+
+def test_a_packed_model_with_some_matrices_unpacked_is_refused(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.down_proj.weight": torch.zeros(4, 2, dtype=torch.uint8),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(4, 8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj.* is of integers \(U8\); a packed model"):
+        analyse(tmp_path)
+
+
+def test_what_rules_decided_in_training_counts(tmp_path: Path, toy_tokens: Path) -> None:
+    """A run and its checkpoint give the same; the optimizer's moments are no weights."""
+    rules = {"down_proj": "2:4", "q_proj": "skip"}
+    run = {"directory": str(tmp_path / "run"), "checkpoint_every": 2}
+    sections = {
+        "data": {"path": str(toy_tokens), "sequence_length": 16, "batch_size": 2},
+        "model": {"source": "tiny"},
+        "sparsity": {"pattern": "6:8", "rules": rules},
+        "schedule": {"steps": 2},
+    }
+    train(config_from_dict({**sections, "run": run}, "test"))
+    whole = analyse(tmp_path / "run").values
+    assert whole["kind"] == "bitnet"
+    patterns = {layer["name"].split(".")[-2]: layer["pattern"] for layer in whole["layers"]}
+    assert "q_proj" not in patterns
+    assert patterns.pop("down_proj") == "2:4"
+    assert set(patterns.values()) == {"6:8"}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    saved = analyse(checkpoint, tmp_path / "out").values
+    assert {**saved, "checkpoint": ""} == {**whole, "checkpoint": ""}
+    asked = analyse(checkpoint, tmp_path / "out", pattern="4:8").values
+    assert {layer["pattern"] for layer in asked["layers"]} == {"4:8"}
+    manifest = checkpoint / "checkpoint.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ranks": 2}))
+    with pytest.raises(CheckpointError, match="a checkpoint of 2 ranks, each weight in pieces"):
+        analyse(checkpoint)

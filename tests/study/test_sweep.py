@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
-from sparse_bitnet.study.cells import Cell, read_sweep
+from sparse_bitnet.study import run_cell as cell_module
+from sparse_bitnet.study.cells import Cell, Evaluation, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import append_row, read_rows
-from sparse_bitnet.study.run_cell import environment
+from sparse_bitnet.study.run_cell import environment, run_cell
 from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, sweep
 
 RECIPE = """
@@ -125,6 +127,32 @@ def test_four_cells_killed_and_resumed(
 
     written = report(out)
     assert {"loss", "mask-cost", "flips", "zeros"} <= {path.stem for path in written.pictures}
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_killed_while_a_cell_was_measured(
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: bool
+) -> None:
+    """Trained to its end, its model lost with the process: the next call gives the same row."""
+    recipe = write_recipe(tmp_path, toy_tokens, steps=6)
+    if not checkpoints:
+        recipe.write_text(recipe.read_text().replace("checkpoint_every: 6, ", ""))
+    job = _jobs(read_sweep(recipe), tmp_path / "cells")[0]
+    Path(job.config.run.directory).mkdir(parents=True)
+    measure = Evaluation(**job.evaluation)
+    with monkeypatch.context() as patch:
+        patch.setattr(cell_module, "_evaluate", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            run_cell(job.cell, job.config, measure)
+    assert (Path(job.config.run.directory) / "result.json").is_file()
+    steps: list[int] = []
+    row = run_cell(job.cell, job.config, measure, lambda done, _: steps.append(done))
+    assert steps == ([] if checkpoints else [1, 2, 3, 4, 5, 6])
+    fresh = replace(job.config, run=replace(job.config.run, directory=str(tmp_path / "fresh")))
+    (tmp_path / "fresh").mkdir()
+    whole = run_cell(job.cell, fresh, measure)
+    for figure in ("status", "validation", "history", "polarization"):
+        assert row[figure] == whole[figure]
 
 
 def test_a_deadline_starts_nothing_that_cannot_finish(

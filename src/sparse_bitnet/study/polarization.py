@@ -1,8 +1,8 @@
 """How far the weights of a checkpoint have polarized, layer by layer.
 
-Works on whatever holds master weights: the directory of a training run, any Hugging Face directory
-of safetensors, or a single safetensors file. Tensors are read one at a time, nothing is unpickled,
-and no model is built.
+Works on whatever holds master weights: the directory of a training run, one of its checkpoints, any
+Hugging Face directory of safetensors, or a single safetensors file. Tensors are read one at a time,
+nothing is unpickled, and no model is built.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,27 @@ from torch import Tensor, nn
 from sparse_bitnet.console import progress, say
 from sparse_bitnet.core import (
     CheckpointError,
+    ConfigError,
     Pattern,
     Polarization,
     check_finite,
     polarization,
 )
-from sparse_bitnet.files import refuse_special, write_text
+from sparse_bitnet.files import read_json, refuse_special, write_text
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.study import plots
+from sparse_bitnet.train.checkpoint import MANIFEST
+from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import SIDE_FILE, read_trained
+from sparse_bitnet.train.recipe import config_from_dict
 
 # What linears are not: lookup tables, the head, norms, routers.
 NOT_LINEAR = re.compile(r"(embed|lm_head|norm|wte|wpe|position|(^|\.)(router|gate)\.weight$)")
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
 DIGITS = 5
+INDEX = "model.safetensors.index.json"
+PACKED = "a packed model has no master weights, give the directory it was packed from"
 
 
 @dataclass(frozen=True)
@@ -158,11 +164,12 @@ def analyse(
     """The verb ``polarization``: measure every linear of a checkpoint, write JSON and plots.
 
     Args:
-        checkpoint: a training run, a Hugging Face directory, or a safetensors file.
+        checkpoint: a training run, one of its checkpoints, a Hugging Face directory, or a
+            safetensors file.
         out: receives ``polarization.json`` and the PNGs; by default ``polarization/`` in the
             checkpoint's directory.
         pattern: whose pruning thresholds to take; by default the one that the checkpoint was
-            trained with, else 6:8.
+            trained with (matrix by matrix, where it had rules), else 6:8.
 
     Returns:
         For every matrix: zeros before any mask, groups of which masking takes nothing but such
@@ -175,13 +182,13 @@ def analyse(
         MissingExtraError: without matplotlib.
     """
     directory = _model_directory(Path(checkpoint))
-    kind, trained_with = _trained_as(directory)
-    chosen = Pattern.parse(pattern) if pattern else Pattern.parse(trained_with or "6:8")
-    layers = _measure(directory, chosen)
+    trained = _trained_as(directory)
+    kind = trained.kind if trained else ""
+    chosen = Pattern.parse(pattern or (trained.pattern if trained else "6:8"))
+    layers = _measure(directory, chosen, trained.rules if trained else {}, own=not pattern)
     if not layers:
         raise CheckpointError(
-            f"{directory} holds no floating-point matrix of a linear layer; a packed model has no "
-            "master weights, give the directory it was packed from"
+            f"{directory} holds no floating-point matrix of a linear layer; {PACKED}"
         )
     overall = pool([(layer.statistics, layer.size) for layer in layers])
     result = {
@@ -195,22 +202,31 @@ def analyse(
     target = Path(out) if out is not None else beside / "polarization"
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
-    for name, png in _pictures(layers, overall, kind or "").items():
+    for name, png in _pictures(layers, overall, kind).items():
         (target / name).write_bytes(png)
+    patterns = sorted({layer.pattern for layer in layers})
     say(
         f"{len(layers)} matrices: {overall.zeros_before_mask:.1%} zeros before the mask, "
-        f"{overall.dead_zone_groups:.1%} of {result['pattern']} groups lose nothing, "
+        f"{overall.dead_zone_groups:.1%} of {' and '.join(patterns)} groups lose nothing, "
         f"kurtosis {overall.kurtosis:.2f}; written to {target}"
     )
     return Analysis(result)
 
 
-def _measure(directory: Path, pattern: Pattern) -> list[LayerStatistics]:
+def _measure(
+    directory: Path, pattern: Pattern, rules: Mapping[str, str], own: bool
+) -> list[LayerStatistics]:
+    """All linears that training did not skip; ``own``: with the patterns that rules gave them."""
     layers = []
     with progress("polarization") as task, torch.no_grad():
         for name, weight in _linear_weights(directory):
+            module = name.rpartition(".")[0]
+            choice = next((value for rule, value in rules.items() if re.search(rule, module)), None)
+            if choice == "skip":
+                continue
             check_finite(weight, name)
-            used = _probe(pattern, weight.shape[-1])
+            given = Pattern.parse(choice) if choice and own else pattern
+            used = _probe(given, weight.shape[-1])
             statistics = polarization(weight, used)
             layers.append(LayerStatistics(name, tuple(weight.shape), str(used), statistics))
             task.advance(detail=name)
@@ -223,25 +239,54 @@ def _probe(pattern: Pattern, in_features: int) -> Pattern:
 
 
 def _linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    files = [directory] if directory.is_file() else sorted(directory.glob("*.safetensors"))
+    # A training checkpoint holds the optimizer's moments too, each tensor under what it is.
+    prefix = "model." if (directory / MANIFEST).is_file() else ""
+    for file in _weight_files(directory):
+        try:
+            refuse_special(file)
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    name = stored.removeprefix(prefix)
+                    part = tensors.get_slice(stored)
+                    shape, dtype = part.get_shape(), part.get_dtype()
+                    if not stored.startswith(prefix) or NOT_LINEAR.search(name):
+                        continue
+                    if len(shape) not in (2, 3) or 0 in shape:
+                        continue
+                    if dtype.startswith(("U", "I")) and name.endswith("weight"):
+                        raise CheckpointError(f"{file}: {name} is of integers ({dtype}); {PACKED}")
+                    if (weight := tensors.get_tensor(stored)).is_floating_point():
+                        yield name, weight.float()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files of the model: what the index lists, and not all that somebody put beside them."""
+    if directory.is_file():
+        return [directory]
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from error
+        missing = [name for name in names if not (directory / name).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks {len(missing)} of the {len(names)} files that {INDEX} lists, "
+                f"{missing[0]} among them; fetch the whole model"
+            )
+        return [directory / name for name in names]
+    if single.exists():
+        return [single]
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
             f"{directory} has no *.safetensors; give a trained run, a Hugging Face directory saved "
             "as safetensors, or one such file"
         )
-    for file in files:
-        try:
-            refuse_special(file)
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                    shape = tensors.get_slice(name).get_shape()
-                    if len(shape) not in (2, 3) or 0 in shape or NOT_LINEAR.search(name):
-                        continue
-                    if not (weight := tensors.get_tensor(name)).is_floating_point():
-                        continue
-                    yield name, weight.float()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    return files
 
 
 def _model_directory(path: Path) -> Path:
@@ -251,12 +296,24 @@ def _model_directory(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
-def _trained_as(directory: Path) -> tuple[str | None, str | None]:
-    """(kind, pattern) of a model trained here; (None, None) for any other."""
-    if directory.is_dir() and (directory / SIDE_FILE).is_file():
-        sparsity = read_trained(directory).sparsity
-        return sparsity.kind, sparsity.pattern
-    return None, None
+def _trained_as(directory: Path) -> SparsityConfig | None:
+    """What the linears of a model trained here became; None for any other."""
+    if (directory / SIDE_FILE).is_file():
+        return read_trained(directory).sparsity
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return None
+    try:
+        values = read_json(manifest)
+        ranks, config = values["ranks"], config_from_dict(values["config"], str(manifest))
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest} is damaged or foreign: {error}") from error
+    if ranks != 1:
+        raise CheckpointError(
+            f"{directory} is a checkpoint of {ranks} ranks, each weight in pieces; give the model/ "
+            "directory that the run writes at its end"
+        )
+    return config.sparsity
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

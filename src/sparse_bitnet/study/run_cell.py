@@ -29,7 +29,7 @@ from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import load_trained
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.recipe import to_dict
-from sparse_bitnet.train.result import TrainResult
+from sparse_bitnet.train.result import RESULT, TrainResult
 from sparse_bitnet.train.signals import TrainingInterruptedError
 
 # Fractions of training at which the weights' histograms are taken.
@@ -69,6 +69,10 @@ def run_cell(
         if report is not None:
             report(done, steps)
 
+    if not (directory / "model").is_dir():
+        # Interrupted while it was measured, with the model in memory alone: such a result is of no
+        # use. The last checkpoint, or another training, gives it again.
+        (directory / RESULT).unlink(missing_ok=True)
     try:
         result: TrainResult | None = train(config, watch)
         problem = None
@@ -161,7 +165,7 @@ def _model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if result.model is not None:
         return result.model, result.tokenizer
-    # Finished before, but interrupted before its row was written.
+    # Finished before with its model exported, but interrupted before its row was written.
     assert result.model_directory is not None
     return load_trained(result.model_directory, "cuda" if torch.cuda.is_available() else "cpu")
 
