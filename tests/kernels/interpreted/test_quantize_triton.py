@@ -62,7 +62,12 @@ def test_a_nan_reaches_the_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "columns"), [(4, 12), (6, 66), (6, 3606), (8, 8), (8, 4096), (10, 1000), (32, 96)]
+    ("group", "columns"),
+    [
+        *[(4, 12), (6, 66), (6, 3606), (8, 8), (8, 4096), (10, 1000), (32, 96)],
+        # Groups with a vector of eight are longer than such rows.
+        *[(18, 18), (22, 44), (26, 52), (30, 30), (30, 600), (38, 38)],
+    ],
 )
 def test_lifts_in_window_order(group: int, columns: int) -> None:
     x = torch.randn(3, columns)
@@ -83,6 +88,14 @@ def test_fuses_the_norm(columns: int, group: int) -> None:
     torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
     assert (quantized.int() - expected.int()).abs().max() <= 1
     assert (quantized != expected).float().mean() < 0.01
+
+
+def test_strided_weight_of_the_norm() -> None:
+    x, weight = torch.randn(3, 40), torch.rand(80)[::2]
+    quantized, scale = triton.quantize(x, weight, 1e-6)
+    expected, step = reference.quantize_fused(x, weight, 1e-6)
+    torch.testing.assert_close(scale, step, rtol=1e-6, atol=0)
+    assert (quantized.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 1160), (40, 200), (2, 9000)])

@@ -83,7 +83,14 @@ def structured_matmul(
 
 
 def _rows(x_q: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return x_q.reshape(-1, x_q.shape[-1]).contiguous(), x_scale.reshape(-1).contiguous()
+    rows = x_q.reshape(-1, x_q.shape[-1]).contiguous()
+    if rows.storage_offset() % 4:  # one kernel reads words
+        rows = rows.clone()
+    return rows, x_scale.reshape(-1).contiguous()
+
+
+def _in_row(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _dense(
@@ -98,7 +105,7 @@ def _dense(
 
     rows, scale = _rows(x_q, x_scale)
     y = triton_dense.matmul(
-        rows, scale, ternary.contiguous(), w_scale.contiguous(), bias, out_dtype
+        rows, scale, ternary.contiguous(), w_scale.contiguous(), _in_row(bias), out_dtype
     )
     return y.view(*x_q.shape[:-1], ternary.shape[0])
 
@@ -114,7 +121,7 @@ def _packed(
     from sparse_bitnet.kernels.matmul import triton_packed
 
     rows, scale = _rows(x_q, x_scale)
-    y = triton_packed.matmul(rows, scale, packed, w_scale.contiguous(), bias, out_dtype)
+    y = triton_packed.matmul(rows, scale, packed, w_scale.contiguous(), _in_row(bias), out_dtype)
     return y.view(*x_q.shape[:-1], packed.shape[0])
 
 
@@ -161,7 +168,7 @@ def _structured(
 
     y = cusparselt.matmul(x_q.reshape(-1, x_q.shape[-1]), compressed, w_scale.contiguous())
     if x_scale is not None:
-        triton_finish.finish(y, x_scale.reshape(-1).contiguous(), bias)
+        triton_finish.finish(y, x_scale.reshape(-1).contiguous(), _in_row(bias))
     return y.view(*x_q.shape[:-1], w_scale.shape[0])
 
 

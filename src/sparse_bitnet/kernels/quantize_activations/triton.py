@@ -252,13 +252,14 @@ def quantize(
         return quantized, scale
     chunk, warps = _shape(rows.shape[0], columns, swiglu, group > 0)
     whole = math.lcm(max(group, 1), 8)  # chunks end with a group, and on a vector of eight
+    chunk = max(chunk, triton.next_power_of_2(whole))
     step = chunk // whole * whole
     windows = max(1, group // 2 - 1)
     # Of many short rows each program would wait for nothing, at twice the time.
     options = early.launch_options(x) if rows.shape[0] <= FEW_ROWS else early.OFF
     _quantize_kernel[(rows.shape[0],)](
         rows,
-        norm_weight,
+        None if norm_weight is None else norm_weight.contiguous(),
         None if factor is None else factor.reshape(-1).contiguous(),
         quantized,
         plain,
