@@ -1,6 +1,7 @@
 """The verb ``kernels`` on a machine without a GPU."""
 
 import pytest
+import torch
 
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.kernels import native
@@ -26,3 +27,8 @@ def test_covers_all_it_was_asked() -> None:
         explain(("8x16",), (1, 0), ("6:8",), "cpu")
     with pytest.raises(ConfigError, match="device 'cudaa' cannot be used here"):
         explain(("8x16",), (1,), ("6:8",), "cudaa")
+
+
+def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(explain(("8x16",))).startswith("cpu (no NVIDIA GPU here): every layer is served by")

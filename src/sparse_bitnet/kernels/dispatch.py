@@ -71,7 +71,8 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     key = key_of(weight, tokens, out_dtype)
     usable = tuple(backends(weight, tokens, out_dtype))
     index = weight.device.index
-    if len(usable) > 1 and tuning.may_measure_now() and tuning.memory(index).get(key) is None:
+    measures = tokens > 0 and len(usable) > 1 and tuning.may_measure_now()
+    if measures and tuning.memory(index).get(key) is None:
         from sparse_bitnet.kernels.measure import measure
 
         measure(weight, tokens, out_dtype)

@@ -79,8 +79,9 @@ def explain(
             weight = prepare(ternary, row_scale(scale, (), out), pattern)
             rows += [(shape, name, count, choose(weight, count)) for count in tokens]
     on_gpu = where.type == "cuda"
+    alone = " (no NVIDIA GPU here)" if device is None else ""
     return Explanation(
-        device=torch.cuda.get_device_name(where) if on_gpu else str(where),
+        device=torch.cuda.get_device_name(where) if on_gpu else f"{where}{alone}",
         remembered_in=str(tuning.cache_file(where)) if on_gpu else None,
         rows=rows,
     )

@@ -8,8 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from sparse_bitnet import console
+from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.kernels import tuning
 from sparse_bitnet.kernels.dispatch import (
     DEFERRED,
@@ -59,7 +61,7 @@ def measure(
             for candidate, call in calls.items():
                 try:
                     times[candidate] = tuning.microseconds(call)
-                except RuntimeError:
+                except (RuntimeError, OutOfResources):
                     continue  # this GPU has too little shared memory for the tile, say
                 finally:
                     task.advance()
@@ -92,7 +94,11 @@ def measure(
         settle = tuning.SETTLE_SECONDS if tokens >= FEWEST_SPARSE_TOKENS else 0.0
         for name in names:
             calls = [partial(ternary_linear, x, copy, None, out_dtype, name) for copy in same]
-            calls[0]()  # lets the sparse library search its algorithms outside the graph
+            try:
+                calls[0]()  # lets the sparse library search its algorithms outside the graph
+            except BackendError:  # the library has no such product for this GPU
+                task.advance()
+                continue
             times[name] = tuning.microseconds(calls, settle)
             if name in SPARSE_BACKENDS:
                 calls = [partial(_deferred, x, copy) for copy in same]

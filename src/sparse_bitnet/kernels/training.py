@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet import console
+from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.formats import windows
 from sparse_bitnet.kernels import dispatch, tuning
@@ -124,7 +125,10 @@ def _measure(
                 x_q, _ = quantize_fused(x)
             return structured_matmul(x_q, None, compressed, rows)
 
-        sparse()  # lets the library search its algorithms outside a graph
+        try:
+            sparse()  # lets the library search its algorithms outside a graph
+        except BackendError:  # it has no such product for this GPU
+            return times
         times[SPARSE] = tuning.microseconds([sparse], settle)
         task.advance()
         times["layout"] = tuning.microseconds(

@@ -308,9 +308,13 @@ def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Pla
             with contextlib.suppress(BackendError):
                 times[name] = tuning.microseconds(call)
         if times:
-            times = tuning.under_load(calls, times)
-            remembered.put(key, times)
-    return _plan(index, tokens, out, inner, int(tuning.fastest(times)) if times else None)
+            remembered.put(key, tuning.under_load(calls, times))
+            times = remembered.get(key)
+    for name in times or {}:  # fastest first
+        # Another token count of the bucket may be refused what this one was measured with.
+        with contextlib.suppress(BackendError, ValueError):
+            return _plan(index, tokens, out, inner, int(name))
+    return _plan(index, tokens, out, inner, None)
 
 
 _plans: dict[tuple[int, int, int, int], _Plan] = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import Pattern
+from sparse_bitnet.core.ternary import check_segments
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.ternarize import cpu, reference
@@ -33,6 +34,7 @@ def ternarize(
     if not (_published(method) and runs_triton(weight) and weight.ndim >= 2):
         return reference.ternarize(weight, pattern, method, segments)
     pattern.check_divides(weight.shape[-1])
+    check_segments(segments, weight.shape[-2])
     ternary, scale = torch.ops.sparse_bitnet.ternarize(
         weight.detach(), pattern.n, pattern.m, list(segments)
     )
@@ -59,6 +61,7 @@ def ternarize_into(
     from sparse_bitnet.kernels.ternarize import triton
 
     pattern.check_divides(weight.shape[-1])
+    check_segments(segments, weight.shape[-2])
     with torch.cuda.device_of(weight):
         _, scale = triton.ternarize(weight.detach(), pattern, segments, out)
     torch.autograd.graph.increment_version(out)  # autograd cannot see what Triton writes
