@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ KINDS = {"dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = json.loads((RESULTS / "inference.json").read_text())["rows"]
     rows = [r for r in rows if r["model"] == "qwen2.5-7b" and r["head"] == "bf16"]
     shown = {
