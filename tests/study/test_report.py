@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import shutil
 import struct
 import subprocess
@@ -193,6 +194,16 @@ def test_what_the_mask_costs_is_the_difference_on_the_same_batches(
     page = Page(report(tmp_path).page.read_text(encoding="utf-8"))
     alt = page.images["mask-cost"]["alt"] or ""
     assert alt.endswith("At the end: 6:8: BF16 0.125; 4:8: BF16 0.25, −0.5")
+
+
+def test_what_a_model_remembers_is_told_with_the_passes(tmp_path: Path, make_row: Make) -> None:
+    """The last logged loss is 4.6, and 12M tokens are three passes over 4M."""
+    for kind, seed, gap in (("bf16", 0, 0.2), ("bf16", 1, 0.3), ("bitnet", 0, -0.1)):
+        row = make_row(math.exp(4.6 + gap), kind=kind, pattern="dense", seed=seed)
+        append_row(tmp_path / "rows.jsonl", row | {"data": {"train": [3_000_000, 1_000_000]}})
+    page = report(tmp_path).page.read_text(encoding="utf-8")
+    assert "<td>dense</td><td>+0.250 ± 0.071 (2 seeds)</td><td>−0.100 (1 seed)</td>" in page
+    assert "over the last 5% of training, after 3 passes over its text" in page
 
 
 def test_nothing_to_report(tmp_path: Path, make_row: Make) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparse_bitnet.study import plots
-from sparse_bitnet.study.analysis import Runs
+from sparse_bitnet.study.analysis import Estimate, Runs, text_of
 from sparse_bitnet.study.cells import KINDS
-from sparse_bitnet.study.page import Figure, Section
+from sparse_bitnet.study.page import Figure, Section, Table
 from sparse_bitnet.study.plots import NAME, Curve, Histogram
-from sparse_bitnet.study.rows import Row
+from sparse_bitnet.study.rows import Row, is_number
 
 SHOWN_PATTERNS = ("dense", "6:8", "4:8", "2:8")
 MILLION = 1e6
 LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are drawn
 SMOOTH = 5  # logged steps that a point of a loss curve averages
+LAST = 0.05  # part of training whose loss is held against that on held-out text
 
 
 def losses(runs: Runs) -> Section:
-    """Training loss of some patterns, BF16 beside BitNet."""
+    """Training loss of some patterns, BF16 beside BitNet, and how far held-out text is from it."""
     groups = {
         NAME[kind]: [
             Curve(row.cell.pattern, _length(runs, tokens), _smooth(values))
@@ -30,7 +33,7 @@ def losses(runs: Runs) -> Section:
         for kind in KINDS
     }
     ends = [curve.y[-1] for curves in groups.values() for curve in curves]
-    return _curves(
+    section = _curves(
         runs,
         "loss",
         "Training loss",
@@ -42,6 +45,55 @@ def losses(runs: Runs) -> Section:
         log_x=True,
         top=LOSS_SHOWN * min(ends) if ends else None,
     )
+    lines = _remembered(runs)
+    if not lines:
+        return section
+    passes = sorted({f"{n:.2g}" for row in runs.select() if (n := _passes(row))}, key=float)
+    note = (
+        "Table: loss on held-out text minus that of the training batches, nats a token, over the "
+        f"last {LAST:.0%} of training"
+        + (f", after {' or '.join(passes)} passes over its text" if passes else "")
+        + ". It grows as a model comes to remember its text. How hard the two texts are differs "
+        "too, which a run of less than one pass shows alone."
+    )
+    table = Table(("held-out − training", *(NAME[k] for k in KINDS)), lines)
+    return replace(section, tables=[table], notes=[*section.notes, note])
+
+
+def _remembered(runs: Runs) -> list[tuple[str, ...]]:
+    """Lines of a table: what each kind and pattern knows by heart, dense first."""
+    lines = []
+    for pattern in ("dense", *runs.patterns()):
+        gaps = [
+            tuple(
+                gap
+                for row in runs.select(kind=kind, pattern=pattern)
+                if (gap := _held_out(row)) is not None
+            )
+            for kind in KINDS
+        ]
+        if any(gaps):
+            told = [text_of(Estimate(found) if found else None, 3, True) for found in gaps]
+            lines.append((pattern, *told))
+    return lines
+
+
+def _held_out(row: Row) -> float | None:
+    """Nats a token; None where a loss was not logged."""
+    _, logged = row.series("loss")
+    if not logged or row.perplexity <= 0:
+        return None
+    last = logged[-max(1, round(LAST * len(logged))) :]
+    return math.log(row.perplexity) - sum(last) / len(last)
+
+
+def _passes(row: Row) -> float | None:
+    """How often training went through its text; None where the row does not say."""
+    data, tokens = row.raw.get("data"), row.raw.get("tokens")
+    counts = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(counts, list) or not all(map(is_number, [*counts, tokens])):
+        return None
+    return float(tokens or 0) / sum(counts) if sum(counts) > 0 else None
 
 
 def mask_cost(runs: Runs) -> Section:
