@@ -89,6 +89,7 @@ class Decoder:
         self.layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
         self.embed, self.norm = model.model.embed_tokens, model.model.norm
         self.rotary = model.model.rotary_emb
+        self._around = (self._begin, self._end)
         self.head: nn.Module = model.lm_head
         if head == "int8":
             rows, width = model.lm_head.weight.shape
@@ -98,8 +99,12 @@ class Decoder:
     def compile(self) -> None:
         """Compile a layer, once for all of them, and what stands around the layers."""
         options = compile_options()
-        for module in (*self.layers, self.norm):
-            module.compile(dynamic=False, options=options)
+        for layer in self.layers:
+            layer.compile(dynamic=False, options=options)
+        self._around = (
+            torch.compile(self._begin, dynamic=False, options=options),
+            torch.compile(self._end, dynamic=False, options=options),
+        )
 
     def caches(self, batch: int, length: int) -> list[StaticLayerCache]:
         """Static caches of random keys and values."""
@@ -119,19 +124,29 @@ class Decoder:
         rotary = self.rotary(x, positions)
         for layer in self.layers:
             x = layer(x, position_embeddings=rotary)
-        logits: Tensor = self.head(self.norm(x[:, -1].contiguous()))
-        return logits
+        _, end = self._around
+        return end(x[:, -1].contiguous())
 
     def decode(self, tokens: Tensor, position: Tensor, caches: list[StaticLayerCache]) -> Tensor:
         """Logits of the next token: ``[batch, 1]``, int64 ``[1]`` → ``[batch, vocabulary]``."""
-        x = self.embed(tokens)
-        rotary = self.rotary(x, position.unsqueeze(0))
-        slots = torch.arange(caches[0].keys.shape[2], device=self.device)
-        seen = (slots <= position).view(1, 1, 1, -1)
+        begin, end = self._around
+        x, rotary, seen = begin(tokens, position, caches[0].keys.shape[2])
         for layer, cache in zip(self.layers, caches, strict=True):
             cache.position = position
             x = layer(x, attention_mask=seen, position_embeddings=rotary, past_key_values=cache)
-        logits: Tensor = self.head(self.norm(x[:, 0].contiguous()))
+        return end(x[:, 0].contiguous())
+
+    def _begin(
+        self, tokens: Tensor, position: Tensor, length: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Of a decode's step: embedding, its position's cosine and sine, the slots it may see."""
+        x = self.embed(tokens)
+        slots = torch.arange(length, device=self.device)
+        return x, self.rotary(x, position.unsqueeze(0)), (slots <= position).view(1, 1, 1, -1)
+
+    def _end(self, x: Tensor) -> Tensor:
+        """The last norm and the head: ``[batch, hidden]`` → ``[batch, vocabulary]``."""
+        logits: Tensor = self.head(self.norm(x))
         return logits
 
 

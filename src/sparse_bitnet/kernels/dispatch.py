@@ -246,6 +246,7 @@ def integer_linear(
     weight: TernaryWeight,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Y = (Xq @ (γT)ᵀ) · x_scale + bias, of activations that are integers already.
 
@@ -253,6 +254,7 @@ def integer_linear(
         x_q: int8 ``[..., in]``, of any number of bits up to eight.
         x_scale: float32 ``[..., 1]``.
         weight, bias, out_dtype: as of :func:`ternary_linear`.
+        residual: ``[..., out]`` of ``out_dtype``, added to Y once Y has been rounded.
 
     Returns:
         ``[..., out]``.
@@ -264,7 +266,10 @@ def integer_linear(
         if tokens is not None and weight.packed is not None and tokens <= MOST_PACKED_TOKENS:
             key = key_of(weight, tokens, out_dtype)
             backend = _decided(weight.device.index, key, ("dense", "packed"), tokens)
-    return _product(x_q, x_scale, weight, bias, out_dtype, backend)
+    if backend == "packed" and weight.packed is not None:
+        return packed_matmul(x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype, residual)
+    y = _product(x_q, x_scale, weight, bias, out_dtype, backend)
+    return y if residual is None else residual + y
 
 
 def integer_mlp(
@@ -273,6 +278,7 @@ def integer_mlp(
     gate_up: TernaryWeight,
     down: TernaryWeight,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`gated_mlp` of activations that are integers already, as :func:`integer_linear`'s."""
     tokens = _known(gate_up, tokens_of(x_q))
@@ -281,7 +287,7 @@ def integer_mlp(
     else:
         y = integer_linear(x_q, x_scale, gate_up, None, out_dtype)
         y_q, y_scale = quantize_fused(y, swiglu=True)
-    return integer_linear(y_q, y_scale, down, None, out_dtype)
+    return integer_linear(y_q, y_scale, down, None, out_dtype, residual)
 
 
 def takes_integers(weights: Sequence[TernaryWeight], x: Tensor) -> bool:

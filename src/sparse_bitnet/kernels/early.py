@@ -11,7 +11,8 @@ it waits until all that the kernel ahead wrote can be seen.
     next                                     ├ start, weights ──────────────────┤ wait …
 
 Three rules make it safe, and PyTorch's compiler keeps them too (``platform.compile_options``):
-before :func:`wait` a kernel reads nothing but weights and writes nothing; every kernel waits; it
+before :func:`wait` a kernel reads nothing but weights (fetching a line into L2 is not reading it)
+and writes nothing; every kernel waits; it
 lets the next one begin only after it has waited itself, so whoever begins finds all but the kernel
 directly ahead of it complete.
 """
@@ -48,6 +49,25 @@ def fetch(pointers, EARLY: tl.constexpr):
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
             [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def fetch_where(pointers, flags, EARLY: tl.constexpr):
+    """Of these cache lines those whose flag, a byte at an address too, is not zero.
+
+    A flag that is written at the same moment makes a fetch too many or too few, no wrong number;
+    it is read in assembly so that no compiler takes it for the value after the wait.
+    """
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .u16 f; ld.global.u8 f, [$2]; setp.ne.u16 p, f, 0; "
+            "@p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+            "=r,l,l",
+            [pointers.to(tl.int64), flags.to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _serves(device_index: int | None) -> bool:
     return has_triton() and capability(device_index) >= OLDEST_CAPABILITY
 
 
-def compile_options() -> dict[str, bool]:
+def compile_options() -> dict[str, Any]:
     """``options`` of ``torch.compile`` for chains of short kernels, as far as it has them.
 
     The compiler's own kernels are launched early too (:mod:`sparse_bitnet.kernels.early`), and

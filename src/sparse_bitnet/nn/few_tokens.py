@@ -4,7 +4,8 @@ Compiled, a decoder layer of few tokens is a chain of short kernels, and what a 
 norm lets the next kernel begin only when it has nearly ended. The kernel of this package that takes
 the residual sum along is shorter, and the product behind it fetches its weights meanwhile
 (``kernels/early.py``). What it makes are integers, and they go through transformers' own attention
-in the place of its input, to the projections, which alone read them.
+in the place of its input, to the projections, which alone read them. The last product of a layer
+adds the residual stream to what it writes.
 
 Prompts, other layers and eager mode take transformers' own forward, and so do all layers while
 there is a hook in one.
@@ -88,5 +89,5 @@ class _FewTokens:
         total, x_q, x_scale = add_norm_quantize(
             hidden_states, mixed, second.weight, second.variance_epsilon
         )
-        y: Tensor = total + self.mlp(Integers(x_q, x_scale, dtype))
+        y: Tensor = self.mlp(Integers(x_q, x_scale, dtype), total)
         return y

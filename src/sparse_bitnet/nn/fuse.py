@@ -102,7 +102,10 @@ class Part(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP of transformers, gate and up joined: ``[..., hidden]`` → ``[..., hidden]``."""
+    """A gated MLP of transformers, gate and up joined: ``[..., hidden]`` → ``[..., hidden]``.
+
+    A residual, if one is given, is added to the result.
+    """
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class FusedMLP(nn.Module):
         self.down_proj = mlp.get_submodule("down_proj")
         self.register_state_dict_pre_hook(_refuse_to_save)
 
-    def forward(self, x: Tensor | Integers) -> Tensor:
+    def forward(self, x: Tensor | Integers, residual: Tensor | None = None) -> Tensor:
         first, second = self.gate_up_proj, self.down_proj
         # A compiler is not asked: each hook's absence would be a guard of every token.
         plain = torch.compiler.is_compiling() or (
@@ -119,11 +122,12 @@ class FusedMLP(nn.Module):
         if plain and _runs_fused(first) and _runs_fused(second):
             both = first.layout("weight"), second.layout("weight")  # type: ignore[operator]
             if isinstance(x, Integers):
-                return integer_mlp(x.values, x.scale, *both, x.dtype)
-            return gated_mlp(x, *both, output_dtype(x))
-        gate, up = first(x).chunk(2, dim=-1)
-        result: Tensor = second(F.silu(gate) * up)
-        return result
+                return integer_mlp(x.values, x.scale, *both, x.dtype, residual)
+            y = gated_mlp(x, *both, output_dtype(x))
+        else:
+            gate, up = first(x).chunk(2, dim=-1)
+            y = second(F.silu(gate) * up)
+        return y if residual is None else residual + y
 
 
 def _refuse_to_save(_module: nn.Module, prefix: str, _keep_vars: bool) -> None:

@@ -9,6 +9,9 @@ at once (they are the rows of the product, padded to 16), and keeps a running so
 
 A second kernel joins the shares of a head: y = Σ exp(mᵢ − m) · yᵢ / Σ exp(mᵢ − m) · lᵢ. Blocks of
 the cache that nobody sees are not read, so a cache that is longer than the text costs little.
+
+Keys and values but those of the newest token have been in memory for long: a program has its first
+block of them fetched into L2 while the kernel ahead of it still runs (``kernels/early.py``).
 """
 
 from __future__ import annotations
@@ -19,14 +22,36 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_bitnet.kernels import early
-from sparse_bitnet.kernels.early import wait
+from sparse_bitnet.kernels.early import fetch, fetch_where, wait
 
 BLOCK = 64  # keys at once
 WARPS = 4
 PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
+LINE = 128  # bytes
 LEAST = tl.constexpr(-1e30)  # finite, below every score; a share that sees nothing has −∞
+
+
+@triton.jit
+def _fetch_block(
+    ptr,
+    key_stride,
+    width,
+    keys,
+    seen_at,
+    LANES: tl.constexpr,
+    LINES: tl.constexpr,
+    MASKED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Ask for these rows of a cache, those that are seen."""
+    lines = tl.minimum(tl.arange(0, LINES) * LANES, width - 1)
+    at = ptr + keys.to(tl.int64)[:, None] * key_stride + lines[None, :]
+    if MASKED:
+        fetch_where(at, tl.broadcast_to(seen_at[:, None], at.shape), EARLY)
+    else:
+        fetch(at, EARLY)
 
 
 @triton.jit
@@ -57,6 +82,7 @@ def _share_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
@@ -67,11 +93,17 @@ def _share_kernel(
     key_head = head % key_heads
     rows = tl.arange(0, ROWS)
     lanes = tl.arange(0, WIDTH)
+    k_ptr += batch * k_batch + key_head * k_head
+    v_ptr += batch * v_batch + key_head * v_head
+    soon = tl.minimum(number * share + tl.arange(0, BLOCK), length - 1)
+    soon_seen = soon  # nothing to look at without a mask
+    if MASKED:
+        soon_seen = seen_ptr + batch * seen_batch + soon
+    _fetch_block(k_ptr, k_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, EARLY)
+    _fetch_block(v_ptr, v_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, EARLY)
     wait(EARLY)
     q_at = q_ptr + batch * q_batch + (key_head * GROUP + rows[:, None]) * q_head + lanes[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (lanes[None, :] < width), other=0.0)
-    k_ptr += batch * k_batch + key_head * k_head
-    v_ptr += batch * v_batch + key_head * v_head
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     y = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -195,6 +227,7 @@ def attend(
         ROWS=rows,
         WIDTH=padded,
         BLOCK=BLOCK,
+        LINES=max(1, padded * keys.element_size() // LINE),
         MASKED=seen is not None,
         PRECISION=precision,
         num_warps=WARPS,

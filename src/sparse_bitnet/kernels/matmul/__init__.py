@@ -40,9 +40,15 @@ def packed_matmul(
     w_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The same for few tokens, from two-bit rows: uint8 of ``triton_packed.pack_rows``. CUDA."""
-    return torch.ops.sparse_bitnet.packed_matmul(x_q, x_scale, packed, w_scale, bias, out_dtype)
+    """The same for few tokens, from two-bit rows: uint8 of ``triton_packed.pack_rows``. CUDA.
+
+    ``residual`` (``[..., out]`` of ``out_dtype``) is added to the result, which is rounded first.
+    """
+    return torch.ops.sparse_bitnet.packed_matmul(
+        x_q, x_scale, packed, w_scale, bias, out_dtype, residual
+    )
 
 
 def packed_swiglu(
@@ -153,6 +159,7 @@ def _fake_matmul(
     w_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
 
@@ -182,13 +189,18 @@ def _fake_structured(
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.bfloat16)
 
 
-for _name, _function in (("dense_matmul", _dense), ("packed_matmul", _packed)):
-    register(
-        f"{_name}(Tensor x_q, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, "
-        "ScalarType out_dtype) -> Tensor",
-        _function,
-        _fake_matmul,
-    )
+register(
+    "dense_matmul(Tensor x_q, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, "
+    "ScalarType out_dtype) -> Tensor",
+    _dense,
+    _fake_matmul,
+)
+register(
+    "packed_matmul(Tensor x_q, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, "
+    "ScalarType out_dtype, Tensor? residual) -> Tensor",
+    _packed,
+    _fake_matmul,
+)
 register(
     "structured_matmul(Tensor x_q, Tensor? x_scale, Tensor compressed, Tensor w_scale, "
     "Tensor? bias) -> Tensor",

@@ -3,12 +3,13 @@
 
 Layout. A row is cut into blocks of 64 weights, 16 bytes. Byte B of a block holds weights B, 16 + B,
 32 + B and 48 + B in bit pairs 0, 1, 2 and 3, as two's complement (−1 = 11, 0 = 00, 1 = 01).
-Shifting a pair to the top of its byte and masking the rest away gives 64·T as int8, four weights at
-once and no bias to subtract; a plane of 16 bytes then meets 16 consecutive activations. Sums carry
-the factor 64, which an arithmetic shift removes exactly; they fit int32 below 2¹⁸ input features.
+The pairs at one place of 16 bytes are a plane, which meets 16 consecutive activations.
 
-Two kernels. Up to a few tokens: byte-wise dot products (``triton_dot.py``). More tokens: the packed
+Two kernels. One or two tokens: byte-wise dot products (``triton_dot.py``). More tokens: the packed
 bytes reach the tensor core's register layout once, and the planes are taken out of them there.
+Shifting a pair to the top of its byte and masking the rest away gives 64·T as int8, four weights at
+once and no bias to subtract. Sums carry the factor 64, which an arithmetic shift removes exactly;
+they fit int32 below 2¹⁸ input features.
 Where rows are too few to fill the device, a row is cut over K, and a second, small kernel adds the
 shares: they are integers, so the result does not depend on the cut.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sparse_bitnet.kernels import early, tuning
 from sparse_bitnet.kernels.early import wait
-from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, run_dot
+from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, add_residual, run_dot
 
 BLOCK = 64
 LONGEST_ROW = 2**18
@@ -56,12 +57,13 @@ class MmaTiles:
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 4x128": DotTiles(4, 128, False),
-    "dot 8x64": DotTiles(8, 64, True),
-    "dot 2x256 ahead": DotTiles(2, 256, True),
+    "dot 8x128": DotTiles(8, 128, False, sums=2),
     "dot 2x128 ahead": DotTiles(2, 128, True),
-    "dot 4x256": DotTiles(4, 256, False),
-    "dot 16x64": DotTiles(16, 64, False),
-    "dot 16x64 ahead": DotTiles(16, 64, True),
+    "dot 4x128 ahead": DotTiles(4, 128, True),
+    "dot 8x64 ahead": DotTiles(8, 64, True),
+    "dot 16x64": DotTiles(16, 64, False, sums=2),
+    "dot 16x64 ahead": DotTiles(16, 64, True, sums=2),
+    "dot 32x32 ahead": DotTiles(32, 32, True, sums=2),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
     "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
@@ -126,6 +128,7 @@ def _mma_kernel(
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
+    residual_ptr,
     partial_ptr,
     tokens,
     columns,
@@ -136,6 +139,7 @@ def _mma_kernel(
     BYTES: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -170,7 +174,10 @@ def _mma_kernel(
         y = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
         if BIAS:
             y += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y = y.to(y_ptr.dtype.element_ty)
+        if RESIDUAL:
+            y = add_residual(y, residual_ptr + where, inside)
+        tl.store(y_ptr + where, y, mask=inside)
 
 
 @triton.jit
@@ -180,11 +187,13 @@ def _join_kernel(
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
+    residual_ptr,
     tokens,
     columns,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """The shares of one token's row, summed and scaled."""
@@ -200,7 +209,10 @@ def _join_kernel(
     y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
     if BIAS:
         y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * columns + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = y.to(y_ptr.dtype.element_ty)
+    if RESIDUAL:
+        y = add_residual(y, residual_ptr + token * columns + n, inside)
+    tl.store(y_ptr + token * columns + n, y, mask=inside)
 
 
 def run(
@@ -211,14 +223,20 @@ def run(
     bias: Tensor | None,
     y: Tensor,
     tiles: DotTiles | MmaTiles,
+    residual: Tensor | None = None,
 ) -> None:
     """Launch one candidate; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
     if isinstance(tiles, DotTiles):
-        run_dot(x_q, x_scale, packed, w_scale, bias, y, tiles)
+        run_dot(x_q, x_scale, packed, w_scale, bias, y, tiles, residual)
         return
     tokens, inner = x_q.shape
     columns, row_bytes = packed.shape
-    common = {"BIAS": bias is not None, "enable_fp_fusion": False, **early.launch_options(x_q)}
+    common = {
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "enable_fp_fusion": False,
+        **early.launch_options(x_q),
+    }
     partial = None
     if tiles.splits > 1:
         partial = torch.empty((tiles.splits, *y.shape), dtype=torch.int32, device=y.device)
@@ -229,6 +247,7 @@ def run(
         x_scale,
         w_scale,
         bias,
+        residual,
         partial,
         tokens,
         columns,
@@ -250,6 +269,7 @@ def run(
             x_scale,
             w_scale,
             bias,
+            residual,
             tokens,
             columns,
             SPLITS=tiles.splits,
@@ -273,7 +293,7 @@ def candidates(tokens: int, columns: int) -> list[str]:
 
 
 def memory_key(rows: int, columns: int, inner: int) -> str:
-    return f"packed {tuning.bucket(rows)}x{columns}x{inner}"
+    return f"two-bit {tuning.bucket(rows)}x{columns}x{inner}"
 
 
 def matmul(
@@ -283,6 +303,7 @@ def matmul(
     w_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Run the candidate remembered for this shape, else the usual best one."""
     tokens, inner = x_q.shape
@@ -292,5 +313,5 @@ def matmul(
         return y
     names = candidates(tokens, columns)
     name = tuning.remembered(x_q, memory_key(tokens, columns, inner), names)
-    run(x_q, x_scale, packed, w_scale, bias, y, CANDIDATES[name])
+    run(x_q, x_scale, packed, w_scale, bias, y, CANDIDATES[name], residual)
     return y

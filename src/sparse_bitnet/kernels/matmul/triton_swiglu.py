@@ -23,7 +23,14 @@ from sparse_bitnet.kernels.quantize_activations.triton import by_peaks
 COPIES = 3  # of a weight while it is measured, so that L2 does not hold it
 SWIGLU_TILES = {
     name: CANDIDATES[name]
-    for name in ("dot 16x64 ahead", "dot 16x64", "dot 8x64", "dot 4x128", "dot 4x128 fetch")
+    for name in (
+        "dot 16x64 ahead",
+        "dot 16x64",
+        "dot 32x32 ahead",
+        "dot 8x128",
+        "dot 8x64 ahead",
+        "dot 4x128",
+    )
 }
 
 
@@ -37,7 +44,7 @@ def run_swiglu(
     h = torch.empty((tokens, columns // 2), dtype=dtype, device=x_q.device)
     programs = dot_programs(columns, tiles)
     peaks = torch.empty((tokens, programs), dtype=torch.int32, device=x_q.device)
-    run_dot(x_q, x_scale, packed, w_scale, None, h, tiles, peaks)
+    run_dot(x_q, x_scale, packed, w_scale, None, h, tiles, peaks=peaks)
     return by_peaks(h, peaks)
 
 
