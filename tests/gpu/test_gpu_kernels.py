@@ -8,6 +8,7 @@ from sparse_bitnet.core import Pattern, quantize_int8, row_scale, ternarize
 from sparse_bitnet.formats.windows import lift
 from sparse_bitnet.kernels import dispatch, quantize_activations, tuning
 from sparse_bitnet.kernels import ternarize as ternarize_anywhere
+from sparse_bitnet.kernels import ternary_matmul as matmul_anywhere
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.quantize_activations import quantize_fused, reference
 from sparse_bitnet.kernels.weight import TernaryWeight, prepare
@@ -193,3 +194,25 @@ def test_sparse_packing_refuses_a_broken_pattern() -> None:
     ternary = torch.ones(64, 64, dtype=torch.int8, device="cuda")
     with pytest.raises(WeightError, match="at most 6 fit"):
         prepare(ternary, torch.ones(64, device="cuda"), Pattern(6, 8))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 2**35, reason="needs 32 GiB"
+)
+def test_more_elements_than_int32_counts() -> None:
+    tokens, wide, narrow, last = 2**17 + 3, 2**14, 64, slice(-3, None)
+    x = torch.zeros(tokens, wide, dtype=torch.bfloat16, device="cuda")
+    x[last] = torch.randn(3, wide)
+    expected, step = quantize_int8(x[last].cpu())
+    for group in (0, 8):
+        quantized, scale = quantize_fused(x, group=group)
+        assert_equal(quantized[last], lift(expected, group) if group else expected)
+        assert_equal(scale[last], step)
+    del x, quantized
+    x_q = torch.randint(-127, 128, (tokens, narrow), dtype=torch.int8, device="cuda")
+    x_scale, w_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(wide, device="cuda")
+    weight = torch.randint(-1, 2, (wide, narrow), dtype=torch.int8, device="cuda")
+    y = matmul_anywhere(x_q, x_scale, weight, w_scale, None, torch.bfloat16)
+    few, steps = x_q[last].cpu(), x_scale[last].cpu()
+    expected = ternary_matmul(few, steps, weight.cpu(), w_scale.cpu(), None, torch.bfloat16)
+    assert_equal(y[last], expected)
