@@ -95,8 +95,8 @@ def _rows(x_q: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
     return rows, x_scale.reshape(-1).contiguous()
 
 
-def _in_row(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _in_row(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
 
 
 def _dense(
@@ -123,11 +123,13 @@ def _packed(
     w_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    residual: Tensor | None,
 ) -> Tensor:
     from sparse_bitnet.kernels.matmul import triton_packed
 
     rows, scale = _rows(x_q, x_scale)
-    y = triton_packed.matmul(rows, scale, packed, w_scale.contiguous(), _in_row(bias), out_dtype)
+    given = w_scale.contiguous(), _in_row(bias), out_dtype, _in_row(residual)
+    y = triton_packed.matmul(rows, scale, packed, *given)
     return y.view(*x_q.shape[:-1], packed.shape[0])
 
 
