@@ -8,6 +8,7 @@ several times that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
@@ -27,7 +28,14 @@ def register(
     """Define one operator that neither mutates nor aliases its arguments.
 
     A CUDA kernel runs with the device of its first argument current, as launches need.
+
+    Raises:
+        TypeError: if the kernel or the fake does not take the schema's arguments, which on a
+            machine without a GPU no call would find out.
     """
+    arguments = torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments
+    for function in (kernel, fake):
+        inspect.signature(function).bind(*arguments)
 
     @wraps(kernel)
     def on_device(*arguments: Any) -> Any:
