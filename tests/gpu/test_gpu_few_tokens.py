@@ -9,7 +9,7 @@ from sparse_bitnet.bench.decoder import Decoder
 from sparse_bitnet.bench.inference import Case, call_of
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, ternarize
-from sparse_bitnet.kernels.matmul import packed_matmul, packed_swiglu, triton_swiglu
+from sparse_bitnet.kernels.matmul import packed_matmul, packed_swiglu, triton_packed, triton_swiglu
 from sparse_bitnet.kernels.quantize_activations import (
     add_norm_quantize,
     quantize_fused,
@@ -52,6 +52,24 @@ def test_packed_swiglu(name: str, tokens: int, inner: int, columns: int) -> None
     found, scale = packed_swiglu(x_q, x_scale, weight.packed, weight.w_scale, torch.bfloat16)
     assert torch.equal(found, expected)
     assert torch.equal(scale, step)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 32])
+@pytest.mark.parametrize(("rows", "columns"), [(3584, 18944), (1001, 896), (12000, 64)])
+def test_a_residual_is_added_to_the_rounded_product(tokens: int, rows: int, columns: int) -> None:
+    ternary, scale = ternarize(torch.randn(rows, columns, device="cuda"), Pattern.parse("6:8"))
+    weight = prepare(ternary, row_scale(scale, (), rows), Pattern.parse("6:8"))
+    assert weight.packed is not None
+    x_q, x_scale = quantize_fused(torch.randn(tokens, columns, device="cuda").bfloat16())
+    bias = torch.randn(rows, device="cuda").bfloat16()
+    residual = torch.randn(tokens, rows, device="cuda").bfloat16()
+    names = triton_packed.candidates(tokens, rows)
+    operands = (x_q, x_scale.reshape(-1), weight.packed, weight.w_scale)
+    expected = packed_matmul(x_q, x_scale, *operands[2:], bias, torch.bfloat16)
+    for name in names:
+        found = torch.full_like(residual, torch.nan)
+        triton_packed.run(*operands, bias, found, triton_packed.CANDIDATES[name], residual)
+        assert torch.equal(found, residual + expected), name
 
 
 @pytest.mark.parametrize("batch", [1, 3])

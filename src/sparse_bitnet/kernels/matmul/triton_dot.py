@@ -96,9 +96,8 @@ def _dot4(a, b, c, ASM: tl.constexpr):
 
 
 @triton.jit
-def add_residual(y, residual_at, inside):
-    """The sum of two values of y's dtype, rounded once, as a separate addition would."""
-    residual = tl.load(residual_at, mask=inside, other=0.0)
+def plus(residual, y):
+    """The sum of two values of one dtype, rounded once, as a separate addition would."""
     return (residual.to(tl.float32) + y.to(tl.float32)).to(y.dtype)
 
 
@@ -147,11 +146,19 @@ def _dot_kernel(
         for _ in tl.static_range(SUMS):
             sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
     w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if AHEAD:
         word = tl.arange(0, WORDS)
         mask = inside[:, None] & (word < row_words)[None, :]
         ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
     wait(EARLY)
+    x_scales, residuals = (), ()  # asked for now, there when the sums are
+    for token in tl.static_range(TOKENS):
+        x_scales = x_scales + (tl.load(x_scale_ptr + token),)
+        if RESIDUAL:
+            at = residual_ptr + token * columns + n
+            residuals = residuals + (tl.load(at, mask=inside, other=0.0),)
     for start in range(0, row_words, WORDS):
         word = start + tl.arange(0, WORDS)
         if AHEAD:  # the next words are asked for before these are used
@@ -182,12 +189,12 @@ def _dot_kernel(
         for i in tl.static_range(1, SUMS):
             total += sums[token * SUMS + i] >> (2 * i)
         total = tl.sum(total, axis=1) - 2 * tl.sum(x_sums[token])
-        y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
+        y = total.to(tl.float32) * x_scales[token] * w_scale
         if BIAS:
-            y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+            y += bias
         y = y.to(y_ptr.dtype.element_ty)
         if RESIDUAL:
-            y = add_residual(y, residual_ptr + token * columns + n, inside)
+            y = plus(residuals[token], y)
         if SWIGLU:
             gate, up = tl.split(tl.reshape(tl.where(inside, y, 0.0), (ROWS // 2, 2)))
             h = _swiglu(gate, up)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparse_bitnet.kernels import early, tuning
 from sparse_bitnet.kernels.early import wait
-from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, add_residual, run_dot
+from sparse_bitnet.kernels.matmul.triton_dot import DotTiles, plus, run_dot
 
 BLOCK = 64
 LONGEST_ROW = 2**18
@@ -149,6 +149,10 @@ def _mma_kernel(
     inside = n < columns
     row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
     total = tl.zeros((ROWS, TOKENS), tl.int32)
+    if SPLITS == 1:
+        w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+        if BIAS:
+            bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     wait(EARLY)
     for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
         byte = start + tl.arange(0, BYTES)
@@ -170,13 +174,12 @@ def _mma_kernel(
         tl.store(partial_ptr + tl.program_id(1) * tokens * columns + where, total, mask=inside)
     else:
         x_scale = tl.load(x_scale_ptr + t, mask=t < tokens, other=0.0)
-        w_scale = tl.load(w_scale_ptr + n, mask=n < columns, other=0.0)
         y = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
         if BIAS:
-            y += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+            y += bias[None, :]
         y = y.to(y_ptr.dtype.element_ty)
         if RESIDUAL:
-            y = add_residual(y, residual_ptr + where, inside)
+            y = plus(tl.load(residual_ptr + where, mask=inside, other=0.0), y)
         tl.store(y_ptr + where, y, mask=inside)
 
 
@@ -200,18 +203,21 @@ def _join_kernel(
     token = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < columns
+    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     wait(EARLY)
     total = tl.zeros((BLOCK_N,), tl.int32)
     for split in tl.static_range(SPLITS):
         at = partial_ptr + (split * tokens + token) * columns + n
         total += tl.load(at, mask=inside, other=0)
-    w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
     y = total.to(tl.float32) * tl.load(x_scale_ptr + token) * w_scale
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        y += bias
     y = y.to(y_ptr.dtype.element_ty)
     if RESIDUAL:
-        y = add_residual(y, residual_ptr + token * columns + n, inside)
+        residual = tl.load(residual_ptr + token * columns + n, mask=inside, other=0.0)
+        y = plus(residual, y)
     tl.store(y_ptr + token * columns + n, y, mask=inside)
 
 

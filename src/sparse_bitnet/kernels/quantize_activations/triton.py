@@ -98,6 +98,12 @@ def _quantize_kernel(
     if PLAIN:
         plain_ptr += row * columns
     factor = 1.0
+    norm = ()
+    if NORM and EARLY:  # a weight, and so there before what is normed
+        for i in tl.static_range(CHUNKS):
+            lanes = i * STEP + tl.arange(0, CHUNK)
+            mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
+            norm = norm + (tl.load(norm_ptr + lanes, mask=mask, other=0.0),)
     wait(EARLY)
     if FACTOR:
         factor = tl.load(factor_ptr + row)
@@ -120,9 +126,12 @@ def _quantize_kernel(
         inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / columns + epsilon))
         normed = ()
         for i in tl.static_range(CHUNKS):
-            lanes = i * STEP + tl.arange(0, CHUNK)
-            mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
-            weight = tl.load(norm_ptr + lanes, mask=mask, other=0.0)
+            if EARLY:
+                weight = norm[i]
+            else:
+                lanes = i * STEP + tl.arange(0, CHUNK)
+                mask = (tl.arange(0, CHUNK) < STEP) & (lanes < columns)
+                weight = tl.load(norm_ptr + lanes, mask=mask, other=0.0)
             normed = normed + (_normed(values[i], weight, inverse_rms),)
         values = normed
     largest = tl.full((CHUNK,), SMALLEST_BITS, tl.int32)
