@@ -99,6 +99,14 @@ def _in_row(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
+def _after_copies(rows: Tensor, *copied: bool) -> Tensor:
+    """X for a kernel that reads scales and biases before the kernel ahead of it has ended.
+
+    That one must not be the copy of a scale or bias, so then a copy of X goes in between.
+    """
+    return rows.clone() if any(copied) else rows
+
+
 def _dense(
     x_q: Tensor,
     x_scale: Tensor,
@@ -128,8 +136,10 @@ def _packed(
     from sparse_bitnet.kernels.matmul import triton_packed
 
     rows, scale = _rows(x_q, x_scale)
-    given = w_scale.contiguous(), _in_row(bias), out_dtype, _in_row(residual)
-    y = triton_packed.matmul(rows, scale, packed, *given)
+    gammas, offsets = w_scale.contiguous(), _in_row(bias)
+    added = _in_row(residual)
+    rows = _after_copies(rows, gammas is not w_scale, offsets is not bias)
+    y = triton_packed.matmul(rows, scale, packed, gammas, offsets, out_dtype, added)
     return y.view(*x_q.shape[:-1], packed.shape[0])
 
 
@@ -139,7 +149,9 @@ def _packed_swiglu(
     from sparse_bitnet.kernels.matmul import triton_swiglu
 
     rows, scale = _rows(x_q, x_scale)
-    values, scale = triton_swiglu.swiglu_rows(rows, scale, packed, w_scale.contiguous(), dtype)
+    gammas = w_scale.contiguous()
+    rows = _after_copies(rows, gammas is not w_scale)
+    values, scale = triton_swiglu.swiglu_rows(rows, scale, packed, gammas, dtype)
     leading = x_q.shape[:-1]
     return values.view(*leading, -1), scale.view(*leading, 1)
 

@@ -264,11 +264,14 @@ def quantize(
     chunk = max(chunk, triton.next_power_of_2(whole))
     step = chunk // whole * whole
     windows = max(1, group // 2 - 1)
-    # Of many short rows each program would wait for nothing, at twice the time.
-    options = early.launch_options(x) if rows.shape[0] <= FEW_ROWS else early.OFF
+    norm = None if norm_weight is None else norm_weight.contiguous()
+    # Of many short rows each program would wait for nothing, at twice the time. A norm's weight is
+    # read before the wait, so it must not have been copied just now.
+    begins_early = rows.shape[0] <= FEW_ROWS and norm is norm_weight
+    options = early.launch_options(x) if begins_early else early.OFF
     _quantize_kernel[(rows.shape[0],)](
         rows,
-        None if norm_weight is None else norm_weight.contiguous(),
+        norm,
         None if factor is None else factor.reshape(-1).contiguous(),
         quantized,
         plain,
