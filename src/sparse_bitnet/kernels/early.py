@@ -60,11 +60,12 @@ def fetch_where(pointers, flags, EARLY: tl.constexpr):
     """Of these cache lines those whose flag, a byte at an address too, is not zero.
 
     A flag that is written at the same moment makes a fetch too many or too few, no wrong number;
-    it is read in assembly so that no compiler takes it for the value after the wait.
+    it is read in assembly so that no compiler takes it for the value after the wait, and past the
+    first level cache (cg), which would keep it for the read after the wait.
     """
     if EARLY:
         tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .u16 f; ld.global.u8 f, [$2]; setp.ne.u16 p, f, 0; "
+            "{.reg .pred p; .reg .u16 f; ld.global.cg.u8 f, [$2]; setp.ne.u16 p, f, 0; "
             "@p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
             "=r,l,l",
             [pointers.to(tl.int64), flags.to(tl.int64)],
