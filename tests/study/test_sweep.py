@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import append_row, read_rows
 from sparse_bitnet.study.run_cell import environment, run_cell
-from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, sweep
+from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, _Sweep, sweep
 
 RECIPE = """
 name: test
@@ -312,6 +313,29 @@ def test_speeds_come_from_rows_of_this_device(
     assert speeds.seconds(job, 1) is None
     speeds.add(Cell(kind="bf16", size="tiny"), {**row, **mine})
     assert speeds.seconds(job, 1) == pytest.approx(job.tokens / 4.5e6 + 100 - 12 / 4.5)
+
+
+def test_time_to_go_counts_what_can_be_foreseen(
+    tmp_path: Path, toy_tokens: Path, make_row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers; one cell runs at a second a step with 6 of 24 done, so 18 s are left of it."""
+    plan = read_sweep(write_recipe(tmp_path, toy_tokens))
+    first, *waiting = _jobs(plan, tmp_path / "cells")
+    other = replace(waiting[0], cell=replace(waiting[0].cell, size="study-1m"))
+    run = _Sweep(plan, [], [*waiting, other], [], tmp_path / "rows.jsonl", None, False)
+    under_way = pool.Running(first, started=100.0, done=0, steps=24)
+    workers = SimpleNamespace(running=[under_way], size=2, per_device=1)
+    monkeypatch.setattr(pool.time, "monotonic", lambda: 106.0)
+    assert run._time_left(workers) == (0, 5)
+    under_way.done = 6
+    # The three others of its size go at its pace, 24 s each; of another size nothing is known.
+    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24) / 2), 1)
+    mine = {"environment": {"device": environment()["device"]}}
+    row = make_row(30.0, size="study-1m", kind=other.cell.kind) | mine
+    run.speeds.add(
+        other.cell, row | {"tokens": other.tokens, "tokens_per_second": other.tokens / 40}
+    )
+    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24 + 100) / 2), 0)
 
 
 def test_workers_get_their_gpu_and_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,14 +42,20 @@ class Board:
         waiting: int,
         failed: dict[str, str],
         pool: Pool,
-        seconds_left: float | None,
+        seconds_left: float,
+        unknown: int,
     ) -> None:
-        """Draw the state as it is now."""
+        """Draw the state as it is now; ``unknown`` cells are not in the seconds that are left."""
         now = time.monotonic()
         running = pool.running
-        left = (
-            "time to go not known yet" if seconds_left is None else f"{_clock(seconds_left)} to go"
-        )
+        left = f"{_clock(seconds_left)} to go"
+        if unknown:
+            cells = f"{unknown} cell{'s' if unknown > 1 else ''}"
+            left = (
+                f"{left} and {cells} of unknown length"
+                if seconds_left
+                else "time to go not known yet"
+            )
         head = (
             f"sweep {self._name}: {finished} of {self._cells} done, {len(running)} running, "
             f"{waiting} waiting"

@@ -52,9 +52,12 @@ class Running:
 
     def seconds_left(self) -> float | None:
         """At the pace so far; None before the first report."""
-        if not self.done:
-            return None
-        return (time.monotonic() - self.started) * (self.steps / self.done - 1)
+        each = self.seconds_a_step()
+        return None if each is None else each * (self.steps - self.done)
+
+    def seconds_a_step(self) -> float | None:
+        """Set-up and compilation included; None before the first report."""
+        return (time.monotonic() - self.started) / self.done if self.done else None
 
 
 class Worker:

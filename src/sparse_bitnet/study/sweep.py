@@ -183,9 +183,8 @@ class _Sweep:
                 if stop:
                     break
                 self._hand_out(pool)
-                board.show(
-                    self.finished, len(self.waiting), self.failed, pool, self._time_left(pool)
-                )
+                known, unknown = self._time_left(pool)
+                board.show(self.finished, len(self.waiting), self.failed, pool, known, unknown)
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     say("sweep: out of time; asking what still runs to save and leave")
                     break
@@ -231,20 +230,25 @@ class _Sweep:
                 return job
         return None
 
-    def _time_left(self, pool: Pool) -> float | None:
-        """Seconds until everything is done at the speeds seen; None while nothing is known."""
-        total = 0.0
+    def _time_left(self, pool: Pool) -> tuple[float, int]:
+        """Seconds until all that can be foreseen is done, and how many cells cannot yet.
+
+        A waiting cell takes as long as finished ones like it did, or goes at the pace of a running
+        one of its size.
+        """
+        running = pool.running
+        pace = {
+            one.job.cell.size: each * one.steps / one.job.tokens
+            for one in running
+            if (each := one.seconds_a_step()) is not None
+        }
+        expected = [one.seconds_left() for one in running]
         for job in self.waiting:
             seconds = self.speeds.seconds(job, pool.per_device)
-            if seconds is None:
-                return None
-            total += seconds
-        for running in pool.running:
-            left = running.seconds_left()
-            if left is None:
-                return None
-            total += left
-        return total / max(1, pool.size)
+            each = pace.get(job.cell.size)
+            expected.append(job.tokens * each if seconds is None and each is not None else seconds)
+        known = [seconds for seconds in expected if seconds is not None]
+        return sum(known) / max(1, pool.size), len(expected) - len(known)
 
 
 class _Speeds:
