@@ -12,9 +12,8 @@ it waits until all that the kernel ahead wrote can be seen.
 
 Three rules make it safe, and PyTorch's compiler keeps them too (``platform.compile_options``):
 before :func:`wait` a kernel reads nothing but weights (fetching a line into L2 is not reading it)
-and writes nothing; every kernel waits; it
-lets the next one begin only after it has waited itself, so whoever begins finds all but the kernel
-directly ahead of it complete.
+and writes nothing; every kernel waits; it lets the next one begin only after it has waited itself,
+so whoever begins finds all but the kernel directly ahead of it complete.
 """
 
 from __future__ import annotations
@@ -69,6 +68,22 @@ def fetch_where(pointers, flags, EARLY: tl.constexpr):
             "@p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
             "=r,l,l",
             [pointers.to(tl.int64), flags.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def fetch_span(ptr, size, part, parts, THREADS: tl.constexpr, CHUNK: tl.constexpr):
+    """Ask for a program's part of so many bytes, a multiple of 16, to be in L2. Hopper on."""
+    for start in range(part * THREADS * CHUNK, size, parts * THREADS * CHUNK):
+        at = start + tl.arange(0, THREADS) * CHUNK
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.gt.s32 p, $2, 0; "
+            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
+            "=r,l,r",
+            [(ptr + at).to(tl.int64), tl.minimum(size - at, CHUNK)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -13,7 +13,12 @@ __all__ = ["decode_attention"]
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    upcoming: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q·Kᵀ where seen) · V, for one query a sequence and head.
 
@@ -24,29 +29,46 @@ def decode_attention(
         seen: bool ``[batch or 1, 1, 1, length]``, True where a key counts; None for all. Every
             sequence has to see at least one key.
         scale: of the scores.
+        upcoming: a weight that is read soon, fetched into a GPU's L2 meanwhile if it fits there.
 
     Returns:
         ``[batch, heads, 1, head_dim]``.
     """
     if not runs_triton(query):
         return reference.decode_attention(query, keys, values, seen, scale)
-    result: Tensor = torch.ops.sparse_bitnet.decode_attention(query, keys, values, seen, scale)
+    result: Tensor = torch.ops.sparse_bitnet.decode_attention(
+        query, keys, values, seen, scale, upcoming
+    )
     return result
 
 
-def _cuda(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+def _cuda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    upcoming: Tensor | None,
+) -> Tensor:
     from sparse_bitnet.kernels.decode_attention import triton
 
-    return triton.attend(query, keys, values, seen, scale)
+    return triton.attend(query, keys, values, seen, scale, upcoming)
 
 
-def _fake(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    upcoming: Tensor | None,
+) -> Tensor:
     return query.new_empty(query.shape)
 
 
 register(
-    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? seen, float scale) "
-    "-> Tensor",
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? seen, float scale, "
+    "Tensor? upcoming) -> Tensor",
     _cuda,
     _fake,
 )

@@ -5,17 +5,6 @@
 One warp a program, so that weight and activation registers line up without an exchange; the layout
 is that of ``triton_packed.py``. Weights are asked for before the activations are there
 (``kernels/early.py``): the first words into registers, or all rows of a program into L2 (fetch).
-
-At one token this is bound by instructions as much as by bytes, so a word of sixteen weights should
-take few. Flipping the upper bit of a pair turns T = −1, 0, 1 (11, 00, 01) into T + 2 without a
-sign, which may stay at its place in the byte:
-
-    plane j of a word   (word ^ 0xAAAAAAAA) & (0x03030303 << 2j)  =  4ʲ · (T + 2)   one lop3
-    sum j              += Σ bytes of plane j · bytes of x                            one dp4a
-    Σ T·x               = Σⱼ (sum j >> 2j) − 2 · Σ x
-
-The shift is exact, and Σ x is the same for all rows of a program. Sums stay below 2³¹ for rows up
-to 2¹⁸. Where four sums would need more registers than a program has, words are shifted instead.
 """
 
 from __future__ import annotations
@@ -35,54 +24,28 @@ from sparse_bitnet.kernels.quantize_activations.triton import _swiglu, magnitude
 MOST_EARLY_PROGRAMS = 4096
 """All resident at once on an H100 or H200; of more, each later one would wait for nothing."""
 LINE_WORDS = tl.constexpr(32)  # 128 bytes
-PAIRS = tl.constexpr((0x03030303, 0x0C0C0C0C, 0x30303030, -0x3F3F3F40))  # of every byte
-TOPS = tl.constexpr(-0x55555556)  # 0xAAAAAAAA, the upper bit of every pair
-ONES = tl.constexpr(0x01010101)
+TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
 
 
 @dataclass(frozen=True)
 class DotTiles:
     """Byte-wise dot products: rows and words a program takes at once; does it read ahead?
 
-    ``fetch``: it asks for all its rows before it waits for the kernel ahead of it. ``sums``: 4, or
-    2 or 1 with a shift of each word in between.
+    ``fetch``: it asks for all its rows before it waits for the kernel ahead of it.
     """
 
     rows: int
     words: int
     ahead: bool
     fetch: bool = False
-    sums: int = 4
-
-
-@triton.jit
-def _plane(words, PAIRS: tl.constexpr, ASM: tl.constexpr):
-    """T + 2 in the bit pairs of the mask, zeros elsewhere: (words ^ 0xAAAAAAAA) & PAIRS.
-
-    A compiler would flip once and mask four times; as one instruction the flip is free.
-    """
-    if ASM:
-        return tl.inline_asm_elementwise(
-            f"lop3.b32 $0, $1, 0xAAAAAAAA, {PAIRS}, 0x28;",
-            "=r,r",
-            [words],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return (words ^ TOPS) & PAIRS
 
 
 @triton.jit
 def _dot4(a, b, c, ASM: tl.constexpr):
-    """Σ of four products, unsigned bytes of a times signed bytes of b, added to c.
-
-    The interpreter knows no assembly.
-    """
+    """Σ of four int8 products, added to c. The interpreter knows no assembly."""
     if ASM:
         return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;",
+            "dp4a.s32.s32 $0, $1, $2, $3;",
             "=r,r,r,r",
             [a, b, c],
             dtype=tl.int32,
@@ -91,7 +54,7 @@ def _dot4(a, b, c, ASM: tl.constexpr):
         )
     else:
         for byte in tl.static_range(4):
-            c += ((a >> (8 * byte)) & 0xFF) * ((b << (24 - 8 * byte)) >> 24)
+            c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
         return c
 
 
@@ -117,7 +80,6 @@ def _dot_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
-    SUMS: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -140,11 +102,9 @@ def _dot_kernel(
             word = start + tl.arange(0, 32) * LINE_WORDS
             word = tl.minimum(word, row_words - 1)
             fetch(tl.where(inside, row_ptr, words_ptr)[:, None] + word[None, :], EARLY)
-    sums, x_sums = (), ()
+    sums = ()
     for _ in tl.static_range(TOKENS):
-        x_sums = x_sums + (tl.zeros((WORDS,), tl.int32),)
-        for _ in tl.static_range(SUMS):
-            sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
+        sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
     w_scale = tl.load(w_scale_ptr + n, mask=inside, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
@@ -169,26 +129,16 @@ def _dot_kernel(
             mask = inside[:, None] & (word < row_words)[None, :]
             packed = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
         for pair in tl.static_range(4):
-            plane = _plane(packed >> (pair // SUMS * SUMS * 2), PAIRS[pair % SUMS], ASM)
+            plane = (packed << (6 - 2 * pair)) & TOP_PAIRS
             lane = word // 4 * 16 + word % 4 + 4 * pair
-            after, x_after = (), ()
+            after = ()
             for token in tl.static_range(TOKENS):
                 x = tl.load(x_ptr + token * x_words + lane, mask=lane < x_words, other=0)
-                x_after = x_after + (
-                    _dot4(tl.full((WORDS,), ONES, tl.int32), x, x_sums[token], ASM),
-                )
                 x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
-                for i in tl.static_range(SUMS):
-                    total = sums[token * SUMS + i]
-                    if i == pair % SUMS:
-                        total = _dot4(plane, x, total, ASM)
-                    after = after + (total,)
-            sums, x_sums = after, x_after
+                after = after + (_dot4(plane, x, sums[token], ASM),)
+            sums = after
     for token in tl.static_range(TOKENS):
-        total = sums[token * SUMS]
-        for i in tl.static_range(1, SUMS):
-            total += sums[token * SUMS + i] >> (2 * i)
-        total = tl.sum(total, axis=1) - 2 * tl.sum(x_sums[token])
+        total = tl.sum(sums[token], axis=1) >> 6
         y = total.to(tl.float32) * x_scales[token] * w_scale
         if BIAS:
             y += bias
@@ -247,7 +197,6 @@ def run_dot(
         TOKENS=x_q.shape[0],
         ROWS=tiles.rows,
         WORDS=tiles.words,
-        SUMS=tiles.sums,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         AHEAD=tiles.ahead,

@@ -3,13 +3,12 @@
 
 Layout. A row is cut into blocks of 64 weights, 16 bytes. Byte B of a block holds weights B, 16 + B,
 32 + B and 48 + B in bit pairs 0, 1, 2 and 3, as two's complement (−1 = 11, 0 = 00, 1 = 01).
-The pairs at one place of 16 bytes are a plane, which meets 16 consecutive activations.
-
-Two kernels. One or two tokens: byte-wise dot products (``triton_dot.py``). More tokens: the packed
-bytes reach the tensor core's register layout once, and the planes are taken out of them there.
 Shifting a pair to the top of its byte and masking the rest away gives 64·T as int8, four weights at
-once and no bias to subtract. Sums carry the factor 64, which an arithmetic shift removes exactly;
-they fit int32 below 2¹⁸ input features.
+once and no bias to subtract; a plane of 16 bytes then meets 16 consecutive activations. Sums carry
+the factor 64, which an arithmetic shift removes exactly; they fit int32 below 2¹⁸ input features.
+
+Two kernels. Up to a few tokens: byte-wise dot products (``triton_dot.py``). More tokens: the packed
+bytes reach the tensor core's register layout once, and the planes are taken out of them there.
 Where rows are too few to fill the device, a row is cut over K, and a second, small kernel adds the
 shares: they are integers, so the result does not depend on the cut.
 """
@@ -57,13 +56,12 @@ class MmaTiles:
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 4x128": DotTiles(4, 128, False),
-    "dot 8x128": DotTiles(8, 128, False, sums=2),
+    "dot 8x64": DotTiles(8, 64, True),
+    "dot 2x256 ahead": DotTiles(2, 256, True),
     "dot 2x128 ahead": DotTiles(2, 128, True),
-    "dot 4x128 ahead": DotTiles(4, 128, True),
-    "dot 8x64 ahead": DotTiles(8, 64, True),
-    "dot 16x64": DotTiles(16, 64, False, sums=2),
-    "dot 16x64 ahead": DotTiles(16, 64, True, sums=2),
-    "dot 32x32 ahead": DotTiles(32, 32, True, sums=2),
+    "dot 4x256": DotTiles(4, 256, False),
+    "dot 16x64": DotTiles(16, 64, False),
+    "dot 16x64 ahead": DotTiles(16, 64, True),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
     "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
@@ -299,7 +297,7 @@ def candidates(tokens: int, columns: int) -> list[str]:
 
 
 def memory_key(rows: int, columns: int, inner: int) -> str:
-    return f"two-bit {tuning.bucket(rows)}x{columns}x{inner}"
+    return f"packed {tuning.bucket(rows)}x{columns}x{inner}"
 
 
 def matmul(
