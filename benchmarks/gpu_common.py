@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from sparse_bitnet import console, files
 from sparse_bitnet.bench.timing import interleaved
+from sparse_bitnet.kernels.environment import measured_on
 
 __all__ = ["copies_beyond_cache", "environment", "interleaved", "report", "summary", "write"]
 
@@ -27,28 +27,9 @@ def copies_beyond_cache(smallest_bytes: int) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and clocks."""
-
-    def output(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except OSError:
-            return ""
-        return done.stdout.strip()
-
-    import triton
-
-    from sparse_bitnet.kernels.matmul import cusparselt
-
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
-    return {
-        "commit": os.environ.get("BENCHMARK_COMMIT") or output("git", "rev-parse", "HEAD"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "cusparselt": cusparselt.version(0),
-        "gpu": output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"),
-    }
+    """Commit, versions and clocks; BENCHMARK_COMMIT names the commit of a copy without history."""
+    commit = os.environ.get("BENCHMARK_COMMIT")
+    return measured_on() | ({"commit": commit} if commit else {})
 
 
 def report(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:

@@ -81,7 +81,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "tiny", prefill=("1x8",), decode=(1,), context=4, kinds=("bf16", "2:4"), repeats=1, out=out
     )
     assert "prefill 1 × 8" in told and "decode batch 1" in told and "2:4" in told
-    assert len(json.loads(out.read_text())["rows"]) == 2
+    written = json.loads(out.read_text())
+    assert [len(row["microseconds"]["2:4"]["all"]) for row in written["rows"]] == [1, 1]
+    assert written["environment"]["torch"] == torch.__version__
+    assert {"sparse-bitnet", "transformers", "commit", "cpu", "gpu"} <= set(written["environment"])
     if not torch.cuda.is_available():
         assert "no NVIDIA GPU here" in capsys.readouterr().err
 

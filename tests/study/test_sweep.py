@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
 from sparse_bitnet.study.cells import Cell, Evaluation, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import append_row, read_rows
-from sparse_bitnet.study.run_cell import environment, run_cell
+from sparse_bitnet.study.run_cell import run_cell
 from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, _Sweep, sweep
 
 RECIPE = """

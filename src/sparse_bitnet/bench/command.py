@@ -11,6 +11,7 @@ from sparse_bitnet import console, files
 from sparse_bitnet.bench.inference import KINDS, Case, Row, measure
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.environment import cpu_name, measured_on
 
 SMALL_LAYERS, SMALL_VOCABULARY = 2, 4096
 
@@ -38,7 +39,7 @@ def bench(
         kinds: bf16 and patterns.
         head: bf16 or int8, of the ternary models.
         repeats: of every kind, in turns.
-        out: write all repeats to this JSON file too.
+        out: write all repeats to this JSON file too, with versions, commit, driver and clocks.
 
     Raises:
         ConfigError: for an argument out of range.
@@ -74,7 +75,7 @@ def bench(
         rows.append(row)
         console.say(str(row))
         if out is not None:
-            values = {"device": _device(), "rows": [row.to_dict() for row in rows]}
+            values = {"environment": measured_on(), "rows": [row.to_dict() for row in rows]}
             files.write_text(out, json.dumps(values, indent=1) + "\n")
     return table(rows)
 
@@ -100,4 +101,4 @@ def _prefill(text: str, head: str) -> Case:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU: {cpu_name()}"

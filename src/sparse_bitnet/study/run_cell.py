@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +18,7 @@ from sparse_bitnet.core import TrainingError
 from sparse_bitnet.data import TokenShards, open_source
 from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.perplexity import perplexity
+from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.cells import Cell, Evaluation
 from sparse_bitnet.study.polarization import early_and_late
 from sparse_bitnet.train import train
@@ -37,7 +34,6 @@ SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
 SNAPSHOT_FILE = "polarization.jsonl"
 POINTS = 250
 LAYER_POINTS = 5
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
 
 Report = Callable[[int, int], None]
 
@@ -120,44 +116,6 @@ def data_facts(config: TrainConfig) -> dict[str, Any]:
             facts.setdefault(split, []).append(shards.total_tokens)
             facts["tokenizer"] = shards.tokenizer_hash
     return facts
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """Versions, device and commit of this process."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The repository's commit, with ``+`` behind it if files differ.
-
-    Outside a repository what the environment variable ``GIT_COMMIT`` says, or None.
-    """
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
 
 
 def _model(

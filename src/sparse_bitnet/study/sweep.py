@@ -27,11 +27,12 @@ import torch
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import write_text
+from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.board import Board
 from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
-from sparse_bitnet.study.run_cell import check_evaluation, data_facts, environment
+from sparse_bitnet.study.run_cell import check_evaluation, data_facts
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.signals import (
     StopRequest,

@@ -1,0 +1,135 @@
+"""What a measurement depends on besides the code: versions, device, clocks, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet.kernels.platform import has_triton
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
+SMI_FIELDS = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "most_sm_mhz": "clocks.max.sm",
+    "watts": "power.draw.instant",
+    "most_watts": "power.limit",
+    "celsius": "temperature.gpu",
+}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of this process."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "commit": commit(),
+    }
+
+
+def measured_on() -> dict[str, Any]:
+    """:func:`environment` and, as they are now, what changes the speed of the device.
+
+    ``gpu`` holds the fields of :func:`gpu_state` and is empty without a GPU; ``cusparselt`` is the
+    library's version, 800 for 0.8.0 and 0 without it.
+    """
+    return {
+        **environment(),
+        "cusparselt": _cusparselt(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": gpu_state(),
+    }
+
+
+def commit() -> str | None:
+    """The repository's commit, with ``+`` behind it if files differ.
+
+    Outside a repository what the environment variable ``GIT_COMMIT`` says, or None.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not somebody else's, around an installation
+        head = git("rev-parse", "HEAD")
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT")
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def gpu_state() -> dict[str, Any]:
+    """Driver, clocks, power and temperature of PyTorch's current GPU, by ``nvidia-smi``.
+
+    Keys are those of :data:`SMI_FIELDS`; what is not told is left out.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    # By its name: nvidia-smi counts the GPUs that CUDA_VISIBLE_DEVICES hides too.
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    fields = list(SMI_FIELDS.values())
+    for query in (fields, [f.removesuffix(".instant") for f in fields]):  # older drivers
+        told = _smi(uuid, query)
+        if len(told) == len(SMI_FIELDS):
+            values = dict(zip(SMI_FIELDS, told, strict=True))
+            return {name: _number(text) for name, text in values.items() if text[:1] != "["}
+    return {}
+
+
+def _smi(uuid: str, fields: list[str]) -> list[str]:
+    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}"]
+    command.append("--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [value.strip() for value in done.stdout.strip().split(",")]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _cusparselt() -> int:
+    if not (torch.cuda.is_available() and has_triton()):
+        return 0
+    from sparse_bitnet.kernels.matmul import cusparselt
+
+    return cusparselt.version(torch.cuda.current_device())

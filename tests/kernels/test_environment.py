@@ -1,0 +1,81 @@
+"""What a measurement depends on is told as far as it can be found."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_bitnet.kernels import environment as module
+from sparse_bitnet.kernels.environment import cpu_name, gpu_state, measured_on
+
+ANSWER = "580.159.04, 1980, 3201, 1980, 131.52, 700.00, [N/A]\n"
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, known: str) -> list[list[str]]:
+    """A GPU whose nvidia-smi takes only commands with this word; returns what it was asked."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        if known not in ",".join(command).split(","):
+            raise subprocess.CalledProcessError(2, command)
+        return SimpleNamespace(stdout=ANSWER)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    properties = SimpleNamespace(uuid="12ab-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+@pytest.mark.parametrize("power", ["power.draw.instant", "power.draw"])
+def test_a_gpu_tells_its_state(monkeypatch: pytest.MonkeyPatch, power: str) -> None:
+    asked = answer(monkeypatch, power)
+    state = gpu_state()
+    assert state["driver"] == "580.159.04" and state["sm_mhz"] == 1980.0
+    assert state["watts"] == 131.52 and state["most_watts"] == 700.0
+    assert "celsius" not in state
+    assert asked[-1][:3] == ["nvidia-smi", "-i", "GPU-12ab-34"]
+    assert len(asked) == (1 if power.endswith("instant") else 2)
+
+
+def test_a_gpu_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, "nothing")
+    assert gpu_state() == {}
+
+
+def test_all_of_it() -> None:
+    told = measured_on()
+    assert told["torch"] == torch.__version__ and told["transformers"] != "not installed"
+    assert told["sparse-bitnet"] and told["cpu"] and told["cores"]
+    if not torch.cuda.is_available():
+        assert told["gpu"] == {} and told["cusparselt"] == 0 and told["cuda"] is None
+
+
+def test_a_cpu_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text("processor\t: 0\nmodel name\t: Abacus 9: fast\n")
+    monkeypatch.setattr(module, "CPUINFO", listed)
+    assert cpu_name() == "Abacus 9: fast"
+    monkeypatch.setattr(module, "CPUINFO", tmp_path / "none")
+    assert cpu_name()
+
+
+def test_the_commit_is_ours_or_what_the_variable_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed = tmp_path / "site" / "environment.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(module, "__file__", str(installed))
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert module.commit() == "abc"
+    monkeypatch.delenv("GIT_COMMIT")
+    assert module.commit() is None
