@@ -8,12 +8,16 @@ the token scale, and (``deferred``) with the token scale left to the kernel that
 
 The rows named ``mlp`` are a whole gated MLP, gate and up fused, where nothing is left to anyone:
 the token scale of gate_up goes into the kernel that multiplies, quantizes and lifts.
+
+The file is written after every row. A row of few tokens takes up to ten seconds where its shape has
+to be measured first; within three minutes for instance: --tokens 2 4 16 --models 7B --minutes 2.5
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_common import copies_beyond_cache, interleaved, report, summary
+from gpu_common import copies_beyond_cache, interleaved, summary, write
 from sparse_bitnet import console
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, structured_matmul, ternarize, ternary_matmul
@@ -42,6 +46,7 @@ LAYERS = {
 FEW = (1, 2, 4, 8, 16, 32)
 MANY = (512, 4096, 16384)
 PATTERNS = ("6:8", "2:4")
+MODELS = ("7B", "3B")
 FP8_LARGEST = 448.0
 
 
@@ -151,16 +156,24 @@ def mlp_calls(size: str, tokens: int) -> dict[str, list[Callable[[], object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[*FEW, *MANY])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after that")
+    parser.add_argument("--name", default="layers", help="of the JSON file")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64  # the compiled parts of the baselines, a few shapes
     rows: list[dict[str, Any]] = []
-    cases = [(name, t) for name in options.layers for t in options.tokens]
-    cases += [(f"{size} mlp", t) for size in ("7B", "3B") for t in options.tokens if t >= 4096]
+    layers = [name for name in options.layers if name.split()[0] in options.models]
+    cases = [(name, t) for name in layers for t in options.tokens]
+    cases += [(f"{size} mlp", t) for size in options.models for t in options.tokens if t >= 4096]
+    until = time.monotonic() + 60 * options.minutes
     with torch.no_grad(), console.progress("layers", len(cases)) as task:
         for name, tokens in cases:
+            if time.monotonic() > until:
+                console.say(f"out of time: {len(cases) - len(rows)} rows are left out")
+                break
             make = mlp_calls if name.endswith("mlp") else layer_calls
             calls = make(name.removesuffix(" mlp"), tokens)
             rounds = 4 if len(calls["bf16"]) == 1 and tokens < 4096 else 1
@@ -179,7 +192,7 @@ def main() -> None:
                 f"{path} {t:.1f} ({medians['bf16'] / t:.2f}×)" for path, t in medians.items()
             )
             console.out.print(f"{name:11} {tokens:6}  {line}", markup=False)
-            report("layers", rows, options.out)
+            write(options.name, rows, options.out)
             del calls
             torch.cuda.empty_cache()
             task.advance()
