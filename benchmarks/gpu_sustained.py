@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from gpu_common import write
 from sparse_bitnet.bench.timing import capture, replay_microseconds
 from sparse_bitnet.core import BackendError, Pattern, row_scale
 from sparse_bitnet.kernels import ternarize
+from sparse_bitnet.kernels.environment import gpu_state
 from sparse_bitnet.kernels.matmul import cusparselt, triton_dense
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.weight import prepare
@@ -29,49 +29,55 @@ from sparse_bitnet.kernels.weight import prepare
 TOKENS = 16384
 SHAPES = {"7B gate_up": (37888, 3584), "7B down": (3584, 18944)}
 CALLS = 8  # of a graph
+REPEATS = 7
 SETTLE, REST = 0.7, 0.25  # seconds
 
 
 def sustained(call: Callable[[], object]) -> dict[str, Any]:
-    """Cool and settled microseconds of a call, and what the GPU settled at."""
+    """Cool and settled microseconds of a call, and what the GPU settled at, with all repeats.
+
+    There is one cool repeat: the next one would be less cool.
+    """
     graph = capture([call], CALLS)
     torch.cuda.synchronize()
     cool = replay_microseconds(graph, 1) / CALLS
     until = time.monotonic() + SETTLE
-    seen: list[tuple[float, float]] = []
+    states: list[dict[str, Any]] = []
     while time.monotonic() < until:
         for _ in range(6):
             graph.replay()
-        if time.monotonic() > until - REST and len(seen) < 2:
-            seen.append(_clock_and_power())
+        if time.monotonic() > until - REST and len(states) < 2:
+            states.append(gpu_state())
         torch.cuda.synchronize()
-    settled = replay_microseconds(graph, 4) / (4 * CALLS)
+    settled = [replay_microseconds(graph, 1) / CALLS for _ in range(REPEATS)]
     time.sleep(REST)
-    clock, watts = (statistics.mean(values) for values in zip(*seen, strict=True))
-    return {"cool_us": cool, "settled_us": settled, "sm_mhz": clock, "watts": watts}
-
-
-def _clock_and_power() -> tuple[float, float]:
-    query = "--query-gpu=clocks.sm,power.draw.instant"
-    command = ["nvidia-smi", "-i", "0", query, "--format=csv,noheader,nounits"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    clock, watts = told.split(",")
-    return float(clock), float(watts)
+    seen = {name: [state[name] for state in states] for name in ("sm_mhz", "watts")}
+    return {
+        "cool_us": cool,
+        "settled_us": statistics.median(settled),
+        **{name: statistics.mean(values) for name, values in seen.items()},
+        "all": {"settled_us": [round(t, 2) for t in settled], **seen},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
 
+    end = time.monotonic() + 60 * options.minutes
+
     def add(layer: str, pattern: str, by: str, call: Callable[[], object]) -> None:
+        if time.monotonic() > end:
+            return
         try:
             found = sustained(call)
         except (BackendError, RuntimeError):
             return  # not every algorithm takes every shape
         rows.append({"layer": layer, "pattern": pattern, "by": by, **found})
-        figures = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
+        figures = ", ".join(f"{n} {value:.0f}" for n, value in found.items() if n != "all")
         print(f"{layer} {pattern} {by}: {figures}", flush=True)
         write("sustained", rows, options.out)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from sparse_bitnet.bench.decoder import Decoder
 from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
 from sparse_bitnet.bench.timing import capture
 from sparse_bitnet.core import Pattern
+from sparse_bitnet.kernels.environment import gpu_state
 
 PREFILL = ((1, 512), (1, 2048), (4, 4096), (1, 16384), (16, 4096))
 DECODE = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,16 +50,16 @@ def profile(preset: str, case: Case, kinds: list[str]) -> None:
 
 def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
     """Milliseconds, SM clock and power of each kind running alone, after a second of it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in kinds:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
         decoder = Decoder(preset, pattern)
         decoder.compile()
         choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
-        times = []
+        times: list[float] = []
+        states: list[dict[str, Any]] = []
         started = time.monotonic()
-        clocks = []
         while time.monotonic() - started < 2.0:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -66,30 +67,22 @@ def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
                 graph.replay()
             end.record()
             if time.monotonic() - started > 1.0:
-                clocks.append(_clocks())
+                states.append(gpu_state())
             end.synchronize()
             times.append(start.elapsed_time(end) / 2)
-        half = times[len(times) // 2 :]
         row = {
             "model": preset,
             "case": str(case),
             "kind": kind,
-            "milliseconds": statistics.median(half),
-            "sm_mhz": statistics.median(c[0] for c in clocks),
-            "watts": statistics.median(c[1] for c in clocks),
+            "milliseconds": statistics.median(times[len(times) // 2 :]),
+            **{name: statistics.median(s[name] for s in states) for name in ("sm_mhz", "watts")},
         }
         print(row, flush=True)
-        rows.append(row)
+        every = {name: [state[name] for state in states] for name in ("sm_mhz", "watts")}
+        rows.append(row | {"all": {"milliseconds": [round(t, 3) for t in times], **every}})
         write("inference_power", rows, out)
         del graph, decoder
         torch.cuda.empty_cache()
-
-
-def _clocks() -> tuple[float, float]:
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    clock, watts = told.splitlines()[0].split(",")
-    return float(clock), float(watts)
 
 
 def main() -> None:
