@@ -96,6 +96,7 @@ def _share_kernel(
     BLOCK: tl.constexpr,
     LINES: tl.constexpr,
     MASKED: tl.constexpr,
+    UPCOMING: tl.constexpr,
     THREADS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,11 +104,12 @@ def _share_kernel(
 ):
     head = tl.program_id(0)  # of all key heads of the batch
     number = tl.program_id(1)
-    if number >= shares:
-        part = (number - shares) * tl.num_programs(0) + head
-        parts = (tl.num_programs(1) - shares) * tl.num_programs(0)
-        fetch_span(upcoming_ptr, upcoming_bytes, part, parts, THREADS, CHUNK)
-        return
+    if UPCOMING:
+        if number >= shares:
+            part = (number - shares) * tl.num_programs(0) + head
+            parts = (tl.num_programs(1) - shares) * tl.num_programs(0)
+            fetch_span(upcoming_ptr, upcoming_bytes, part, parts, THREADS, CHUNK)
+            return
     batch = (head // key_heads).to(tl.int64)
     key_head = head % key_heads
     rows = tl.arange(0, ROWS)
@@ -269,6 +271,7 @@ def attend(
         BLOCK=BLOCK,
         LINES=max(1, padded * keys.element_size() // LINE),
         MASKED=seen is not None,
+        UPCOMING=fetching > 0,
         THREADS=WARPS * 32,
         CHUNK=CHUNK,
         PRECISION=precision,
