@@ -1,7 +1,8 @@
 """int8 × 2:4 ternary on sparse tensor cores, through NVIDIA's cuSPARSELt called directly.
 
 PyTorch's own wrapper builds handle, descriptors and plan anew at every call, 300 µs and more of
-host time. Here they are made once a shape and kept; a call is one ctypes call.
+host time. Here they are made once a shape, and those of the last shapes kept; a call is one ctypes
+call. A plan is destroyed with its last user, as PyTorch's wrapper does right after every launch.
 
 The weight is the structured operand and Y is its transpose's result, so the library's vector of
 factors runs along output features: acc · γ_row is rounded to bf16 as it leaves. It has no second
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,6 +30,7 @@ from torch import Tensor
 from sparse_bitnet.core.errors import BackendError, WeightError
 from sparse_bitnet.formats import sparse24
 from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels.recent import Recent
 
 OPAQUE_BYTES = 4096  # the library's structures hold 512 in 0.8; room for newer ones
 OLDEST_VERSION = 800  # the enumeration values below are those of 0.8
@@ -36,9 +40,12 @@ COMPUTE_INT32 = 0
 ALPHA_VECTOR_SCALING = 5
 CONFIG_ID, CONFIG_MAX_ID = 0, 1
 INT8, BFLOAT16 = 3, 14  # cudaDataType
+DESTROY_MATRIX, DESTROY_PLAN = "cusparseLtMatDescriptorDestroy", "cusparseLtMatmulPlanDestroy"
 ALIGNMENT = 16
 TOKEN_MULTIPLE = 16
 FEATURE_MULTIPLE = 32
+MOST_PLANS = 128
+"""Of the last shapes used: 32 token counts of the four weights of a decoder, say."""
 
 
 def _opaque() -> ctypes.Array[ctypes.c_char]:
@@ -144,6 +151,22 @@ def _structured(handle: object, rows: int, columns: int) -> object:
     return descriptor
 
 
+def _destroy(*made: tuple[str, object]) -> None:
+    """Give structures back to the library: pairs of its function and the structure.
+
+    While a CUDA graph is captured they wait for the next call, for memory must not be freed then.
+    """
+    _ended.extend(made)
+    library = _library()
+    while _ended and library is not None and tuning.may_measure():
+        with contextlib.suppress(IndexError):  # another thread was faster
+            function, structure = _ended.popleft()
+            getattr(library, function)(structure)  # nobody could help what it refuses
+
+
+_ended: deque[tuple[str, object]] = deque()
+
+
 def compress(ternary: Tensor) -> Tensor:
     """2:4 int8 ``[out, in]`` on CUDA → the library's own form, uint8, about 0.63 bytes a weight.
 
@@ -165,9 +188,10 @@ def compress_kept(ternary: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         out: uint8 of an earlier result of this shape, to write over.
     """
-    with torch.cuda.device(ternary.device):
+    with torch.cuda.device(ternary.device), contextlib.ExitStack() as made:
         handle = _handle(_index(ternary.device))
         descriptor = _structured(handle, *ternary.shape)
+        made.callback(_destroy, (DESTROY_MATRIX, descriptor))
         size, scratch = ctypes.c_size_t(0), ctypes.c_size_t(0)
         _call(
             "cusparseLtSpMMACompressedSize2",
@@ -195,9 +219,13 @@ def compress_kept(ternary: Tensor, out: Tensor | None = None) -> Tensor:
     return compressed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
-    """One product, ready to run; ``keep`` holds what the library points into."""
+    """One product, ready to run; ``keep`` holds what the library points into.
+
+    Destroyed with the last reference. What it has launched, or what a CUDA graph has captured of
+    it, goes on.
+    """
 
     multiply: Callable[..., int]
     handle: object
@@ -208,52 +236,69 @@ class _Plan:
     keep: tuple[object, ...]
 
 
-@cache
 def _plan(device_index: int, tokens: int, out: int, inner: int, algorithm: int | None) -> _Plan:
+    """A new plan by an algorithm's number, or by the library's own choice.
+
+    Raises:
+        BackendError: if the library has no such product.
+    """
     handle = _handle(device_index)
-    weight = _structured(handle, out, inner)
-    x = _dense(handle, tokens, inner, INT8, ROW_MAJOR)
-    y = _dense(handle, out, tokens, BFLOAT16, COLUMN_MAJOR)
     product, selection, plan = _opaque(), _opaque(), _opaque()
-    operations = (AS_IS, TRANSPOSED)
-    _call(
-        "cusparseLtMatmulDescriptorInit",
-        handle,
-        product,
-        *operations,
-        weight,
-        x,
-        y,
-        y,
-        COMPUTE_INT32,
-    )
-    _set("cusparseLtMatmulDescSetAttribute", handle, product, ALPHA_VECTOR_SCALING, 1)
-    _call("cusparseLtMatmulAlgSelectionInit", handle, selection, product, 0)
-    if algorithm is not None:
-        _set("cusparseLtMatmulAlgSetAttribute", handle, selection, CONFIG_ID, algorithm)
-    count = ctypes.c_int(0)
-    _call(
-        "cusparseLtMatmulAlgGetAttribute",
-        handle,
-        selection,
-        CONFIG_MAX_ID,
-        ctypes.byref(count),
-        ctypes.c_size_t(4),
-    )
-    _call("cusparseLtMatmulPlanInit", handle, plan, product, selection)
-    size = ctypes.c_size_t(0)
-    _call("cusparseLtMatmulGetWorkspace", handle, plan, ctypes.byref(size))
-    library = _library()
-    assert library is not None  # the calls above went through it
-    return _Plan(
-        multiply=library.cusparseLtMatmul,
-        handle=handle,
-        plan=plan,
-        beta=ctypes.byref(ctypes.c_float(0.0)),
-        workspace_bytes=size.value,
-        algorithms=count.value,
-        keep=(weight, x, y, product, selection),
-    )
+    with contextlib.ExitStack() as failing:
+        matrices = []
+        for make, *what in (
+            (_structured, out, inner),
+            (_dense, tokens, inner, INT8, ROW_MAJOR),
+            (_dense, out, tokens, BFLOAT16, COLUMN_MAJOR),
+        ):
+            matrices.append(make(handle, *what))
+            failing.callback(_destroy, (DESTROY_MATRIX, matrices[-1]))
+        weight, x, y = matrices
+        operations = (AS_IS, TRANSPOSED)
+        _call(
+            "cusparseLtMatmulDescriptorInit",
+            handle,
+            product,
+            *operations,
+            weight,
+            x,
+            y,
+            y,
+            COMPUTE_INT32,
+        )
+        _set("cusparseLtMatmulDescSetAttribute", handle, product, ALPHA_VECTOR_SCALING, 1)
+        _call("cusparseLtMatmulAlgSelectionInit", handle, selection, product, 0)
+        if algorithm is not None:
+            _set("cusparseLtMatmulAlgSetAttribute", handle, selection, CONFIG_ID, algorithm)
+        count = ctypes.c_int(0)
+        _call(
+            "cusparseLtMatmulAlgGetAttribute",
+            handle,
+            selection,
+            CONFIG_MAX_ID,
+            ctypes.byref(count),
+            ctypes.c_size_t(4),
+        )
+        _call("cusparseLtMatmulPlanInit", handle, plan, product, selection)
+        failing.callback(_destroy, (DESTROY_PLAN, plan))
+        size = ctypes.c_size_t(0)
+        _call("cusparseLtMatmulGetWorkspace", handle, plan, ctypes.byref(size))
+        library = _library()
+        assert library is not None  # the calls above went through it
+        made = _Plan(
+            multiply=library.cusparseLtMatmul,
+            handle=handle,
+            plan=plan,
+            beta=ctypes.byref(ctypes.c_float(0.0)),
+            # Rounded up, so that few sizes of workspace are kept whatever the token counts are.
+            workspace_bytes=1 << (size.value - 1).bit_length() if size.value else 0,
+            algorithms=count.value,
+            keep=(*matrices, product, selection),
+        )
+        failing.pop_all()
+    ends = [*((DESTROY_MATRIX, matrix) for matrix in matrices), (DESTROY_PLAN, plan)]
+    weakref.finalize(made, _destroy, *ends).atexit = False  # the library may have gone by then
+    return made
 
 
 def _set(function: str, handle: object, target: object, attribute: int, value: int) -> None:
@@ -290,14 +335,15 @@ def _run(plan: _Plan, x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tenso
 def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Plan:
     """The plan of the algorithm remembered for this shape, else of the fastest of all.
 
-    While a CUDA graph is captured nothing can be timed, and the library's own choice serves.
+    While a CUDA graph is captured nothing can be timed, and with SPARSE_BITNET_MEASURE=0 nothing
+    is: the library's own choice serves.
     """
     index = _index(x_q.device)
     (tokens, inner), out = x_q.shape, y.shape[1]
     remembered = tuning.memory(index)
     key = f"cusparselt {version(index)} {tuning.bucket(tokens)}x{out}x{inner}"
     times = remembered.get(key)
-    if times is None and tuning.may_measure():
+    if times is None and tuning.may_measure_now():
         calls = {}
         for candidate in range(_plan(index, tokens, out, inner, None).algorithms):
             with contextlib.suppress(BackendError):  # not every algorithm takes every shape
@@ -317,9 +363,9 @@ def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Pla
     return _plan(index, tokens, out, inner, None)
 
 
-_plans: dict[tuple[int, int, int, int], _Plan] = {}
+_plans: Recent[tuple[int, int, int, int], _Plan] = Recent(MOST_PLANS)
 _workspaces: dict[tuple[torch.device, int, int], Tensor] = {}
-"""One a stream and size: calls on one stream follow each other."""
+"""One a stream and size, a power of two: calls on one stream follow each other."""
 
 
 def matmul(x_q: Tensor, compressed: Tensor, w_scale: Tensor) -> Tensor:
@@ -346,6 +392,6 @@ def matmul(x_q: Tensor, compressed: Tensor, w_scale: Tensor) -> Tensor:
         if plan is None:
             plan = _chosen(x_q, compressed, w_scale, y)
             if tuning.may_measure():
-                _plans[key] = plan
+                _plans.put(key, plan)
         _run(plan, x_q, compressed, w_scale, y)
     return y[:tokens] if missing else y
