@@ -303,23 +303,6 @@ def takes_integers(weights: Sequence[TernaryWeight], x: Tensor) -> bool:
     return all(_chosen(w, tokens, x.dtype) not in SPARSE_BACKENDS for w in weights)
 
 
-def rows_read(weight: TernaryWeight, x: Tensor) -> Tensor | None:
-    """The two-bit rows, if a product of that many plain integers reads them in a compiled graph.
-
-    Args:
-        weight: on a GPU.
-        x: ``[tokens, ...]``, of the dtype of the product's result.
-    """
-    if weight.packed is None or not torch.compiler.is_compiling() or not runs_triton(x):
-        return None
-    tokens = _known(weight, x.shape[0])
-    if tokens is None or tokens > MOST_PACKED_TOKENS:
-        return None
-    key = key_of(weight, tokens, x.dtype)
-    chosen = _decided(weight.device.index, key, ("dense", "packed"), tokens)
-    return weight.packed if chosen == "packed" else None
-
-
 def _product(
     x_q: Tensor,
     x_scale: Tensor,

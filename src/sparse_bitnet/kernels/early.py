@@ -74,22 +74,6 @@ def fetch_where(pointers, flags, EARLY: tl.constexpr):
         )
 
 
-@triton.jit
-def fetch_span(ptr, size, part, parts, THREADS: tl.constexpr, CHUNK: tl.constexpr):
-    """Ask for a program's part of so many bytes, a multiple of 16, to be in L2. Hopper on."""
-    for start in range(part * THREADS * CHUNK, size, parts * THREADS * CHUNK):
-        at = start + tl.arange(0, THREADS) * CHUNK
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.gt.s32 p, $2, 0; "
-            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
-            "=r,l,r",
-            [(ptr + at).to(tl.int64), tl.minimum(size - at, CHUNK)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 def launch_options(tensor: Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on the tensor's device: EARLY, and the launch attribute."""
     early = tensor.is_cuda and _serves(tensor.device.index)

@@ -16,8 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparse_bitnet.kernels.decode_attention import decode_attention
 
 ATTENTION = "sparse_bitnet"
-UPCOMING = "upcoming"
-"""Attribute of an attention module: of a query, the weight to fetch while it is attended."""
 
 
 def attend(
@@ -40,9 +38,7 @@ def attend(
         )
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    upcoming = getattr(module, UPCOMING, None)
-    rows = None if upcoming is None else upcoming(query)
-    y = decode_attention(query, key, value, attention_mask, scale, rows)
+    y = decode_attention(query, key, value, attention_mask, scale)
     return y.transpose(1, 2), None
 
 

@@ -5,8 +5,7 @@ norm lets the next kernel begin only when it has nearly ended. The kernel of thi
 the residual sum along is shorter, and the product behind it fetches its weights meanwhile
 (``kernels/early.py``). What it makes are integers, and they go through transformers' own attention
 in the place of its input, to the projections, which alone read them. The last product of a layer
-adds the residual stream to what it writes, and while attention runs, which waits more than it
-reads, the weight of gate and up is brought nearer.
+adds the residual stream to what it writes.
 
 Prompts, other layers and eager mode take transformers' own forward, and so do all layers while
 there is a hook in one.
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.quantize_activations import add_norm_quantize, quantize_fused
-from sparse_bitnet.nn.attention import UPCOMING
 from sparse_bitnet.nn.calls import is_called_plainly
 from sparse_bitnet.nn.packed_linear import Integers
 from sparse_bitnet.nn.single_token import LAYERS, joined_linears
@@ -47,7 +45,6 @@ def quantize_in_norms(model: nn.Module) -> int:
         _layers.add(layer)
         projection: Any = layer.get_submodule("self_attn.o_proj")
         projection.joins = False  # attention is a kernel of ours there, or PyTorch's
-        setattr(layer.get_submodule("self_attn"), UPCOMING, _Upcoming(layer.mlp))
     return len(layers)
 
 
@@ -62,20 +59,6 @@ def _may_pass_over() -> bool:
         module for layer in list(_layers) for module in layer.modules() if module is not layer
     )
     return all(is_called_plainly(module) for module in inside)
-
-
-class _Upcoming:
-    """The two-bit rows that the MLP's first product will read. A module's attribute, not its part.
-
-    Args:
-        mlp: fused.
-    """
-
-    def __init__(self, mlp: Any) -> None:
-        self._mlp = mlp
-
-    def __call__(self, query: Tensor) -> Tensor | None:
-        return dispatch.rows_read(self._mlp.gate_up_proj.layout("weight"), query)
 
 
 class _FewTokens:

@@ -7,7 +7,7 @@ from sparse_bitnet.kernels.matmul.triton_dense import Tiles
 from sparse_bitnet.kernels.matmul.triton_packed import DotTiles, MmaTiles
 from sparse_bitnet.kernels.quantize_activations.reference import quantize_fused
 
-SHAPES = [(1, 40, 64), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
+SHAPES = [(1, 40, 64), (1, 19, 512), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
 
 
 def operands(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:

@@ -13,12 +13,7 @@ __all__ = ["decode_attention"]
 
 
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor | None,
-    scale: float,
-    upcoming: Tensor | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
 ) -> Tensor:
     """softmax(scale · q·Kᵀ where seen) · V, for one query a sequence and head.
 
@@ -29,46 +24,29 @@ def decode_attention(
         seen: bool ``[batch or 1, 1, 1, length]``, True where a key counts; None for all. Every
             sequence has to see at least one key.
         scale: of the scores.
-        upcoming: a weight that is read soon, fetched into a GPU's L2 meanwhile if it fits there.
 
     Returns:
         ``[batch, heads, 1, head_dim]``.
     """
     if not runs_triton(query):
         return reference.decode_attention(query, keys, values, seen, scale)
-    result: Tensor = torch.ops.sparse_bitnet.decode_attention(
-        query, keys, values, seen, scale, upcoming
-    )
+    result: Tensor = torch.ops.sparse_bitnet.decode_attention(query, keys, values, seen, scale)
     return result
 
 
-def _cuda(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor | None,
-    scale: float,
-    upcoming: Tensor | None,
-) -> Tensor:
+def _cuda(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     from sparse_bitnet.kernels.decode_attention import triton
 
-    return triton.attend(query, keys, values, seen, scale, upcoming)
+    return triton.attend(query, keys, values, seen, scale)
 
 
-def _fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor | None,
-    scale: float,
-    upcoming: Tensor | None,
-) -> Tensor:
+def _fake(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     return query.new_empty(query.shape)
 
 
 register(
-    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? seen, float scale, "
-    "Tensor? upcoming) -> Tensor",
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? seen, float scale) "
+    "-> Tensor",
     _cuda,
     _fake,
 )

@@ -12,14 +12,6 @@ the cache that nobody sees are not read, so a cache that is longer than the text
 
 Keys and values but those of the newest token have been in memory for long: a program has its first
 block of them fetched into L2 while the kernel ahead of it still runs (``kernels/early.py``).
-
-Attention of one token waits for answers most of the time and leaves the memory idle. So programs
-behind those that attend have a weight fetched into L2 that a product reads a few kernels later:
-
-    memory   ─ qkv ─┤ · · keys ·  values · · · · · ├ o ─┤ · ├─ gate and up ────────┤
-    with it  ─ qkv ─┤ keys ├─ gate and up ─────────┤ o ─┤   (of L2)
-
-It is not done where the weight and the cache do not fit L2 together.
 """
 
 from __future__ import annotations
@@ -30,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_bitnet.kernels import early
-from sparse_bitnet.kernels.early import fetch, fetch_span, fetch_where, wait
+from sparse_bitnet.kernels.early import fetch, fetch_where, wait
 
 BLOCK = 64  # keys at once
 WARPS = 4
@@ -38,8 +30,6 @@ PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H2
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
 LINE = 128  # bytes
-CHUNK = 2048  # bytes of a weight that a thread asks for at once
-L2_SHARE = 0.75  # of L2, for what is fetched ahead
 LEAST = tl.constexpr(-1e30)  # finite, below every score; a share that sees nothing has −∞
 
 
@@ -73,8 +63,6 @@ def _share_kernel(
     y_ptr,
     m_ptr,
     l_ptr,
-    upcoming_ptr,
-    upcoming_bytes,
     length,
     share,
     shares,
@@ -96,20 +84,11 @@ def _share_kernel(
     BLOCK: tl.constexpr,
     LINES: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCOMING: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     head = tl.program_id(0)  # of all key heads of the batch
     number = tl.program_id(1)
-    if UPCOMING:
-        if number >= shares:
-            part = (number - shares) * tl.num_programs(0) + head
-            parts = (tl.num_programs(1) - shares) * tl.num_programs(0)
-            fetch_span(upcoming_ptr, upcoming_bytes, part, parts, THREADS, CHUNK)
-            return
     batch = (head // key_heads).to(tl.int64)
     key_head = head % key_heads
     rows = tl.arange(0, ROWS)
@@ -193,24 +172,8 @@ def _join_kernel(
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=lanes < width)
 
 
-def _programs_that_fetch(upcoming: Tensor | None, keys: Tensor, values: Tensor) -> int:
-    """How many bring the weight into L2; none where it would not stay there."""
-    if upcoming is None or not early.launch_options(keys)["EARLY"]:
-        return 0
-    size = upcoming.nbytes
-    room = torch.cuda.get_device_properties(keys.device).L2_cache_size * L2_SHARE
-    if size + keys.nbytes + values.nbytes > room or upcoming.data_ptr() % 16 or size % 16:
-        return 0
-    return triton.cdiv(size, WARPS * 32 * CHUNK)
-
-
 def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor | None,
-    scale: float,
-    upcoming: Tensor | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
 ) -> Tensor:
     """Launch both kernels; arguments and result as ``decode_attention`` of this operation."""
     batch, heads, _, width = query.shape
@@ -236,11 +199,8 @@ def attend(
     if seen is not None:
         seen = seen.reshape(seen.shape[0], length).contiguous().view(torch.uint8)
         seen_batch = length if seen.shape[0] > 1 else 0
-    fetching = _programs_that_fetch(upcoming, keys, values)
-    if not fetching:
-        upcoming = None
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    _share_kernel[(batch * key_heads, shares + triton.cdiv(fetching, batch * key_heads))](
+    _share_kernel[(batch * key_heads, shares)](
         query,
         keys,
         values,
@@ -248,8 +208,6 @@ def attend(
         y,
         m,
         total,
-        upcoming,
-        0 if upcoming is None else upcoming.nbytes,
         length,
         share,
         shares,
@@ -271,9 +229,6 @@ def attend(
         BLOCK=BLOCK,
         LINES=max(1, padded * keys.element_size() // LINE),
         MASKED=seen is not None,
-        UPCOMING=fetching > 0,
-        THREADS=WARPS * 32,
-        CHUNK=CHUNK,
         PRECISION=precision,
         num_warps=WARPS,
         **early.launch_options(query),

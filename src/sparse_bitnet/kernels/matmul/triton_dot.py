@@ -59,6 +59,25 @@ def _dot4(a, b, c, ASM: tl.constexpr):
 
 
 @triton.jit
+def _words(row_ptr, word, row_words, EVEN: tl.constexpr):
+    """Words of all rows, zeros behind a row's last."""
+    at = row_ptr[:, None] + word[None, :]
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(word < row_words)[None, :], other=0)
+
+
+@triton.jit
+def _lanes(x_ptr, lane, x_words, EVEN: tl.constexpr):
+    """Activations, four a word, zeros behind the last."""
+    if EVEN:
+        return tl.load(x_ptr + lane)
+    else:
+        return tl.load(x_ptr + lane, mask=lane < x_words, other=0)
+
+
+@triton.jit
 def plus(residual, y):
     """The sum of two values of one dtype, rounded once, as a separate addition would."""
     return (residual.to(tl.float32) + y.to(tl.float32)).to(y.dtype)
@@ -86,6 +105,7 @@ def _dot_kernel(
     FETCH: tl.constexpr,
     SWIGLU: tl.constexpr,
     ASM: tl.constexpr,
+    EVEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     if SWIGLU:  # rows of gate and up in turns, of which each pair makes one value
@@ -96,12 +116,12 @@ def _dot_kernel(
     else:
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = n < columns
-    row_ptr = words_ptr + n.to(tl.int64) * row_words
+    # Rows behind the last are computed as row 0 and not stored: loads need no mask for them.
+    row_ptr = words_ptr + tl.where(inside, n, 0).to(tl.int64) * row_words
     if FETCH:
         for start in range(0, row_words, 32 * LINE_WORDS):
             word = start + tl.arange(0, 32) * LINE_WORDS
-            word = tl.minimum(word, row_words - 1)
-            fetch(tl.where(inside, row_ptr, words_ptr)[:, None] + word[None, :], EARLY)
+            fetch(row_ptr[:, None] + tl.minimum(word, row_words - 1)[None, :], EARLY)
     sums = ()
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros((ROWS, WORDS), tl.int32),)
@@ -109,9 +129,7 @@ def _dot_kernel(
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if AHEAD:
-        word = tl.arange(0, WORDS)
-        mask = inside[:, None] & (word < row_words)[None, :]
-        ahead = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+        ahead = _words(row_ptr, tl.arange(0, WORDS), row_words, EVEN)
     wait(EARLY)
     x_scales, residuals = (), ()  # asked for now, there when the sums are
     for token in tl.static_range(TOKENS):
@@ -123,20 +141,21 @@ def _dot_kernel(
         word = start + tl.arange(0, WORDS)
         if AHEAD:  # the next words are asked for before these are used
             packed = ahead
-            mask = inside[:, None] & (word < row_words - WORDS)[None, :]
-            ahead = tl.load(row_ptr[:, None] + (word + WORDS)[None, :], mask=mask, other=0)
+            after = word + WORDS
+            if EVEN:  # after the last words these are asked for again
+                after = tl.minimum(start + WORDS, row_words - WORDS) + tl.arange(0, WORDS)
+            ahead = _words(row_ptr, after, row_words, EVEN)
         else:
-            mask = inside[:, None] & (word < row_words)[None, :]
-            packed = tl.load(row_ptr[:, None] + word[None, :], mask=mask, other=0)
+            packed = _words(row_ptr, word, row_words, EVEN)
         for pair in tl.static_range(4):
             plane = (packed << (6 - 2 * pair)) & TOP_PAIRS
             lane = word // 4 * 16 + word % 4 + 4 * pair
-            after = ()
+            added = ()
             for token in tl.static_range(TOKENS):
-                x = tl.load(x_ptr + token * x_words + lane, mask=lane < x_words, other=0)
+                x = _lanes(x_ptr + token * x_words, lane, x_words, EVEN)
                 x = tl.broadcast_to(x[None, :], (ROWS, WORDS))
-                after = after + (_dot4(plane, x, sums[token], ASM),)
-            sums = after
+                added = added + (_dot4(plane, x, sums[token], ASM),)
+            sums = added
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], axis=1) >> 6
         y = total.to(tl.float32) * x_scales[token] * w_scale
@@ -203,6 +222,7 @@ def run_dot(
         FETCH=tiles.fetch,
         SWIGLU=peaks is not None,
         ASM=x_q.is_cuda,
+        EVEN=x_q.shape[1] % 64 == 0 and row_bytes // 4 % tiles.words == 0,
         num_warps=1,
         enable_fp_fusion=False,
         **options,

@@ -56,12 +56,14 @@ class MmaTiles:
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 4x128": DotTiles(4, 128, False),
-    "dot 8x64": DotTiles(8, 64, True),
-    "dot 2x256 ahead": DotTiles(2, 256, True),
+    "dot 4x128 ahead": DotTiles(4, 128, True),
+    "dot 4x256 ahead": DotTiles(4, 256, True),
     "dot 2x128 ahead": DotTiles(2, 128, True),
-    "dot 4x256": DotTiles(4, 256, False),
-    "dot 16x64": DotTiles(16, 64, False),
+    "dot 2x256 ahead": DotTiles(2, 256, True),
+    "dot 8x64 ahead": DotTiles(8, 64, True),
     "dot 16x64 ahead": DotTiles(16, 64, True),
+    "dot 16x32 ahead": DotTiles(16, 32, True),
+    "dot 32x32 ahead": DotTiles(32, 32, True),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
     "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
@@ -297,7 +299,7 @@ def candidates(tokens: int, columns: int) -> list[str]:
 
 
 def memory_key(rows: int, columns: int, inner: int) -> str:
-    return f"packed {tuning.bucket(rows)}x{columns}x{inner}"
+    return f"two-bit {tuning.bucket(rows)}x{columns}x{inner}"
 
 
 def matmul(

@@ -23,7 +23,14 @@ from sparse_bitnet.kernels.quantize_activations.triton import by_peaks
 COPIES = 3  # of a weight while it is measured, so that L2 does not hold it
 SWIGLU_TILES = {
     name: CANDIDATES[name]
-    for name in ("dot 16x64 ahead", "dot 16x64", "dot 8x64", "dot 4x128", "dot 4x128 fetch")
+    for name in (
+        "dot 16x32 ahead",
+        "dot 32x32 ahead",
+        "dot 16x64 ahead",
+        "dot 8x64 ahead",
+        "dot 4x128",
+        "dot 4x128 ahead",
+    )
 }
 
 
