@@ -16,8 +16,12 @@ KINDS = {"dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    rows = json.loads((RESULTS / "inference.json").read_text())["rows"]
-    rows = [r for r in rows if r["model"] == "qwen2.5-7b" and r["head"] == "bf16"]
+    cases = {}
+    for name in ("inference", "decode_one", "prefill_65536"):  # the newest of a case counts
+        for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
+            if r["model"] == "qwen2.5-7b" and r["head"] == "bf16":
+                cases[r["stage"], r["batch"], r["length"]] = r
+    rows = list(cases.values())
     shown = {
         "prefill": sorted((r for r in rows if r["stage"] == "prefill"), key=_tokens),
         "decode": sorted((r for r in rows if r["stage"] == "decode"), key=_tokens),

@@ -20,7 +20,7 @@ import torch
 
 from sparse_bitnet import files
 
-FORMAT = 2
+FORMAT = 3
 REPEATS = 5
 GRAPH_CALLS = 4
 SHORTEST_MICROSECONDS = 0.1

@@ -56,9 +56,9 @@ class MmaTiles:
 
 CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 4x128": DotTiles(4, 128, False),
-    "dot 4x128 ahead": DotTiles(4, 128, True),
-    "dot 4x256 ahead": DotTiles(4, 256, True),
     "dot 2x128 ahead": DotTiles(2, 128, True),
+    "dot 4x256 ahead": DotTiles(4, 256, True),
+    "dot 4x128 ahead": DotTiles(4, 128, True),
     "dot 2x256 ahead": DotTiles(2, 256, True),
     "dot 8x64 ahead": DotTiles(8, 64, True),
     "dot 16x64 ahead": DotTiles(16, 64, True),
@@ -66,13 +66,13 @@ CANDIDATES: dict[str, DotTiles | MmaTiles] = {
     "dot 32x32 ahead": DotTiles(32, 32, True),
     "dot 4x128 fetch": DotTiles(4, 128, False, True),
     "dot 2x128 ahead fetch": DotTiles(2, 128, True, True),
-    "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
     "mma 128x128": MmaTiles(128, 128, 1, 8, 3),
-    "mma 128x64": MmaTiles(128, 64, 1, 8, 3),
     "mma 256x64": MmaTiles(256, 64, 1, 8, 4),
-    "mma 64x128 /8": MmaTiles(64, 128, 8, 4, 3),
+    "mma 128x64": MmaTiles(128, 64, 1, 8, 3),
+    "mma 64x64": MmaTiles(64, 64, 1, 4, 4),
     "mma 128x64 /8": MmaTiles(128, 64, 8, 4, 4),
     "mma 128x128 /4": MmaTiles(128, 128, 4, 8, 3),
+    "mma 64x128 /8": MmaTiles(64, 128, 8, 4, 3),
 }
 
 
@@ -292,6 +292,9 @@ def candidates(tokens: int, columns: int) -> list[str]:
         dots.sort(key=lambda name: not name.endswith("ahead"))
     whole = [name for name, t in CANDIDATES.items() if isinstance(t, MmaTiles) and t.splits == 1]
     cut = [name for name, t in CANDIDATES.items() if isinstance(t, MmaTiles) and t.splits > 1]
+    if tokens > 16:  # measured at 32 tokens on 7B shapes
+        whole.sort(key=lambda name: name != "mma 256x64")
+        cut.sort(key=lambda name: name != "mma 128x128 /4")
     mmas = cut + whole if columns < FEW_ROWS else whole + cut
     if tokens == 1:
         return dots
