@@ -113,3 +113,25 @@ def test_size_is_compared_within_a_seed(tmp_path: Path, make_row: Make) -> None:
     found = claim_about_size([Runs(rows, size) for size in ("study-20m", "study-5m")])
     assert found.ours.startswith("BF16: +2.10 ± 0.10 (3 seeds) → +1.15 ± 0.07 (2 seeds)")
     assert found.verdict == IN_PART, "BF16 falls by 1 at both seeds, BitNet rises by 0.1"
+
+
+def test_sizes_are_compared_at_one_training_length(tmp_path: Path, make_row: Make) -> None:
+    """What a mask costs grows with training: a size that was trained less does not count."""
+    for size, weights, length, delta in (
+        ("study-20m", 20_000_000, 25, 0.1),
+        ("study-5m", 4_718_592, 100, 1.0),
+        ("study-1m", 1_200_000, 100, 2.0),
+    ):
+        for kind in ("bf16", "bitnet"):
+            for pattern, more in (("dense", 0.0), ("6:8", delta)):
+                run = {"kind": kind, "pattern": pattern, "size": size, "tokens_per_weight": length}
+                append_row(
+                    tmp_path / "rows.jsonl", make_row(30 + more, **run) | {"weights": weights}
+                )
+    rows = read_rows(tmp_path)[0]
+    runs = [Runs(rows, size) for size in ("study-20m", "study-5m", "study-1m")]
+    both = "+2.00 (1 seed) → +1.00 (1 seed)"
+    assert claim_about_size(runs).ours == f"BF16: {both}; BitNet: {both}"
+    apart = claim_about_size(runs[:2])
+    assert (apart.verdict, apart.ours) == ("not measured", "–")
+    assert "trained equally long" in apart.missing

@@ -196,6 +196,26 @@ def test_what_the_mask_costs_is_the_difference_on_the_same_batches(
     assert alt.endswith("At the end: 6:8: BF16 0.125; 4:8: BF16 0.25, −0.5")
 
 
+def test_a_size_that_remembers_and_lacks_a_twin(evidence: Path, make_row: Make) -> None:
+    """BF16 at 4:8 is better on held-out text and worse in training; BitNet has no dense run."""
+    for kind, pattern, held_out, more in (
+        ("bf16", "dense", 3.3, 0.0),
+        ("bf16", "4:8", 3.225, 0.3),
+        ("bitnet", "4:8", 3.28, 0.5),
+    ):
+        run = {"kind": kind, "pattern": pattern, "size": "study-20m", "tokens_per_weight": 25}
+        row = make_row(math.exp(held_out), **run)
+        row["history"]["loss"] = [loss + more for loss in row["history"]["loss"]]
+        append_row(evidence / "rows.jsonl", row | {"weights": 20_000_000})
+    page = report(evidence).page.read_text(encoding="utf-8")
+    images = Page(page).images
+    assert "mask-cost-study-20m" in images
+    # One pattern of one kind is no curve, and without BitNet's dense run no comparison of kinds.
+    assert not {"collapse-study-20m", "cloze-study-20m", "length-study-20m"} & set(images)
+    cost = "<td>+0.300 (1 seed)</td><td>−0.075 (1 seed)</td><td>–</td><td>–</td>"
+    assert f"<td>4:8, 25 tokens per weight</td>{cost}" in page
+
+
 def test_what_a_model_remembers_is_told_with_the_passes(tmp_path: Path, make_row: Make) -> None:
     """The last logged loss is 4.6, and 12M tokens are three passes over 4M."""
     for kind, seed, gap in (("bf16", 0, 0.2), ("bf16", 1, 0.3), ("bitnet", 0, -0.1)):

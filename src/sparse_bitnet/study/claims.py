@@ -14,6 +14,7 @@ and holds in part in all other cases.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -251,18 +252,25 @@ def _dense_to_sparse(runs: Runs) -> Claim:
 
 
 def claim_about_size(by_size: Sequence[Runs]) -> Claim:
-    """The claim that needs several sizes."""
+    """The claim that needs several sizes, trained equally long: longer training costs more.
+
+    The training length is the one that most sizes have.
+    """
     claim = "ΔPPL at 6:8 falls with size, for both kinds"
     told = "; ".join(
         f"{NAME[kind]}: " + " → ".join(signed(v) for v in values.values())
         for kind, values in published.DELTA_PPL_6_8.items()
     )
-    ordered = sorted(by_size, key=lambda one: one.weights)
+    lengths = Counter(one.main_length for one in by_size if one.main_length > 0)  # NaN: no grid
+    length = max(lengths, key=lambda n: (lengths[n], n), default=None)
+    alike = [one for one in by_size if one.main_length == length]
+    ordered = sorted(alike, key=lambda one: one.weights)
     comparisons, parts = [], []
     for kind in KINDS:
         deltas = [found for one in ordered if (found := one.deltas(kind, "6:8"))]
         if len(deltas) < 2:
-            return _undecided(claim, told, "dense and 6:8 of both kinds at a second size")
+            missing = "dense and 6:8 of both kinds at a second size, trained equally long"
+            return _undecided(claim, told, missing)
         texts = [Estimate(tuple(found.values())).text(2, True) for found in deltas]
         parts.append(f"{NAME[kind]}: {' → '.join(texts)}")
         for small, large in pairwise(deltas):

@@ -149,7 +149,7 @@ def panels(
 ) -> bytes:
     """One panel a group, axes shared and cut off at ``top``; up to three beside each other.
 
-    Colours are by kind, else by the curve's place in its group.
+    Colours are by kind, else by the curve's label: the same in all panels.
     """
     columns = len(groups) if len(groups) <= 3 else 2
     rows = math.ceil(len(groups) / columns)
@@ -159,9 +159,10 @@ def panels(
     for axis in axes[len(groups) :]:
         axis.set_visible(False)
     shown: list[str] = []
+    looks = _looks(groups)
     for axis, (name, curves) in zip(axes, groups.items(), strict=False):
-        for index, curve in enumerate(curves):
-            style = {"color": CYCLE[index % len(CYCLE)], "linestyle": STYLES[index % len(STYLES)]}
+        for curve in curves:
+            style = looks[curve.label]
             if curve.kind:
                 dashes = "-" if curve.kind == "bf16" else "--"
                 style = {"color": COLOUR[curve.kind], "linestyle": dashes}
@@ -169,7 +170,6 @@ def panels(
         axis.set(title=name, xlabel=xlabel)
         if log_x:
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter("{x:g}")
         labels = [curve.label for curve in curves if curve.label]
         if not set(labels) <= set(shown):
             axis.legend()
@@ -182,8 +182,37 @@ def panels(
         for axis in axes:
             axis.set_ylim(top=top)
             axis.set_xlim(left=0.9 * min(inside))
+    if log_x:
+        for axis in axes:
+            _plain_ticks(axis)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return _png(figure)
+
+
+def _looks(groups: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, str]]:
+    """Label → colour and line style, by the label's place among those of all groups.
+
+    The group with most labels decides their order, so that one which lacks a curve adds none.
+    """
+    every = sorted(groups.values(), key=len, reverse=True)
+    labels = dict.fromkeys(curve.label for curves in every for curve in curves)
+    return {
+        label: {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
+        for i, label in enumerate(labels)
+    }
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis: at 1, 2 and 5 below two decades, else at powers of 10.
+
+    Left alone, matplotlib writes 2 × 10⁰, 3 × 10⁰, … over each other where there is one decade.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 @_styled

@@ -83,8 +83,7 @@ def delta_by_size(by_size: Sequence[Runs]) -> Section:
     rows = [
         (
             f"{size} (published)",
-            "–",
-            "–",
+            *("–", "–", "–"),
             *(signed(published.DELTA_PPL_6_8[k][size]) for k in KINDS),
         )
         for size in published.DELTA_PPL_6_8["bf16"]
@@ -97,11 +96,16 @@ def delta_by_size(by_size: Sequence[Runs]) -> Section:
             ours.append(
                 (
                     runs.label,
+                    f"{runs.main_length:g}",
                     *(text_of(one) for one in dense),
                     *(text_of(one, 2, True) for one in deltas),
                 )
             )
-    header = ("size", *(f"{NAME[k]} dense" for k in KINDS), *(f"Δ {NAME[k]} 6:8" for k in KINDS))
+    header = (
+        *("size", "tokens per weight"),
+        *(f"{NAME[k]} dense" for k in KINDS),
+        *(f"Δ {NAME[k]} 6:8" for k in KINDS),
+    )
     notes = [] if ours else needs("bf16 and bitnet at dense and 6:8", ["all"])
     return Section(
         "delta",
@@ -235,7 +239,8 @@ def cloze(runs: Runs) -> Section:
     if not rows:
         return Section("cloze", title, notes=notes)
     figures = []
-    if shown:
+    # One pattern, for want of the others' twins, would show the kinds and nothing of the mask.
+    if len(shown) > 1:
         png = plots.bars(
             shown,
             {kind: [found[kind][p].mean for p in shown] for kind in KINDS},

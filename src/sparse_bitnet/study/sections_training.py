@@ -83,8 +83,13 @@ def _held_out(row: Row) -> float | None:
     _, logged = row.series("loss")
     if not logged or row.perplexity <= 0:
         return None
-    last = logged[-max(1, round(LAST * len(logged))) :]
-    return math.log(row.perplexity) - sum(last) / len(last)
+    return math.log(row.perplexity) - _at_the_end(logged)
+
+
+def _at_the_end(values: Sequence[float]) -> float:
+    """Mean over the last :data:`LAST` of training."""
+    last = values[-max(1, round(LAST * len(values))) :]
+    return sum(last) / len(last)
 
 
 def _passes(row: Row) -> float | None:
@@ -107,26 +112,42 @@ def mask_cost(runs: Runs) -> Section:
         (only,) = patterns
         places = [(f"{only}, {x:g} tokens per weight", only, x) for x in runs.lengths(only)]
     groups: dict[str, list[Curve]] = {}
+    lines = []
     for title, pattern, length in places:
+        ends: list[str] = []
         for kind in KINDS:
+            trained: list[float] = []
+            held_out: list[float] = []
             at = {"kind": kind, "tokens_per_weight": length}
             dense = {row.cell.seed: row for row in runs.select(pattern="dense", **at)}
             masked = runs.select(pattern=pattern, **at)
             label = NAME[kind]
             for row in sorted(masked, key=lambda one: one.cell.seed):
-                tokens, gap = _gap(row, dense.get(row.cell.seed))
-                if len(gap) > SMOOTH:
+                twin = dense.get(row.cell.seed)
+                tokens, gap = _gap(row, twin)
+                if twin is not None and len(gap) > SMOOTH and twin.perplexity > 0 < row.perplexity:
                     curve = Curve(label, _length(runs, tokens), _smooth(gap), kind=kind)
                     groups.setdefault(title, []).append(curve)
                     label = ""
+                    trained.append(_at_the_end(gap))
+                    held_out.append(math.log(row.perplexity / twin.perplexity))
+            both = [Estimate(tuple(found)) if found else None for found in (trained, held_out)]
+            ends += [text_of(one, 3, True) for one in both]
+        if title in groups:
+            lines.append((title, *ends))
     text = (
         "Training loss minus that of the dense model of the same seed, which saw the same batches: "
-        f"one line a seed, mean over {SMOOTH} logged steps."
+        f"one line a seed, mean over {SMOOTH} logged steps. The table has the mean over the last "
+        f"{LAST:.0%}, and the same difference on held-out text. Where the text was passed many "
+        "times and training shows more, the dense model has learnt more of it by heart than the "
+        "masked one, and held-out text shows less than what the mask would cost with fresh text."
     )
     ylabel, what = "nats per token", "training loss above that of the dense twin"
-    return _curves(
+    section = _curves(
         runs, "mask-cost", "What the mask costs, over training", text, groups, ylabel, what, True
     )
+    columns = (f"{NAME[kind]}, {on}" for kind in KINDS for on in ("training", "held-out"))
+    return replace(section, tables=[Table(("pattern", *columns), lines)] if lines else [])
 
 
 def _gap(row: Row, dense: Row | None) -> tuple[list[float], list[float]]:
