@@ -140,7 +140,7 @@ def mask_cost(runs: Runs) -> Section:
         f"one line a seed, mean over {SMOOTH} logged steps. The table has the mean over the last "
         f"{LAST:.0%}, and the same difference on held-out text. Where the text was passed many "
         "times and training shows more, the dense model has learnt more of it by heart than the "
-        "masked one, and held-out text shows less than what the mask would cost with fresh text."
+        "masked one, and held-out text probably shows less than the mask costs with fresh text."
     )
     ylabel, what = "nats per token", "training loss above that of the dense twin"
     section = _curves(
