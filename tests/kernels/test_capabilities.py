@@ -115,6 +115,21 @@ def test_nothing_is_measured_for_no_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     assert memory.keys() == []
 
 
+def test_a_rule_chooses_where_there_is_no_room_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring needs copies of a weight; a prompt may fit without them."""
+    measure = pytest.importorskip("sparse_bitnet.kernels.measure")
+    weight, memory = on_gpu(monkeypatch)
+    asked = []
+
+    def full(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measure, "measure", full)
+    assert dispatch.choose(weight, 4096).backend == "windows"
+    assert asked and memory.keys() == []
+
+
 def test_measuring_leaves_out_what_this_gpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = pytest.importorskip("sparse_bitnet.kernels.measure")
     weight, memory = on_gpu(monkeypatch)

@@ -21,6 +21,7 @@ choice is looked up, while it traces where the token count is known, else when t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Choice:
 
 
 def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """The backend for this many tokens: remembered, else measured now, else by rule."""
+    """The backend for so many tokens: remembered, else measured if there is room, else by rule."""
     if not runs_triton(weight.w_scale):
         return without_triton(weight.device, weight.packed is not None)
     key = key_of(weight, tokens, out_dtype)
@@ -75,7 +76,8 @@ def choose(weight: TernaryWeight, tokens: int, out_dtype: torch.dtype = torch.bf
     if measures and tuning.memory(index).get(key) is None:
         from sparse_bitnet.kernels.measure import measure
 
-        measure(weight, tokens, out_dtype)
+        with contextlib.suppress(torch.OutOfMemoryError):  # the layer alone may fit
+            measure(weight, tokens, out_dtype)
     return _decide(index, key, usable, tokens)
 
 
