@@ -14,13 +14,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparse_bitnet.deploy.registration import register_when_needed
+from sparse_bitnet.deploy.packed.registration import register_when_needed
 
 if TYPE_CHECKING:
     from sparse_bitnet.core import Method, Pattern, SparseBitNetError
-    from sparse_bitnet.deploy.generate import generate
-    from sparse_bitnet.deploy.packing import pack
-    from sparse_bitnet.deploy.pretrained import load
+    from sparse_bitnet.deploy.packed.packing import pack
+    from sparse_bitnet.deploy.packed.pretrained import load
+    from sparse_bitnet.deploy.run.generate import generate
     from sparse_bitnet.nn.convert import convert, refresh, set_pattern
 
 # Imported when first used: torch and transformers take seconds.
@@ -29,9 +29,9 @@ _HOME = {
     "Pattern": "core",
     "SparseBitNetError": "core",
     "convert": "nn",
-    "generate": "deploy.generate",
-    "load": "deploy.pretrained",
-    "pack": "deploy.packing",
+    "generate": "deploy.run.generate",
+    "load": "deploy.packed.pretrained",
+    "pack": "deploy.packed.packing",
     "refresh": "nn",
     "set_pattern": "nn",
 }

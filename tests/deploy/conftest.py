@@ -23,7 +23,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from sparse_bitnet.deploy.packing import pack
+from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.nn import convert
 
 SMALL = {

@@ -5,7 +5,7 @@ import torch
 
 from sparse_bitnet.core import CheckpointError, ConfigError, WeightError
 from sparse_bitnet.deploy.exportable import ExportResult, open_exportable
-from sparse_bitnet.deploy.packing import pack
+from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.nn import SparseBitLinear
 from sparse_bitnet.train import SparsityConfig, save_trained
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparse_bitnet.deploy.packing import pack
-from sparse_bitnet.deploy.pretrained import load_packed
-from sparse_bitnet.deploy.ready import make_ready
+from sparse_bitnet.deploy.packed.packing import pack
+from sparse_bitnet.deploy.packed.pretrained import load_packed
+from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.presets import preset_config
 

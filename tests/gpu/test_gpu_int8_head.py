@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_bitnet.deploy.packing import pack
-from sparse_bitnet.deploy.pretrained import load_packed
+from sparse_bitnet.deploy.packed.packing import pack
+from sparse_bitnet.deploy.packed.pretrained import load_packed
 from sparse_bitnet.kernels.int8_linear import int8_linear, reference
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.int8_head import TiedInt8Head

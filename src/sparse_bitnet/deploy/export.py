@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.deploy.bitnet.read import ImportResult, import_bitnet
+from sparse_bitnet.deploy.bitnet.write import LinearClass, export_bitnet
 from sparse_bitnet.deploy.exportable import ExportResult
-from sparse_bitnet.deploy.gguf import EmbeddingType, LinearType, OddRows, export_gguf
-from sparse_bitnet.deploy.hf_bitnet import LinearClass, export_bitnet
-from sparse_bitnet.deploy.hf_bitnet_import import ImportResult, import_bitnet
+from sparse_bitnet.deploy.gguf.write import EmbeddingType, LinearType, OddRows, export_gguf
 
 Target = Literal["gguf", "bitnet"]
 

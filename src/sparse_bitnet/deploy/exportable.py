@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError, check_finite, row_scale
-from sparse_bitnet.deploy.packing import distinct_tensors
-from sparse_bitnet.deploy.pretrained import load
-from sparse_bitnet.deploy.sizes import readable_bytes
+from sparse_bitnet.deploy.packed.packing import distinct_tensors
+from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.deploy.packed.sizes import readable_bytes
 from sparse_bitnet.nn import SparseBitLinear, converted_modules
 from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.pack import pack_module, packed_spec

@@ -14,13 +14,13 @@ import tyro
 
 from sparse_bitnet.console import out, say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy import inspect as inspecting
-from sparse_bitnet.deploy import packing
-from sparse_bitnet.deploy.generate import Sampling, generate_text
-from sparse_bitnet.deploy.head_effect import head_effect
-from sparse_bitnet.deploy.packing import HeadName, PackResult
-from sparse_bitnet.deploy.pretrained import DType, load_with_tokenizer
-from sparse_bitnet.deploy.ready import make_ready
+from sparse_bitnet.deploy.packed import inspect as inspecting
+from sparse_bitnet.deploy.packed import packing
+from sparse_bitnet.deploy.packed.head_effect import head_effect
+from sparse_bitnet.deploy.packed.packing import HeadName, PackResult
+from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.deploy.run.generate import Sampling, generate_text
+from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.evaluate import Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 

@@ -1,0 +1,1 @@
+"""Ternary model → one GGUF file for llama.cpp: tensors, hyper-parameters, tokenizer."""

@@ -1,0 +1,1 @@
+"""The packed directory: its files written, checked, loaded and inspected."""

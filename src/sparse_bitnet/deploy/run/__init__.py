@@ -1,0 +1,1 @@
+"""A model directory at work: one text, a conversation, an HTTP server."""

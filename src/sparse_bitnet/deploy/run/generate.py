@@ -1,0 +1,213 @@
+"""Text from a model directory, token by token as it comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from sparse_bitnet.core import ConfigError, SparseBitNetError
+from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+
+COLDEST = 1e-30
+"""Scores divided by a lower temperature than this could leave float32."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above, tokens are drawn, the flatter the higher.
+        top_k: draw among this many likeliest tokens; 0 for all.
+        top_p: draw among the likeliest tokens that together have this probability.
+        repetition_penalty: divide the score of tokens that occurred already; 1 for none.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            (
+                "temperature",
+                not 0 < self.temperature < COLDEST and self.temperature < math.inf,
+                f"finite, and 0 or at least {COLDEST}",
+            ),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"generate: {name} is {getattr(self, name)}; it has to be {expected}"
+                )
+
+    def options(self) -> dict[str, float | int | bool | None]:
+        """For transformers' ``generate``. All are set, so that no stored default slips in."""
+        draws = self.temperature > 0
+        return {
+            "do_sample": draws,
+            "temperature": self.temperature if draws else None,
+            "top_k": self.top_k if draws else None,
+            "top_p": self.top_p if draws else None,
+            "repetition_penalty": self.repetition_penalty,
+            "num_beams": 1,
+        }
+
+
+def generate(
+    directory: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    sampling: Sampling | None = None,
+    dtype: DType | None = None,
+    device: str | torch.device | None = None,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """Continue a prompt with the model of a packed or trained directory.
+
+    Args:
+        directory: of the model and its tokenizer.
+        prompt: the text to continue.
+        max_new_tokens: stop after so many, if the model does not stop before.
+        sampling: greedy when left out.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+        write: called with each piece of text as soon as it is complete.
+
+    Returns:
+        The new text, without the prompt.
+
+    Raises:
+        PackedFormatError, CheckpointError: if the directory cannot be loaded.
+        ConfigError: if it has no tokenizer, or the prompt does not fit the model.
+    """
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    return generate_text(model, tokenizer, prompt, max_new_tokens, sampling or Sampling(), write)
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 200,
+    sampling: Sampling | None = None,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """:func:`generate` with a model and tokenizer that are loaded already.
+
+    Raises:
+        ConfigError: if the prompt is empty and there is no token to begin with, or if it leaves no
+            room in the model's context.
+    """
+    tokens = encode(model, tokenizer, prompt)
+    return generate_from(model, tokenizer, tokens, max_new_tokens, sampling or Sampling(), write)
+
+
+def generate_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """:func:`generate_text` from tokens ``[1, length]`` instead of a text.
+
+    Raises:
+        ConfigError: if they leave no room in the model's context, if ``max_new_tokens`` is below 1,
+            or if the model's generation config makes no sense.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"generate: max_new_tokens is {max_new_tokens}; it has to be 1 or more")
+    room = context_length(model)
+    if room is not None:
+        if tokens.shape[1] >= room:
+            raise ConfigError(
+                f"generate: the prompt has {tokens.shape[1]} tokens and the model's context "
+                f"{room}; shorten the prompt"
+            )
+        max_new_tokens = min(max_new_tokens, room - tokens.shape[1])
+    streamer = None if write is None else _Writer(tokenizer, write)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        try:
+            result = model.generate(  # type: ignore[operator]  # the mixin is not typed
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                streamer=streamer,
+                **sampling.options(),
+            )
+        except SparseBitNetError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ConfigError(
+                f"generate: transformers refuses ({str(error)[:300]}); the model's "
+                "generation_config.json asks for what it cannot do"
+            ) from error
+    text = tokenizer.decode(result[0, tokens.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that prompt and answer may have together, if the model has positions to run out of."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """The prompt's tokens ``[1, length]``; a model needs at least one to start from.
+
+    Raises:
+        ConfigError: if there is none, or as :func:`check_text`.
+    """
+    check_text(prompt)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device, torch.long)
+    if tokens.shape[1] == 0:
+        first = tokenizer.bos_token_id
+        first = tokenizer.eos_token_id if first is None else first
+        if first is None:
+            raise ConfigError("generate: the prompt is empty and the tokenizer has no first token")
+        tokens = torch.tensor([[first]], device=model.device)
+    return tokens
+
+
+def check_text(text: str) -> None:
+    """Refuse halves of characters, which tokenizers do not take.
+
+    Raises:
+        ConfigError: naming the place. Python reads arguments so that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"generate: the text is not UTF-8 at character {error.start}; write it in UTF-8"
+        ) from None
+
+
+class _Writer(TextStreamer):
+    """Hands on text as soon as it cannot change any more."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)

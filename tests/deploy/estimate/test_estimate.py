@@ -1,0 +1,241 @@
+"""Estimates against what is really written, kept and computed."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from sparse_bitnet.core import ConfigError, PatternError
+from sparse_bitnet.deploy.estimate.devices import GPUS, Device, device_named
+from sparse_bitnet.deploy.estimate.estimate import estimate
+from sparse_bitnet.deploy.estimate.roofline import KEPT
+from sparse_bitnet.deploy.packed.packing import pack
+from sparse_bitnet.deploy.packed.pretrained import load_packed
+from sparse_bitnet.kernels import native
+from sparse_bitnet.nn import convert
+from sparse_bitnet.nn.packed_module import prepare
+
+HEADS = pytest.mark.parametrize("head", ["float", "int8"])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied", "llama", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("storage", ["two-bit", "trits"])
+@HEADS
+def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head, trained):
+    """To the byte: the same code lays out the file. Without weights, from config.json alone."""
+    model = trained(kind)
+    result = pack(model, tmp_path / "packed", storage=storage, head=head, dtype="bfloat16")
+    model.config.save_pretrained(tmp_path / "config")
+    found = estimate(str(tmp_path / "config"), storage=storage, head=head)
+    written = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert found.packed.file_bytes == written
+    assert found.weights == result.weights and found.modules == result.modules
+    assert found.stored_bits == pytest.approx(result.bits_per_weight)
+    assert found.weights + found.other_parameters == sum(p.numel() for p in model.parameters())
+    again = estimate(str(tmp_path / "packed"), storage=storage, head=head)
+    assert dataclasses.replace(again, model=found.model) == found
+
+
+@pytest.mark.parametrize("storage", ["two-bit", "trits"])
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [(LlamaConfig, "6:8"), (LlamaConfig, "2:4"), (MixtralConfig, "2:4")],
+    ids=["6:8", "2:4", "experts"],
+)
+def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
+    tmp_path, monkeypatch, kind, pattern, storage
+):
+    cpu = Device("some CPU", 1.0, 1.0, 1.0, 1.0, 0.0, "made up, for no rate counts here")
+    monkeypatch.setattr("sparse_bitnet.deploy.estimate.estimate.device_named", lambda _: cpu)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
+    convert(model, pattern)
+    pack(model, tmp_path / "packed", storage=storage, dtype="bfloat16")
+    for path in native.available():
+        with native.forced(path):
+            model = load_packed(tmp_path / "packed", dtype="auto")
+            prepare(model)
+            tensors = [*model.parameters(), *model.buffers()]
+            for module in model.modules():
+                for layout in getattr(module, "_layout", {}).values():
+                    parts = layout if isinstance(layout, tuple) else vars(layout).values()
+                    tensors += [part for part in parts if isinstance(part, torch.Tensor)]
+            taken = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+            found = estimate(str(tmp_path / "packed"), pattern=pattern, storage=storage, gpu="cpu")
+            expected = pytest.approx(found.packed.device_bytes, rel=0.03)  # row scales count here
+            assert sum(taken.values()) == expected, path
+
+
+def test_the_kv_cache_is_what_transformers_keeps(tmp_path, trained):
+    model = trained("qwen2").to(torch.bfloat16)
+    cache = model(torch.zeros(3, 10, dtype=torch.int64), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    model.config.save_pretrained(tmp_path)
+    assert kept == estimate(str(tmp_path), batch=3, context=10).kv_bytes
+
+
+def kept_by_autograd(kind, hidden, intermediate, kv_heads, layers, tokens):
+    """Bytes that autograd keeps of a training step's body, parameters and buffers apart."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 16,
+        num_key_value_heads=kv_heads,
+    )
+    model = Qwen2ForCausalLM(config).train()
+    convert(model, "6:8", kind=kind)
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # kept alive, so that ids differ
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model.model(torch.zeros(1, tokens, dtype=torch.int64))
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+def test_activations_are_what_autograd_keeps(kind):
+    for hidden, intermediate, kv_heads in ((64, 128, 4), (96, 560, 1)):
+        a, b, c, d = KEPT[kind]
+        expected = a * hidden + b * intermediate + c * 16 * kv_heads + d
+
+        def per_layer(tokens, shape=(hidden, intermediate, kv_heads)):
+            two, one = (kept_by_autograd(kind, *shape, layers, tokens) for layers in (2, 1))
+            return two - one
+
+        assert (per_layer(96) - per_layer(32)) / 64 == pytest.approx(expected, rel=0.02)
+
+
+def test_rooflines_by_hand(tmp_path):
+    """qwen2.5-1.5b on an H200, one sequence: figures anyone can check."""
+    found = estimate("qwen2.5-1.5b", prompt=1024, context=1, price=3.6)
+    weights, head = 1_310_195_712, 151936 * 1536
+    assert found.weights == weights and found.other_parameters == 1_543_714_304 - weights
+    assert found.kv_bytes == 28 * 2 * 2 * 256
+    attention = 28 * 4 * 1536 * 1024 * 1025 / 2
+    bf16 = (2 * weights * 1024 + attention) / 989.4e12 + 2 * head / 4.8e12
+    assert found.bf16.prefill_seconds == pytest.approx(bf16, rel=0.01)
+    sparse = 2 * weights * 1024 * 0.75 / 1978.9e12 + attention / 989.4e12 + 2 * head / 4.8e12
+    assert found.packed.prefill_seconds == pytest.approx(sparse, rel=0.01)
+    assert found.bf16.decode_seconds == pytest.approx(2 * (weights + head) / 4.8e12, rel=0.01)
+    assert found.packed.decode_seconds == pytest.approx((weights / 4 + 2 * head) / 4.8e12, rel=0.01)
+    assert (found.bf16.prefill_bound, found.packed.decode_bound) == ("arithmetic", "memory")
+    assert found.bf16.decode_price == pytest.approx(found.bf16.decode_seconds * 1e3)
+    assert found.bf16.training_bytes == 16 * (weights + found.other_parameters)
+    derived = found.packed.training_bytes - found.bf16.training_bytes
+    assert derived == pytest.approx(weights, rel=0.01)
+    int8 = estimate("qwen2.5-1.5b", head="int8", prompt=1024, context=1)
+    assert found.packed.decode_seconds - int8.packed.decode_seconds == pytest.approx(head / 4.8e12)
+
+
+def test_patterns_cost_what_their_layouts_do():
+    times = {
+        pattern: estimate("qwen2.5-0.5b", pattern=pattern, prompt=8192).packed.prefill_seconds
+        for pattern in ("2:4", "4:8", "6:8", "14:16", "dense")
+    }
+    assert times["2:4"] < times["4:8"] == times["6:8"] < times["14:16"] < times["dense"]
+    assert times["dense"] < estimate("qwen2.5-0.5b", prompt=8192).bf16.prefill_seconds
+
+
+def test_memory_on_a_gpu_is_the_sum_of_the_layouts():
+    """Compressed, four lanes are two bytes of values and two places of two bits: 2.5 bytes."""
+    dense, pairs, windows = (
+        estimate("qwen2.5-0.5b", pattern=pattern) for pattern in ("dense", "2:4", "6:8")
+    )
+    more = pairs.packed.device_bytes - dense.packed.device_bytes
+    assert more == dense.weights * 2.5 / 4
+    more = windows.packed.device_bytes - dense.packed.device_bytes
+    assert more == 1.5 * dense.weights * 2.5 / 4  # six lanes for four
+
+
+@pytest.mark.parametrize("gpu", [*GPUS, "cpu"])
+def test_the_page(gpu):
+    page = str(estimate("tiny", vocab_size=1000, gpu=gpu, price=2.0, prompt=64, context=64))
+    for line in ("becomes ternary", "KV cache", "training state", "prefill", "decode", "× "):
+        assert line in page
+    assert "a million tokens cost at least" in page and "· times are rooflines" in page
+    device = device_named(gpu) if gpu != "cpu" else None
+    assert (device.source if device else "measured now") in page
+
+
+def test_what_does_not_fit_is_said(trained, tmp_path):
+    page = str(estimate("qwen2.5-3b", gpu="l4", batch=64, context=32768))
+    assert "BF16 does not fit: the device has 24.00 GB" in page
+    trained("mixtral").config.save_pretrained(tmp_path)
+    assert "different experts" in str(estimate(str(tmp_path)))
+
+
+def test_experts_are_read_as_tokens_meet_them(trained, tmp_path):
+    trained("mixtral").config.save_pretrained(tmp_path)  # 2 of 4 experts a token
+    one, many = (estimate(str(tmp_path), batch=batch, context=1).bf16 for batch in (1, 64))
+    assert one.operations_per_token == many.operations_per_token
+    assert one.decode_seconds < many.decode_seconds
+
+
+def test_layers_of_linear_attention_have_no_kv_cache(trained, tmp_path):
+    config = trained("qwen2").config
+    config.save_pretrained(tmp_path)
+    both = estimate(str(tmp_path))
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["layer_types"] = ["linear_attention", "full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert 2 * estimate(str(tmp_path)).kv_bytes == both.kv_bytes > 0
+
+
+def test_models_without_attention_are_refused(tmp_path):
+    from transformers import Mamba2Config
+
+    Mamba2Config(num_hidden_layers=1, hidden_size=64, num_heads=4, head_dim=32).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="a Mamba2ForCausalLM is no decoder of attention"):
+        estimate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "gpt-9"}, ConfigError, "gpt-9: no preset and no such directory or config.json"),
+        ({"model": "tiny"}, ConfigError, "takes its vocabulary from the data: give vocab_size"),
+        ({"gpu": "abacus"}, ConfigError, "gpu 'abacus' is unknown; choose among a100, h100"),
+        ({"pattern": "9:8"}, PatternError, "9:8"),
+        ({"pattern": "4:7"}, PatternError, "7"),
+        ({"batch": 0}, ConfigError, "estimate: batch is 0; it has to be 1 or more"),
+        ({"price": -1.0}, ConfigError, "estimate: price is -1.0; it has to be 0 or more"),
+        ({"price": math.nan}, ConfigError, "estimate: price is nan"),
+        ({"storage": "zip"}, ConfigError, "storage is 'zip'"),
+    ],
+)
+def test_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        estimate(**{"model": "qwen2.5-0.5b"} | options)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": "wonder"}, {"model_type": "qwen2", "hidden_size": "wide"}, []]
+)
+def test_configs_that_describe_no_model(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="transformers cannot build a model of this config"):
+        estimate(str(tmp_path))
