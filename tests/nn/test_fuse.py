@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.fuse import FusedMLP, Part, fuse, join
 from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 Tiny = Callable[..., PreTrainedModel]
@@ -154,6 +156,25 @@ def test_hooks_on_the_products_of_an_mlp_are_called(tiny: Tiny, tokens: Tensor) 
             layer.register_forward_hook(lambda module, *_: seen.append(module))
         torch.testing.assert_close(model(tokens).logits, expected)
     assert seen == [mlp.gate_up_proj, mlp.down_proj]
+
+
+def test_hooks_on_the_products_of_a_compiled_mlp_are_called(tiny: Tiny) -> None:
+    model: Any = packed(tiny("qwen2")).eval()
+    fuse(model)
+    prepare(model)
+    mlp = copy.deepcopy(model.model.layers[0].mlp)
+    x, residual = torch.randn(2, 1, 3, mlp.gate_up_proj.in_features)
+    seen: list[Any] = []
+    with torch.no_grad():
+        expected = residual + mlp(x)
+        handle = mlp.down_proj.register_forward_hook(lambda module, *_: seen.append(module))
+        for there in (True, False):
+            torch._dynamo.reset()
+            found = torch.compile(mlp, backend="eager")(x, residual)
+            torch.testing.assert_close(found, expected)
+            assert (seen == [mlp.down_proj]) is there
+            handle.remove()
+            seen.clear()
 
 
 def test_unlike_linears_are_refused() -> None:

@@ -15,7 +15,9 @@ the quantization in front of ``down_proj``.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,20 @@ class Part(nn.Module):
         return f"part {self.index} of {len(self.shared.sizes)}, out_features={self.out_features}"
 
 
+@torch.compiler.assume_constant_result
+def _products_called_plainly() -> bool:
+    """Whether no product of any fused MLP has a hook.
+
+    Asked of all at once while the compiler traces: in the graph each hook's absence would be a
+    guard of every token, and layers that are alike share a graph.
+    """
+    return all(
+        is_called_plainly(linear)
+        for mlp in list(_mlps)
+        for linear in (mlp.gate_up_proj, mlp.down_proj)
+    )
+
+
 class FusedMLP(nn.Module):
     """A gated MLP of transformers, gate and up joined: ``[..., hidden]`` → ``[..., hidden]``.
 
@@ -112,13 +128,18 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = join([mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")])
         self.down_proj = mlp.get_submodule("down_proj")
         self.register_state_dict_pre_hook(_refuse_to_save)
+        _mlps.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _mlps.add(self)
 
     def forward(self, x: Tensor | Integers, residual: Tensor | None = None) -> Tensor:
         first, second = self.gate_up_proj, self.down_proj
-        # A compiler is not asked: each hook's absence would be a guard of every token.
-        plain = torch.compiler.is_compiling() or (
-            is_called_plainly(first) and is_called_plainly(second)
-        )
+        if torch.compiler.is_compiling():
+            plain = _products_called_plainly()
+        else:
+            plain = is_called_plainly(first) and is_called_plainly(second)
         if plain and _runs_fused(first) and _runs_fused(second):
             both = first.layout("weight"), second.layout("weight")  # type: ignore[operator]
             if isinstance(x, Integers):
@@ -128,6 +149,9 @@ class FusedMLP(nn.Module):
             gate, up = first(x).chunk(2, dim=-1)
             y = second(F.silu(gate) * up)
         return y if residual is None else residual + y
+
+
+_mlps: weakref.WeakSet[FusedMLP] = weakref.WeakSet()
 
 
 def _refuse_to_save(_module: nn.Module, prefix: str, _keep_vars: bool) -> None:

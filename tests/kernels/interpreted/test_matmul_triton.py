@@ -1,3 +1,6 @@
+import ctypes
+import mmap
+
 import pytest
 import torch
 
@@ -58,6 +61,43 @@ def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None
         assert torch.equal(y, expected)
         residual = torch.randn(shape[:2]).half()
         triton_packed.run(x, x_scale, packed, w_scale, given, y, tiles, residual)
+        assert torch.equal(y, residual + expected)
+
+
+def guarded(tensor: torch.Tensor, maps: list[mmap.mmap]) -> torch.Tensor:
+    """A copy whose last byte is followed by a page without access."""
+    size = tensor.numel() * tensor.element_size()
+    end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    maps.append(mmap.mmap(-1, end + mmap.PAGESIZE))
+    everything = torch.frombuffer(maps[-1], dtype=torch.uint8)
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(everything.data_ptr() + end, mmap.PAGESIZE, 0) == 0
+    return everything[end - size : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("inner", [4, 64, 68, 512, 576, 1028])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        DotTiles(8, 64, True),
+        DotTiles(2, 32, False),
+        DotTiles(4, 16, True),
+        MmaTiles(16, 32, 3, 4, 2),
+    ],
+)
+def test_packed_reads_nothing_beyond_its_operands(inner: int, tiles: DotTiles | MmaTiles) -> None:
+    """Rows and words that fit the tile are loaded without masks."""
+    maps: list[mmap.mmap] = []
+    for tokens, out in ((1, 5), (2, 8)):
+        x, x_scale, weight, w_scale, bias = operands(tokens, out, inner)
+        expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias)
+        residual = torch.randn(tokens, out)
+        packed = triton_packed.pack_rows(weight)
+        y = poisoned(tokens, out)
+        every = (x, x_scale, packed, w_scale, bias, y, residual)
+        x, x_scale, packed, w_scale, bias, y, added = (guarded(t, maps) for t in every)
+        triton_packed.run(x, x_scale, packed, w_scale, bias, y, tiles, added)
         assert torch.equal(y, residual + expected)
 
 
