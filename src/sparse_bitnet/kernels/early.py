@@ -13,7 +13,9 @@ it waits until all that the kernel ahead wrote can be seen.
 Three rules make it safe, and PyTorch's compiler keeps them too (``platform.compile_options``):
 before :func:`wait` a kernel reads nothing but weights (fetching a line into L2 is not reading it)
 and writes nothing; every kernel waits; it lets the next one begin only after it has waited itself,
-so whoever begins finds all but the kernel directly ahead of it complete.
+so whoever begins finds all but the kernel directly ahead of it complete. Weights are what nothing
+in the chain writes: γ, biases and norms count as such, and whoever changes one in place does so in
+no chain with its reader.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.matmul import cpu, reference
 from sparse_bitnet.kernels.matmul.reference import integer_matmul
@@ -45,7 +46,16 @@ def packed_matmul(
     """The same for few tokens, from two-bit rows: uint8 of ``triton_packed.pack_rows``. CUDA.
 
     ``residual`` (``[..., out]`` of ``out_dtype``) is added to the result, which is rounded first.
+
+    Raises:
+        BackendError: for a residual of another shape or dtype.
     """
+    shape = (*x_q.shape[:-1], packed.shape[0])
+    if residual is not None and (residual.shape != shape or residual.dtype != out_dtype):
+        raise BackendError(
+            f"residual: {tuple(residual.shape)} of {residual.dtype}, but it is added to a result "
+            f"{tuple(shape)} of {out_dtype}; give it that shape and dtype"
+        )
     return torch.ops.sparse_bitnet.packed_matmul(
         x_q, x_scale, packed, w_scale, bias, out_dtype, residual
     )
