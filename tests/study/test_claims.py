@@ -13,6 +13,7 @@ from sparse_bitnet.study.claims import (
     FAILS,
     HOLDS,
     IN_PART,
+    NOT_DECIDED,
     Claim,
     claim_about_size,
     claims,
@@ -40,6 +41,60 @@ Make = Callable[..., dict[str, Any]]
 )
 def test_rule(comparisons: list[tuple[float, ...]], verdict: str) -> None:
     assert judge([Estimate(values) for values in comparisons]) == verdict
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "verdict"),
+    [
+        ([(1.9,), (-0.9,), (-1.9,)], NOT_DECIDED),  # of either sign
+        ([(2.0,)], IN_PART),  # not smaller than the spread
+        ([(-2.0,)], FAILS),
+        ([(1.9,), (2.1,)], IN_PART),
+        ([(1.9,), (-2.1,)], FAILS),  # none points the claimed way
+        ([(2.1,), (-2.1,)], IN_PART),
+        ([(1.9,), (1.0, 1.1)], IN_PART),  # what has seeds of its own is judged by them
+        ([(1.0, 1.1)], HOLDS),
+        ([(0.5, -0.4)], IN_PART),
+    ],
+)
+def test_one_seed_within_the_spread_of_its_baseline(
+    comparisons: list[tuple[float, ...]], verdict: str
+) -> None:
+    """Seeds at 50, 52 and 54: variance (4 + 0 + 4)/2, so a standard deviation of 2."""
+    found = [Estimate(values) for values in comparisons]
+    assert judge(found, Estimate((50.0, 52.0, 54.0))) == verdict
+
+
+def test_a_baseline_of_one_seed_has_no_spread() -> None:
+    assert judge([Estimate((0.1,))], Estimate((50.0,))) == IN_PART
+    assert judge([Estimate((-0.1,))], Estimate((50.0,))) == FAILS
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((51.9, 48.1, 50.0), NOT_DECIDED), ((52.1, 48.1, 50.0), IN_PART), ((47.9, 50, 50), FAILS)],
+)
+def test_variants_of_one_seed_against_the_seeds_of_the_method(
+    ends: tuple[float, float, float], verdict: str, tmp_path: Path, make_row: Make
+) -> None:
+    """BitNet at 6:8 ends at 50, 52 and 54; the variants have its seed 0, so 50 ± 2 says nothing."""
+    plain = {"kind": "bitnet", "pattern": "6:8"}
+    rows = [make_row(50.0 + 2 * seed, **plain, seed=seed) for seed in (0, 1, 2)]
+    for part, method, end in zip(
+        (0.25, 0.5, 0.75),
+        ("mask-then-quant", "mask-from-quantized", "masked-gradient"),
+        ends,
+        strict=True,
+    ):
+        rows += [
+            make_row(end, **plain, until={part: "dense"}),
+            make_row(end, **plain, method=method),
+        ]
+    for row in rows:
+        append_row(tmp_path / "rows.jsonl", row)
+    found = claims(Runs(read_rows(tmp_path)[0], "study-5m"))
+    assert by_start(found, "Dense first").verdict == verdict
+    assert by_start(found, "At 6:8 each ablation").verdict == verdict
 
 
 def test_decided_looks_both_ways() -> None:

@@ -3,13 +3,15 @@
 A claim is one or more comparisons, each a quantity that is above 0 if the claim is right, measured
 per seed. One comparison
 
+- is not decided if it has one seed and is smaller than the standard deviation over seeds of the
+  runs that it is measured against, where those have several;
 - holds if its mean is above 0, every seed is above 0, there are at least two seeds and the mean is
   more than two standard errors from 0;
 - points the claimed way if only its mean is above 0;
 - does not hold otherwise.
 
-A claim holds if all its comparisons hold, does not hold here if none even points the claimed way,
-and holds in part in all other cases.
+A claim is not decided if none of its comparisons is, holds if all of them hold, does not hold here
+if none points the claimed way, and holds in part in all other cases.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from sparse_bitnet.study.plots import NAME
 
 RULE = (
     "Rule: a comparison holds if every one of at least two seeds shows it and the mean lies more "
-    "than two standard errors from zero; it points the claimed way if only the mean does. A claim "
-    "holds if all its comparisons hold, does not hold here if none points the claimed way, and "
-    "holds in part otherwise. ± is the standard deviation over seeds."
+    "than two standard errors from zero; it points the claimed way if only the mean does. One seed "
+    "is not decided if it differs by less than the seeds of what it is compared with spread. A "
+    "claim is not decided if none of its comparisons is, holds if all of them hold, does not hold "
+    "here if none points the claimed way, and holds in part otherwise. ± is the standard deviation "
+    "over seeds."
 )
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"
+NOT_DECIDED = "not decided"
 ZEROS_CLOSE = 0.05  # absolute distance from the published fraction that counts as the same
 
 
@@ -45,15 +50,24 @@ class Claim:
     missing: str = ""
 
 
-def judge(comparisons: list[Estimate]) -> str:
-    """The rule at the top of this file."""
-    grades = [_grade(one) for one in comparisons]
+def judge(comparisons: list[Estimate], baseline: Estimate | None = None) -> str:
+    """The rule at the top of this file.
+
+    Args:
+        baseline: the runs that all comparisons are measured against, in the same unit; None where
+            there are none of several seeds, as in a difference of twins by seed.
+    """
+    grades = [_grade(one, baseline) for one in comparisons]
+    if all(grade == NOT_DECIDED for grade in grades):
+        return NOT_DECIDED
     if all(grade == HOLDS for grade in grades):
         return HOLDS
-    return FAILS if all(grade == FAILS for grade in grades) else IN_PART
+    return IN_PART if HOLDS in grades or IN_PART in grades else FAILS
 
 
-def _grade(one: Estimate) -> str:
+def _grade(one: Estimate, baseline: Estimate | None = None) -> str:
+    if baseline and len(one.values) == 1 < len(baseline.values) and abs(one.mean) < baseline.spread:
+        return NOT_DECIDED
     if one.mean <= 0:
         return FAILS
     sure = len(one.values) > 1 and min(one.values) > 0 and one.mean > 2 * one.standard_error
@@ -211,10 +225,9 @@ def _ablations(runs: Runs) -> Claim:
         for name, value in published.ABLATIONS_PPL.items()
         if name != "published"
     )
+    plain = {"kind": "bitnet", "pattern": "6:8"}
     found = {
-        name: runs.excess(
-            {"kind": "bitnet", "pattern": "6:8"}, kind="bitnet", pattern="6:8", method=name
-        )
+        name: runs.excess(plain, **plain, method=name)
         for name in published.ABLATIONS_PPL
         if name != "published"
     }
@@ -222,7 +235,8 @@ def _ablations(runs: Runs) -> Claim:
     if not gaps:
         return _undecided(claim, told, "bitnet at 6:8 with each ablation")
     ours = ", ".join(f"{name}: {gap.text(2, True)}" for name, gap in gaps.items())
-    return Claim(claim, told, ours, judge(list(gaps.values())))
+    verdict = judge(list(gaps.values()), runs.perplexity(**plain))
+    return Claim(claim, told, ours, verdict)
 
 
 def _dense_to_sparse(runs: Runs) -> Claim:
@@ -238,17 +252,14 @@ def _dense_to_sparse(runs: Runs) -> Claim:
             if len(row.cell.until) == 1 and row.cell.until[0][1] == "dense"
         }
     )
-    found = {
-        until: runs.excess(
-            {"kind": "bitnet", "pattern": "6:8"}, kind="bitnet", pattern="6:8", until=until
-        )
-        for until in schedules
-    }
+    plain = {"kind": "bitnet", "pattern": "6:8"}
+    found = {until: runs.excess(plain, **plain, until=until) for until in schedules}
     gaps = {until: gap for until, gap in found.items() if gap is not None}
     if not gaps:
         return _undecided(claim, told, "bitnet at 6:8, dense to 25, 50 and 75 % of training")
     ours = ", ".join(f"{until[0][0]:.0%}: {gap.text(2, True)}" for until, gap in gaps.items())
-    return Claim(claim, told, ours, judge(list(gaps.values())))
+    verdict = judge(list(gaps.values()), runs.perplexity(**plain))
+    return Claim(claim, told, ours, verdict)
 
 
 def claim_about_size(by_size: Sequence[Runs]) -> Claim:

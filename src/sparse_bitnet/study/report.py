@@ -162,7 +162,7 @@ def _claims(by_size: Sequence[Runs]) -> Section:
         tables=[
             Table(("claim", "size", "here", "verdict", f"published ({published.SOURCE})"), lines)
         ],
-        notes=[RULE, *(f"Not decided: {one.claim}. Missing: {one.missing}." for one in missing)],
+        notes=[RULE, *(f"Not measured: {one.claim}. Missing: {one.missing}." for one in missing)],
     )
 
 
