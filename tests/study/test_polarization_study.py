@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import CheckpointError, PatternError, WeightError
 from sparse_bitnet.core import polarization as measure
 from sparse_bitnet.core.pattern import Pattern
-from sparse_bitnet.nn import convert
-from sparse_bitnet.study.polarization import analyse, early_and_late, pool
+from sparse_bitnet.nn import convert, master_weights
+from sparse_bitnet.study.polarization import Analysis, analyse, as_dict, early_and_late, pool
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
 
@@ -28,7 +30,9 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
     analysis = analyse(tmp_path, pattern="4:8")
     result = analysis.values
-    heading, line, total = str(analysis).splitlines()
+    heading, line, total, scales = str(analysis).splitlines()
+    assert scales.startswith("γ: one for each matrix, whatever is fused into it, because ")
+    assert "No such file" in scales and "config.json" in scales
     assert heading.split() == ["matrix", "shape", "pattern", "zeros", "lose", "nothing", "kurtosis"]
     assert line.split()[:5] == [
         "model.layers.0.mlp.up_proj.weight",
@@ -39,6 +43,7 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     ]
     assert total.split()[:3] == ["all", "50.0%", "100.0%"]
     (layer,) = result["layers"]
+    assert layer["segments"] == []
     assert layer["zeros_before_mask"] == 0.5
     assert layer["dead_zone_groups"] == 1.0
     edges = layer["edges"]
@@ -199,3 +204,175 @@ def test_what_rules_decided_in_training_counts(tmp_path: Path, toy_tokens: Path)
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ranks": 2}))
     with pytest.raises(CheckpointError, match="a checkpoint of 2 ranks, each weight in pieces"):
         analyse(checkpoint)
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def tiny(architecture: str, **sizes: Any) -> PreTrainedModel:
+    """Its linears' rows grow, so that matrices fused into one have unlike γ."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **sizes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(torch.logspace(-1, 1, weight.shape[-2]).unsqueeze(-1))
+    return model
+
+
+def by_name(analysis: Analysis) -> dict[str, dict[str, Any]]:
+    return {layer["name"]: layer for layer in analysis.values["layers"]}
+
+
+def as_training_sees(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """The statistics of every master weight, as the modules of a converted model hold it."""
+    return {
+        one.name: {
+            "name": one.name,
+            "shape": list(one.weight.shape),
+            "segments": list(one.segments),
+            "pattern": "6:8",
+            **as_dict(measure(one.weight, one.pattern, one.segments)),
+        }
+        for one in master_weights(model)
+    }
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "glm"])
+def test_fused_matrices_have_the_scales_of_training(architecture: str, tmp_path: Path) -> None:
+    model = tiny(architecture, **SIZES, head_dim=8)
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    analysis = analyse(tmp_path)
+    found = by_name(analysis)
+    assert found == as_training_sees(model)
+    assert found["model.layers.1.mlp.gate_up_proj.weight"]["segments"] == [48, 48]
+    if architecture == "phi3":
+        assert found["model.layers.0.self_attn.qkv_proj.weight"]["segments"] == [32, 16, 16]
+    assert str(analysis).endswith(f"γ: as in training, by the configuration ({architecture})")
+    late = next(one for one in early_and_late(model) if one["position"] == "all")
+    overall = analysis.values["overall"]
+    assert {key: late[key] for key in overall} == overall
+    # One γ for the whole of it is another figure, and without a configuration the one there is.
+    (tmp_path / "config.json").write_text("{")
+    apart = analyse(tmp_path)
+    assert "whatever is fused into it, because" in apart.values["scales"]
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    weight = model.get_parameter(name)
+    assert (
+        by_name(apart)[name]["zeros_before_mask"]
+        == as_dict(measure(weight, Pattern(6, 8)))["zeros_before_mask"]
+    )
+    assert by_name(apart)[name]["zeros_before_mask"] != found[name]["zeros_before_mask"]
+
+
+def test_experts_have_the_scales_of_training(tmp_path: Path) -> None:
+    """transformers stores each expert's gate and up apart; a training checkpoint as one weight."""
+    model = tiny("mixtral", **SIZES, **EXPERTS)
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    apart = analyse(tmp_path)
+    expected = as_training_sees(model)
+    late = next(one for one in early_and_late(model) if one["position"] == "all")
+    for key in ("zeros_before_mask", "dead_zone_groups", "magnitudes", "thresholds"):
+        assert apart.values["overall"][key] == pytest.approx(late[key], abs=2e-5)
+    assert not any("gate_up" in name for name in by_name(apart))
+    assert "24 matrices that the model holds otherwise" in apart.values["scales"]
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    together = analyse(tmp_path)
+    assert by_name(together) == expected
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert by_name(together)[name]["segments"] == [48, 48]
+    assert "otherwise" not in together.values["scales"]
+    # By hand: zeros are |w| ≤ γ/2, γ = mean|w| of each expert's gate and of its up.
+    parts = model.get_parameter(name).detach().unflatten(1, (2, 48)).abs()
+    zeros = (parts <= parts.mean((2, 3), keepdim=True) / 2).float().mean().item()
+    assert by_name(together)[name]["zeros_before_mask"] == pytest.approx(zeros, abs=1e-5)
+
+
+def test_a_training_checkpoint_has_the_scales_of_its_source(
+    tmp_path: Path, toy_tokens: Path
+) -> None:
+    source = tmp_path / "config.json"
+    config = AutoConfig.for_model("phi3", **SIZES | {"vocab_size": 300})
+    source.write_text(config.to_json_string())
+    sections = {
+        "data": {"path": str(toy_tokens), "sequence_length": 16, "batch_size": 2},
+        "model": {"source": str(source)},
+        "schedule": {"steps": 1},
+        "run": {"directory": str(tmp_path / "run"), "checkpoint_every": 1},
+    }
+    train(config_from_dict(sections, "test"))
+    saved = by_name(analyse(tmp_path / "run" / "checkpoints" / "step-00000001", tmp_path / "out"))
+    assert saved == by_name(analyse(tmp_path / "run"))
+    assert saved["model.layers.0.mlp.gate_up_proj.weight"]["segments"] == [48, 48]
+
+
+def test_what_training_would_leave_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    """gpt-oss stores experts as [in, out], and its biases are matrices, too."""
+    model = tiny("gpt_oss", **SIZES, **EXPERTS, head_dim=8)
+    model.save_pretrained(tmp_path)
+    analysis = analyse(tmp_path)
+    convert(model, "6:8")
+    assert by_name(analysis) == as_training_sees(model)
+    left = analysis.values["left_out"]
+    assert len(left) == 8
+    assert "not gate_up_proj and down_proj alone" in left["model.layers.0.mlp.experts.gate_up_proj"]
+    *_, line = str(analysis).splitlines()
+    assert line.startswith("left out: 8 matrices, model.layers.0.mlp.experts.")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_gpt2_stores_its_weights_the_other_way_round(prefix: str, tmp_path: Path) -> None:
+    """Conv1D is [in, out], so groups along the last dimension would be of outputs."""
+    model = tiny("gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=64)
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name.replace("transformer.", prefix): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"c_attn\.weight is left out: it belongs to a Conv1D"
+    ):
+        analyse(tmp_path)
+    save_file({**tensors, "extra.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    analysis = analyse(tmp_path)
+    assert list(by_name(analysis)) == ["extra.weight"]
+    assert set(analysis.values["left_out"]) == {
+        f"{prefix}h.0.{name}.weight"
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+
+
+def test_a_configuration_of_another_model_decides_nothing(tmp_path: Path) -> None:
+    tiny("phi3", **SIZES).save_pretrained(tmp_path)
+    AutoConfig.for_model("phi3", **SIZES | {"intermediate_size": 64}).save_pretrained(tmp_path)
+    analysis = analyse(tmp_path)
+    assert by_name(analysis)["model.layers.0.mlp.gate_up_proj.weight"]["segments"] == []
+    assert "one each for 4 matrices" in analysis.values["scales"]
+
+
+def test_a_directory_with_the_name_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own configuration counts; ``tiny`` is a Qwen2 elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    tiny("phi3", **SIZES).save_pretrained("tiny")
+    assert analyse("tiny").values["scales"].endswith("(phi3)")

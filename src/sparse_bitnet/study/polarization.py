@@ -2,7 +2,8 @@
 
 Works on whatever holds master weights: the directory of a training run, one of its checkpoints, any
 Hugging Face directory of safetensors, or a single safetensors file. Tensors are read one at a time,
-nothing is unpickled, and no model is built.
+nothing is unpickled, and of the model only its shapes are built: they tell what training would take
+for a linear layer, and where one matrix holds several.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from sparse_bitnet.core import (
 from sparse_bitnet.files import read_json, refuse_special, write_text
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.study import plots
+from sparse_bitnet.study.layout import Layout, Place, read_layout
 from sparse_bitnet.train.checkpoint import MANIFEST
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import SIDE_FILE, read_trained
 from sparse_bitnet.train.recipe import config_from_dict
 
-# What linears are not: lookup tables, the head, norms, routers.
+# What linears are not, by name, if no configuration tells: lookup tables, head, norms, routers.
 NOT_LINEAR = re.compile(r"(embed|lm_head|norm|wte|wpe|position|(^|\.)(router|gate)\.weight$)")
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
@@ -47,10 +49,12 @@ PACKED = "a packed model has no master weights, give the directory it was packed
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One weight matrix: its name and shape, the pattern of the thresholds, and what was found."""
+    """One weight matrix: name, shape, rows of the matrices fused into it (empty for one), the
+    pattern of the thresholds, and what was found."""
 
     name: str
     shape: tuple[int, ...]
+    segments: tuple[int, ...]
     pattern: str
     statistics: Polarization
 
@@ -62,6 +66,7 @@ class LayerStatistics:
         return {
             "name": self.name,
             "shape": list(self.shape),
+            "segments": list(self.segments),
             "pattern": self.pattern,
             **as_dict(self.statistics),
         }
@@ -138,8 +143,9 @@ class Analysis:
     """What was measured; its text is a table.
 
     Attributes:
-        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``, ``overall``
-            and ``layers``.
+        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``,
+            ``overall``, ``layers``, ``scales`` (how many γ a matrix has, and why) and ``left_out``
+            (name → reason, for matrices that training would leave as they are).
     """
 
     values: dict[str, Any]
@@ -155,6 +161,14 @@ class Analysis:
                 f"{layer['zeros_before_mask']:5.1%}  {layer['dead_zone_groups']:12.1%}  "
                 f"{layer['kurtosis']:8.2f}"
             )
+        lines.append(f"γ: {self.values['scales']}")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.values["left_out"].items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [
+            f"left out: {len(names)} matrices, {names[0]} for example: {reason}"
+            for reason, names in reasons.items()
+        ]
         return "\n".join(lines)
 
 
@@ -173,7 +187,8 @@ def analyse(
 
     Returns:
         For every matrix: zeros before any mask, groups of which masking takes nothing but such
-        zeros, kurtosis; with histograms of |w|/γ and of the thresholds.
+        zeros, kurtosis; with histograms of |w|/γ and of the thresholds. γ is that of training, one
+        for each of the matrices fused into one, if the configuration can be read.
 
     Raises:
         CheckpointError: if there are no readable master weights.
@@ -182,14 +197,21 @@ def analyse(
         MissingExtraError: without matplotlib.
     """
     directory = _model_directory(Path(checkpoint))
-    trained = _trained_as(directory)
+    beside = directory if directory.is_dir() else directory.parent
+    trained, source = _trained_as(directory)
     kind = trained.kind if trained else ""
     chosen = Pattern.parse(pattern or (trained.pattern if trained else "6:8"))
-    layers = _measure(directory, chosen, trained.rules if trained else {}, own=not pattern)
+    layout = read_layout(source or str(beside.resolve()))  # no name of a preset
+    found = _measure(directory, layout, chosen, trained.rules if trained else {}, own=not pattern)
+    layers, left = found.layers, found.left
     if not layers:
+        why = next((f"{name} is left out: {reason}" for name, reason in left.items()), PACKED)
         raise CheckpointError(
-            f"{directory} holds no floating-point matrix of a linear layer; {PACKED}"
+            f"{directory} holds no floating-point matrix of a linear layer; {why}"
         )
+    scales = layout.scales
+    if layout.places and found.unknown:
+        scales += f"; one each for {found.unknown} matrices that the model holds otherwise"
     overall = pool([(layer.statistics, layer.size) for layer in layers])
     result = {
         "checkpoint": str(checkpoint),
@@ -197,8 +219,9 @@ def analyse(
         "pattern": str(_probe(chosen, 0)),
         "overall": as_dict(overall),
         "layers": [layer.to_dict() for layer in layers],
+        "scales": scales,
+        "left_out": left,
     }
-    beside = directory if directory.is_dir() else directory.parent
     target = Path(out) if out is not None else beside / "polarization"
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
@@ -213,24 +236,42 @@ def analyse(
     return Analysis(result)
 
 
+@dataclass
+class _Found:
+    """Layers in their order, matrices that were left out (name → reason), and how many the layout
+    does not know."""
+
+    layers: list[LayerStatistics]
+    left: dict[str, str]
+    unknown: int = 0
+
+
 def _measure(
-    directory: Path, pattern: Pattern, rules: Mapping[str, str], own: bool
-) -> list[LayerStatistics]:
+    directory: Path, layout: Layout, pattern: Pattern, rules: Mapping[str, str], own: bool
+) -> _Found:
     """All linears that training did not skip; ``own``: with the patterns that rules gave them."""
-    layers = []
+    found = _Found([], {})
     with progress("polarization") as task, torch.no_grad():
-        for name, weight in _linear_weights(directory):
+        for name, weight, place in _linear_weights(directory, layout):
             module = name.rpartition(".")[0]
             choice = next((value for rule, value in rules.items() if re.search(rule, module)), None)
             if choice == "skip":
                 continue
+            if place and place.left:
+                found.left[name] = place.left
+                continue
+            found.unknown += place is None
+            segments = place.segments if place else ()
             check_finite(weight, name)
             given = Pattern.parse(choice) if choice and own else pattern
             used = _probe(given, weight.shape[-1])
-            statistics = polarization(weight, used)
-            layers.append(LayerStatistics(name, tuple(weight.shape), str(used), statistics))
+            statistics = polarization(weight, used, segments)
+            found.layers.append(
+                LayerStatistics(name, tuple(weight.shape), segments, str(used), statistics)
+            )
             task.advance(detail=name)
-    return sorted(layers, key=lambda layer: _natural(layer.name))
+    found.layers.sort(key=lambda layer: _natural(layer.name))
+    return found
 
 
 def _probe(pattern: Pattern, in_features: int) -> Pattern:
@@ -238,7 +279,7 @@ def _probe(pattern: Pattern, in_features: int) -> Pattern:
     return PROBE if pattern.is_dense and in_features % PROBE.m == 0 else pattern
 
 
-def _linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def _linear_weights(directory: Path, layout: Layout) -> Iterator[tuple[str, Tensor, Place | None]]:
     # A training checkpoint holds the optimizer's moments too, each tensor under what it is.
     prefix = "model." if (directory / MANIFEST).is_file() else ""
     for file in _weight_files(directory):
@@ -249,14 +290,16 @@ def _linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
                     name = stored.removeprefix(prefix)
                     part = tensors.get_slice(stored)
                     shape, dtype = part.get_shape(), part.get_dtype()
-                    if not stored.startswith(prefix) or NOT_LINEAR.search(name):
+                    place = layout.find(name, tuple(shape))
+                    trained = place is not None and not place.left
+                    if not stored.startswith(prefix) or (NOT_LINEAR.search(name) and not trained):
                         continue
                     if len(shape) not in (2, 3) or 0 in shape:
                         continue
                     if dtype.startswith(("U", "I")) and name.endswith("weight"):
                         raise CheckpointError(f"{file}: {name} is of integers ({dtype}); {PACKED}")
                     if (weight := tensors.get_tensor(stored)).is_floating_point():
-                        yield name, weight.float()
+                        yield name, weight.float(), place
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
@@ -296,13 +339,14 @@ def _model_directory(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
-def _trained_as(directory: Path) -> SparsityConfig | None:
-    """What the linears of a model trained here became; None for any other."""
+def _trained_as(directory: Path) -> tuple[SparsityConfig | None, str]:
+    """What the linears of a model trained here became, None for any other; and the model's source
+    where that is not the directory itself."""
     if (directory / SIDE_FILE).is_file():
-        return read_trained(directory).sparsity
+        return read_trained(directory).sparsity, ""
     manifest = directory / MANIFEST
     if not manifest.is_file():
-        return None
+        return None, ""
     try:
         values = read_json(manifest)
         ranks, config = values["ranks"], config_from_dict(values["config"], str(manifest))
@@ -313,7 +357,7 @@ def _trained_as(directory: Path) -> SparsityConfig | None:
             f"{directory} is a checkpoint of {ranks} ranks, each weight in pieces; give the model/ "
             "directory that the run writes at its end"
         )
-    return config.sparsity
+    return config.sparsity, config.model.source
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

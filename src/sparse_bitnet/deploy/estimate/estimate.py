@@ -145,7 +145,7 @@ def estimate(
         raise ConfigError(f"estimate: price is {price}; it has to be 0 or more")
     parsed = Pattern.parse(pattern)
     device = device_named(gpu)
-    skeleton = _skeleton(model, vocab_size, getattr(torch, dtype))
+    skeleton = empty_model(model, vocab_size, getattr(torch, dtype))
     try:
         shape = DecoderShape(skeleton)
     except AttributeError as error:
@@ -211,8 +211,12 @@ def _per_million(price: float | None, seconds: float, tokens: int) -> float | No
     return None if price is None else price * seconds / 3600 / tokens * 1e6
 
 
-def _skeleton(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: shapes and no weights."""
+def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a preset, directory or ``config.json`` on the meta device: shapes, no weights.
+
+    Raises:
+        ConfigError: if there is none, or transformers cannot build a model of it.
+    """
     path = Path(source)
     try:
         if source in PRESETS:
