@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.quantize_activations import add_norm_quantize, quantize_fused
-from sparse_bitnet.nn.calls import is_called_plainly
+from sparse_bitnet.nn.calls import runs_plainly_inside
 from sparse_bitnet.nn.packed_linear import Integers
 from sparse_bitnet.nn.single_token import LAYERS, joined_linears
 
@@ -50,15 +50,8 @@ def quantize_in_norms(model: nn.Module) -> int:
 
 @torch.compiler.assume_constant_result
 def _may_pass_over() -> bool:
-    """Whether nobody wants to see what goes into the modules of a layer, or out of them.
-
-    Asked while the compiler traces: in the graph each hook's absence would be a guard of every
-    token. Asked of all layers at once, because one graph serves layers that are alike.
-    """
-    inside = (
-        module for layer in list(_layers) for module in layer.modules() if module is not layer
-    )
-    return all(is_called_plainly(module) for module in inside)
+    """Whether nobody wants to see what goes into the modules of a layer, or out of them."""
+    return runs_plainly_inside(_layers)
 
 
 class _FewTokens:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.dispatch import gated_mlp, integer_mlp
-from sparse_bitnet.nn.calls import is_called_plainly
+from sparse_bitnet.nn.calls import is_called_plainly, runs_plainly_inside
 from sparse_bitnet.nn.gated_mlp import SILU, GatedMLP, is_known
 from sparse_bitnet.nn.packed_linear import Integers, PackedLinear
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
@@ -105,16 +105,8 @@ class Part(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _products_called_plainly() -> bool:
-    """Whether no product of any fused MLP has a hook.
-
-    Asked of all at once while the compiler traces: in the graph each hook's absence would be a
-    guard of every token, and layers that are alike share a graph.
-    """
-    return all(
-        is_called_plainly(linear)
-        for mlp in list(_mlps)
-        for linear in (mlp.gate_up_proj, mlp.down_proj)
-    )
+    """Whether no product of any fused MLP has a hook."""
+    return runs_plainly_inside(_mlps)
 
 
 class FusedMLP(nn.Module):
