@@ -89,6 +89,26 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "on")])
+def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, compiled: str) -> None:
+    """The same over NCCL. Sums over tokens take another order there, so not to the last bit."""
+    values = recipes_in(tmp_path).values(
+        "two",
+        sparsity={"pattern": "6:8", "until": {0.2: "dense"}},
+        run={"device": "cuda", "precision": precision, "compile": compiled, "checkpoint_every": 6},
+        data={"micro_batch_size": 4},
+    )
+    torchrun(values, tmp_path)
+    one = train(config_from_dict(as_one(values, "one"), "test"))
+    ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
+    assert len(ours) == len(theirs) == 13
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "gradient_norm", "flip_rate", "zeros", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-3), (a["step"], key)
+
+
 def test_two_ranks_then_one(two: dict[str, Any]) -> None:
     whole = rows(two["run"]["directory"])
     values = as_one(two, "then-one")
