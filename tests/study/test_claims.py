@@ -166,7 +166,8 @@ def test_size_is_compared_within_a_seed(tmp_path: Path, make_row: Make) -> None:
                     append_row(tmp_path / "rows.jsonl", row | {"weights": weights})
     rows = read_rows(tmp_path)[0]
     found = claim_about_size([Runs(rows, size) for size in ("study-20m", "study-5m")])
-    assert found.ours.startswith("BF16: +2.10 ± 0.10 (3 seeds) → +1.15 ± 0.07 (2 seeds)")
+    told = "BF16, 4.7M weights → 20M weights: +2.10 ± 0.10 (3 seeds) → +1.15 ± 0.07 (2 seeds)"
+    assert found.ours.startswith(told)
     assert found.verdict == IN_PART, "BF16 falls by 1 at both seeds, BitNet rises by 0.1"
 
 
@@ -185,8 +186,137 @@ def test_sizes_are_compared_at_one_training_length(tmp_path: Path, make_row: Mak
                 )
     rows = read_rows(tmp_path)[0]
     runs = [Runs(rows, size) for size in ("study-20m", "study-5m", "study-1m")]
-    both = "+2.00 (1 seed) → +1.00 (1 seed)"
-    assert claim_about_size(runs).ours == f"BF16: {both}; BitNet: {both}"
+    both = "1.2M weights → 4.7M weights: +2.00 (1 seed) → +1.00 (1 seed)"
+    assert claim_about_size(runs).ours == f"BF16, {both}; BitNet, {both}"
     apart = claim_about_size(runs[:2])
     assert (apart.verdict, apart.ours) == ("not measured", "–")
     assert "trained equally long" in apart.missing
+
+
+def collapse_of(tmp_path: Path, make_row: Make, ratios: dict[str, dict[str, float]]) -> Claim:
+    """The claim about the +10 % line, from two seeds of each kind at these ratios to dense."""
+    for kind, by_pattern in ratios.items():
+        for seed in (0, 1):
+            for pattern, ratio in {"dense": 1.0, **by_pattern}.items():
+                more = 1e-3 * seed * (pattern != "dense")
+                row = make_row(30.0 * (ratio + more), kind=kind, pattern=pattern, seed=seed)
+                append_row(tmp_path / "rows.jsonl", row)
+    return by_start(claims(Runs(read_rows(tmp_path)[0], "study-5m")), "BitNet stays within")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "bitnet", "verdict"),
+    [
+        # Neither kind is beyond the line: where each would be is not known.
+        ({"6:8": 1.02, "4:8": 1.05}, {"6:8": 1.01, "4:8": 1.04}, NOT_DECIDED),
+        ({"6:8": 1.01, "4:8": 1.04}, {"6:8": 1.02, "4:8": 1.05}, NOT_DECIDED),
+        # Both beyond it at 2:8, but 3:8, where they may differ, was not measured.
+        ({"4:8": 1.05, "2:8": 1.4}, {"4:8": 1.03, "2:8": 1.3}, NOT_DECIDED),
+        ({"6:8": 1.2, "4:8": 1.4}, {"6:8": 1.2, "4:8": 1.3}, NOT_DECIDED),
+        # Both first beyond it at neighbours of what both stay within.
+        ({"4:8": 1.05, "3:8": 1.4}, {"4:8": 1.03, "3:8": 1.3}, FAILS),
+        ({"7:8": 1.2, "4:8": 1.4}, {"7:8": 1.2, "4:8": 1.3}, FAILS),
+        # A pattern that parts them decides, whatever was not measured beside it.
+        ({"6:8": 1.05, "2:8": 1.4}, {"6:8": 1.03, "2:8": 1.05}, HOLDS),
+        ({"6:8": 1.05, "2:8": 1.05}, {"6:8": 1.03, "2:8": 1.4}, FAILS),
+    ],
+)
+def test_collapse_is_decided_where_the_patterns_can_tell(
+    bf16: dict[str, float],
+    bitnet: dict[str, float],
+    verdict: str,
+    tmp_path: Path,
+    make_row: Make,
+) -> None:
+    found = collapse_of(tmp_path, make_row, {"bf16": bf16, "bitnet": bitnet})
+    assert found.verdict == verdict
+
+
+def test_what_is_said_of_every_pattern_holds_only_if_all_were_measured(
+    tmp_path: Path, evidence: Path, make_row: Make
+) -> None:
+    whole = by_start(claims(Runs(read_rows(evidence)[0], "study-5m")), "BitNet's normalised")
+    assert whole.verdict == HOLDS
+    out = tmp_path / "some"
+    for seed in (0, 1, 2):
+        for kind, ratios in (("bf16", (1, 1.1, 1.3)), ("bitnet", (1, 1.05, 1.2))):
+            for pattern, ratio in zip(("dense", "4:8", "3:8"), ratios, strict=True):
+                append_row(
+                    out / "rows.jsonl",
+                    make_row((30 + seed) * ratio, kind=kind, pattern=pattern, seed=seed),
+                )
+        base = {"kind": "bitnet", "pattern": "6:8", "seed": seed}
+        append_row(out / "rows.jsonl", make_row(40.0, **base))
+        append_row(out / "rows.jsonl", make_row(45.0 + seed, **base, method="mask-then-quant"))
+    found = claims(Runs(read_rows(out)[0], "study-5m"))
+    assert by_start(found, "BitNet's normalised").verdict == IN_PART
+    assert by_start(found, "At 6:8 each ablation").verdict == IN_PART
+
+
+@pytest.mark.parametrize(
+    ("zeros", "verdict"),
+    [
+        ((0.42, 0.40, 0.45), HOLDS),
+        ((0.42,), IN_PART),  # one seed decides nothing here either
+        ((0.35, 0.34), IN_PART),
+        ((0.35,), IN_PART),
+        ((0.30, 0.31), FAILS),
+        ((0.30,), FAILS),
+    ],
+)
+def test_near_half_zeros_follows_the_rule(
+    zeros: tuple[float, ...], verdict: str, tmp_path: Path, make_row: Make
+) -> None:
+    for seed, value in enumerate(zeros):
+        row = make_row(30.0, kind="bitnet", pattern="6:8", seed=seed)
+        row["history"]["zeros"] = [value] * 12
+        append_row(tmp_path / "rows.jsonl", row)
+    found = by_start(claims(Runs(read_rows(tmp_path)[0], "study-5m")), "Ternary weights")
+    assert found.verdict == verdict
+    assert found.claim.endswith("(within 5 points of the published; in part: within 10)")
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdict"), [(0.2, NOT_DECIDED), (-0.2, NOT_DECIDED), (0.5, IN_PART)]
+)
+def test_one_seed_beside_three_of_the_other_kind(
+    gap: float, verdict: str, tmp_path: Path, make_row: Make
+) -> None:
+    """BF16 loses 0.7, 1.0 and 1.3 (spread 0.3), BitNet has seed 1 alone."""
+    for seed in (0, 1, 2):
+        for pattern, more in (("dense", 0.0), ("6:8", 0.7 + 0.3 * seed)):
+            append_row(
+                tmp_path / "rows.jsonl",
+                make_row(30 + more, 0.5 - more / 10, kind="bf16", pattern=pattern, seed=seed),
+            )
+    for pattern, more in (("dense", 0.0), ("6:8", 1.0 - gap)):
+        append_row(
+            tmp_path / "rows.jsonl",
+            make_row(30 + more, 0.5 - more / 10, kind="bitnet", pattern=pattern, seed=1),
+        )
+    found = claims(Runs(read_rows(tmp_path)[0], "study-5m"))
+    assert by_start(found, "At 6:8 BitNet loses less perplexity").verdict == verdict
+    assert by_start(found, "At 6:8 BitNet loses less downstream").verdict == verdict
+
+
+def test_a_size_of_one_seed_beside_one_of_three(tmp_path: Path, make_row: Make) -> None:
+    """The small size loses 0.7, 1.0 and 1.3; 0.1 below its seed 0 says nothing, for each kind."""
+    for size, weights, seeds in (("study-5m", 4.7e6, (0, 1, 2)), ("study-20m", 2e7, (0,))):
+        for seed in seeds:
+            delta = 0.7 + 0.3 * seed - 0.1 * (size == "study-20m")
+            for kind in ("bf16", "bitnet"):
+                for pattern, more in (("dense", 0.0), ("6:8", delta)):
+                    row = make_row(30 + more, kind=kind, pattern=pattern, seed=seed, size=size)
+                    append_row(tmp_path / "rows.jsonl", row | {"weights": weights})
+    rows = read_rows(tmp_path)[0]
+    both = [Runs(rows, "study-5m"), Runs(rows, "study-20m")]
+    assert claim_about_size(both).verdict == NOT_DECIDED
+    # A kind whose sizes share no seed leaves the claim about both without a verdict.
+    apart = [r for r in rows if r.cell.size == "study-5m" or r.cell.kind == "bf16"]
+    row = make_row(30.5, kind="bitnet", pattern="6:8", seed=5, size="study-20m")
+    dense = make_row(30.0, kind="bitnet", pattern="dense", seed=5, size="study-20m")
+    for one in (row, dense):
+        append_row(tmp_path / "more.jsonl", one | {"weights": 2e7})
+    apart += read_rows(tmp_path / "more.jsonl")[0]
+    found = claim_about_size([Runs(apart, "study-5m"), Runs(apart, "study-20m")])
+    assert (found.verdict, found.missing) == ("not measured", "two sizes of one seed, BitNet")
