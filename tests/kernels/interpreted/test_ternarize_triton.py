@@ -32,6 +32,34 @@ def test_equals_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["1:16", "9:10", "31:32"])
+def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
+    """Groups larger than those that are ranked, with ties across, above and below the N-th."""
+    pattern = Pattern.parse(name)
+    levels = torch.randint(-3, 4, (6, 2 * pattern.m)) * 0.25
+    levels[0] = 0.5  # nothing but ties
+    levels[1] = 0.0
+    levels[2] = torch.finfo(dtype).tiny / 4 * levels[3].sign()  # subnormal
+    weight = levels.to(dtype)
+    ternary, scale = triton.ternarize(weight, pattern)
+    expected, gamma = ternarize(weight, pattern)
+    assert torch.equal(ternary, expected)
+    assert torch.equal(scale, gamma)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 12])
+def test_network_of_zeros_and_ones(m: int) -> None:
+    """A comparator network orders everything if it orders all zeros and ones (Knuth, 5.3.4)."""
+    for n in range(1, m + 1):
+        high, low = triton.network(n, m)
+        for bits in range(2**m):
+            values = [bits >> i & 1 for i in range(m)]
+            for a, b in zip(high, low, strict=True):
+                values[a], values[b] = max(values[a], values[b]), min(values[a], values[b])
+            assert values[n - 1] == (n <= bits.bit_count())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_experts_and_segments(dtype: torch.dtype) -> None:
     weight = (torch.randn(3, 10, 72) * torch.tensor([1.0, 0.1, 3.0]).view(3, 1, 1)).to(dtype)
     for segments in ((), (7, 3), (1, 8, 1)):
