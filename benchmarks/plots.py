@@ -17,7 +17,7 @@ KINDS = {"dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     cases = {}
-    for name in ("inference", "decode_one", "prefill_65536"):  # the newest of a case counts
+    for name in ("decode_many", "inference"):
         for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
             if r["model"] == "qwen2.5-7b" and r["head"] == "bf16":
                 cases[r["stage"], r["batch"], r["length"]] = r

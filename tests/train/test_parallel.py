@@ -93,7 +93,12 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "on")])
 def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, compiled: str) -> None:
-    """The same over NCCL. Sums over tokens take another order there, so not to the last bit."""
+    """The same over NCCL, up to the order of sums over tokens.
+
+    The first step differs by float32 rounding alone. Later ones round weights and activations to
+    integers, which turns such differences into steps; on H200s gradient norms were 0.3 % apart
+    after six.
+    """
     values = recipes_in(tmp_path).values(
         "two",
         sparsity={"pattern": "6:8", "until": {0.2: "dense"}},
@@ -105,7 +110,10 @@ def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, com
     ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
     assert len(ours) == len(theirs) == 13
     for a, b in zip(ours, theirs, strict=True):
-        for key in ("loss", "gradient_norm", "flip_rate", "zeros", "validation_loss"):
+        exact = 1e-4 if a["step"] == 1 else 2e-2
+        for key in ("loss", "gradient_norm", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=exact), (a["step"], key)
+        for key in ("flip_rate", "zeros"):
             assert a.get(key) == pytest.approx(b.get(key), abs=2e-3), (a["step"], key)
 
 
