@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_bitnet.core import DENSE, Pattern, ternarize
-from sparse_bitnet.kernels.ternarize import triton
+from sparse_bitnet.kernels.ternarize import triton, triton_select
 
 PATTERNS = [
     "dense",
@@ -51,7 +51,7 @@ def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
 def test_network_of_zeros_and_ones(m: int) -> None:
     """A comparator network orders everything if it orders all zeros and ones (Knuth, 5.3.4)."""
     for n in range(1, m + 1):
-        high, low = triton.network(n, m)
+        high, low = triton_select.network(n, m)
         for bits in range(2**m):
             values = [bits >> i & 1 for i in range(m)]
             for a, b in zip(high, low, strict=True):

@@ -14,24 +14,12 @@ to above 1/2. Magnitudes are compared as bit patterns, which order as they do.
 
 Layout. A unit is the smallest run of groups that fills whole output words. Every program loads a
 tile of units with coalesced accesses and splits it into one tensor a lane, so that all weights of a
-group lie in one thread and comparing them is plain register instructions.
-
-Selection. In groups of up to eight every weight is ranked among all others, M(M−1)/2 comparisons.
-In larger ones a sorting network, of which only what leads to place N is kept, finds the N-th
-largest magnitude τ: at 8:32 in a fifth of the instructions. Then |w| ≥ τ is the mask, unless some
-tie with τ: of those the lower lanes stay.
-
-- Weights of 16 bits leave the low bits of a float32 free, and the lane goes there, lower lanes
-  larger: nothing ties.
-- Weights of 32 bits hardly ever tie. A program that counts more than N weights of a group masks its
-  tile again, lane by lane, and writes it a second time. To look for ties costs 5 to 17 % of the
-  bandwidth in groups of four and eight, which is why those are ranked.
+group lie in one thread and comparing them is plain register instructions; `triton_select.py` does.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -40,11 +28,17 @@ from torch import Tensor
 
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import SMALLEST_SCALE
+from sparse_bitnet.kernels.ternarize.triton_select import (
+    RANKED,
+    at_least,
+    lower_lanes_first,
+    network,
+    ranked,
+)
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
 TILE = 2048  # weights a program holds
 WIDEST_UNIT = 32
-RANKED = tl.constexpr(8)  # the largest group whose weights are ranked
 
 
 @triton.jit
@@ -119,22 +113,6 @@ def _word(codes, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _exchanged(keys, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """The larger of two values of a tuple in place HIGH, the smaller in place LOW, behind it."""
-    larger = tl.maximum(keys[HIGH], keys[LOW])
-    smaller = tl.minimum(keys[HIGH], keys[LOW])
-    return keys[:HIGH] + (larger,) + keys[HIGH + 1 : LOW] + (smaller,) + keys[LOW + 1 :]
-
-
-@triton.jit
-def _selected(keys, HIGH: tl.constexpr, LOW: tl.constexpr, N: tl.constexpr):
-    """The N-th largest of a tuple of tensors, by the comparators of :func:`network`."""
-    for c in tl.static_range(len(HIGH)):
-        keys = _exchanged(keys, HIGH[c], LOW[c])
-    return keys[N - 1]
-
-
-@triton.jit
 def _ternarize_kernel(
     weight_ptr,
     row_scale_ptr,
@@ -176,85 +154,19 @@ def _ternarize_kernel(
     if N == M:
         _store(out_ptr, ternary, at, unit, inside, UNIT, UNITS)
     elif M <= RANKED:
-        _store(out_ptr, _ranked(keys, ternary, N, M, UNITS), at, unit, inside, UNIT, UNITS)
+        _store(out_ptr, ranked(keys, ternary, N, M, UNITS), at, unit, inside, UNIT, UNITS)
     elif DISTINCT:
         ordered = ()
         for i in tl.static_range(UNIT):
             ordered = ordered + (keys[i] | (M - 1 - i % M),)
-        codes, _ = _at_least(ordered, ternary, N, M, HIGH, LOW, UNITS)
+        codes, _ = at_least(ordered, ternary, N, M, HIGH, LOW, UNITS)
         _store(out_ptr, codes, at, unit, inside, UNIT, UNITS)
     else:
-        codes, ties = _at_least(keys, ternary, N, M, HIGH, LOW, UNITS)
+        codes, ties = at_least(keys, ternary, N, M, HIGH, LOW, UNITS)
         _store(out_ptr, codes, at, unit, inside, UNIT, UNITS)
         if tl.min(ties) < 0:
-            codes = _lower_lanes_first(keys, ternary, N, M, HIGH, LOW, UNITS)
+            codes = lower_lanes_first(keys, ternary, N, M, HIGH, LOW, UNITS)
             _store(out_ptr, codes, at, unit, inside, UNIT, UNITS)
-
-
-@triton.jit
-def _ranked(keys, ternary, N: tl.constexpr, M: tl.constexpr, UNITS: tl.constexpr):
-    """The codes whose keys are among the N largest of their group, zeros for the others."""
-    codes = ()
-    for i in tl.static_range(len(keys)):
-        # A lower lane wins unless strictly smaller, an upper lane if strictly larger. Each
-        # difference appears for both its lanes, and the compiler computes it once.
-        rank = tl.full((UNITS,), i % M - N, tl.int32)
-        for j in tl.static_range(M):
-            if i // M * M + j < i:
-                rank += (keys[i // M * M + j] - keys[i]) >> 31
-            if i // M * M + j > i:
-                rank -= (keys[i] - keys[i // M * M + j]) >> 31
-        codes = codes + (ternary[i] & (rank >> 31),)
-    return codes
-
-
-@triton.jit
-def _at_least(
-    keys,
-    ternary,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """The codes whose keys reach the N-th largest; negative where those are more than N."""
-    codes = ()
-    ties = tl.full((UNITS,), 0, tl.int32)
-    for g in tl.static_range(len(keys) // M):
-        least = _selected(keys[g * M : g * M + M], HIGH, LOW, N)
-        kept = tl.full((UNITS,), N, tl.int32)
-        for i in tl.static_range(g * M, g * M + M):
-            keep = (least - 1 - keys[i]) >> 31
-            codes = codes + (ternary[i] & keep,)
-            kept += keep
-        ties |= kept
-    return codes, ties
-
-
-@triton.jit
-def _lower_lanes_first(
-    keys,
-    ternary,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """The same where keys tie: of those that equal the N-th largest, as many as fit."""
-    codes = ()
-    for g in tl.static_range(len(keys) // M):
-        least = _selected(keys[g * M : g * M + M], HIGH, LOW, N)
-        room = tl.full((UNITS,), N, tl.int32)
-        for i in tl.static_range(g * M, g * M + M):
-            room += (least - keys[i]) >> 31
-        for i in tl.static_range(g * M, g * M + M):
-            larger = (least - keys[i]) >> 31
-            equal = ((least - 1 - keys[i]) >> 31) & ~larger & (-room >> 31)
-            codes = codes + (ternary[i] & (larger | equal),)
-            room += equal
-    return codes
 
 
 @triton.jit
@@ -274,36 +186,6 @@ def _store(out_ptr, codes, start, unit, inside, UNIT: tl.constexpr, UNITS: tl.co
     else:
         for k in tl.static_range(UNIT):
             tl.store(out_ptr + start + unit * UNIT + k, codes[k].to(tl.int8), mask=inside)
-
-
-@cache
-def network(n: int, m: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Comparators that leave the n-th largest of m values in place n − 1, in order.
-
-    Batcher's merge exchange sort (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M)
-    without the comparators that place does not depend on.
-
-    Returns:
-        The places of the larger and of the smaller value of every comparator.
-    """
-    pairs = []
-    top = 1 << max(0, (m - 1).bit_length() - 1)
-    p = top
-    while p and m > 1:
-        q, r, d = top, 0, p
-        while True:
-            pairs += [(i, i + d) for i in range(m - d) if i & p == r]
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
-    wanted, kept = {n - 1}, []
-    for pair in reversed(pairs):
-        if wanted.intersection(pair):
-            wanted.update(pair)
-            kept.append(pair)
-    kept.reverse()
-    return tuple(high for high, _ in kept), tuple(low for _, low in kept)
 
 
 def _unit(m: int, columns: int) -> int:
