@@ -54,6 +54,26 @@ blocks:
     assert recipe.cells[4].schedule == "dense to 50%"
 
 
+def test_a_cell_written_in_two_ways_is_one_run(tmp_path: Path) -> None:
+    """The recipe's rate for BF16, said once more in a cell; BitNet's is another."""
+    blocks = """
+kinds: {bf16: {optimizer: {learning_rate: 4.0e-3}}}
+blocks:
+  - {name: grid, pattern: dense, kind: [bf16, bitnet]}
+  - {name: rates, pattern: dense, kind: [bf16, bitnet], learning_rate: [5.0e-4, 4e-3]}
+"""
+    recipe = read_sweep(write(tmp_path, blocks))
+    told = [(c.kind, c.learning_rate, recipe.blocks[c]) for c in recipe.cells]
+    assert told == [
+        ("bf16", None, ["grid", "rates"]),
+        ("bitnet", None, ["grid"]),
+        ("bf16", 0.0005, ["rates"]),
+        ("bitnet", 0.0005, ["rates"]),
+        ("bitnet", 0.004, ["rates"]),
+    ]
+    assert len({recipe.key(cell, "data") for cell in recipe.cells}) == 5
+
+
 def test_steps_follow_from_tokens_per_weight(tmp_path: Path) -> None:
     recipe = read_sweep(write(tmp_path, "blocks: [{pattern: 4:8}]"))
     # tiny: 2 blocks of 64·64·3 + 3·64·128 weights
@@ -98,7 +118,18 @@ def test_a_cell_survives_json() -> None:
         ("blocks: [{method: [nonsense]}]", "method is 'nonsense'; choose among published"),
         ("blocks: [{pattern: 9:8}]", "9:8 is out of range"),
         ("blocks: [{tokens_per_weight: 0}]", "tokens_per_weight is 0.0: above 0"),
-        ("blocks: [{until: {half: dense}}]", "could not convert"),
+        (
+            "blocks: [{until: {half: dense}}]",
+            "a fraction of until is 'half'; it should be a number",
+        ),
+        ("blocks: [{until: dense}]", "until is 'dense'; write it as in {0.5: dense}"),
+        ("blocks: [{tokens_per_weight: }]", "tokens_per_weight is None; it should be a number"),
+        ("blocks: [{cells: [{seed: [0, 1]}]}]", "seed is [0, 1]; it should be a number"),
+        ("blocks: [{pattern: }]", "pattern None is not text"),
+        ("blocks: [{cells: }]", "cells: expected a list of mappings, found None"),
+        ("blocks: [{cells: []}]", "cells: expected a list of mappings, found []"),
+        ("blocks: [{}]\nbase: {schedule: {steps: 5}}", "give tokens_per_weight in a block"),
+        ("blocks: [{}]\nkinds: {bf16: {sparsity: {pattern: 2:4}}}", "give pattern in a block"),
         ("blocks: []", "no cells"),
         ("block: []", "'block' is unknown; a sweep has"),
         ("blocks: [7]", "block 1 is 7: it must be a mapping"),

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_bitnet.core import ConfigError, Pattern, SparseBitNetError, shown
+from sparse_bitnet.core import ConfigError, Pattern, PatternError, SparseBitNetError, shown
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.presets import PRESETS
 from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml
@@ -43,6 +43,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "4-bit-activations": {"activation_bits": 4},
 }
 KINDS = ("bf16", "bitnet")
+# Settings of a training recipe that each cell of a sweep sets: setting → what to write instead.
+_AXIS = "give {} in a block or in defaults"
+SET_BY_CELLS = {
+    ("model", "source"): _AXIS.format("size"),
+    ("run", "seed"): _AXIS.format("seed"),
+    ("run", "directory"): "a sweep gives each run its own",
+    ("schedule", "steps"): _AXIS.format("tokens_per_weight"),
+    **{("sparsity", name): _AXIS.format(name) for name in ("kind", "pattern", "method", "until")},
+}
 
 
 @dataclass(frozen=True)
@@ -83,24 +92,24 @@ class Cell:
                 raise ConfigError(
                     f"{place}: {shown(name)} is unknown; a cell has {', '.join(known)}"
                 )
-        values = dict(values)
+        values = {"pattern": cls.pattern, **values}
         until = values.get("until") or {}
-        pairs = until.items() if isinstance(until, dict) else until
+        if not isinstance(until, dict):
+            raise ConfigError(f"{place}: until is {shown(until)}; write it as in {{0.5: dense}}")
         try:
+            values["pattern"] = str(Pattern.parse(values["pattern"]))
             values["until"] = tuple(
-                sorted((float(part), str(Pattern.parse(p))) for part, p in pairs)
+                sorted(
+                    (_number(part, f"{place}: a fraction of until"), str(Pattern.parse(before)))
+                    for part, before in until.items()
+                )
             )
-            values["pattern"] = str(Pattern.parse(str(values.get("pattern", cls.pattern))))
-            seed = values.get("seed", 0)
-            if int(seed) != float(seed):
-                raise ValueError(f"seed is {seed}; it should be a whole number")
-            values["seed"] = int(seed)
-            given = values.get("tokens_per_weight", cls.tokens_per_weight)
-            values["tokens_per_weight"] = float(given)
-            if values.get("learning_rate") is not None:
-                values["learning_rate"] = float(values["learning_rate"])
-        except (SparseBitNetError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"{place}: {str(error)[:200]}") from error
+        except PatternError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        for name in ("seed", "tokens_per_weight", "learning_rate"):
+            given = values.get(name, getattr(cls, name))
+            if given is not None or name != "learning_rate":
+                values[name] = _number(given, f"{place}: {name}", whole=name == "seed")
         cell = cls(**values)
         for name, choices in (("kind", KINDS), ("size", tuple(PRESETS)), ("method", (*METHODS,))):
             chosen = getattr(cell, name)
@@ -197,6 +206,19 @@ class SweepRecipe:
         return _key(self.config(cell), self.evaluation, data_fingerprint)
 
 
+def _number(value: Any, what: str, whole: bool = False) -> float:
+    """A number of a recipe; YAML reads 3e-3 as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{what} is {shown(value)}; it should be a number") from None
+    if not whole:
+        return number
+    if not number.is_integer():
+        raise ConfigError(f"{what} is {shown(value)}; it should be a whole number")
+    return int(number)
+
+
 def read_sweep(path: str | Path) -> SweepRecipe:
     """Read a sweep recipe.
 
@@ -237,11 +259,14 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         base=_sections(values.get("base"), f"{path}: base"),
         kinds={name: _sections(own, f"{path}: kinds: {name}") for name, own in kinds.items()},
         evaluation=_evaluation(evaluation, f"{path}: evaluation"),
-        cells=list(blocks),
-        blocks=blocks,
+        cells=[],
     )
-    for cell in recipe.cells:
-        recipe.config(cell)
+    # Cells may be written differently and be one run: the recipe's learning rate said once more.
+    same: dict[str, Cell] = {}
+    for cell, names in blocks.items():
+        asked = recipe.blocks.setdefault(same.setdefault(recipe.key(cell, ""), cell), [])
+        asked += [name for name in names if name not in asked]
+    recipe.cells.extend(recipe.blocks)
     return recipe
 
 
@@ -257,7 +282,11 @@ def _mapping(value: Any, place: str) -> dict[Any, Any]:
 def _sections(value: Any, place: str) -> dict[str, dict[str, Any]]:
     """Sections of a training recipe; their fields are checked with the whole configuration."""
     sections = _mapping(value, place)
-    return {k: _mapping(one, f"{place}: {shown(k)}") for k, one in sections.items()}
+    found = {k: _mapping(one, f"{place}: {shown(k)}") for k, one in sections.items()}
+    for (section, name), remedy in SET_BY_CELLS.items():
+        if name in found.get(section, {}):
+            raise ConfigError(f"{place}: {section}.{name} would have no effect; {remedy}")
+    return found
 
 
 def _evaluation(values: dict[Any, Any], place: str) -> Evaluation:
@@ -321,8 +350,8 @@ def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iter
     for name, listed in zip(axes, lists, strict=True):
         if not listed:
             raise ConfigError(f"{place}: {name} is an empty list; leave it out or give values")
-    cells = block.get("cells") or [{}]
-    if not isinstance(cells, list) or not all(isinstance(one, dict) for one in cells):
+    cells = block.get("cells", [{}])
+    if not isinstance(cells, list) or not cells or not all(isinstance(c, dict) for c in cells):
         raise ConfigError(f"{place}: cells: expected a list of mappings, found {shown(cells)}")
     for explicit in cells:
         for values in itertools.product(*lists):
