@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from rich.table import Table
 from sparse_bitnet.console import out, progress, say
 from sparse_bitnet.files import write_text
 from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.environment import measured_on
 from sparse_bitnet.kernels.native.pages import use_large_pages
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_inference.json"
@@ -150,7 +150,9 @@ def measure(names: list[str], rounds: int, threads: int, layers: int) -> dict[st
         "new_tokens": NEW,
         "threads": threads,
         "rounds": rounds,
-        "machine": machine(),
+        "machine": measured_on()
+        | {name: version(name) for name, module in MODULES.items() if find_spec(module)}
+        | {"kernel_path": native.explanation()},
         "read_bandwidth_gb_s": {"median": statistics.median(bandwidth), "all": bandwidth},
         "rows": {
             row.name: {
@@ -161,20 +163,6 @@ def measure(names: list[str], rounds: int, threads: int, layers: int) -> dict[st
             }
             for row in rows
         },
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "kernel_path": native.explanation(),
-        "load_average": os.getloadavg(),
-        **{name: version(name) for name, module in MODULES.items() if find_spec(module)},
     }
 
 

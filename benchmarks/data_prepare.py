@@ -18,20 +18,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy
-import tokenizers
-import torch
 from rich.table import Table
 
 from sparse_bitnet.console import out, say
 from sparse_bitnet.data import Loader, TokenShards, prepare
 from sparse_bitnet.files import write_text
+from sparse_bitnet.kernels.environment import measured_on
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 3.0  # MB of text a second a core
@@ -87,28 +84,13 @@ def measure_loader(shards: Path) -> float:
     return STEPS * BATCH_SIZE * SEQUENCE_LENGTH / (time.perf_counter() - started)
 
 
-def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "tokenizers": tokenizers.__version__,
-        "numpy": numpy.__version__,
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", help="another source, as in `data prepare`")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu" / "data_prepare.json")
     options = parser.parse_args()
-    machine = environment()
+    machine = measured_on()
     sources = [("stdlib", "stdlib")]
     if options.source:
         # Only the file's form is told: the text belongs to whoever runs this.

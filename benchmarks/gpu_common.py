@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from sparse_bitnet import console, files
 from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.kernels.environment import measured_on
 
-__all__ = ["copies_beyond_cache", "environment", "interleaved", "report", "summary", "write"]
+__all__ = ["copies_beyond_cache", "interleaved", "report", "summary", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,12 +23,6 @@ def copies_beyond_cache(smallest_bytes: int) -> int:
     """How many copies of the smallest operand overflow the L2 cache twice, at most 24."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(24, max(1, -(-2 * cache // max(1, smallest_bytes))))
-
-
-def environment() -> dict[str, Any]:
-    """Commit, versions and clocks; BENCHMARK_COMMIT names the commit of a copy without history."""
-    commit = os.environ.get("BENCHMARK_COMMIT")
-    return measured_on() | ({"commit": commit} if commit else {})
 
 
 def report(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
@@ -44,7 +37,7 @@ def write(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Pat
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     path = (out or RESULTS / device.lower().replace(" ", "-")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment(), "rows": rows}, indent=1)
+    text = json.dumps({"environment": measured_on(), "rows": rows}, indent=1)
     files.write_text(path, text + "\n")
     return path
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from rich.table import Table
 from sparse_bitnet.console import out, say
 from sparse_bitnet.files import write_text
 from sparse_bitnet.formats import STORAGES
+from sparse_bitnet.kernels.environment import measured_on
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {
@@ -123,19 +123,6 @@ def child(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "transformers", "safetensors")
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-    } | {name: version(name) for name in packages}
-
-
 def summarize(
     made: dict[str, Any], packed: dict[str, dict[str, Any]], loaded: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
@@ -202,7 +189,7 @@ def main() -> None:
             figures = load_child(Path(folder) / rest[0])
         print(json.dumps(figures))
         return
-    machine = environment()
+    machine = measured_on() | {"safetensors": version("safetensors")}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         made = child("make", folder, str(options.layers))
         packed = {storage: child("pack", folder, storage) for storage in STORAGES}

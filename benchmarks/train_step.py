@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from sparse_bitnet import demo
 from sparse_bitnet.console import out, progress, say
 from sparse_bitnet.files import write_text
+from sparse_bitnet.kernels.environment import measured_on
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
@@ -127,23 +126,6 @@ def summary(name: str, candidate: Candidate, baseline: Candidate) -> dict[str, A
     }
 
 
-def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "int8_instructions": [f for f in ("avx_vnni", "avx512_vnni", "amx_int8") if f in flags],
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,7 +134,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu" / "train_step.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = environment()
+    machine = measured_on()
     candidates = measure(options.steps)
     machine["load_average_after"] = os.getloadavg()[0]
     rows = [summary(name, each, candidates[BASELINE]) for name, each in candidates.items()]

@@ -50,14 +50,16 @@ def environment() -> dict[str, Any]:
 def measured_on() -> dict[str, Any]:
     """:func:`environment` and, as they are now, what changes the speed of the device.
 
-    ``gpu`` holds the fields of :func:`gpu_state` and is empty without a GPU; ``cusparselt`` is the
-    library's version, 800 for 0.8.0 and 0 without it.
+    ``load_average`` is the system's, over a minute; ``gpu`` holds the fields of :func:`gpu_state`
+    and is empty without a GPU; ``cusparselt`` is the library's version, 800 for 0.8.0 and 0 without
+    it.
     """
     return {
         **environment(),
         "cusparselt": _cusparselt(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "gpu": gpu_state(),
     }
 
