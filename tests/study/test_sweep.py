@@ -176,17 +176,21 @@ def test_a_deadline_starts_nothing_that_cannot_finish(
 
 
 def test_a_failing_cell_does_not_stop_the_others(
-    tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    toy_tokens: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A rule that no module's name matches: found when the model is converted.
-    recipe = write_recipe(tmp_path, toy_tokens, steps=2)
-    recipe.write_text(recipe.read_text().replace("[dense, 4:8]", "[dense, 3:5]"))
+    # What only a worker finds out: there is no GPU for BitNet's CUDA graph.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    graph = "kinds: {bitnet: {run: {cuda_graph: true}}}\n"
+    recipe = write_recipe(tmp_path, toy_tokens, steps=2, more=graph)
     result = sweep(recipe, tmp_path / "out", cpu_workers=2)
     assert len(result.failed) == 2
     assert result.exit_code == 1
-    assert all("is not a multiple of M = 5" in reason for reason in result.failed.values())
+    assert all("needs one process on CUDA" in reason for reason in result.failed.values())
     rows, _ = read_rows(tmp_path / "out")
-    assert {row.cell.pattern for row in rows} == {"dense"}
+    assert {row.cell.kind for row in rows} == {"bf16"}
     sweep(write_recipe(tmp_path, toy_tokens, steps=3), tmp_path / "out", dry_run=True)
     assert "holds 2 rows of other cells or settings" in capfd.readouterr().err
 
@@ -263,6 +267,16 @@ def run(order, connection, asked):
 worker._run = run
 worker.serve(Connection(int(sys.argv[1])))
 """
+RESUMED = """
+import sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+connection.recv_bytes()
+for done in (91, 92):
+    connection.send_bytes(b'{"done": %d, "steps": 100}' % done)
+sys.stdin.read()
+connection.recv_bytes()
+"""
 DYING = "import sys; sys.stdin.read(); open(sys.argv[1]); print('no'); sys.exit(3)"
 
 
@@ -337,6 +351,27 @@ def test_time_to_go_counts_what_can_be_foreseen(
         other.cell, row | {"tokens": other.tokens, "tokens_per_second": other.tokens / 40}
     )
     assert run._time_left(workers) == (pytest.approx((18 + 3 * 24 + 100) / 2), 0)
+    # Begun 6 s ago and yet without a word, it is expected to take what one like it took.
+    run.waiting.remove(other)
+    silent = pool.Running(other, started=100.0, steps=24)
+    workers.running = [under_way, silent]
+    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24 + 94) / 2), 0)
+
+
+def test_a_resumed_cell_goes_at_the_pace_of_the_steps_taken_here(
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 90 were done before; the first ones here come a second apart."""
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", RESUMED))
+    with Pool([{}], tmp_path / "logs") as workers:
+        workers.start(workers.idle()[0], one_job(tmp_path, toy_tokens))
+        (running,) = workers.running
+        while running.done < 92:
+            assert workers.reports(30) == []
+        monkeypatch.setattr(pool.time, "monotonic", lambda: running.started + 4)
+        assert running.seconds_a_step() == pytest.approx(2)
+        assert running.seconds_left() == pytest.approx(16)
+        monkeypatch.undo()
 
 
 def test_workers_get_their_gpu_and_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +396,26 @@ def test_missing_documents_are_found_before_anything_is_trained(
     wanted = "validation_tokens: 1000, cloze_text: 'text:nowhere.txt'"
     recipe.write_text(recipe.read_text().replace("validation_tokens: 1000", wanted))
     with pytest.raises((ConfigError, DataError), match=r"nowhere\.txt"):
+        sweep(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[dense, 4:8]", "[dense, 3:5]", "bf16 3:5 tiny .*64 is not a multiple of M = 5"),
+        ("kind:", "until: {0.5: 3:5}\n    kind:", "64 is not a multiple of M = 5 of pattern 3:5"),
+        ("1000}", "1000, window: 99999}", "window 99999 is out of range"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_found_before_anything_is_trained(
+    tmp_path: Path, toy_tokens: Path, old: str, new: str, message: str
+) -> None:
+    recipe = write_recipe(tmp_path, toy_tokens)
+    recipe.write_text(recipe.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        sweep(recipe, tmp_path / "out", dry_run=True)
+    with pytest.raises(ConfigError, match=message):
         sweep(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -43,12 +43,13 @@ class Job:
 
 @dataclass
 class Running:
-    """A cell under way."""
+    """A cell under way; ``resumed`` of its steps were done before it was started here."""
 
     job: Job
     started: float = field(default_factory=time.monotonic)
     done: int = 0
     steps: int = 0
+    resumed: int = 0
 
     def seconds_left(self) -> float | None:
         """At the pace so far; None before the first report."""
@@ -57,7 +58,13 @@ class Running:
 
     def seconds_a_step(self) -> float | None:
         """Set-up and compilation included; None before the first report."""
-        return (time.monotonic() - self.started) / self.done if self.done else None
+        taken = self.done - self.resumed
+        return self.seconds / taken if taken > 0 else None
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started here."""
+        return time.monotonic() - self.started
 
 
 class Worker:
@@ -152,6 +159,8 @@ class Pool:
             assert worker.running is not None
             message = _receive(worker)
             if "done" in message:
+                if not worker.running.done:  # the first step here, which is always reported
+                    worker.running.resumed = message["done"] - 1
                 worker.running.done, worker.running.steps = message["done"], message["steps"]
                 continue
             found.append((worker.running.job, message))

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.core import TrainingError
+from sparse_bitnet.core import ConfigError, PatternError, TrainingError
 from sparse_bitnet.data import TokenShards, open_source
+from sparse_bitnet.deploy.estimate.estimate import empty_model
 from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.perplexity import perplexity
+from sparse_bitnet.evaluate.scoring import check_window
 from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.cells import Cell, Evaluation
 from sparse_bitnet.study.polarization import early_and_late
 from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.model import convert_model
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.recipe import to_dict
 from sparse_bitnet.train.result import RESULT, TrainResult
@@ -176,6 +179,20 @@ def check_evaluation(evaluation: Evaluation) -> None:
         cloze_items(open_source(evaluation.cloze_text), limit=1)
 
 
+def check_model(cell: Cell, config: TrainConfig, evaluation: Evaluation) -> None:
+    """Find out before anything is trained whether patterns and windows fit the model.
+
+    Raises:
+        ConfigError: naming the cell and what does not fit.
+    """
+    model = empty_model(config.model.source, 1, torch.float32)  # embeddings: any number of rows
+    try:
+        convert_model(model, config.sparsity)
+        check_window(model, evaluation.window or config.data.sequence_length)
+    except (ConfigError, PatternError) as error:
+        raise ConfigError(f"{cell}: {error}") from error
+
+
 @cache
 def _items(spec: str, count: int) -> list[ClozeItem]:
     """The same questions for every cell of a process."""
@@ -185,7 +202,7 @@ def _items(spec: str, count: int) -> list[ClozeItem]:
 def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:
     line = json.dumps({"fraction": fraction, "positions": early_and_late(model)})
     with (directory / SNAPSHOT_FILE).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(f"\n{line}\n")  # never behind a line that a crash left half written
 
 
 def _read_snapshots(directory: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from sparse_bitnet.study.board import Board
 from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
-from sparse_bitnet.study.run_cell import check_evaluation, data_facts
+from sparse_bitnet.study.run_cell import check_evaluation, check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.signals import (
     StopRequest,
@@ -93,7 +93,8 @@ def sweep(
         dry_run: say what would be run, and run nothing.
 
     Raises:
-        ConfigError: for a recipe that cannot be read, or if another sweep runs in ``out``.
+        ConfigError: for a recipe that cannot be read, a pattern or a window that does not fit the
+            model, or if another sweep runs in ``out``.
         DataError: if the tokens or the cloze questions' documents are missing.
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once workers have saved and left.
     """
@@ -106,6 +107,8 @@ def sweep(
     out = Path(out)
     jobs = _jobs(plan, Path(scratch) if scratch else out / "cells", keep_runs)
     check_evaluation(plan.evaluation)
+    for job in jobs:
+        check_model(job.cell, job.config, plan.evaluation)
     rows_path = out / ROWS_FILE
     if dry_run:
         _, waiting = _waiting(plan, jobs, rows_path)
@@ -235,7 +238,7 @@ class _Sweep:
         """Seconds until all that can be foreseen is done, and how many cells cannot yet.
 
         A waiting cell takes as long as finished ones like it did, or goes at the pace of a running
-        one of its size.
+        one of its size; so does a running one until it tells its own pace.
         """
         running = pool.running
         pace = {
@@ -243,11 +246,18 @@ class _Sweep:
             for one in running
             if (each := one.seconds_a_step()) is not None
         }
-        expected = [one.seconds_left() for one in running]
-        for job in self.waiting:
+
+        def whole(job: Job) -> float | None:
             seconds = self.speeds.seconds(job, pool.per_device)
             each = pace.get(job.cell.size)
-            expected.append(job.tokens * each if seconds is None and each is not None else seconds)
+            return job.tokens * each if seconds is None and each is not None else seconds
+
+        expected = [whole(job) for job in self.waiting]
+        for one in running:
+            left = one.seconds_left()
+            if left is None and (seconds := whole(one.job)) is not None:
+                left = max(0.0, seconds - one.seconds)
+            expected.append(left)
         known = [seconds for seconds in expected if seconds is not None]
         return sum(known) / max(1, pool.size), len(expected) - len(known)
 
