@@ -164,12 +164,11 @@ def convert(
             tensor.data = tensor.data.float()
         report.weights += sum(weight.numel() for _, weight in _weights(module))
         segments = fused_rows(model, names[module][0])
-        if kind == "bitnet" and isinstance(module, nn.Linear):
-            new: DerivedModule = SparseBitLinear(module, chosen, method, segments)
-        else:
-            new = (LINEAR if isinstance(module, nn.Linear) else EXPERTS)[kind](
-                module, chosen, method
-            )
+        new: DerivedModule = (
+            LINEAR[kind](module, chosen, method, segments)
+            if isinstance(module, nn.Linear)
+            else EXPERTS[kind](module, chosen, method)
+        )
         new.own_pattern = own
         for name in names[module]:
             model.set_submodule(name, new)

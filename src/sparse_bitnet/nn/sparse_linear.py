@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern
+from sparse_bitnet.core import DENSE, Method, Pattern, check_segments
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.sparse_bit_linear import kept_weights
 
@@ -32,16 +32,23 @@ class SparseLinear(DerivedModule, nn.Linear):
     Parameters and state dict are those of ``nn.Linear``; the buffer ``mask`` (bool ``[out, in]``)
     is derived.
 
-    Args and raises: as :class:`SparseBitLinear`; of the method only ``gradient`` matters here.
+    Args and raises: as :class:`SparseBitLinear`. Of the method only the mask's source and
+    ``gradient`` matter here, and ``segments`` only to that source and to statistics.
     """
 
     mask: Tensor
 
     def __init__(
-        self, linear: nn.Linear, pattern: Pattern = DENSE, method: Method | None = None
+        self,
+        linear: nn.Linear,
+        pattern: Pattern = DENSE,
+        method: Method | None = None,
+        segments: tuple[int, ...] = (),
     ) -> None:
         nn.Module.__init__(self)
         pattern.check_divides(linear.in_features)
+        check_segments(segments, linear.out_features)
+        self.segments = segments
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         mask = torch.ones_like(linear.weight, dtype=torch.bool)
@@ -54,10 +61,10 @@ class SparseLinear(DerivedModule, nn.Linear):
         return {"weight": cast(nn.Parameter, self.weight)}
 
     def segments_of(self, name: str) -> tuple[int, ...]:
-        return ()
+        return self.segments
 
     def derived(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"mask": kept_weights(weight, self.pattern, self.method)}
+        return {"mask": kept_weights(weight, self.pattern, self.method, self.segments)}
 
     def derive(self) -> None:
         self._fill("mask", self.derived(whole(self.weight))["mask"])
