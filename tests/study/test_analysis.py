@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sparse_bitnet.study.analysis import Estimate, Runs, crossings, first_beyond, sizes
+from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.study.rows import Row, append_row, read_rows
 
 Make = Callable[..., dict[str, Any]]
@@ -125,3 +126,13 @@ def test_sizes_by_number_of_rows(make_row: Make) -> None:
         return Row(raw["key"], Cell.from_dict(raw["cell"], "t"), 30, None, raw)
 
     assert sizes([row("study-20m"), row("study-5m"), row("study-5m")]) == ["study-5m", "study-20m"]
+
+
+def test_weights_are_the_first_count_that_is_one() -> None:
+    counts = (None, math.nan, -math.inf, 0, True, "many", 1_200_000, 5)
+    rows = [
+        Row(str(i), Cell(size="study-1m", seed=i), 30.0, None, {"weights": count})
+        for i, count in enumerate(counts)
+    ]
+    assert Runs(rows, "study-1m").weights == 1_200_000
+    assert Runs(rows[:6], "study-1m").label == "study-1m"

@@ -227,9 +227,67 @@ def test_what_a_model_remembers_is_told_with_the_passes(tmp_path: Path, make_row
 
 
 def test_nothing_to_report(tmp_path: Path, make_row: Make) -> None:
-    append_row(tmp_path / "rows.jsonl", make_row(float("nan"), pattern="6:8"))
-    with pytest.raises(DataError, match="no finished cell in its rows yet"):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(DataError, match="no finished cell in its rows yet; run the sweep further"):
         report(tmp_path)
+    row = make_row(float("nan"), pattern="6:8") | {"problem": "loss is not finite at step 3"}
+    append_row(tmp_path / "rows.jsonl", row)
+    with pytest.raises(DataError, match=r"none of its 1 runs gave.* bitnet 6:8 .* at step 3"):
+        report(tmp_path)
+
+
+def test_patterns_of_ones_own_are_in_tables_and_curves(tmp_path: Path, make_row: Make) -> None:
+    """None of them is a published one; 1:4 comes behind the three that curves are drawn for."""
+    measured = (("dense", 30.0), ("12:16", 31.5), ("2:4", 33.0), ("3:8", 36.0), ("1:4", 60.0))
+    for kind in ("bf16", "bitnet"):
+        for pattern, perplexity in measured:
+            if pattern != "3:8":
+                append_row(
+                    tmp_path / "rows.jsonl", make_row(perplexity, kind=kind, pattern=pattern)
+                )
+    page = report(tmp_path).page.read_text(encoding="utf-8")
+    one = "<td>{}</td><td>{} (1 seed)</td><td>{} (1 seed)</td><td>–</td><td>–</td>"
+    for pattern, ratio in (("12:16", "1.050"), ("2:4", "1.100"), ("1:4", "2.000")):
+        assert one.format(pattern, ratio, ratio) in page
+    assert "<td>7:8</td>" not in page, "of N:8 nothing was measured"
+    images = Page(page).images
+    for name in ("loss", "flips", "mask-cost", "zeros"):
+        alt = images[name]["alt"] or ""
+        assert all(pattern in alt for pattern in ("12:16", "2:4", "1:4")), name
+    assert {"polarization", "zeros-by-layer"} <= set(images)
+    # Once one of N:8 is measured the published ones stand beside it, in order of density.
+    for kind in ("bf16", "bitnet"):
+        append_row(tmp_path / "rows.jsonl", make_row(36.0, kind=kind, pattern="3:8"))
+    page = report(tmp_path).page.read_text(encoding="utf-8")
+    table = page.partition("Perplexity of each model over")[2].partition("</table>")[0]
+    order = ["7:8", "6:8", "12:16", "5:8", "4:8", "2:4", "3:8", "2:8", "1:4"]
+    places = [table.index(f"<tr><td>{pattern}</td>") for pattern in order]
+    assert places == sorted(places)
+
+
+def test_a_run_in_two_rows_is_one_seed(tmp_path: Path, make_row: Make) -> None:
+    """Rows that two versions of the package wrote, of two keys."""
+    for pattern in ("dense", "6:8"):
+        row = make_row(30.0, kind="bitnet", pattern=pattern)
+        append_row(tmp_path / "rows.jsonl", row)
+        append_row(tmp_path / "rows.jsonl", row | {"key": f"{pattern} once more"})
+    page = report(tmp_path).page.read_text(encoding="utf-8")
+    assert "(1 seed)" in page
+    assert "(2 seeds)" not in page
+
+
+def test_kinds_of_different_batches_are_two_settings(tmp_path: Path, make_row: Make) -> None:
+    for kind, batch, seeds in (("bf16", 128, (0, 1, 2)), ("bitnet", 16, (0, 1))):
+        for seed in seeds:
+            for pattern, perplexity in (("dense", 30.0), ("6:8", 31.0), ("4:8", 33.0)):
+                row = make_row(perplexity, kind=kind, pattern=pattern, seed=seed)
+                append_row(
+                    tmp_path / "rows.jsonl", row | {"config": {"data": {"batch_size": batch}}}
+                )
+    page = Page(report(tmp_path).page.read_text(encoding="utf-8"))
+    assert "Training tokens per weight: 4.7M weights at 100." in page.text
+    assert "Setting, the main one's in brackets: batch size 16 (128)." in page.text
+    assert "4.7M weights, batch size 16" in page.text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")

@@ -157,6 +157,17 @@ def test_killed_while_a_cell_was_measured(
         assert row[figure] == whole[figure]
 
 
+def test_a_snapshot_survives_one_that_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_module, "early_and_late", lambda _: [{"position": "all"}])
+    (tmp_path / cell_module.SNAPSHOT_FILE).write_text('{"fraction": 0.1, "posi')
+    cell_module._snapshot(tmp_path, 0.1, torch.nn.Identity())
+    cell_module._snapshot(tmp_path, 0.5, torch.nn.Identity())
+    found = cell_module._read_snapshots(tmp_path)
+    assert found == [{"fraction": f, "position": "all"} for f in (0.1, 0.5)]
+
+
 def test_a_deadline_starts_nothing_that_cannot_finish(
     tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

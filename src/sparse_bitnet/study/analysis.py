@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from sparse_bitnet.core import Pattern
-from sparse_bitnet.study.rows import Row
+from sparse_bitnet.study.rows import Row, is_number
+
+SHOWN_PATTERNS = ("6:8", "4:8", "2:8")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ class Runs:
         self.size = size
         self.name = name or size
         self.differs = list(differs)
-        self.rows = [row for row in rows if row.cell.size == size and not row.diverged]
+        usable = [row for row in rows if row.cell.size == size and not row.diverged]
+        # One run in rows of two versions, or of two ways to say its rate, counts once.
+        self.rows = list(
+            {(replace(r.cell, learning_rate=None), r.learning_rate): r for r in usable}.values()
+        )
         plain = [r for r in self.rows if r.cell.method == "published" and not r.cell.until]
         lengths = Counter(row.cell.tokens_per_weight for row in plain)
         # Of equally many, the longer one: short runs serve the curve over tokens per weight.
@@ -90,7 +96,7 @@ class Runs:
     def weights(self) -> float:
         """Weights of the model's linears; 0 if no row says."""
         counts = (r.raw.get("weights") for r in self.rows)
-        return next((float(n) for n in counts if isinstance(n, int | float) and n), 0.0)
+        return next((float(n) for n in counts if n is not None and is_number(n) and n > 0), 0.0)
 
     @property
     def label(self) -> str:
@@ -186,6 +192,15 @@ class Runs:
         found = {row.cell.pattern for row in self.select() if row.cell.pattern != "dense"}
         chosen = [p for p in found if m is None or Pattern.parse(p).m == m]
         return sorted(chosen, key=lambda p: (-Pattern.parse(p).density, Pattern.parse(p).m))
+
+    def drawn(self) -> list[str]:
+        """Patterns that have curves over training: dense, and up to three others.
+
+        Those that the paper shows come first, then others that were measured.
+        """
+        measured = self.patterns()
+        chosen = sorted(measured, key=lambda p: p not in SHOWN_PATTERNS)[:3]
+        return ["dense", *(p for p in measured if p in chosen)]
 
     def lengths(self, pattern: str) -> list[float]:
         """Tokens per weight at which some kind has both the pattern and its dense twin."""

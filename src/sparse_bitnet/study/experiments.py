@@ -132,19 +132,22 @@ def _without_rate(key: str) -> dict[str, Any]:
 def _differences(rows: Sequence[Row], main: Sequence[Row]) -> list[str]:
     """``batch size 16 (128)``: what is otherwise than in the main setting, and that in brackets."""
     told: dict[str, None] = {}
-    for kind in KINDS:
-        here, there = (
-            next((settings(r) for r in group if r.cell.kind == kind), None)
-            for group in (rows, main)
-        )
-        if here is None or there is None:
-            continue
+    pairs = [(_example(rows, kind), _example(main, kind)) for kind in KINDS]
+    both = [(settings(a), settings(b)) for a, b in pairs if a is not None and b is not None]
+    # Without a kind in common they part in what both kinds must share.
+    for here, there in both or [(_split(rows[0])[0], _split(main[0])[0])]:
         for name in [*here, *(n for n in there if n not in here)]:
             if here.get(name) != there.get(name):
                 short = name.rpartition(".")[2].replace("_", " ")
                 values = [_shown(one.get(name)) for one in (here, there)]
                 told[f"{short} {values[0]} ({values[1]})"] = None
     return list(told)
+
+
+def _example(rows: Sequence[Row], kind: str) -> Row | None:
+    """A row of a kind; one with the recipe's learning rate, whose settings say it, if there is."""
+    found = [row for row in rows if row.cell.kind == kind]
+    return min(found, key=lambda row: row.cell.learning_rate is not None, default=None)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from sparse_bitnet.study.analysis import Runs
 from sparse_bitnet.study.claims import RULE, claim_about_size, claims
 from sparse_bitnet.study.experiments import experiments
 from sparse_bitnet.study.page import Section, Table, render
-from sparse_bitnet.study.rows import Row, read_rows
+from sparse_bitnet.study.rows import Row, is_number, read_rows
 from sparse_bitnet.study.sections_quality import cloze, collapse, delta_by_size, tokens_per_weight
 from sparse_bitnet.study.sections_training import (
     flips,
@@ -75,8 +75,13 @@ def report(directory: str | Path, out: str | Path | None = None) -> Written:
     rows, problems = read_rows(directory)
     for problem in problems:
         say(problem)
-    if not any(not row.diverged for row in rows):
+    if not rows:
         raise DataError(f"{directory}: no finished cell in its rows yet; run the sweep further")
+    if all(row.diverged for row in rows):
+        raise DataError(
+            f"{directory}: none of its {len(rows)} runs gave a perplexity; {rows[0].cell}: "
+            f"{rows[0].raw.get('problem') or 'no reason is given'}"
+        )
     out = Path(out) if out is not None else directory
     sections = build(rows, problems)
     plots = out / "plots"
@@ -87,7 +92,7 @@ def report(directory: str | Path, out: str | Path | None = None) -> Written:
             temporary.write_bytes(figure.png)
         pictures.append(plots / f"{figure.name}.png")
     write_text(out / PAGE, render("Ternary weights under N:M sparsity", _lead(rows), sections))
-    say(f"{len(rows)} rows, {len(pictures)} plots: {out / PAGE}")
+    say(f"{_count(rows, 'row')}, {_count(pictures, 'plot')}: {out / PAGE}")
     return Written(out / PAGE, pictures, problems)
 
 
@@ -210,15 +215,23 @@ def _number(value: object, unit: float = 1.0, name: str = "", digits: int = 0) -
     return f"{value / unit:,.{digits}f}{name}" if isinstance(value, int | float) else "–"
 
 
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
 def _lead(rows: Sequence[Row]) -> list[str]:
-    tokens = sum(t for r in rows if isinstance(t := r.raw.get("tokens"), int | float))
-    seconds = sum(s for r in rows if isinstance(s := r.raw.get("seconds"), int | float))
+    tokens, seconds = (
+        sum(n for r in rows if (n := r.raw.get(name)) is not None and is_number(n))
+        for name in ("tokens", "seconds")
+    )
     environments = [e for r in rows if isinstance(e := r.raw.get("environment"), dict)]
     devices = sorted({str(e.get("device")) for e in environments})
     versions = sorted({f"torch {e.get('torch')}" for e in environments})
     commits = sorted({str(e["commit"])[:10] for e in environments if e.get("commit")})
+    small = f"{tokens / 1e6:.{0 if tokens >= 1e7 else 2}f}M"
+    many = f"{tokens / 1e9:.2f}G" if tokens >= 1e9 else small
+    long = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     return [
-        f"{len(rows)} runs, {tokens / 1e9:.2f}G training tokens, {seconds / 3600:.1f} hours of "
-        "training one after the other.",
+        f"{_count(rows, 'run')}, {many} training tokens, {long} of training one after the other.",
         ", ".join([*devices, *versions, *(f"commit {c}" for c in commits)]),
     ]

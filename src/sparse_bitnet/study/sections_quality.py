@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparse_bitnet.core import Pattern
 from sparse_bitnet.study import plots, published
 from sparse_bitnet.study.analysis import Estimate, Runs, crossings, signed, text_of
 from sparse_bitnet.study.cells import KINDS
@@ -37,29 +38,17 @@ def collapse(runs: Runs) -> Section:
         cells += [f"{kind} {p}" for p, (_, e) in zip(EIGHTS, found, strict=True) if e is None]
     notes = needs("bf16 and bitnet at dense and each N:8", cells)
     title = "Where sparsity breaks the model"
+    text = "Perplexity of each model over that of the same model without a mask, by pattern."
+    table = _ratios(runs)
     if all(len(curve.x) < 2 for curve in curves):
-        return Section("collapse", title, notes=notes)
+        tables = [table] if table.rows else []
+        return Section("collapse", title, text if tables else "", tables=tables, notes=notes)
     for kind, values in published.NORMALISED_PPL.items():
         x = [EIGHTS.index(p) for p in values]
         label = f"{NAME[kind]}, published 0.5B"
         curves.append(Curve(label, x, list(values.values()), None, kind, published=True))
     png = plots.collapse(
         curves, EIGHTS, published.COLLAPSE_AT, f"Normalised perplexity, {runs.label}"
-    )
-    table = Table(
-        (
-            "pattern",
-            *(f"{NAME[k]}, ours" for k in KINDS),
-            *(f"{NAME[k]}, published" for k in KINDS),
-        ),
-        [
-            (
-                p,
-                *(text_of(runs.ratio(k, p), 3) for k in KINDS),
-                *(f"{published.NORMALISED_PPL[k][p]:.2f}" for k in KINDS),
-            )
-            for p in EIGHTS
-        ],
     )
     alt = "Line plot of perplexity over that of the dense model against the pattern. " + " ".join(
         f"{curve.label}: "
@@ -71,10 +60,32 @@ def collapse(runs: Runs) -> Section:
     return Section(
         "collapse",
         title,
-        "Perplexity of each model over that of the same model without a mask, against the pattern.",
+        text,
         [Figure("collapse", png, alt, caption)],
         [table],
         notes,
+    )
+
+
+def _ratios(runs: Runs) -> Table:
+    """Every measured pattern, and of N:8 all that are published once one of them was measured."""
+    told = published.NORMALISED_PPL
+    found = {
+        p: [runs.ratio(k, p) for k in KINDS] for p in dict.fromkeys([*EIGHTS, *runs.patterns()])
+    }
+    every = any(any(found[p]) for p in EIGHTS)
+    shown = [p for p, ours in found.items() if any(ours) or (every and p in EIGHTS)]
+    header = ("pattern", *(f"{NAME[k]}, {whose}" for whose in ("ours", "published") for k in KINDS))
+    return Table(
+        header,
+        [
+            (
+                p,
+                *(text_of(one, 3) for one in found[p]),
+                *(f"{told[k][p]:.2f}" if p in told[k] else "–" for k in KINDS),
+            )
+            for p in sorted(shown, key=lambda p: -Pattern.parse(p).density)
+        ],
     )
 
 

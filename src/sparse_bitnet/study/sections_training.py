@@ -14,7 +14,6 @@ from sparse_bitnet.study.page import Figure, Section, Table
 from sparse_bitnet.study.plots import NAME, Curve, Histogram
 from sparse_bitnet.study.rows import Row, is_number
 
-SHOWN_PATTERNS = ("dense", "6:8", "4:8", "2:8")
 MILLION = 1e6
 LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are drawn
 SMOOTH = 5  # logged steps that a point of a loss curve averages
@@ -41,7 +40,7 @@ def losses(runs: Runs) -> Section:
         "the picture.",
         groups,
         "nats per token",
-        "training loss of " + ", ".join(SHOWN_PATTERNS),
+        "training loss",
         log_x=True,
         top=LOSS_SHOWN * min(ends) if ends else None,
     )
@@ -106,7 +105,7 @@ def mask_cost(runs: Runs) -> Section:
 
     A panel for each pattern; where there is but one, for each training length.
     """
-    patterns = [p for p in SHOWN_PATTERNS[1:] if p in runs.patterns()]
+    patterns = runs.drawn()[1:]
     places = [(pattern, pattern, runs.main_length) for pattern in patterns]
     if len(patterns) == 1:
         (only,) = patterns
@@ -228,11 +227,12 @@ def zeros(runs: Runs) -> Section:
 def polarization(runs: Runs) -> Section:
     """|w|/γ and the pruning thresholds: early and late layers, both kinds, over training."""
     title = "Weight polarization"
-    pattern = next((p for p in ("6:8", "4:8") if runs.one(kind="bitnet", pattern=p)), None)
+    wanted = ("6:8", "4:8", *runs.patterns())
+    pattern = next((p for p in wanted if runs.one(kind="bitnet", pattern=p)), None)
     chosen = {k: runs.one(kind=k, pattern=pattern) for k in KINDS} if pattern else {}
     rows = {kind: row for kind, row in chosen.items() if row is not None and row.snapshots}
     if not rows:
-        return Section("polarization", title, notes=["Needs bf16 and bitnet at 6:8 or 4:8."])
+        return Section("polarization", title, notes=["Needs bf16 and bitnet with a pattern."])
     positions = [("early", "first block"), ("late", "last block")]
     grid = []
     for kind, row in rows.items():
@@ -305,7 +305,7 @@ def _curves(
 
 def _shown(runs: Runs, kind: str) -> list[Row]:
     """The first seed of the patterns that curves are drawn for."""
-    found = (runs.one(kind=kind, pattern=pattern) for pattern in SHOWN_PATTERNS)
+    found = (runs.one(kind=kind, pattern=pattern) for pattern in runs.drawn())
     return [row for row in found if row is not None]
 
 
