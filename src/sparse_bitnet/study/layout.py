@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,9 @@ def read_layout(source: str) -> Layout:
 
     Without one that transformers can build a model of, a layout that knows no name and says so.
     """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        return Layout("one for each matrix, whatever is fused into it: there is no config.json")
     try:
         return _layout(source)
     except (ConfigError, WeightError) as error:

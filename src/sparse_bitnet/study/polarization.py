@@ -265,6 +265,7 @@ def _measure(
             check_finite(weight, name)
             given = Pattern.parse(choice) if choice and own else pattern
             used = _probe(given, weight.shape[-1])
+            used.check_divides(weight.shape[-1], name)
             statistics = polarization(weight, used, segments)
             found.layers.append(
                 LayerStatistics(name, tuple(weight.shape), segments, str(used), statistics)
