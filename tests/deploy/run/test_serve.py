@@ -129,15 +129,47 @@ def test_two_clients_at_once(client, url):
         assert list(pool.map(ask, prompts)) == alone
 
 
-def test_a_cancelled_stream_frees_the_engine(client, monkeypatch):
-    steps = []
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_seed_repeats_beside_other_requests(client, url, stream):
+    def draw(seed):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=SECONDS) as other:
+            answer = complete(other, temperature=1.5, seed=seed, stream=stream)
+            chunks = answer if stream else [answer]
+            return "".join(chunk.choices[0].text for chunk in chunks)
+
+    seeds = list(range(8))
+    alone = [draw(seed) for seed in seeds]
+    before = torch.random.get_rng_state()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(draw, seeds)) == alone
+    assert len(set(alone)) == 8
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Grows by one for each step of a generation, which takes its time."""
+    counted = []
     forward = torch.nn.Embedding.forward
 
     def slowly(*arguments):
-        steps.append(time.sleep(0.003))
+        counted.append(time.sleep(0.003))
         return forward(*arguments)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", slowly)
+    return counted
+
+
+def test_whoever_hangs_up_frees_the_engine(client, url, steps):
+    options = {"model": "tiny", "prompt": "def main():", "max_tokens": 480}
+    for _ in range(3):  # as clients try again after a time-out
+        with pytest.raises(requests.Timeout):
+            requests.post(f"{url}/v1/completions", json=options, timeout=0.1)
+    complete(client)  # waits for the engine
+    assert len(steps) < 300
+
+
+def test_a_cancelled_stream_frees_the_engine(client, steps):
     stream = client.completions.create(
         model="tiny", prompt="def main():", max_tokens=480, stream=True
     )

@@ -8,21 +8,33 @@ What is added here is what it does not do:
 - a prompt that leaves no room in the context, or a field that makes no sense, is answered with
   status 400 and a reason instead of 500 or of nonsense;
 - every error has OpenAI's form, which clients show to their users;
+- a seed gives the same text beside other requests as alone, and an answer that nobody waits for any
+  more is not computed to its end, streamed or not;
 - clients reach the routes of text generation and no others: transformers' server also lets them
   load any model by name and unload this one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import GenerateManager
 from transformers.utils.import_utils import is_serve_available
@@ -39,6 +51,9 @@ BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the mo
 MOST_CONNECTIONS = 256  # beyond, requests are answered with status 503
 SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
 CHAT_ML = "<|im_start|>"
+
+_seed: ContextVar[int | None] = ContextVar("seed", default=None)
+_hung_up: ContextVar[threading.Event | None] = ContextVar("hung_up", default=None)
 
 
 def serve(
@@ -185,6 +200,7 @@ class _Engine(GenerateManager):
         super().__init__()
         self._parses = parses
         self._context = context_length(model)
+        self._gpus = [model.device] if model.device.type == "cuda" else []
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
@@ -198,9 +214,34 @@ class _Engine(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         self._fit(inputs, gen_config)
+        if hung_up := _hung_up.get():
+            inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([_UntilSet(hung_up)])}
         return await super().generate_non_streaming(
             model, processor, inputs, gen_config, *args, **options
         )
+
+    def submit(self, fn: Any, *args: Any, **options: Any) -> Any:
+        return super().submit(self._seeded(fn), *args, **options)
+
+    def async_submit(self, fn: Any, *args: Any, **options: Any) -> Any:
+        return super().async_submit(self._seeded(fn), *args, **options)
+
+    def _seeded(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """A generation that draws from its request's seed, if that has one.
+
+        PyTorch has one generator for all threads. Seeded where a request arrives, as transformers
+        does, it would change what the generation under way draws, which then changes this one's.
+        """
+        seed = _seed.get()
+        if seed is None:
+            return generate
+
+        def seeded(*args: Any, **options: Any) -> Any:
+            with torch.random.fork_rng(devices=self._gpus):
+                torch.manual_seed(seed)
+                return generate(*args, **options)
+
+        return seeded
 
     def _fit(self, inputs: Any, gen_config: Any) -> None:
         tokens = inputs["input_ids"].shape[-1]
@@ -221,6 +262,16 @@ class _Engine(GenerateManager):
             gen_config.top_k = 0  # the API knows no such limit, transformers' default is 50
 
 
+class _UntilSet(StoppingCriteria):
+    """Ends a generation once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self._event.is_set(), dtype=torch.bool)
+
+
 def _check_before(
     handler: Any,
     check: Callable[[dict[str, Any], PreTrainedTokenizerBase], None],
@@ -234,8 +285,9 @@ def _check_before(
 
     async def checked(body: dict[str, Any], request_id: str) -> Any:
         check(body, tokenizer)
+        _seed.set(body.get("seed"))
         try:
-            return await handle(body, request_id)
+            return await handle({k: v for k, v in body.items() if k != "seed"}, request_id)
         except (InvalidRequest, HTTPException):
             raise
         except TemplateError as error:
@@ -291,9 +343,17 @@ class _Door:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from fastapi.responses import JSONResponse
 
-        status = self._refusal(scope) if scope["type"] == "http" else None
-        if status is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        status = self._refusal(scope)
+        if status is None:
+            caller = _Caller(receive)
+            _hung_up.set(caller.hung_up)
+            try:
+                await self._app(scope, caller.receive, send)
+            finally:
+                caller.stop_listening()
             return
         message = f"{status.phrase}: {scope['method']} {scope['path']}"
         if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
@@ -310,3 +370,34 @@ class _Door:
             if int(length) > self._most_bytes:
                 return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         return None
+
+
+class _Caller:
+    """ASGI's ``receive``, which goes on listening after the body, so that hanging up is noticed.
+
+    Attributes:
+        hung_up: set when the connection is closed.
+    """
+
+    def __init__(self, receive: Any) -> None:
+        self._receive = receive
+        self._after_body: asyncio.Task[Any] | None = None
+        self.hung_up = threading.Event()
+
+    async def receive(self) -> Any:
+        if self._after_body is not None:
+            return await asyncio.shield(self._after_body)
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            self._after_body = asyncio.create_task(self._listen())
+        return message
+
+    async def _listen(self) -> Any:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.hung_up.set()
+        return message
+
+    def stop_listening(self) -> None:
+        if self._after_body is not None:
+            self._after_body.cancel()
