@@ -224,3 +224,4 @@ def test_a_row_that_says_too_little_keeps_its_key(tmp_path: Path, damage: dict[s
     assert key_today({"key": "0123456789ab", **whole, **damage}) == "0123456789ab"
     del whole["data"]
     assert key_today({"key": "0123456789ab", **whole}) == "0123456789ab"
+    assert key_today({"key": ["foreign"], **whole}) == "['foreign']"  # as its row has it

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from sparse_bitnet.core import DataError
+from sparse_bitnet.study.analysis import Runs
+from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.study.report import report
-from sparse_bitnet.study.rows import append_row
+from sparse_bitnet.study.rows import Row, append_row
+from sparse_bitnet.study.sections_training import _by_layer
 
 Make = Callable[..., dict[str, Any]]
 PLOTS = {
@@ -263,6 +266,18 @@ def test_patterns_of_ones_own_are_in_tables_and_curves(tmp_path: Path, make_row:
     order = ["7:8", "6:8", "12:16", "5:8", "4:8", "2:4", "3:8", "2:8", "1:4"]
     places = [table.index(f"<tr><td>{pattern}</td>") for pattern in order]
     assert places == sorted(places)
+
+
+def test_zeros_stand_at_the_numbers_of_their_blocks(make_row: Make) -> None:
+    """A rule skipped the first block, so the first that was measured is block 1."""
+    row = make_row(30.0, kind="bitnet", pattern="6:8")
+    for name in ("names", "zeros"):
+        values = row["layers"][name] if name == "names" else row["layers"][name][0]
+        del values[:4]
+    cell = Cell(kind="bitnet", pattern="6:8")
+    panels = _by_layer(Runs([Row("key", cell, 30.0, None, row)], "study-5m"))
+    assert [list(curve.x) for curve in panels["q_proj"]] == [[1, 2]]
+    assert panels["q_proj"][0].y == pytest.approx([34.0, 38.0])
 
 
 def test_a_run_in_two_rows_is_one_seed(tmp_path: Path, make_row: Make) -> None:

@@ -313,7 +313,7 @@ def key_today(row: dict[str, Any]) -> str:
     new setting's default, so its cell is still finished. A row that does not record enough, or
     whose settings are refused today, keeps the key it was written with.
     """
-    written: str = row["key"]
+    written = str(row["key"])
     try:
         config = config_from_dict(row["config"], f"row {written}")
         evaluation = Evaluation(**row["evaluation"])

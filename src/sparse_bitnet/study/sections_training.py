@@ -12,6 +12,7 @@ from sparse_bitnet.study.analysis import Estimate, Runs, text_of
 from sparse_bitnet.study.cells import KINDS
 from sparse_bitnet.study.page import Figure, Section, Table
 from sparse_bitnet.study.plots import NAME, Curve, Histogram
+from sparse_bitnet.study.polarization import block_number
 from sparse_bitnet.study.rows import Row, is_number
 
 MILLION = 1e6
@@ -313,15 +314,15 @@ def _by_layer(runs: Runs) -> dict[str, list[Curve]]:
     """Linear's name → a curve over blocks for each pattern, at the end of training."""
     panels: dict[str, list[Curve]] = {}
     for row in _shown(runs, "bitnet"):
-        by_linear: dict[str, list[float]] = {}
+        by_linear: dict[str, dict[int, float]] = {}
         for name, value in row.zeros_by_layer.items():
-            by_linear.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(
-                100 * value
-            )
+            linear, block = name.removesuffix(".weight").rpartition(".")[2], block_number(name)
+            if block is not None:
+                by_linear.setdefault(linear, {})[block] = 100 * value
         for linear, blocks in by_linear.items():
             if len(blocks) > 1 and linear in ("q_proj", "o_proj", "gate_proj", "down_proj"):
                 panels.setdefault(linear, []).append(
-                    Curve(row.cell.pattern, list(range(len(blocks))), blocks)
+                    Curve(row.cell.pattern, list(blocks), list(blocks.values()))
                 )
     return panels
 

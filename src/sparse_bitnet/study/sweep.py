@@ -103,6 +103,8 @@ def sweep(
     for name, value in (("per_gpu", per_gpu), ("cpu_workers", cpu_workers)):
         if value < 1:
             raise ConfigError(f"sweep: {name} is {value}; at least 1")
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"sweep: minutes is {minutes}; above 0")
     plan = read_sweep(recipe)
     out = Path(out)
     jobs = _jobs(plan, Path(scratch) if scratch else out / "cells", keep_runs)
