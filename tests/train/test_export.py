@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from sparse_bitnet.core import CheckpointError, Method
+from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights
 from sparse_bitnet.train.config import SparsityConfig
@@ -93,15 +94,6 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
     assert again.encode("more text") == tokenizer.encode("more text")
 
 
-def test_replaces_what_was_there(tmp_path: Path) -> None:
-    model = trained(SparsityConfig())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").touch()
-    save_trained(model, None, tmp_path / "out", SparsityConfig())
-    assert not (tmp_path / "out" / "stale").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a trained model: it has no sparse_bitnet"):
         load_trained(tmp_path)
@@ -126,6 +118,31 @@ def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
     side.write_text(json.dumps(good))
     with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be loaded"):
         load_trained(tmp_path)
+
+
+def test_replaces_a_trained_model_and_nothing_else(tmp_path: Path) -> None:
+    model = trained(SparsityConfig())
+    save_trained(model, None, tmp_path / "out", SparsityConfig())
+    (tmp_path / "out" / "stale").touch()
+    save_trained(model, None, tmp_path / "out", SparsityConfig())
+    assert not (tmp_path / "out" / "stale").exists()
+    (tmp_path / "empty").mkdir()
+    save_trained(model, None, tmp_path / "empty", SparsityConfig())
+    with pytest.raises(ConfigError, match="exists and is not a trained model; give a new"):
+        save_trained(model, None, tmp_path, SparsityConfig())
+    with pytest.raises(ConfigError, match="exists and is not a trained model; give a new"):
+        save_trained(model, None, tmp_path / "out" / SIDE_FILE, SparsityConfig())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.serialize_file", full)
+    with pytest.raises(CheckpointError, match=r"out cannot be written: .*No space left on device"):
+        save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
+    assert not list(tmp_path.iterdir())
 
 
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:

@@ -94,6 +94,22 @@ def test_a_run_that_came_to_nothing_gives_way(recipe: Any) -> None:
     assert load_recipe(result.directory / "config.yaml").sparsity.pattern == "6:8"
 
 
+def test_a_model_that_no_run_wrote_is_not_replaced(recipe: Any) -> None:
+    config = recipe()
+    directory = Path(config.run.directory)
+    precious = directory / "model" / "weights.bin"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("a month of training")
+    with pytest.raises(ConfigError, match="model exists and is not a trained model; give a new"):
+        train(config)
+    (directory / "model" / "sparse_bitnet.json").write_text("{}")  # trained, somewhere else
+    with pytest.raises(ConfigError, match=r"was not written by a run in .* and would be replaced"):
+        train(config)
+    assert precious.read_text() == "a month of training"
+    assert sorted(path.name for path in directory.iterdir()) == ["model"]
+    assert train(recipe(run={"export": False})).model_directory is None
+
+
 def test_a_later_pattern_is_checked_at_once(recipe: Any) -> None:
     steps: list[int] = []
     config = recipe(sparsity={"until": {0.3: "dense", 0.6: "3:7"}})

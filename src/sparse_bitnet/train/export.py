@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.core import CheckpointError, DataError, Method
+from sparse_bitnet.core import CheckpointError, ConfigError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
@@ -54,16 +55,25 @@ def save_trained(
         ranks: who takes part; one process when left out.
 
     Returns:
-        The directory. It appears whole or not at all.
+        The directory. It appears whole or not at all; a trained one that is there already is
+        replaced.
+
+    Raises:
+        ConfigError: if something else is there already.
+        CheckpointError: if the weights cannot be written, for want of space for example.
     """
     directory = Path(directory)
+    check_target(directory)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gather = ranks is not None and ranks.is_distributed
     weights = get_model_state_dict(model, options=options) if gather else None
     if ranks is None or ranks.is_main:
         with atomic_directory(directory) as temporary:
             with no_bars():
-                model.save_pretrained(temporary, state_dict=weights)
+                try:
+                    model.save_pretrained(temporary, state_dict=weights)
+                except SafetensorError as error:
+                    raise CheckpointError(f"{directory} cannot be written: {error}") from error
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             kept = {"pattern", "kind", "method", "rules"}
@@ -74,6 +84,21 @@ def save_trained(
     if ranks is not None:
         ranks.wait()
     return directory
+
+
+def check_target(directory: Path) -> None:
+    """Refuse to replace what is no trained model.
+
+    Raises:
+        ConfigError: naming the directory.
+    """
+    if not directory.exists() or (directory / SIDE_FILE).is_file():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise ConfigError(
+            f"{directory} exists and is not a trained model; give a new directory, or remove it "
+            "first"
+        )
 
 
 def read_trained(directory: str | Path) -> Trained:

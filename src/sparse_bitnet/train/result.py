@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import read_json, write_text
 from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.export import check_target
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import differences, digest, load_recipe, to_yaml
@@ -78,9 +79,17 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
     gives way.
 
     Raises:
-        ConfigError: if the directory holds a run of another configuration.
+        ConfigError: if the directory holds a run of another configuration, or a ``model`` that no
+            run wrote.
     """
     path = directory / CONFIG
+    if config.run.export:  # asked now, and not when the training is done
+        check_target(directory / "model")
+        if (directory / "model").exists() and not path.exists():
+            raise ConfigError(
+                f"{directory / 'model'} was not written by a run in {directory} (there is no "
+                f"{CONFIG}) and would be replaced; choose another run.directory, or move it away"
+            )
     if path.is_file() and _came_to_something(directory):
         changed = differences(load_recipe(path), config)
         if changed:

@@ -304,6 +304,11 @@ def test_other_refusals(tmp_path):
         import_bitnet(source, tmp_path / "out", text="stdlib")
     with pytest.raises(ConfigError, match="exists and is not a trained model"):
         import_bitnet(source, source)
+    import_bitnet(source, tmp_path / "kept")
+    import_bitnet(source, tmp_path / "kept")  # one of its own is replaced
+    (tmp_path / "kept" / "notes").mkdir()
+    with pytest.raises(ConfigError, match="holds notes, which would be lost"):
+        import_bitnet(source, tmp_path / "kept")
     with pytest.raises(PackedFormatError, match="cannot be read"):
         import_bitnet(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()

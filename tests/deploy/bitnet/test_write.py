@@ -91,6 +91,10 @@ def test_what_the_format_cannot_say(tmp_path, trained):
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     export_bitnet(tmp_path / "packed", target)
     export_bitnet(tmp_path / "packed", target)  # one of its own is replaced
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, which would be lost"):
+        export_bitnet(tmp_path / "packed", target)
+    assert (target / "notes.txt").read_text() == "mine"
 
 
 def test_an_int8_head_is_stored_as_floats(tmp_path, trained, logits, stock):

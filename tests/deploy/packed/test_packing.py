@@ -173,6 +173,25 @@ def test_replaces_a_packed_directory_and_nothing_else(tmp_path, trained, logits)
     with pytest.raises(ConfigError, match="exists and is not a packed model"):
         pack(first, tmp_path / "thesis" / "chapter.tex")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "42"
+    for mine in ("README.md", "nested"):
+        (tmp_path / "out" / mine).mkdir()
+        with pytest.raises(ConfigError, match=f"out holds {mine}, which would be lost"):
+            pack(first, tmp_path / "out")
+        (tmp_path / "out" / mine).rmdir()
+    assert torch.equal(logits(load_packed(tmp_path / "out")), logits(second))
+
+
+def test_all_that_is_written_may_be_replaced(tmp_path, trained, tokenizer):
+    """What packing writes, with every optional file, is known as such."""
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    try:
+        for _ in range(2):
+            pack(trained("qwen2"), tmp_path / "out", tokenizer=tokenizer, shard_bytes=20_000)
+    finally:
+        tokenizer.chat_template = None
+    model = load_packed(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    pack(trained("qwen2"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

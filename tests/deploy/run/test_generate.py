@@ -85,6 +85,7 @@ def test_a_directory_without_tokenizer(tmp_path, trained):
         ({"top_p": 0}, r"top_p is 0; it has to be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p is 1.5; it has to be in \(0, 1\]"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it has to be above 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it has to be a whole number of 64 bits"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf; it has to be finite"),
         ({"temperature": 1e-320}, "0 or at least 1e-30"),

@@ -11,10 +11,10 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.deploy.bitnet.checkpoint import BitNetCheckpoint
 from sparse_bitnet.deploy.bitnet.one_shot import OneShot, mask_one_shot
-from sparse_bitnet.deploy.packed.verify import read_json
+from sparse_bitnet.deploy.packed.verify import read_json, refuse_foreign
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import SparsityConfig, save_trained
-from sparse_bitnet.train.export import SIDE_FILE
+from sparse_bitnet.train.export import check_target
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def import_bitnet(
     Args:
         source: directory of the checkpoint; its weights have to be safetensors.
         out: the trained directory to write; it appears whole or not at all. A trained directory
-            that is there already is replaced.
+            that is there already is replaced, unless it holds files of somebody else.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are.
         text: measure perplexity on it before and after masking: a source such as text:PATH.
         window, limit: tokens the model reads at once, and tokens to score at most.
@@ -73,7 +73,9 @@ def import_bitnet(
         WeightError: if a weight is NaN or infinite.
     """
     source, out = Path(source), Path(out)
-    _check_target(out)
+    check_target(out)
+    if out.exists():
+        refuse_foreign(out)
     checkpoint = BitNetCheckpoint(source)
     model = checkpoint.load()
     tokenizer = _load_tokenizer(source)
@@ -109,12 +111,3 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if "auto_map" in read_json(path):
         raise ConfigError(f"{path}: this tokenizer is code, which is not run; remove its files")
     return load_tokenizer(directory)
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not (
-        out.is_dir() and (not any(out.iterdir()) or (out / SIDE_FILE).is_file())
-    ):
-        raise ConfigError(
-            f"{out} exists and is not a trained model; give a new directory, or remove it first"
-        )

@@ -26,7 +26,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy.exportable import Exportable, ExportResult, open_exportable
 from sparse_bitnet.deploy.packed.packing import Layout
 from sparse_bitnet.deploy.packed.tensor_file import TensorFileWriter
-from sparse_bitnet.deploy.packed.verify import CONFIG, WEIGHTS, read_json
+from sparse_bitnet.deploy.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
@@ -42,7 +42,7 @@ def export_bitnet(
     Args:
         directory: of the model.
         out: the directory to write; it appears whole or not at all. One of this format that is
-            there already is replaced.
+            there already is replaced, unless it holds files of somebody else.
         linear_class: which of the two layers computes it; llama.cpp's converter reads the first.
 
     Raises:
@@ -147,3 +147,4 @@ def _check_target(out: Path) -> None:
             f"{out} exists and is not a model of the bitnet format; give a new directory, or "
             "remove it first"
         )
+    refuse_foreign(out)

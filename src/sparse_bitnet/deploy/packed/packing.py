@@ -33,7 +33,7 @@ from sparse_bitnet.deploy.packed.pretrained import DType, is_packed
 from sparse_bitnet.deploy.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.deploy.packed.sizes import readable_bytes
 from sparse_bitnet.deploy.packed.tensor_file import TensorFileWriter, file_size
-from sparse_bitnet.deploy.packed.verify import INDEX, WEIGHTS
+from sparse_bitnet.deploy.packed.verify import INDEX, WEIGHTS, refuse_foreign
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
@@ -98,7 +98,7 @@ def pack(
     Args:
         source: a converted model, or the directory of a trained one.
         out: the directory to write; it appears whole or not at all. A packed directory that is
-            there already is replaced.
+            there already is replaced, unless it holds files of somebody else.
         storage: ``"two-bit"`` (2 bits a weight, fastest to unpack) or ``"trits"`` (1.6 bits).
         head: ``"int8"`` stores the output head, and an embedding tied to it, as int8 with a scale
             for each row; ``"float"`` leaves them as they are.
@@ -108,8 +108,8 @@ def pack(
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
-        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory, the
-            tokenizer cannot be loaded, or the head cannot be int8.
+        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory or has
+            files of somebody else, the tokenizer cannot be loaded, or the head cannot be int8.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
     """
     out = Path(out)
@@ -349,6 +349,8 @@ def _check_target(out: Path) -> None:
         raise ConfigError(
             f"{out} exists and is not a packed model; give a new directory, or remove it first"
         )
+    if out.exists():
+        refuse_foreign(out)
 
 
 def distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

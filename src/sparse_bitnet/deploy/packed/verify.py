@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparse_bitnet.core import PackedFormatError
+from sparse_bitnet.core import ConfigError, PackedFormatError
 from sparse_bitnet.deploy.packed.config import HINT
 from sparse_bitnet.deploy.packed.tensor_file import (
     REMEDY,
@@ -33,6 +33,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 LARGEST_JSON = 2**28
+# What this package and transformers write into the directory of a language model.
+WRITTEN = re.compile(
+    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|polarization|"
+    r"model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model|"
+    r"chat_template\.(jinja|json)|additional_chat_templates"
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,6 +56,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PackedFormatError(f"{path}: cannot be read ({error}); {REMEDY}") from None
     return parse_json(text, path)
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Refuse to replace a model's directory that has somebody else's files in it.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    for path in sorted(directory.iterdir()):
+        if not WRITTEN.fullmatch(path.name):
+            raise ConfigError(
+                f"{directory} holds {path.name}, which would be lost: the whole directory is "
+                "replaced; move it away, or give a new directory"
+            )
 
 
 def weight_files(directory: Path) -> list[Path]:

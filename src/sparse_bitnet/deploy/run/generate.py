@@ -46,6 +46,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a whole number of 64 bits"),
         ):
             if not fits:
                 raise ConfigError(
