@@ -309,6 +309,22 @@ def test_what_is_trained_is_measured_before_a_worker_leaves(
     assert left == []
 
 
+def test_a_second_interrupt_does_not_wait(
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = MEASURING.replace("time.sleep(1)", "[time.sleep(1) for _ in range(60)]")
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", slow))
+    with pytest.raises(KeyboardInterrupt), Pool([{}], tmp_path / "logs") as workers:
+        workers.start(workers.idle()[0], one_job(tmp_path, toy_tokens))
+        while not workers.running[0].done:
+            assert workers.reports(30) == []
+        process = workers._workers[0].process
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 5
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_worker_that_dies_is_a_failure_and_is_replaced(
     tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

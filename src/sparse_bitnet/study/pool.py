@@ -123,7 +123,8 @@ class Pool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        # A second Ctrl-C means at once.
+        self.stop(0.0 if kind is KeyboardInterrupt else GRACE_SECONDS)
 
     @property
     def running(self) -> list[Running]:
@@ -167,8 +168,10 @@ class Pool:
             worker.running = None
         return found
 
-    def stop(self) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
-        """Ask all workers to save and leave, and wait.
+    def stop(
+        self, grace: float = GRACE_SECONDS
+    ) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
+        """Ask all workers to save and leave, and wait for ``grace`` seconds.
 
         Returns:
             ``(reports, left)``: rows and failures of cells that came to their end meanwhile, and
@@ -179,7 +182,7 @@ class Pool:
                 worker.close()
             else:
                 worker.process.terminate()
-        until = time.monotonic() + GRACE_SECONDS
+        until = time.monotonic() + grace
         reports, left = [], []
         while self.running and time.monotonic() < until:
             for job, message in self.reports(until - time.monotonic()):
