@@ -12,7 +12,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, Method, WeightError
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load, load_packed
 from sparse_bitnet.formats import STORAGES
-from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.nn import DerivedModule, SparseBitLinear, convert, master_weights
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
 
@@ -151,10 +151,20 @@ def test_the_model_stays_as_it_is(tmp_path, trained):
         assert torch.equal(tensor, before[name])
 
 
-def test_an_edited_master_weight_is_packed_as_it_is_now(tmp_path, trained, logits):
-    model = trained("qwen2")
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(torch.randn(48, 32))
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("unseen", [False, True])
+def test_an_edited_master_weight_is_packed_as_it_is_now(
+    tmp_path, trained, logits, architecture, unseen
+):
+    model = trained(architecture)
+    logits(model)
+    master = next(master_weights(model)).weight
+    change = torch.randn(master.shape)
+    if unseen:  # as adapters are merged
+        master.data *= change
+    else:
+        with torch.no_grad():
+            master.mul_(change)
     pack(model, tmp_path / "out")
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(model))
 
@@ -213,24 +223,33 @@ def test_refuses_nan_and_leaves_nothing_behind(tmp_path, where, value, trained):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_weights_that_break_their_pattern(tmp_path, trained):
-    model = trained("qwen2")
+@pytest.fixture
+def derives_wrongly(monkeypatch):
+    """Leaves derived weights as a test makes them."""
+    return lambda: monkeypatch.setattr(DerivedModule, "refresh", lambda module: None)
+
+
+def test_refuses_weights_that_break_their_pattern(tmp_path, trained, derives_wrongly):
+    model, experts = trained("qwen2"), trained("qwen2-moe")
+    derives_wrongly()
     up = model.model.layers[1].mlp.up_proj
     up.ternary[7, 8:16] = -1
     message = r"layers.1.mlp.up_proj.weight: row 7 has 8 non-zeros in the group from input 8 on, "
     with pytest.raises(WeightError, match=message + "but its pattern is 6:8"):
         pack(model, tmp_path / "out")
-    model = trained("qwen2-moe")
-    model.model.layers[0].mlp.experts.down_proj_ternary[2, 5, :8] = 1
+    experts.model.layers[0].mlp.experts.down_proj_ternary[2, 5, :8] = 1
     message = r"experts.down_proj: row \(2, 5\) has 8 non-zeros in the group from input 0 on"
     with pytest.raises(WeightError, match=message):
-        pack(model, tmp_path / "out")
+        pack(experts, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_pack_keeps_the_directory_that_was_there(tmp_path, trained, logits):
+def test_a_failed_pack_keeps_the_directory_that_was_there(
+    tmp_path, trained, logits, derives_wrongly
+):
     good, bad = trained("qwen2"), trained("qwen2")
     pack(good, tmp_path / "out")
+    derives_wrongly()
     bad.model.layers[0].mlp.up_proj.ternary[:] = 1
     with pytest.raises(WeightError):
         pack(bad, tmp_path / "out")

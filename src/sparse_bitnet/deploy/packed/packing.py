@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import progress, say
@@ -142,7 +143,16 @@ class _Trained:
     @classmethod
     def live(cls, model: PreTrainedModel) -> _Trained:
         modules = dict(converted_modules(model))
-        return cls(model, modules, modules.__getitem__)
+
+        def module(name: str) -> DerivedModule:
+            # Edits through `.data` go unseen, and merging an adapter is one: derive anew. Not of
+            # shards, which packing refuses: this rank may be the only one to ask.
+            one = modules[name]
+            if not any(isinstance(w, DTensor) for w in one.master_parameters().values()):
+                one.invalidate()
+            return one
+
+        return cls(model, modules, module)
 
 
 def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | None]:
