@@ -82,7 +82,7 @@ def sweep(
     """Run a sweep to its end, or on from where it was stopped.
 
     Args:
-        recipe: a sweep recipe (see :mod:`sparse_bitnet.study.cells`), cells in order of value.
+        recipe: a sweep recipe (docs/study.md tells how to write one), cells in order of value.
         out: receives ``rows.jsonl``, ``sweep.yaml`` (the recipe) and ``logs/``.
         minutes: stop by then: no cell is started that cannot be expected to finish (a later,
             shorter one may be), and what still runs is asked to save and leave.
