@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -52,6 +55,24 @@ def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) 
             fill(temporary, text, is_directory)
         assert content(target) == text
     assert list(target.parent.iterdir()) == [target]
+
+
+@WRITERS
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: '{target}'"),
+        (OSError("8 requested and 3 written"), "{target} cannot be written: 8 requested and 3"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "other"), "No such file: 'other'"),
+    ],
+)
+def test_an_error_names_the_file(
+    tmp_path: Path, writer: Writer, is_directory: bool, error: OSError, said: str
+) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(type(error), match=re.escape(said.format(target=target))), writer(target):
+        raise copy.copy(error)
+    assert list(tmp_path.iterdir()) == []
 
 
 @WRITERS

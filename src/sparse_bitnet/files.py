@@ -37,6 +37,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        _say_where(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,6 +73,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        _say_where(error, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _put_back(path)
@@ -111,6 +117,16 @@ def refuse_special(*paths: Path) -> None:
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a pipe or a device, not a file")
+
+
+def _say_where(error: OSError, path: Path) -> None:
+    """Name the file in an error that names none, as when a write finds no space."""
+    if error.filename is not None:
+        return
+    if error.errno is None:  # numpy counts what it wrote
+        error.args = (f"{path} cannot be written: {error}",)
+    else:
+        error.filename = str(path)
 
 
 def _put_back(path: Path) -> None:

@@ -389,6 +389,13 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"\(15 were left out: model\.layers\.0.*, …\)"):
             convert(tiny(), rules={".": "skip"})
 
+    def test_a_linear_of_another_class(self) -> None:
+        class Own(nn.Linear):
+            pass
+
+        with pytest.raises(ConfigError, match=r"\(1 were left out: 0\); .* it is a Own, not"):
+            convert(nn.Sequential(Own(8, 8)))
+
     def test_the_model_itself_is_a_layer(self) -> None:
         with pytest.raises(ConfigError, match=r"is itself a Linear.*put it into a module first"):
             convert(nn.Linear(8, 8))

@@ -156,7 +156,7 @@ def convert(
     if not plan:
         raise ConfigError(
             "convert: the model has no nn.Linear or expert weights to convert "
-            f"({len(report.skipped)} were left out: {_some(list(report.skipped))})"
+            f"({len(report.skipped)} were left out: {_some(list(report.skipped))}){_first(report)}"
         )
     names = _names_of_each(model)
     for _, module, chosen, own in plan:
@@ -349,6 +349,11 @@ def _check_rules_used(
             f"rule {rule!r} decides for no module: of {_some(found)} "
             + (f"the first is left out ({reason})" if reason else "an earlier rule decides")
         )
+
+
+def _first(report: Conversion) -> str:
+    reason = next(iter(report.skipped.values()), "")
+    return f"; the first because {reason}" if reason else ""
 
 
 def _some(names: list[str]) -> str:
