@@ -19,6 +19,7 @@ import math
 import re
 import types
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -268,6 +269,7 @@ def _build(kind: type, values: dict[str, Any], place: str) -> Any:
         raise type(error)(f"{place}: {error}") from error
 
 
+@cache  # a sweep of a thousand cells asks a million times
 def _fields(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
