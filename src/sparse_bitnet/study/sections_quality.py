@@ -141,16 +141,15 @@ def tokens_per_weight(runs: Runs) -> Section:
     for kind, points in found.items():
         seeds = _enough(list(points.values()))
         drawn = {x: e for x, e in points.items() if len(e.values) >= seeds}
-        if len(drawn) > 1:
-            curves[kind] = Curve(
-                NAME[kind],
-                list(drawn),
-                [e.mean for e in drawn.values()],
-                [e.spread for e in drawn.values()],
-                kind,
-                seeds=[e.values for e in drawn.values()],
-            )
-    missing = [f"{kind} at more lengths" for kind in KINDS if kind not in curves]
+        curves[kind] = Curve(
+            NAME[kind],
+            list(drawn),
+            [e.mean for e in drawn.values()],
+            [e.spread for e in drawn.values()],
+            kind,
+            seeds=[e.values for e in drawn.values()],
+        )
+    missing = [f"{kind} at more lengths" for kind in KINDS if len(curves[kind].x) < 2]
     wanted = f"dense and {LENGTH_PATTERN} of both kinds at several lengths, all with seeds or none"
     notes = needs(wanted, missing)
     lengths = sorted({x for kind in KINDS for x in found[kind]})
@@ -175,9 +174,10 @@ def tokens_per_weight(runs: Runs) -> Section:
         *("BF16 − BitNet, by seed", "loses less"),
     )
     figures = []
-    if curves:
+    shown = [curve for curve in curves.values() if curve.x]
+    if any(len(curve.x) > 1 for curve in shown):  # beside it another's only point is worth a look
         png = plots.lines(
-            list(curves.values()),
+            shown,
             f"Cost of {LENGTH_PATTERN}, {runs.label}",
             "training tokens per weight",
             "perplexity / that of the dense model",
@@ -188,7 +188,7 @@ def tokens_per_weight(runs: Runs) -> Section:
             f"{curve.label}: "
             + ", ".join(f"{x:g} {y:.3f}" for x, y in zip(curve.x, curve.y, strict=True))
             + "."
-            for curve in curves.values()
+            for curve in shown
         )
         figures.append(Figure("length", png, alt, SEEDS))
     return Section(
