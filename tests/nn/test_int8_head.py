@@ -8,6 +8,8 @@ from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
@@ -150,3 +152,16 @@ def test_refuses_what_it_would_compute_wrongly():
         swap_int8(qwen(True), ["model.norm"])
     with pytest.raises(ConfigError, match="nothing: a NoneType cannot be int8"):
         swap_int8(qwen(True), ["nothing"])
+
+
+def test_activations_that_became_integers_are_refused():
+    """Mamba casts what goes into its head to the dtype of the head's weight."""
+    torch.manual_seed(0)
+    shape = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "state_size": 16}
+    config = Mamba2Config(vocab_size=90, hidden_size=32, num_hidden_layers=1, **shape)
+    model = Mamba2ForCausalLM(config).eval()
+    swap_int8(model, int8_modules(model), device="cpu")
+    model.lm_head.weight.fill_(1)
+    model.lm_head.weight_scale.fill_(1)
+    with pytest.raises(ConfigError, match=r"activations of torch\.int8; .* with --head float when"):
+        model(torch.ones(1, 4, dtype=torch.long))

@@ -259,3 +259,10 @@ def test_compiles_in_one_graph(storage, bits):
     for tokens in (5, 40, 1):
         x = torch.randn(tokens, 40)
         assert torch.equal(compiled(x), packed(x))
+
+
+def test_activations_that_became_integers_are_refused(storage):
+    linear = trained_linear()
+    for layer in (linear, pack_module(linear, storage, "layer")):
+        with pytest.raises(ConfigError, match=r"got activations of torch\.uint8; .* a rule that"):
+            layer(torch.ones(2, 40, dtype=torch.uint8))

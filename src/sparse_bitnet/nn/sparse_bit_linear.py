@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_bitnet.core import (
     DENSE,
+    ConfigError,
     Method,
     Pattern,
     check_segments,
@@ -123,7 +124,18 @@ def kept_weights(
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer would return for ``x``: autocast's dtype where that is on."""
+    """What a linear layer would return for ``x``: autocast's dtype where that is on.
+
+    Raises:
+        ConfigError: for integers, which a model makes of its activations where it casts them to the
+            dtype of a weight, and that weight is packed.
+    """
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"a layer got activations of {x.dtype}; this architecture casts them to the dtype of "
+            "the layer's weight, so that layer has to stay in floating point: the output head with "
+            "--head float when packing, another one with a rule that skips it when converting"
+        )
     device = x.device.type
     # The meta device has no autocast to ask for. (`is_autocast_available` would say so, but breaks
     # the graph of torch 2.11.)
