@@ -74,8 +74,7 @@ def import_bitnet(
     """
     source, out = Path(source), Path(out)
     check_target(out)
-    if out.exists():
-        refuse_foreign(out)
+    refuse_foreign(out)
     checkpoint = BitNetCheckpoint(source)
     model = checkpoint.load()
     tokenizer = _load_tokenizer(source)

@@ -359,8 +359,7 @@ def _check_target(out: Path) -> None:
         raise ConfigError(
             f"{out} exists and is not a packed model; give a new directory, or remove it first"
         )
-    if out.exists():
-        refuse_foreign(out)
+    refuse_foreign(out)
 
 
 def distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -59,12 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse to replace a model's directory that has somebody else's files in it.
+    """Refuse to replace a model's directory, if there is one, that has somebody else's files in it.
 
     Raises:
         ConfigError: naming one of them.
     """
-    for path in sorted(directory.iterdir()):
+    for path in sorted(directory.iterdir()) if directory.exists() else ():
         if not WRITTEN.fullmatch(path.name):
             raise ConfigError(
                 f"{directory} holds {path.name}, which would be lost: the whole directory is "

@@ -9,8 +9,8 @@ Groups of up to eight are ranked, every weight against all others, M(M−1)/2 co
 ones a sorting network, of which only what leads to place N is kept, finds the N-th largest, τ: at
 8:32 in a fifth of the instructions. Then |w| ≥ τ is the mask, unless some tie with τ:
 
-- Weights of 16 bits leave the low bits of a float32 free, and the lane goes there, lower lanes
-  larger: nothing ties.
+- Weights of 16 bits leave the low 13 bits of a float32 free or more, and the lane goes there, lower
+  lanes larger: nothing ties.
 - Weights of 32 bits hardly ever tie. A program that counts more than N weights of a group masks its
   tile again, lane by lane, and writes it a second time. To look for ties costs 5 to 17 % of the
   bandwidth in groups of four and eight, which is why those are ranked.
