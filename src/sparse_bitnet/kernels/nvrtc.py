@@ -1,0 +1,176 @@
+"""CUDA C++ compiled at run time (NVRTC), kept on disk, launched through the CUDA driver.
+
+Users need no CUDA toolkit: NVRTC and its Python bindings (``cuda-bindings``) come with CUDA builds
+of PyTorch. A kernel is compiled once for each set of macros and each architecture, in less than a
+second, and kept beside the measurements of :mod:`sparse_bitnet.kernels.tuning`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_bitnet import files
+from sparse_bitnet.core.errors import BackendError
+from sparse_bitnet.kernels.tuning import cache_folder
+
+
+@cache
+def has_nvrtc() -> bool:
+    """True where the compiler's bindings can be imported; CUDA builds of PyTorch bring them."""
+    try:
+        return find_spec("cuda.bindings.nvrtc") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def compile_source(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
+    """Machine code (cubin) of CUDA C++ that includes nothing.
+
+    Args:
+        source: of one ``extern "C"`` kernel.
+        macros: name → value, defined ahead of the source.
+        architecture: for example ``sm_90a``.
+
+    Raises:
+        BackendError: with the compiler's message.
+    """
+    from cuda.bindings import nvrtc
+
+    text = "".join(f"#define {name} {value}\n" for name, value in macros.items()) + source
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--fmad=false"]
+    version = nvrtc.nvrtcVersion()[1:]
+    digest = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    kept = folder / f"{digest}.cubin"
+    try:
+        return kept.read_bytes()
+    except OSError:
+        pass
+
+    def done(result: Sequence[Any]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise BackendError(f"NVRTC: {result[0].name}{_log(nvrtc, program)}")
+        return result[1] if len(result) > 1 else None
+
+    program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], [])[1]
+    try:
+        done(nvrtc.nvrtcCompileProgram(program, len(options), options))
+        code = bytearray(done(nvrtc.nvrtcGetCUBINSize(program)))
+        done(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    _keep(kept, bytes(code))
+    return bytes(code)
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    size = nvrtc.nvrtcGetProgramLogSize(program)[1]
+    text = bytearray(size)
+    nvrtc.nvrtcGetProgramLog(program, text)
+    return ": " + bytes(text).decode(errors="replace").strip("\0\n")[:2000]
+
+
+def _keep(path: Path, code: bytes) -> None:
+    try:  # a folder that cannot be written costs a second at the next start
+        with files.atomic_file(path) as partial:
+            partial.write_bytes(code)
+    except OSError:
+        pass
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One compiled kernel, loaded into a device's context at its first launch there.
+
+    Args:
+        source, macros: as of :func:`compile_source`.
+        name: of the ``extern "C"`` function.
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    source: str
+    macros: Mapping[str, int]
+    name: str
+    threads: int
+    shared_bytes: int
+    architecture: str = "sm_90a"
+    _functions: dict[int, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The driver's handle of the kernel on PyTorch's current device."""
+        device = torch.cuda.current_device()
+        function = self._functions.get(device)
+        if function is None:
+            from cuda.bindings import driver
+
+            code = compile_source(self.source, self.macros, self.architecture)
+            module = check(driver.cuModuleLoadData(code))
+            function = check(driver.cuModuleGetFunction(module, self.name.encode()))
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuFuncSetAttribute(function, limit, self.shared_bytes))
+            self._functions[device] = function
+        return function
+
+    def launch(
+        self, blocks: int, arguments: Sequence[int], cluster: int = 1, dependent: bool = True
+    ) -> None:
+        """Enqueue on PyTorch's current stream.
+
+        Args:
+            blocks: of the grid.
+            arguments: address of each kernel parameter's value.
+            cluster: consecutive blocks that form a cluster.
+            dependent: programmatic dependent launch: the kernel may begin before the one ahead of
+                it has ended, and waits for it itself.
+        """
+        from cuda.bindings import driver
+
+        function = self.load()
+        config = self._config(blocks, cluster, dependent)
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        pointers = (ctypes.c_void_p * len(arguments))(*arguments)
+        check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
+
+    def resident_clusters(self, cluster: int) -> int:
+        """Clusters of that many blocks that run on the current device at the same time."""
+        from cuda.bindings import driver
+
+        config = self._config(cluster, cluster, dependent=False)
+        return int(check(driver.cuOccupancyMaxActiveClusters(self.load(), config)))
+
+    def _config(self, blocks: int, cluster: int, dependent: bool) -> Any:
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        kinds = driver.CUlaunchAttributeID
+        size = driver.CUlaunchAttribute()
+        size.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = size.value.clusterDim
+        dimension.x, dimension.y, dimension.z = cluster, 1, 1
+        attributes = [size]
+        if dependent:
+            early = driver.CUlaunchAttribute()
+            early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(early)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
+
+
+def check(result: Sequence[Any]) -> Any:
+    if int(result[0]) != 0:
+        raise BackendError(f"CUDA driver: {result[0].name}")
+    return result[1] if len(result) > 1 else None
