@@ -106,7 +106,7 @@ def test_a_model_that_no_run_wrote_is_not_replaced(recipe: Any) -> None:
     with pytest.raises(ConfigError, match=r"was not written by a run in .* and would be replaced"):
         train(config)
     assert precious.read_text() == "a month of training"
-    assert sorted(path.name for path in directory.iterdir()) == ["model"]
+    assert sorted(path.name for path in directory.iterdir()) == [".lock", "model"]
     assert train(recipe(run={"export": False})).model_directory is None
 
 

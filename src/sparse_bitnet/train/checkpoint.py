@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -34,7 +35,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
-from sparse_bitnet.console import say
 from sparse_bitnet.core import CheckpointError, ConfigError, shown
 from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
 from sparse_bitnet.train.config import TrainConfig
@@ -132,14 +132,6 @@ class Checkpoints:
             if match and (path / MANIFEST).is_file():
                 found.append(int(match[1]))
         return sorted(found, reverse=True)
-
-    def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
-        if self.ranks.is_main:
-            for path in self.directory.glob(f"*{TEMPORARY_SUFFIX}"):
-                say(f"removing the unfinished checkpoint {path.name}")
-                shutil.rmtree(path, ignore_errors=True)
-        self.ranks.wait()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
@@ -264,6 +256,6 @@ def _tensor_files(directory: Path) -> set[str]:
 
 def _remove(path: Path) -> None:
     """Under a temporary name first, so that half a removal is not taken for a checkpoint."""
-    doomed = path.with_name(path.name + TEMPORARY_SUFFIX)
+    doomed = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -28,7 +28,7 @@ from sparse_bitnet.train.monitor import History, Monitor, Reading, read_history
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
 from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
 from sparse_bitnet.train.recipe import load_recipe
-from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, write_result
+from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
 from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
@@ -46,15 +46,21 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         on_step: called after every step with (steps done, the converted model), on every rank.
 
     Raises:
-        ConfigError: if the directory holds a run of another configuration, or values contradict.
+        ConfigError: if the directory holds a run of another configuration, or another process
+            trains in it; or if values contradict.
         PatternError: if a pattern, or one that the schedule comes to, does not fit the model.
         DataError: if the tokens are missing or damaged.
         CheckpointError: if the checkpoint to resume from is damaged.
         TrainingError: if the loss or the gradient is not finite.
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
-    with ranks(config.run.device) as here, stop_on_signals(here.is_main) as stop:
-        finished = claim(Path(config.run.directory), config, here)
+    directory = Path(config.run.directory)
+    with (
+        ranks(config.run.device) as here,
+        stop_on_signals(here.is_main) as stop,
+        owned(directory, here),
+    ):
+        finished = claim(directory, config, here)
         if finished is None:
             return _Run(config, here).finish(stop, on_step)
         if here.is_main:
@@ -251,7 +257,6 @@ class _Run:
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=enabled)
 
     def _resume(self) -> int:
-        self.checkpoints.clean()
         step = self.checkpoints.latest()
         if step is None:
             return 0
