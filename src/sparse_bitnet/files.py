@@ -18,7 +18,6 @@ import re
 import shutil
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path

@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
-from sparse_bitnet.core import CheckpointError, ConfigError, shown
+from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
+from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import config_from_dict, differences, to_dict
@@ -84,7 +84,7 @@ class Checkpoints:
                 "ranks": self.ranks.world_size,
                 "config": to_dict(self.config),
                 "data": self.data,
-                "files": self._fingerprints(temporary, files),
+                "files": self._checksums(temporary, files),
             }
             if main:
                 write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
@@ -170,24 +170,14 @@ class Checkpoints:
 
     def _damage(self, path: Path, manifest: dict[str, Any]) -> str:
         """What is wrong with a checkpoint's files, or the empty string. Ranks share the reading."""
-        expected, present = manifest["files"], _tensor_files(path)
-        for names, trouble in (
-            (expected.keys() - present, "is missing"),
-            (present - expected.keys(), "does not belong to it"),
-        ):
-            if names:
-                return f"{shown(min(names))} {trouble}"
-        found = self._fingerprints(path, sorted(expected))
-        for name, (size, crc) in found.items():
-            if [size, crc] != expected[name]:
-                return (
-                    f"{name} has {size} bytes and checksum {crc}, expected {shown(expected[name])}"
-                )
-        return ""
+        expected = manifest["files"]
+        return names_differ(path, expected) or sums_differ(
+            self._checksums(path, sorted(expected)), expected
+        )
 
-    def _fingerprints(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
+    def _checksums(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
         mine = names[self.ranks.rank :: self.ranks.world_size]
-        parts = self.ranks.gather({name: _fingerprint(directory / name) for name in mine})
+        parts = self.ranks.gather({name: checksum(directory / name) for name in mine})
         return {name: mark for part in parts for name, mark in sorted(part.items())}
 
     def _way_out(self, bad: int) -> str:
@@ -203,11 +193,10 @@ class Checkpoints:
         path = self.path(step)
         try:
             manifest = read_json(path / MANIFEST)
-            if manifest["files"].keys() != _tensor_files(path):
+            expected = manifest["files"]
+            if manifest["step"] != step or names_differ(path, expected):
                 return True
-            return manifest["step"] != step or any(
-                _fingerprint(path / name) != mark for name, mark in manifest["files"].items()
-            )
+            return bool(sums_differ({name: checksum(path / name) for name in expected}, expected))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return True
 
@@ -238,20 +227,6 @@ def _dcp(trouble: str) -> Iterator[None]:
         except dcp.CheckpointException as error:
             _, (cause, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{trouble}: {cause}") from error
-
-
-def _fingerprint(path: Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _tensor_files(directory: Path) -> set[str]:
-    """Names of the plain files that a reader of tensors would open there."""
-    return {path.name for path in directory.glob("*.safetensors") if path.is_file()}
 
 
 def _remove(path: Path) -> None:
