@@ -30,6 +30,17 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EIN
 """What file systems answer that have no locks, or, over the network, none on directories."""
 
 
+def cache_folder() -> Path:
+    """``$SPARSE_BITNET_CACHE``, else ``$XDG_CACHE_HOME/sparse_bitnet``, else that in ``~/.cache``.
+
+    Raises:
+        RuntimeError: if there is no home directory either.
+    """
+    root = os.environ.get("SPARSE_BITNET_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root) if root else Path(base).expanduser() / "sparse_bitnet"
+
+
 @contextmanager
 def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file ``path``. The lock ends with the process, even when it is killed.

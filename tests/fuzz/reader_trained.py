@@ -17,7 +17,6 @@ from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import load_trained, save_trained
 from sparse_bitnet.train.presets import preset_config
 
-
 written: dict[str, torch.Tensor] = {}
 
 

@@ -36,11 +36,8 @@ def bucket(tokens: int) -> int:
 
 def cache_file(device: torch.device) -> Path:
     """Where the measurements of a device are kept."""
-    root = os.environ.get("SPARSE_BITNET_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) if root else Path(base) / "sparse_bitnet"
     parts = [torch.cuda.get_device_name(device), f"torch-{torch.__version__}", f"v{FORMAT}"]
-    return folder / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".json")
+    return files.cache_folder() / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".json")
 
 
 class Memory:

@@ -2,7 +2,8 @@
 
 The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
 field can read it; ``sparse_bitnet.json`` says how the linears computed and holds the checksums of
-the weight files, and :func:`load_trained` converts them again. Packing (ternary weights, a small file) is another room: ``deploy``.
+the weight files, and :func:`load_trained` converts them again. Packing (ternary weights, a small
+file) is another room: ``deploy``.
 """
 
 from __future__ import annotations
