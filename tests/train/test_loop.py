@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingError
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
-from sparse_bitnet.train.command import train_command
+from sparse_bitnet.train.command import describe, train_command
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import load_recipe
 
@@ -128,6 +130,72 @@ def test_a_damaged_result_is_made_again(recipe: Any, damage: str) -> None:
     assert not second.reused
     assert second.loss == first.loss
     assert json.loads(path.read_text())["config_digest"] == json.loads(good)["config_digest"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "gone"),
+    [
+        (Path.unlink, "13 of 13 rows"),
+        (lambda path: path.write_text(""), "13 of 13 rows"),
+        (lambda path: path.write_bytes(b"\0" * 3000), "13 of 13 rows"),  # after a power cut
+        (cut, "2 of 13 rows"),
+    ],
+    ids=["missing", "empty", "zeros", "cut"],
+)
+def test_a_run_without_its_metrics_ends_with_its_weights(
+    recipe: Any, damage: Any, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(run={"checkpoint_every": 6})
+    first = train(config)
+    shutil.rmtree(first.model_directory)
+    (first.directory / "result.json").unlink()
+    damage(first.history)
+    capsys.readouterr()
+    second = train(config)
+    shown = capsys.readouterr().err
+    assert f"{gone} of metrics.jsonl are gone" in shown
+    assert "the last row of metrics.jsonl is gone, and the last training loss with it" in shown
+    assert second.loss is None
+    assert second.validation_loss == first.validation_loss  # measured again
+    assert rows(second)[-1] == {"step": 12, "validation_loss": first.validation_loss}
+    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "loss" not in describe(second).split()
+    assert train(config).reused  # and the result is a result like any other
+
+
+def test_rows_in_the_middle_that_are_gone_are_counted(
+    recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(run={"checkpoint_every": 5})
+    with pytest.raises(TrainingInterruptedError):
+        train(config, stop_at(5))
+    history = Path(config.run.directory) / "metrics.jsonl"
+    lines = history.read_text().splitlines(keepends=True)
+    history.write_text("".join([*lines[:2], "damaged\n", *lines[3:]]))
+    result = train(config)
+    assert "1 of 5 rows of metrics.jsonl are gone" in capsys.readouterr().err
+    assert result.loss == losses(result)[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
+def test_rows_are_synced_before_a_checkpoint(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def logged(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "metrics.jsonl":
+            text = Path(f"/proc/self/fd/{descriptor}").read_text()
+            synced.append(json.loads(text.splitlines()[-1])["step"])
+        fsync(descriptor)
+
+    monkeypatch.setattr("sparse_bitnet.train.monitor.os.fsync", logged)
+    train(recipe(run={"checkpoint_every": 4}))
+    assert synced == [4, 8, 12, 12]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

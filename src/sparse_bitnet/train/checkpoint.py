@@ -64,8 +64,14 @@ class Checkpoints:
     data: dict[str, Any]
     ranks: Ranks
 
-    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Path:
-        """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``."""
+    def save(
+        self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, rows: int = 0
+    ) -> Path:
+        """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``.
+
+        Args:
+            rows: of metrics.jsonl that belong to these steps; :meth:`load` returns it.
+        """
         target = self.path(step)
         main = self.ranks.is_main
         with atomic_directory(target) if main else contextlib.nullcontext() as own:
@@ -84,6 +90,7 @@ class Checkpoints:
                 "ranks": self.ranks.world_size,
                 "config": to_dict(self.config),
                 "data": self.data,
+                "rows": rows,
                 "files": self._checksums(temporary, files),
             }
             if main:
@@ -94,8 +101,11 @@ class Checkpoints:
         self.ranks.wait()
         return target
 
-    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
         """Fill model and optimizer with the state after ``step`` steps.
+
+        Returns:
+            How many rows metrics.jsonl had when it was saved; 0 in those of version 0.1.
 
         Raises:
             CheckpointError: if the checkpoint is damaged or belongs to another run; names another
@@ -119,6 +129,8 @@ class Checkpoints:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].fill_(step)
+        rows: int = manifest.get("rows", 0)
+        return rows
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -144,6 +156,7 @@ class Checkpoints:
             sound = manifest["format"] == FORMAT and manifest["step"] == step
             sound = sound and {"config", "data"} <= manifest.keys()
             sound = sound and isinstance(manifest["files"], dict)
+            sound = sound and type(manifest.get("rows", 0)) is int
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:

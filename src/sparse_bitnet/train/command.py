@@ -35,8 +35,9 @@ def describe(result: TrainResult) -> str:
     """The result in lines for people."""
     lines = [
         f"steps       {result.steps:,} ({result.tokens:,} tokens)",
-        f"loss        {result.loss:.4f} nats a token at the last step",
     ]
+    if result.loss is not None:
+        lines.append(f"loss        {result.loss:.4f} nats a token at the last step")
     if result.validation_loss is not None:
         lines.append(
             f"validation  {result.validation_loss:.4f} nats a token, perplexity "

@@ -13,6 +13,7 @@ synchronisation. Sharded weights are gathered first, so figures are those of the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,14 @@ def _batches(model: nn.Module) -> Iterator[tuple[_Batch, Tensor]]:
 
 
 class History:
-    """``metrics.jsonl``: one JSON object a row, appended at once; TensorBoard events when asked.
+    """``metrics.jsonl``: one JSON object a row, appended at once; TensorBoard events if configured.
 
     Continuing a run drops the rows after the step it resumes from, so every step stands there once.
     With ``writes`` off (ranks other than the first) nothing is touched.
+
+    Attributes:
+        rows: how many the file has.
+        last: figures of the newest step that has any, all its rows together.
 
     Raises:
         MissingExtraError: if TensorBoard is asked for and not installed.
@@ -142,6 +147,7 @@ class History:
         self, directory: Path, first_step: int, tensorboard: bool, writes: bool = True
     ) -> None:
         self._file, self._board = None, None
+        self.rows, self.last = 0, dict[str, Any]()
         if not writes:
             return
         if tensorboard:
@@ -150,9 +156,12 @@ class History:
         kept = [row for row in read_history(path) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
+        for row in kept:
+            self._count(row)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; it must have a ``step``."""
+        self._count(row)
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -165,12 +174,23 @@ class History:
                     if value is not None:
                         self._board.add_scalar(f"{name}/{layer}", value, row["step"])
 
-    def close(self) -> None:
-        """Close the files."""
+    def sync(self) -> None:
+        """Bring the rows to the disk: before each checkpoint, so that none of them outlives its
+        rows when the machine stops."""
         if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close the files."""
+        if self._file is not None:
+            self.sync()
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self.last = (self.last if self.last.get("step") == row["step"] else {}) | row
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ class TrainResult:
         directory: of the run.
         steps: optimizer steps of the whole run.
         tokens: that the whole run has seen.
-        loss: of the last step, nats a token.
+        loss: of the last step, nats a token; None if metrics.jsonl lost its row.
         validation_loss: mean over the validation sequences, nats a token; None without a split.
         seconds: of the last process, compilation and validation included.
         linear_weights: how many weights were converted.
@@ -51,7 +51,7 @@ class TrainResult:
     directory: Path
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     validation_loss: float | None
     seconds: float
     linear_weights: int
