@@ -104,12 +104,12 @@ class _Run:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.graph = self._graph() if config.run.cuda_graph else None
-        self.monitor = Monitor(self.model)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
         )
         self.first_bad = torch.full((), math.inf, device=here.device)
         self.first_step, self.rows_before = self._resume()
+        self.monitor = Monitor(self.model, self.first_step // config.run.log_every)
 
     def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""
@@ -374,10 +374,11 @@ def _choose(wanted: str, automatic: str) -> str:
 def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
     if reading is None:
         return {}
-    figures: dict[str, Any] = {"flip_rate": reading.flip_rate, "zeros": reading.zeros}
+    columns = ["flip_rate", "zeros"] if reading.dead is None else ["flip_rate", "zeros", "dead"]
+    figures: dict[str, Any] = {name: getattr(reading, name) for name in columns}
     if layers_every and done % layers_every == 0:
         figures["layers"] = {
-            name: {"flip_rate": layer.flip_rate, "zeros": layer.zeros}
+            name: {column: getattr(layer, column) for column in columns}
             for name, layer in reading.layers.items()
         }
     return figures
