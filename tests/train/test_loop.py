@@ -283,12 +283,12 @@ def test_seeds_are_other_runs(recipe: Any) -> None:
     assert losses(one) != losses(other)
 
 
-def test_the_twin_learns_better_at_first(recipe: Any) -> None:
+def test_the_baseline_learns_better_at_first(recipe: Any) -> None:
     ternary = train(recipe("ternary", schedule={"steps": 40}))
     sections: dict[str, Any] = {"schedule": {"steps": 40}, "sparsity": {"kind": "bf16"}}
-    twin = train(recipe("twin", **sections))
-    assert twin.loss < ternary.loss
-    assert rows(twin)[-2]["weight_decay"] == 0.1
+    baseline = train(recipe("baseline", **sections))
+    assert baseline.loss < ternary.loss
+    assert rows(baseline)[-2]["weight_decay"] == 0.1
     assert rows(ternary)[-2]["weight_decay"] == 0.0
 
 
@@ -397,8 +397,9 @@ def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--schedule.steps INT" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="the recipe comes first"):
         train_command([])
-    with pytest.raises(ConfigError, match=r"schedule\.step is unknown"):
+    with pytest.raises(SystemExit):
         train_command([str(path), "--schedule.step", "2"])
+    assert "Unrecognized options: --schedule.step" in capsys.readouterr().err
 
 
 @pytest.mark.slow
