@@ -24,7 +24,7 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.train import SparsityConfig, save_trained
 from sparse_bitnet.train.presets import preset_config
 
-KILLS = 20
+KILLS = 10
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 WITHOUT_TIMES = {"tokens_per_second", "seconds"}
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, and reading with suspicion.
+"""Atomic writes of files and directories, lock files, and bounded reading of JSON.
 
 Everything is written beside its place under a temporary name, synced to the disk, and renamed. One
 rename replaces a file. A directory that exists takes two: were a machine to stop between them, the

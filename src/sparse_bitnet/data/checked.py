@@ -1,4 +1,4 @@
-"""Which files of a directory have been read and found whole, so that no start reads them again.
+"""Cache of checksums, so that an unchanged token shard is read once and not at every start.
 
 ``.checked.json`` holds, for each file, its size, its times of modification and of change when it
 was read, its sha256, and its largest token id. It lies beside the files; where that is not allowed,

@@ -1,4 +1,4 @@
-"""What a data preparation was asked for and how far it is: ``OUT/prepare.json``.
+"""Journal of a data preparation: its settings and finished parts, in ``OUT/prepare.json``.
 
 The journal makes a run resumable and a finished one recognisable. It is rewritten atomically after
 each part, when the part's files already lie in place.

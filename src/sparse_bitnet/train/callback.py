@@ -1,4 +1,4 @@
-"""For people who train with Hugging Face ``Trainer``: the schedules and the monitor as a callback.
+"""Hugging Face ``Trainer`` callback with the schedules and the monitor.
 
     convert(model, "6:8")
     trainer = Trainer(model, args, train_dataset=..., callbacks=[SparseBitNetCallback("6:8")])

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: sharded over ranks, complete or absent, checked when read.
+"""Resumable checkpoints: sharded over ranks, complete or absent, verified when loaded.
 
 PyTorch's distributed checkpoint (DCP) plans which rank writes and reads which part of which tensor,
 so a run may continue on another number of ranks. Its own files are pickles (``.metadata``, and
@@ -233,7 +233,7 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 def _dcp(trouble: str) -> Iterator[None]:
     """Make what DCP raises one of our errors: it wraps all, of every rank, in a BaseException."""
     with warnings.catch_warnings():
-        # It warns that it "assumes" a single process, also when told so.
+        # It warns that it "assumes" a single process, also with no_dist.
         warnings.filterwarnings("ignore", message=".*single process")
         try:
             yield

@@ -1,7 +1,6 @@
-"""What a training run is: nested, frozen dataclasses, checked when they are made.
+"""Training configuration: nested, frozen dataclasses, checked when they are made.
 
-A recipe (YAML) and the command line fill the same fields by the same rules; see
-:mod:`sparse_bitnet.train.recipe`. Every field says its unit. Out of range is a
+A recipe (YAML) and the command line fill the same fields; see :mod:`sparse_bitnet.train.recipe`. Every field says its unit. Out of range is a
 :class:`~sparse_bitnet.core.ConfigError` that names the field, the value and what would do.
 """
 

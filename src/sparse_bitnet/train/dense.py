@@ -1,4 +1,4 @@
-"""Dense Hugging Face directories, read with suspicion: no code, no network, nothing random.
+"""Load dense Hugging Face directories safely: no remote code, no network, no random weights.
 
 transformers is made for models that one trusts. It offers to run code that a directory brings,
 fetches a kernel that a ``config.json`` names, and gives a weight that the files lack random values
@@ -114,7 +114,7 @@ def no_bars() -> Iterator[None]:
 
 
 def _check_config(directory: Path) -> None:
-    """What has to be known before transformers builds what a ``config.json`` says."""
+    """Check what transformers would build from a ``config.json`` before it does."""
     refuse_special(*directory.iterdir())
     config = _read_config(directory / "config.json")
     files = sorted(directory.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face directory, and the way back.
+"""Save a trained model as a Hugging Face directory, and load it.
 
 The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
 field can read it; ``sparse_bitnet.json`` says how the linears computed and holds the checksums of

@@ -1,4 +1,4 @@
-"""What one wants to see of a ternary model in training, besides its loss.
+"""Training metrics of a ternary model besides its loss: flip rate, zeros, dead weights.
 
 - **Flip rate**: the fraction of mask entries that one optimizer step changes, over all masked
   weights. High early, falling as the masks settle.

@@ -1,4 +1,4 @@
-"""One process or many: who this process is, how the model is cut, how ranks agree.
+"""Ranks, FSDP2 sharding and per-block compilation.
 
 ``torchrun`` tells each process its place through the environment; without it there is one process
 and no process group. Many processes shard with FSDP2: every block is a group of its own, and the

@@ -70,7 +70,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         SystemExit: for wrong overrides, or ``--help`` among them, once tyro has said what is wrong.
     """
     config = config_from_dict(read_yaml(path) or {}, str(path))
-    return _parse_arguments(overrides, config)
+    return _parse_arguments(overrides, config) if overrides else config
 
 
 def read_yaml(path: str | Path) -> Any:

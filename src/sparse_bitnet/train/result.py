@@ -1,4 +1,4 @@
-"""What a run leaves behind besides weights: its configuration, and its result once it is done."""
+"""A run directory: its lock, its configuration, and the result once the run is done."""
 
 from __future__ import annotations
 
