@@ -1,7 +1,8 @@
 """Training configuration: nested, frozen dataclasses, checked when they are made.
 
-A recipe (YAML) and the command line fill the same fields; see :mod:`sparse_bitnet.train.recipe`. Every field says its unit. Out of range is a
-:class:`~sparse_bitnet.core.ConfigError` that names the field, the value and what would do.
+A recipe (YAML) and the command line fill the same fields; see :mod:`sparse_bitnet.train.recipe`.
+Every field says its unit. Out of range is a :class:`~sparse_bitnet.core.ConfigError` that names the
+field, the value and what would do.
 """
 
 from __future__ import annotations
