@@ -251,6 +251,18 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert target.read_text() == "new"
 
 
+def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
+    """As root a rename would put a file in the place of /dev/zero, for the whole machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(FileExistsError, match="pipe is a pipe or a device, not a file"):
+            write_text(path, "text")
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
 def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("precious")

@@ -82,8 +82,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to ``path``, else remove it.
 
     A file that was there hands down its permissions; a symbolic link stays, and its target changes.
+
+    Raises:
+        OSError: if it cannot be written, or a pipe or a device stands there, perhaps behind a link.
     """
     path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
+    try:
+        refuse_special(path)  # a rename would put a file in the place of the device
+    except ValueError as error:
+        raise FileExistsError(str(error)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")

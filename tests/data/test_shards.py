@@ -2,6 +2,7 @@ import json
 import os
 import random
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,14 @@ def test_where_checks_are_remembered(
     for _ in range(2):
         TokenShards(copy)
     assert len(reads) == 3 * count
+
+
+def test_a_memory_that_is_a_pipe_is_neither_read_nor_replaced(copy: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (copy / ".checked.json").unlink(missing_ok=True)
+    (copy / ".checked.json").symlink_to(tmp_path / "pipe")
+    TokenShards(copy)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"00000.bin": 1}', '{"00000.bin": [[], 0, ""]}'])
