@@ -22,8 +22,10 @@ from sparse_bitnet.files import (
     LARGEST_JSON,
     atomic_directory,
     atomic_file,
+    locked,
     read_json,
     refuse_special,
+    remove_leftovers,
     write_text,
 )
 
@@ -127,6 +129,64 @@ def test_killed_while_writing(tmp_path: Path, writer: Writer, is_directory: bool
         fill(temporary, "new", is_directory)
     assert content(target) == "new"
 
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@WRITERS
+def test_leftovers_of_the_living_stay(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    """Whatever process number stands in their names: numbers are used again, locks are not."""
+    target = tmp_path / "target"
+    dead = tmp_path / f"target.{os.getppid()}.partial"  # of a process that lives, but not with it
+    foreign = [tmp_path / name for name in ("target.partial", "target.1.part", "notes.2.partial")]
+    with writer(target) as temporary:
+        fill(temporary, "first", is_directory)
+        alive = temporary.rename(tmp_path / "target.4711.partial")
+        for path in (dead, *foreign):
+            path.mkdir()
+        with writer(target) as second:
+            fill(second, "second", is_directory)
+        assert alive.exists() and not dead.exists()
+        assert remove_leftovers(tmp_path) == ["notes.2.partial"]
+        assert content(target) == "second"
+        alive.rename(temporary)
+    assert content(target) == "first"
+    assert sorted(tmp_path.iterdir()) == sorted([target, *foreign[:2]])
+
+
+def test_a_leftover_that_cannot_be_locked_stays(tmp_path: Path, monkeypatch: Any) -> None:
+    """As on a file system without locks, where nobody knows who lives."""
+    (tmp_path / "target.4711.partial").touch()
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    write_text(tmp_path / "target", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "target.4711.partial"]
+    with pytest.warns(UserWarning, match="has no locks"), locked(tmp_path / "lock", ValueError()):
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from sparse_bitnet.files import locked\n"
+        "with locked(Path(sys.argv[1]), ValueError()):\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    lock = tmp_path / "new" / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(ValueError, match="in use"), locked(lock, ValueError("in use")):
+            raise AssertionError("must not be entered")
+        process.send_signal(signal.SIGKILL)
+        with locked(lock, ValueError("in use"), patience=10.0):
+            pass
+
 
 @pytest.mark.parametrize("victim", ["temporary", "aside"])
 def test_a_directory_survives_a_stop_between_the_renames(
@@ -189,6 +249,18 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     write_text(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
+
+
+def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
+    """As root a rename would put a file in the place of /dev/zero, for the whole machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(FileExistsError, match="pipe is a pipe or a device, not a file"):
+            write_text(path, "text")
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
 
 
 def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:

@@ -1,24 +1,80 @@
-"""Writing files so that a crash leaves the old one or the new one, and reading with suspicion.
+"""Atomic writes of files and directories, lock files, and bounded reading of JSON.
 
 Everything is written beside its place under a temporary name, synced to the disk, and renamed. One
 rename replaces a file. A directory that exists takes two: were a machine to stop between them, the
 old one waits as ``NAME.<process>.old.partial`` and the next write to NAME puts it back first.
+
+Whoever writes holds a lock (``flock``) on the temporary, and the system drops it when the process
+ends, however it ends. So a temporary without a lock is a leftover, and the next write removes it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".partial"
 ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
 LARGEST_JSON = 2**26  # bytes
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
+"""What file systems answer that have no locks, or, over the network, none on directories."""
+
+
+def cache_folder() -> Path:
+    """``$SPARSE_BITNET_CACHE``, else ``$XDG_CACHE_HOME/sparse_bitnet``, else that in ``~/.cache``.
+
+    Raises:
+        RuntimeError: if there is no home directory either.
+    """
+    root = os.environ.get("SPARSE_BITNET_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root) if root else Path(base).expanduser() / "sparse_bitnet"
+
+
+@contextmanager
+def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock file ``path``. The lock ends with the process, even when it is killed.
+
+    Where the file system has no locks, a warning says that nothing is locked.
+
+    Args:
+        patience: seconds to wait for another holder, which may be about to end.
+
+    Raises:
+        Exception: ``refusal``, if another holder is alive.
+        OSError: if the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        given_up = time.monotonic() + patience
+        try:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= given_up:
+                        raise refusal from None
+                    time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{path}: this file system has no locks ({error.strerror}); make sure that only "
+                "one process works here",
+                stacklevel=3,
+            )
+        yield
 
 
 @contextmanager
@@ -26,17 +82,26 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to ``path``, else remove it.
 
     A file that was there hands down its permissions; a symbolic link stays, and its target changes.
+
+    Raises:
+        OSError: if it cannot be written, or a pipe or a device stands there, perhaps behind a link.
     """
     path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
+    try:
+        refuse_special(path)  # a rename would put a file in the place of the device
+    except ValueError as error:
+        raise FileExistsError(str(error)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        yield temporary
-        if path.exists():
-            shutil.copymode(path, temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        with _held(temporary, temporary.touch):
+            yield temporary
+            if path.exists():
+                shutil.copymode(path, temporary)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     except OSError as error:
         _say_where(error, path)
         raise
@@ -57,28 +122,56 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another name for the directory")
-    _put_back(path)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        if path.exists():
-            shutil.copymode(path, temporary)
-            path.rename(aside)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        with _held(temporary, lambda: temporary.mkdir(exist_ok=True)):
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                shutil.copymode(path, temporary)
+                with _held(path):  # or it would be put back while it stands aside
+                    path.rename(aside)
+                    temporary.rename(path)
+            else:
+                temporary.rename(path)
+            _sync(path.parent)
     except OSError as error:
         _say_where(error, path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        _put_back(path)
+        remove_leftovers(path.parent, path.name)
+
+
+def remove_leftovers(directory: Path, name: str | None = None) -> list[str]:
+    """Remove what killed processes left half written in a directory; return the names.
+
+    Temporaries of living processes stay. A directory that a stopped machine left renamed aside is
+    put back where no other has taken its place.
+
+    Args:
+        name: only what was to become this file or directory; everything when left out.
+    """
+    of = ".+" if name is None else re.escape(name)
+    wanted = re.compile(rf"({of})\.\d+({re.escape(ASIDE_SUFFIX)}|{re.escape(TEMPORARY_SUFFIX)})")
+    removed = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = wanted.fullmatch(path.name)
+        if match is None:
+            continue
+        # Whatever cannot be opened or locked stays: nobody knows whether its writer lives.
+        with suppress(OSError), _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            target = directory / match[1]
+            if match[2] == ASIDE_SUFFIX and not target.exists():
+                path.rename(target)
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            removed.append(path.name)
+    return removed
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -129,14 +222,38 @@ def _say_where(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
-def _put_back(path: Path) -> None:
-    """Where a replacement stopped between its two renames, undo the first."""
-    aside = re.compile(rf"{re.escape(path.name)}\.\d+{re.escape(ASIDE_SUFFIX)}")
-    if not path.exists():
-        for other in path.parent.iterdir():
-            if aside.fullmatch(other.name):
-                other.rename(path)
-                return
+@contextmanager
+def _held(path: Path, make: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Lock a file or directory while it is written, where there are locks; ``make`` makes it.
+
+    Another process may take it for a leftover before it is locked; it is then made again.
+    """
+    while True:
+        make()
+        with ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(_lock(path, fcntl.LOCK_EX))
+                if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                    continue
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            yield
+            return
+
+
+@contextmanager
+def _lock(path: Path, how: int) -> Iterator[int]:
+    # For writing, without which NFS locks nothing; not waiting, which a pipe's reader would.
+    access = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, access | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, how)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

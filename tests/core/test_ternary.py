@@ -22,6 +22,7 @@ from sparse_bitnet.core import (
     row_scale,
     ternarize,
     worst_group,
+    zero_matrices,
 )
 
 PATTERNS = st.sampled_from([Pattern(*p) for p in [(6, 8), (2, 4), (1, 2), (1, 8), (7, 8), (3, 5)]])
@@ -217,3 +218,21 @@ def test_check_finite_counts_and_names(bad: float) -> None:
     weight[1, 2] = weight[0, 0] = bad
     with pytest.raises(WeightError, match=r"layer\.3: 2 of 12 values are NaN or infinite; .*take"):
         check_finite(weight, "layer.3")
+
+
+def test_zero_matrices_are_those_without_a_ternary_weight() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 6, 8)
+    assert zero_matrices(weight) == zero_matrices(weight[0], (2, 4)) == []
+    weight[1] = 0
+    weight[2] = 5e-6  # γ is at least 1e-5, so this rounds to zero
+    assert zero_matrices(weight) == ["[1]", "[2]"]
+    assert zero_matrices(weight[1]) == [""]
+    weight[0, 2:5] = -0.0
+    assert zero_matrices(weight[0], (2, 3, 1)) == ["[2:5]"]
+    for matrix, names in ((weight, ["[1]", "[2]"]), (weight[0], [])):
+        ternary, _ = ternarize(matrix, Pattern.parse("2:4"))
+        assert zero_matrices(ternary) == names
+    weight[2, 5, 7] = 5.1e-6
+    assert zero_matrices(weight) == ["[1]"]
+    assert ternarize(weight[2], Pattern.parse("2:4"))[0].count_nonzero() == 1

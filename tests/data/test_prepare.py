@@ -14,7 +14,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from sparse_bitnet.core.errors import ConfigError, DataError
-from sparse_bitnet.data import TokenShards, prepare
+from sparse_bitnet.data import TokenShards, checked, prepare
 from sparse_bitnet.data.tokenizer import load_tokenizer, vocabulary_size
 
 
@@ -29,8 +29,9 @@ def tokenizer(prepared: Path) -> str:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Everything that lies in a directory."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    """Everything that lies in a directory, but for when it was checked."""
+    found = [path for path in out.rglob("*") if path.is_file() and path.name != checked.NAME]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -260,6 +261,7 @@ def test_overwrite_starts_afresh(corpus: Path, tmp_path: Path, tokenizer: str) -
     prepare(f"jsonl:{corpus}", tmp_path, shard_tokens=10_000, **settings)
     prepare(f"jsonl:{corpus}", tmp_path, overwrite=True, **settings)
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
+        ".checked.json",
         "00000.bin",
         "index.json",
     ]
@@ -298,6 +300,20 @@ def test_edited_tokenizer(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(DataError, match="tokenizer: not the tokenizer that this preparation began"):
         prepare(f"jsonl:{corpus}", out, vocab_size=384, validation=0.1, shard_tokens=10_000)
+
+
+@pytest.mark.parametrize("change", ["one bit", "every token"])
+def test_a_damaged_part_is_made_again(
+    corpus: Path, prepared: Path, tmp_path: Path, change: str
+) -> None:
+    out = Path(shutil.copytree(prepared, tmp_path / "out"))
+    path = out / "train" / "00001.bin"
+    data = np.frombuffer(path.read_bytes(), "<u2").copy()
+    data[slice(7, 8) if change == "one bit" else slice(None)] ^= 1
+    path.write_bytes(data.tobytes())
+    settings: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
+    assert not prepare(f"jsonl:{corpus}", out, **settings)["reused"]
+    assert files(out) == files(prepared)
 
 
 def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:

@@ -1,6 +1,8 @@
 import json
+import os
 import random
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparse_bitnet.core.errors import DataError
 from sparse_bitnet.data import TokenShards
+from sparse_bitnet.data import shards as shards_module
 from sparse_bitnet.data.shards import token_dtype
 from sparse_bitnet.files import LARGEST_JSON
 
@@ -100,20 +103,105 @@ def test_truncated_or_grown_shard(copy: Path, change: int) -> None:
         TokenShards(copy)
 
 
-def test_verify_finds_a_flipped_bit(copy: Path) -> None:
-    data = bytearray((copy / "00001.bin").read_bytes())
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[100] ^= 1
-    (copy / "00001.bin").write_bytes(data)
-    with pytest.raises(DataError, match=r"00001\.bin: its sha256 is not the index's"):
-        TokenShards(copy).verify()
+    path.write_bytes(data)
 
 
-def test_verify_finds_tokens_beyond_the_vocabulary(copy: Path) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are read to be checked."""
+    names: list[str] = []
+    read = shards_module._read
+
+    def counted(path: Path, *rest: Any) -> Any:
+        names.append(path.name)
+        return read(path, *rest)
+
+    monkeypatch.setattr(shards_module, "_read", counted)
+    return names
+
+
+def test_a_flipped_bit_is_found_by_whoever_opens(copy: Path) -> None:
+    flip(copy / "00001.bin")
+    for _ in range(2):  # and nothing is remembered of it
+        with pytest.raises(DataError, match=r"00001\.bin: its sha256 is not the index's"):
+            TokenShards(copy)
+
+
+def test_every_token_changed_is_found(copy: Path) -> None:
+    for path in copy.glob("*.bin"):
+        (np.fromfile(path, "<u2") ^ 1).tofile(path)
+    with pytest.raises(DataError, match=r"00000\.bin: its sha256 is not the index's"):
+        TokenShards(copy)
+
+
+def test_a_file_is_read_once_until_it_changes(copy: Path, reads: list[str]) -> None:
+    names = sorted(path.name for path in copy.glob("*.bin"))
+    TokenShards(copy)  # a copy: what was remembered of the originals does not count
+    assert reads == names
+    TokenShards(copy)
+    assert reads == names
+    flip(copy / "00002.bin")
+    flip(copy / "00002.bin")
+    TokenShards(copy)
+    assert reads == [*names, "00002.bin"]
+    TokenShards(copy).verify()
+    assert reads == [*names, "00002.bin", *names]
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen(copy: Path, reads: list[str]) -> None:
+    path = copy / "00000.bin"
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    TokenShards(copy)
+    flip(path)
+    os.utime(path, ns=times)
+    with pytest.raises(DataError, match=r"00000\.bin: its sha256"):
+        TokenShards(copy)
+
+
+def test_where_checks_are_remembered(
+    copy: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the files, else in the user's cache, else nowhere."""
+    monkeypatch.setenv("SPARSE_BITNET_CACHE", str(tmp_path / "cache"))
+    count = len(list(copy.glob("*.bin")))
+    (copy / ".checked.json").unlink(missing_ok=True)
+    (copy / ".checked.json").mkdir()  # as good as forbidden
+    for _ in range(2):
+        TokenShards(copy)
+    assert len(reads) == count
+    assert len(list((tmp_path / "cache" / "checked").iterdir())) == 1
+    (tmp_path / "no").touch()
+    monkeypatch.setenv("SPARSE_BITNET_CACHE", str(tmp_path / "no"))
+    for _ in range(2):
+        TokenShards(copy)
+    assert len(reads) == 3 * count
+
+
+def test_a_memory_that_is_a_pipe_is_neither_read_nor_replaced(copy: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (copy / ".checked.json").unlink(missing_ok=True)
+    (copy / ".checked.json").symlink_to(tmp_path / "pipe")
+    TokenShards(copy)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"00000.bin": 1}', '{"00000.bin": [[], 0, ""]}'])
+def test_a_damaged_memory_is_forgotten(copy: Path, reads: list[str], text: str) -> None:
+    (copy / ".checked.json").write_text(text)
+    TokenShards(copy)
+    assert "00000.bin" in reads
+
+
+def test_tokens_beyond_the_vocabulary_are_found(copy: Path) -> None:
+    TokenShards(copy)
     edit(copy, lambda index: index.update(vocab_size=100))
     with pytest.raises(
         DataError, match=r"00000\.bin: holds token id \d+, but the vocabulary has 1"
     ):
-        TokenShards(copy).verify()
+        TokenShards(copy)
 
 
 def test_wrong_vocabulary(prepared: Path) -> None:

@@ -41,7 +41,6 @@ def build(directory: Path) -> None:
 
 def read(directory: Path, mutation: Any) -> None:
     checkpoints, model, optimizer = state(directory, seed=1)
-    checkpoints.clean()
     step = checkpoints.latest()
     if step is None:
         return  # a checkpoint without its manifest is none: the run begins anew

@@ -1,9 +1,8 @@
 """A directory that data preparation left unfinished, or finished: its journal, tokenizer, splits.
 
-Going on from it gives the very tokens that an undisturbed run gives, unless the journal or the
-tokens themselves were edited (sizes are checked here, checksums by ``verify``). As it writes into
-the damaged directory, an OSError that names the place (a directory where a file should be) is as
-good as one of ours.
+Going on from it gives the very tokens that an undisturbed run gives, unless the journal was edited.
+As it writes into the damaged directory, an OSError that names the place (a directory where a file
+should be) is as good as one of ours.
 """
 
 from pathlib import Path
@@ -38,5 +37,5 @@ def read(directory: Path, mutation: Any) -> None:
     tokens = shards.tokens(0, shards.total_tokens)
     if not written:
         written.append(tokens)
-    if not any(name.endswith(("prepare.json", ".bin")) for name in mutation.touched):
+    if not any(name.endswith("prepare.json") for name in mutation.touched):
         assert np.array_equal(tokens, written[0]), "other tokens"

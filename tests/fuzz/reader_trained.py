@@ -1,6 +1,7 @@
 """The directory of a trained model: master weights, ``sparse_bitnet.json``, tokenizer.
 
-What loads has finite weights, and ternary ones that keep the pattern.
+What loads has the weights that were written, unless config.json or sparse_bitnet.json was edited,
+and ternary ones that keep the pattern.
 """
 
 from pathlib import Path
@@ -16,6 +17,8 @@ from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import load_trained, save_trained
 from sparse_bitnet.train.presets import preset_config
 
+written: dict[str, torch.Tensor] = {}
+
 
 def build(directory: Path) -> None:
     torch.manual_seed(0)
@@ -23,12 +26,15 @@ def build(directory: Path) -> None:
     model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
     convert(model, "6:8")
     save_trained(model, tokenizer, directory, SparsityConfig(rules={"o_proj": "4:8"}))
+    written.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
 def read(directory: Path, mutation: Any) -> None:
     model, _ = load_trained(directory)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         assert parameter.isfinite().all()
+        if not any(file.endswith(("config.json", "bitnet.json")) for file in mutation.touched):
+            assert torch.equal(parameter, written[name]), f"{name}: other weights"
     for module in model.modules():
         if isinstance(module, SparseBitLinear):
             if not module.pattern.is_dense:

@@ -19,6 +19,7 @@ from sparse_bitnet.nn import (
     convert,
     converted_modules,
     master_weights,
+    refresh,
     set_pattern,
 )
 
@@ -429,3 +430,59 @@ def test_kinds_and_methods_reach_every_module(
     modules = [module for _, module in converted_modules(model)]
     assert {type(module) for module in modules} == {linear, experts}
     assert all(m.method == method and m.pattern == Pattern(2, 4) for m in modules)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
+def test_parameters_that_an_engine_partitioned_are_refused(tiny: Tiny, architecture: str) -> None:
+    """As ZeRO-3 leaves them: size 0 in the place of every weight, experts too."""
+    model = tiny(architecture)
+    name, parameter = next(p for p in model.named_parameters() if "mlp" in p[0])
+    parameter.data = torch.empty(0)
+    with pytest.raises(ConfigError) as caught:
+        convert(model)
+    assert f"{name} (0,) holds no values" in str(caught.value)
+    assert "Gather the model first (deepspeed.zero.GatheredParameters)" in str(caught.value)
+    assert not any(converted_modules(model))
+
+
+def test_a_model_partitioned_after_convert_says_so(tiny: Tiny) -> None:
+    model = tiny("qwen2")
+    convert(model)
+    _, module = next(converted_modules(model))
+    module.weight.data = torch.empty(0)
+    with pytest.raises(ConfigError, match=r"holds no values: an engine .* shard with FSDP2"):
+        refresh(model)
+
+
+def test_offloaded_parameters_are_refused(tiny: Tiny) -> None:
+    model = tiny("qwen2")
+    name = "model.layers.1.mlp.up_proj"
+    linear = model.get_submodule(name)
+    linear.weight = nn.Parameter(linear.weight.to("meta"))
+    message = rf"{name}\.weight \(48, 32\) is on the meta device.*Load the model whole"
+    with pytest.raises(ConfigError, match=message):
+        convert(model)
+    model.to("meta")
+    model.hf_device_map = {"": "disk"}
+    with pytest.raises(ConfigError, match="is on the meta device"):
+        convert(model)
+    del model.hf_device_map
+    assert convert(model).modules == 14  # a shape without values
+
+
+def test_matrices_that_are_all_zero_are_named(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("mixtral")
+    assert convert(model).zero == []
+    assert "zero" not in capsys.readouterr().err
+    model = tiny("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+        model.model.layers[1].mlp.experts.down_proj[2].zero_()
+        model.model.layers[1].mlp.experts.gate_up_proj[3, :48].zero_()  # its gate
+    experts = "model.layers.1.mlp.experts"
+    names = [f"{experts}.gate_up_proj[3, 0:48]", f"{experts}.down_proj[2]"]
+    names.insert(0, "model.layers.0.self_attn.q_proj.weight")
+    assert convert(model).zero == names
+    assert f"warning: 3 matrices are all zero: {', '.join(names)}" in capsys.readouterr().err

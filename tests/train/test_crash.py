@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
 
@@ -28,7 +32,9 @@ class Runner:
         self.path.write_text(yaml.safe_dump(self.values))
         self.directory = Path(self.values["run"]["directory"])
 
-    def signalled(self, number: int, line: str, *mode: str) -> subprocess.CompletedProcess[str]:
+    @contextmanager
+    def waiting(self, line: str, *mode: str) -> Iterator[subprocess.Popen[str]]:
+        """A worker that has printed the line; killed at the end."""
         process = subprocess.Popen(
             [sys.executable, str(WORKER), str(self.path), *mode],
             stdout=subprocess.PIPE,
@@ -40,11 +46,16 @@ class Runner:
             assert process.stdout is not None
             for printed in process.stdout:
                 if printed.startswith(line):
-                    process.send_signal(number)
                     break
-            out, err = process.communicate(timeout=120)
+            yield process
         finally:
             process.kill()
+            process.communicate()
+
+    def signalled(self, number: int, line: str, *mode: str) -> subprocess.CompletedProcess[str]:
+        with self.waiting(line, *mode) as process:
+            process.send_signal(number)
+            out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def resume(self) -> list[dict[str, Any]]:
@@ -87,7 +98,8 @@ def test_kill_9_while_a_checkpoint_is_written(
     assert found[1].endswith(".partial")
     assert runner.resume() == uninterrupted
     shown = capsys.readouterr().err
-    assert "removing the unfinished checkpoint step-00000008." in shown
+    assert re.search(r"removed .*step-00000008\.\d+\.partial, which a killed process left", shown)
+    assert not list(runner.directory.rglob("*.partial"))
     assert "step-00000004" in shown
 
 
@@ -99,3 +111,21 @@ def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]
     assert "The same command goes on from there" in ended.stderr
     assert 3 <= len(rows(runner.directory)) < 12
     assert runner.resume() == uninterrupted
+
+
+def test_two_processes_in_one_directory(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused and disturbs nothing; a killed first one is in nobody's way."""
+    monkeypatch.setattr("sparse_bitnet.train.result.PATIENCE", 0.2)
+    config = config_from_dict(runner.values, "test")
+    with runner.waiting("after step 3", "step", "3") as process:
+        before = (runner.directory / "config.yaml").stat().st_mtime_ns
+        leftover = runner.directory / f"result.json.{process.pid}.partial"
+        leftover.touch()  # nobody holds it: it is no temporary of the living one
+        with pytest.raises(ConfigError, match=r"killed: another process is training there; wait"):
+            train(config)
+        assert leftover.exists()
+        assert (runner.directory / "config.yaml").stat().st_mtime_ns == before
+        process.kill()
+    result = train(config)
+    assert result.steps == 12
+    assert not leftover.exists()

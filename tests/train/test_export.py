@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights
-from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.export import SIDE_FILE, load_trained, read_trained, save_trained
-from sparse_bitnet.train.model import convert_model
+from sparse_bitnet.train.model import build_model, convert_model
 from sparse_bitnet.train.presets import preset_config
 
 TOKENS = torch.arange(20).view(2, 10)
@@ -39,7 +39,7 @@ def trained(sparsity: SparsityConfig, shape: object = None) -> torch.nn.Module:
             until={0.5: "dense"},
         ),
     ],
-    ids=["published", "twin", "ablation"],
+    ids=["published", "baseline", "ablation"],
 )
 def test_round_trip(tmp_path: Path, sparsity: SparsityConfig) -> None:
     model = trained(sparsity)
@@ -151,3 +151,38 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_trained(tmp_path / "out")
+
+
+def test_every_flipped_bit_of_the_weights_is_refused(tmp_path: Path) -> None:
+    """By every reader: :func:`load_trained`, and training that starts from the directory."""
+    save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
+    weights = tmp_path / "out" / "model.safetensors"
+    good = weights.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for position in (header, (header + len(good)) // 2, len(good) - 1):
+        damaged = bytearray(good)
+        damaged[position] ^= 1  # a weight like any other: nothing else could tell
+        weights.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes and checksum"):
+            load_trained(tmp_path / "out")
+        source = ModelConfig(source=str(tmp_path / "out"))
+        with pytest.raises(ConfigError, match="the weights were damaged or edited since"):
+            build_model(source, vocab_size=32, seed=0, device=torch.device("cpu"))
+    weights.write_bytes(good)
+    (tmp_path / "out" / "more.safetensors").write_bytes(good)
+    with pytest.raises(CheckpointError, match=r"'more\.safetensors' does not belong to it"):
+        load_trained(tmp_path / "out")
+
+
+def test_directories_without_checksums_load(tmp_path: Path) -> None:
+    """Those of version 0.1."""
+    save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
+    side = tmp_path / "out" / SIDE_FILE
+    values = json.loads(side.read_text())
+    assert list(values.pop("files")) == ["model.safetensors"]
+    side.write_text(json.dumps(values))
+    load_trained(tmp_path / "out")
+    for foreign in ([], 1, "x", {"../model.safetensors": [1, 1]}, {"model.safetensors": None}):
+        side.write_text(json.dumps(values | {"files": foreign}))
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            load_trained(tmp_path / "out")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from sparse_bitnet.core import Method, MissingExtraError, Pattern, method_mask
+from sparse_bitnet.core import Method, MissingExtraError, Pattern, method_mask, ternarize
 from sparse_bitnet.nn import convert, set_pattern
 from sparse_bitnet.train.monitor import History, Monitor, read_history
 from sparse_bitnet.train.presets import preset_config
@@ -60,6 +61,78 @@ def test_against_loops(kind: str) -> None:
     assert reading.flip_rate == pytest.approx(flips / total)
     assert reading.zeros == pytest.approx(zeros / total)
     assert list(reading.layers) == ["0.weight", "1.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+@pytest.mark.parametrize("order", ["quant-then-mask", "mask-then-quant"])
+def test_dead_weights_against_loops(monkeypatch: pytest.MonkeyPatch, kind: str, order: str) -> None:
+    """Zero in the weight that is computed with at each reading of a window."""
+    monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 3)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(12, 5))
+    method = Method(order=order)  # type: ignore[arg-type]
+    convert(model, "2:4", kind=kind, method=method, rules={"^1$": "1:4"})  # type: ignore[arg-type]
+    readings = 1  # as if resumed after the first of a window, which is then not reported
+    monitor = Monitor(model, readings)
+    seen = [torch.zeros(5, 12, dtype=torch.bool) for _ in model]
+    for _ in range(8):
+        with torch.no_grad():
+            for module in model:
+                module.weight += 0.3 * torch.randn_like(module.weight)
+        if readings % 3 == 0:
+            seen = [torch.zeros(5, 12, dtype=torch.bool) for _ in model]
+        monitor.before_step()
+        reading = monitor.after_step()
+        readings += 1
+        for flags, module, pattern in zip(seen, model, ("2:4", "1:4"), strict=True):
+            now = method_mask(module.weight, Pattern.parse(pattern), method)
+            if kind == "bitnet":
+                now = ternarize(module.weight, Pattern.parse(pattern), method)[0] != 0
+            flags.logical_or_(now)
+        dead = [int((~flags).sum()) for flags in seen]
+        if readings in (6, 9):
+            assert 0 < sum(dead) < 120
+            assert [layer.dead for layer in reading.layers.values()] == [n / 60 for n in dead]
+            assert reading.dead == pytest.approx(sum(dead) / 120)
+        else:
+            assert reading.dead is None
+
+
+def test_a_window_with_two_patterns_counts_no_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 2)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    convert(model, "dense")
+    monitor = Monitor(model)
+    dead = []
+    for reading in range(4):
+        if reading == 1:
+            set_pattern(model, "2:4")
+        dead.append(monitor.after_step().dead)
+    assert dead[:3] == [None] * 3
+    assert dead[3] >= 0.5  # nothing moved: what the mask leaves out is dead
+
+
+def test_dead_weights_of_two_ranks_that_share_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each keeps half of the batches, and their sum is what one process counts."""
+    monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Linear(16, 3))
+    convert(model, "2:4")
+    alone = Monitor(model)
+    alone.after_step()
+    expected = [layer.dead for layer in alone.after_step().layers.values()]
+    parts = []
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: parts.append(counts.clone()))
+    for rank in range(2):
+        place = (rank, 2)
+        monkeypatch.setattr("sparse_bitnet.train.monitor._sharing", lambda _, place=place: place)
+        monitor = Monitor(model)
+        monitor.after_step()
+        monitor.after_step()
+        assert len(monitor._alive) == 1
+    assert (sum(parts) / torch.tensor([40, 48])).tolist() == pytest.approx(expected)
 
 
 def test_dense_has_no_flips_and_mixed_counts_the_masked_alone() -> None:

@@ -31,6 +31,7 @@ from sparse_bitnet.core.ternary import (
     round_ternary,
     row_scale,
     ternarize,
+    zero_matrices,
 )
 
 __all__ = [
@@ -65,4 +66,5 @@ __all__ = [
     "ternarize",
     "worst_group",
     "zero_fraction",
+    "zero_matrices",
 ]

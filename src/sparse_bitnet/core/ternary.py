@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,33 @@ def method_mask(
         rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
         return nm_mask(round_ternary(weight, rows), pattern)
     return nm_mask(weight, pattern)
+
+
+def zero_matrices(weight: Tensor, segments: tuple[int, ...] = ()) -> list[str]:
+    """Which logical matrices of a weight have no non-zero ternary weight, as indices to its name.
+
+    That is |W| ≤ γ/2 everywhere, which only the smallest γ allows. One pass, one synchronisation.
+
+    Args:
+        weight: ``[..., out, in]``, master or ternary.
+        segments: see :func:`absmean`.
+
+    Returns:
+        ``[""]`` for the one matrix; ``["[3]"]`` for an expert, ``["[64:96]"]`` for fused rows.
+    """
+    rows = segments or weight.shape[-2:-1]
+    parts = weight.detach().split(list(rows), dim=-2)
+    zero = torch.stack([p.abs().amax((-2, -1)) <= SMALLEST_SCALE / 2 for p in parts], dim=-1)
+    if not bool(zero.any()):
+        return []
+    ends = list(accumulate(rows))
+    names = []
+    for *expert, part in zero.nonzero().tolist():
+        index = [*map(str, expert)]
+        if segments:
+            index.append(f"{ends[part] - rows[part]}:{ends[part]}")
+        names.append(f"[{', '.join(index)}]" if index else "")
+    return names
 
 
 def check_segments(segments: tuple[int, ...], out_features: int, where: str = "weight") -> None:

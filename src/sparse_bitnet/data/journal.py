@@ -1,4 +1,4 @@
-"""What a data preparation was asked for and how far it is: ``OUT/prepare.json``.
+"""Journal of a data preparation: its settings and finished parts, in ``OUT/prepare.json``.
 
 The journal makes a run resumable and a finished one recognisable. It is rewritten atomically after
 each part, when the part's files already lie in place.
@@ -6,7 +6,6 @@ each part, when the part's files already lie in place.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 from sparse_bitnet.core.errors import DataError, shown
 from sparse_bitnet.data.shards import Shard, shard_problem
-from sparse_bitnet.files import TEMPORARY_SUFFIX, read_json, refuse_special, write_text
+from sparse_bitnet.files import locked, read_json, refuse_special, remove_leftovers, write_text
 
 JOURNAL = "prepare.json"
 LOCK = "prepare.lock"
@@ -81,17 +80,12 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
         refuse_special(*out.rglob("*"))
     except ValueError as error:
         raise DataError(f"{error}; remove it") from None
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # freed even when the process is killed
-        except BlockingIOError as error:
-            raise DataError(f"{out}: another run is preparing it; wait for it to end") from error
+    busy = DataError(f"{out}: another run is preparing it; wait for it to end")
+    with locked(out / LOCK, busy):
         if overwrite:
             discard(out)
-        _remove_temporaries(out)
+        for directory in (out, out / TRAIN, out / VALIDATION):
+            remove_leftovers(directory)
         journal = _load(out)
         if journal is None:
             journal = Journal(settings)
@@ -148,13 +142,3 @@ def _refuse_other(there: dict[str, Any], asked: dict[str, Any], out: Path) -> No
             f"{out}: holds data prepared otherwise: {named}. Name another directory, or prepare "
             "with overwrite"
         )
-
-
-def _remove_temporaries(out: Path) -> None:
-    """What a killed run left half written."""
-    for pattern in (f"*{TEMPORARY_SUFFIX}", f"*/*{TEMPORARY_SUFFIX}"):
-        for path in list(out.glob(pattern)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -18,7 +18,7 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core.errors import ConfigError, DataError
 from sparse_bitnet.data.encode import MEGABYTE, Selection, encode, reading
 from sparse_bitnet.data.journal import TOKENIZER, TRAIN, VALIDATION, Journal, discard, open_journal
-from sparse_bitnet.data.shards import INDEX, TokenShards, index_text, token_dtype
+from sparse_bitnet.data.shards import INDEX, TokenShards, find_damage, index_text
 from sparse_bitnet.data.sources import open_source
 from sparse_bitnet.data.tokenizer import Encoder, load_tokenizer, train_bpe
 from sparse_bitnet.files import atomic_directory, write_text
@@ -162,14 +162,14 @@ def _training_texts(selection: Selection) -> Iterator[str]:
 
 
 def _intact_parts(out: Path, journal: Journal, encoder: Encoder) -> int:
-    """How many of the journal's first parts still have all their files, of the right size."""
-    width = token_dtype(encoder.vocab_size).itemsize
-    for number, part in enumerate(journal.parts):
-        for split, shard in part.shards.items():
-            path = out / split / shard.file
-            if not path.is_file() or path.stat().st_size != shard.tokens * width:
-                return number
-    return len(journal.parts)
+    """How many of the journal's first parts still have all their files, as they were written."""
+    damaged = []
+    for split in (TRAIN, VALIDATION):
+        found = find_damage(out / split, journal.shards(split), encoder.vocab_size)
+        if found:
+            damaged.append(found[0])
+    numbers = (n for n, part in enumerate(journal.parts) if set(part.shards.values()) & {*damaged})
+    return next(numbers, len(journal.parts))
 
 
 def _check_splits(journal: Journal, selections: list[Selection]) -> None:

@@ -3,6 +3,9 @@
 A directory holds ``index.json`` and the shards it names. A shard is its tokens and nothing else,
 little-endian uint16 (vocabulary of at most 65,536) or uint32, documents one after the other, each
 ended by the EOS token. The index is written last, so a directory that has one is complete.
+
+Every file is read once to see that its sha256 is the index's; see :mod:`sparse_bitnet.data.checked`
+for how that is remembered.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from sparse_bitnet.console import progress
+from sparse_bitnet.console import Task, progress
 from sparse_bitnet.core.errors import DataError, shown
+from sparse_bitnet.data import checked
 from sparse_bitnet.files import read_json
 
 INDEX = "index.json"
@@ -30,7 +34,7 @@ VERSION = 1
 SMALL_VOCABULARY = 1 << 16
 LARGEST_VOCABULARY = 1 << 31
 OPEN_SHARDS = 256  # each memory map keeps a file descriptor, of which a process has about 1000
-VERIFY_TOKENS = 1 << 22
+BLOCK = 1 << 23  # bytes
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,13 @@ def index_text(
 class TokenShards:
     """A directory of token shards, opened by its index and checked against the files on disk.
 
+    The first opening reads every shard (about a gigabyte a second), later ones only those whose
+    size or times have changed.
+
     Attributes:
         path: the directory.
         shards: its files in order.
-        vocab_size: every token id is below it (:meth:`verify` reads the files to make sure).
+        vocab_size: every token id is below it.
         eos_id: the token that ends each document.
         tokenizer_hash: of the tokenizer that made the tokens (see ``tokenizer.tokenizer_hash``).
         total_tokens, total_documents, total_bytes: sums; bytes are UTF-8 bytes of the text, so
@@ -89,8 +96,7 @@ class TokenShards:
         self.tokenizer_hash: str = index["tokenizer_hash"]
         self.dtype = token_dtype(self.vocab_size)
         self.shards = [Shard(**shard) for shard in index["shards"]]
-        for shard in self.shards:
-            self._check_file(shard)
+        self.verify(anew=False)
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
         self.total_tokens = self._ends[-1]
         self.total_documents = sum(shard.documents for shard in self.shards)
@@ -128,33 +134,18 @@ class TokenShards:
                 number += 1
         return out
 
-    def verify(self) -> None:
-        """Read every shard: its checksum, and that every token id is below ``vocab_size``.
+    def verify(self, anew: bool = True) -> None:
+        """Check every file: its size, its sha256, and that every token id is below ``vocab_size``.
+
+        Args:
+            anew: read all of them, also those that are remembered as checked.
 
         Raises:
             DataError: naming the first shard that fails.
         """
-        steps = sum(-(-shard.tokens // VERIFY_TOKENS) for shard in self.shards)
-        with progress(f"verify {self.path}", steps) as bar:
-            for number, shard in enumerate(self.shards):
-                digest = hashlib.sha256()
-                values = self._map(number)
-                for start in range(0, len(values), VERIFY_TOKENS):
-                    piece = np.ascontiguousarray(values[start : start + VERIFY_TOKENS])
-                    largest = int(piece.max())
-                    if largest >= self.vocab_size:
-                        raise DataError(
-                            f"{self.path / shard.file}: holds token id {largest}, but the "
-                            f"vocabulary has {self.vocab_size}; prepare the data again with "
-                            "overwrite"
-                        )
-                    digest.update(piece.data)
-                    bar.advance()
-                if digest.hexdigest() != shard.sha256:
-                    raise DataError(
-                        f"{self.path / shard.file}: its sha256 is not the index's; the file was "
-                        "damaged or edited, prepare the data again with overwrite"
-                    )
+        found = find_damage(self.path, self.shards, self.vocab_size, anew)
+        if found:
+            raise DataError(f"{self.path / found[0].file}: {found[1]}")
 
     def require_tokenizer(self, tokenizer_hash: str, where: str = "the model's tokenizer") -> None:
         """Refuse to be read with another tokenizer than the one that made the tokens.
@@ -181,21 +172,65 @@ class TokenShards:
                 f"tokens, {where} has {vocab_size}; prepare the data with the model's tokenizer"
             )
 
-    def _check_file(self, shard: Shard) -> None:
-        path = self.path / shard.file
-        if not path.is_file():
-            raise DataError(f"{path}: named by the index, but missing; prepare the data again")
-        size, wanted = path.stat().st_size, shard.tokens * self.dtype.itemsize
-        if size != wanted:
-            raise DataError(
-                f"{path}: {size} bytes, but the index says {wanted} ({shard.tokens} tokens of "
-                f"{self.dtype.itemsize} bytes); truncated or edited, prepare the data again"
-            )
-
     def _open_map(self, number: int) -> np.ndarray:
         path = self.path / self.shards[number].file
         # A plain view of the map: slicing np.memmap itself costs microseconds.
         return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
+
+
+def find_damage(
+    directory: Path, shards: Sequence[Shard], vocab_size: int, anew: bool = False
+) -> tuple[Shard, str] | None:
+    """The first shard whose file is not what was written, and what is wrong with it.
+
+    Args:
+        anew: read also the files that are remembered as checked.
+    """
+    dtype = token_dtype(vocab_size)
+    for shard in shards:
+        path, wanted = directory / shard.file, shard.tokens * dtype.itemsize
+        if not path.is_file():
+            return shard, "named by the index, but missing; prepare the data again"
+        size = path.stat().st_size
+        if size != wanted:
+            return shard, (
+                f"{size} bytes, but the index says {wanted} ({shard.tokens} tokens of "
+                f"{dtype.itemsize} bytes); truncated or edited, prepare the data again"
+            )
+    known = {} if anew else checked.recall(directory)
+    unread = [shard for shard in shards if shard.file not in known]
+    blocks = sum(-(-shard.tokens * dtype.itemsize // BLOCK) for shard in unread)
+    with progress(f"check {directory}", blocks) as bar:
+        for shard in unread:
+            path = directory / shard.file
+            state = checked.state(path)  # before it is read: a change meanwhile is seen later
+            known[shard.file] = checked.File(state, *_read(path, dtype, bar))
+    for shard in shards:
+        file = known[shard.file]
+        if file.sha256 != shard.sha256:
+            return shard, (
+                "its sha256 is not the index's; the file was damaged or edited, prepare the data "
+                "again"
+            )
+        if file.largest >= vocab_size:
+            return shard, (
+                f"holds token id {file.largest}, but the vocabulary has {vocab_size}; prepare the "
+                "data again with overwrite"
+            )
+    if unread:
+        checked.remember(directory, known)
+    return None
+
+
+def _read(path: Path, dtype: np.dtype[Any], bar: Task) -> tuple[str, int]:
+    """sha256 and largest token id of a file."""
+    digest, largest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, dtype).max()))
+            bar.advance()
+    return digest.hexdigest(), largest
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

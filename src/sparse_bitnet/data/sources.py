@@ -1,4 +1,4 @@
-"""Where text comes from: each source is a stream of documents that reads the same way every time.
+"""Text sources: streams of documents that read the same way every time.
 
 | spec                            | documents                                                      |
 |---------------------------------|----------------------------------------------------------------|

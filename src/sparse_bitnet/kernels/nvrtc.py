@@ -20,7 +20,6 @@ import torch
 
 from sparse_bitnet import files
 from sparse_bitnet.core.errors import BackendError
-from sparse_bitnet.kernels.tuning import cache_folder
 
 
 @cache
@@ -49,12 +48,9 @@ def compile_source(source: str, macros: Mapping[str, int], architecture: str) ->
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--fmad=false"]
     version = nvrtc.nvrtcVersion()[1:]
     digest = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    kept = folder / f"{digest}.cubin"
-    try:
+    kept = _kept(digest)
+    if kept is not None and kept.exists():
         return kept.read_bytes()
-    except OSError:
-        pass
 
     def done(result: Sequence[Any]) -> Any:
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -68,8 +64,18 @@ def compile_source(source: str, macros: Mapping[str, int], architecture: str) ->
         done(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    _keep(kept, bytes(code))
+    if kept is not None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written costs time, no more
+            with files.atomic_file(kept) as partial:
+                partial.write_bytes(code)
     return bytes(code)
+
+
+def _kept(digest: str) -> Path | None:
+    try:
+        return files.cache_folder() / f"{digest}.cubin"
+    except RuntimeError:  # no home directory
+        return None
 
 
 def _log(nvrtc: Any, program: Any) -> str:
@@ -77,14 +83,6 @@ def _log(nvrtc: Any, program: Any) -> str:
     text = bytearray(size)
     nvrtc.nvrtcGetProgramLog(program, text)
     return ": " + bytes(text).decode(errors="replace").strip("\0\n")[:2000]
-
-
-def _keep(path: Path, code: bytes) -> None:
-    try:  # a folder that cannot be written costs a second at the next start
-        with files.atomic_file(path) as partial:
-            partial.write_bytes(code)
-    except OSError:
-        pass
 
 
 @dataclass(eq=False)

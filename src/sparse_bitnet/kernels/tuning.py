@@ -34,17 +34,10 @@ def bucket(tokens: int) -> int:
     return tokens if tokens <= 4 else 1 << (tokens - 1).bit_length()
 
 
-def cache_folder() -> Path:
-    """Where measurements and compiled kernels are kept."""
-    root = os.environ.get("SPARSE_BITNET_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) if root else Path(base) / "sparse_bitnet"
-
-
 def cache_file(device: torch.device) -> Path:
-    """The file with the measurements of a device."""
+    """Where the measurements of a device are kept."""
     parts = [torch.cuda.get_device_name(device), f"torch-{torch.__version__}", f"v{FORMAT}"]
-    return cache_folder() / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".json")
+    return files.cache_folder() / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".json")
 
 
 class Memory:

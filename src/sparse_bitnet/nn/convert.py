@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, check_finite, method_mask
+from sparse_bitnet.console import say
+from sparse_bitnet.core import (
+    ConfigError,
+    Method,
+    Pattern,
+    PatternError,
+    check_finite,
+    method_mask,
+    zero_matrices,
+)
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
 from sparse_bitnet.nn.gated_mlp import join_gated_mlps
@@ -41,6 +50,7 @@ class Conversion:
         modules: how many modules were swapped.
         weights: how many weights they hold.
         skipped: name → reason, for linear and expert modules left as they were.
+        zero: matrices that are all zero, which a warning names too.
     """
 
     kind: Kind
@@ -48,6 +58,7 @@ class Conversion:
     modules: int = 0
     weights: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kept = f", {len(self.skipped)} left as they were" if self.skipped else ""
@@ -101,7 +112,9 @@ def convert(
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
     modules, so an optimizer made before still holds them; those of another dtype become float32,
     because master weights are. The state dict keeps its keys. Gated MLPs of known architectures
-    become :class:`sparse_bitnet.nn.gated_mlp.GatedMLP`, which holds what they held.
+    become :class:`sparse_bitnet.nn.gated_mlp.GatedMLP`, which holds what they held. A model that is
+    on the meta device as a whole gets modules without values; they come with ``to_empty`` and
+    ``load_state_dict``.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -113,7 +126,8 @@ def convert(
 
     Raises:
         ConfigError: for an unknown kind, a broken or unused rule, a model that is converted
-            already, is sharded already, or has nothing to convert. The model is then unchanged.
+            already, is sharded already, has parameters whose values are elsewhere (ZeRO-3,
+            offloading), or has nothing to convert. The model is then unchanged.
         PatternError: if M does not divide a module's input features, naming module and shape; then,
             too, the model is unchanged.
         WeightError: likewise, if a weight holds NaN or infinity, or overflows float32.
@@ -122,6 +136,7 @@ def convert(
         raise ConfigError(f"convert: kind is {kind!r}; choose among {sorted(LINEAR)}")
     if any(isinstance(module, DerivedModule) for module in model.modules()):
         raise ConfigError("convert: the model is converted already; use set_pattern to change it")
+    _check_values(model)
     default = Pattern.parse(pattern)
     compiled = _compile_rules(rules or {})
     decided: dict[str, list[str]] = {rule: [] for rule in rules or {}}
@@ -176,7 +191,20 @@ def convert(
     _keep_from_broadcasts(model)
     if kind == "bitnet":
         join_gated_mlps(model)
+    report.zero = [
+        master.name + index
+        for master in master_weights(model)
+        if not master.weight.is_meta
+        for index in zero_matrices(master.weight, master.segments)
+    ]
+    warn_of_zeros(report.zero)
     return report
+
+
+def warn_of_zeros(names: list[str]) -> None:
+    """Tell the person about matrices that are all zero: seldom what anybody wanted."""
+    if names:
+        say(f"warning: {len(names)} matrices are all zero: {_some(names)}")
 
 
 def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
@@ -262,6 +290,26 @@ def _looks_like_experts(module: nn.Module) -> bool:
 
 def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, w) for n, w in module.named_parameters(recurse=False) if n != "bias"]
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse parameters whose values an engine keeps elsewhere."""
+    meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
+    # All on meta, and by nobody's hooks: a model's shape, which is converted without values.
+    shape_only = all(meta.values()) and not hasattr(model, "hf_device_map")
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise ConfigError(
+                f"convert: {name} {tuple(parameter.shape)} holds no values: an engine has "
+                "partitioned it (DeepSpeed ZeRO-3, zero.Init). Gather the model first "
+                "(deepspeed.zero.GatheredParameters), or convert it before it is partitioned"
+            )
+        if meta[name] and not shape_only:
+            raise ConfigError(
+                f"convert: {name} {tuple(parameter.shape)} is on the meta device: its values are "
+                "offloaded or were never loaded. Load the model whole, without offloading "
+                "(device_map), or materialize it first (to_empty, load_state_dict)"
+            )
 
 
 def _check_weight(weight: nn.Parameter, pattern: Pattern, where: str) -> None:

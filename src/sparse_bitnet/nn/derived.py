@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_bitnet.core import Method, Pattern
+from sparse_bitnet.core import ConfigError, Method, Pattern
 
 LARGEST_STACKED = 2**20  # weights; above that a matrix of its own keeps a device busy
 
@@ -148,7 +148,16 @@ class DerivedModule(nn.Module, ABC):
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight as one plain tensor, gathered if it is sharded (every rank must call)."""
+    """A weight as one plain tensor, gathered if it is sharded (every rank must call).
+
+    Raises:
+        ConfigError: if it holds no values, as under DeepSpeed ZeRO-3.
+    """
+    if weight.numel() == 0:
+        raise ConfigError(
+            "a master weight holds no values: an engine has partitioned it (DeepSpeed ZeRO-3); "
+            "shard with FSDP2 (fully_shard), which ternary weights are derived under"
+        )
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

@@ -54,14 +54,14 @@ def pack_module(module: DerivedModule, storage: StorageName, where: str) -> Pack
     """
     spec = packed_spec(module, storage, where)
     packed = empty_packed(module, spec, where)
+    for name, master in module.master_parameters().items():
+        if isinstance(master, DTensor) or master.is_meta or master.numel() == 0:
+            raise ConfigError(
+                f"{where}.{name}: the weight is sharded or not loaded; gather the model first"
+            )
     for name, (ternary, scale) in derived_ternary(module).items():
         full = f"{where}.{name}"
-        master = module.master_parameters()[name]
-        if isinstance(master, DTensor) or master.is_meta:
-            raise ConfigError(
-                f"{full}: the weight is sharded or not loaded; gather the model first"
-            )
-        check_finite(master, full)
+        check_finite(module.master_parameters()[name], full)
         violation = find_violation(ternary, spec.pattern)
         if violation:
             raise WeightError(

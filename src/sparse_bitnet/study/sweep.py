@@ -10,14 +10,11 @@ a cell that was stopped goes on from its last checkpoint, if the recipe writes a
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import torch
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.files import write_text
+from sparse_bitnet.files import locked, write_text
 from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.board import Board
 from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
@@ -119,7 +116,10 @@ def sweep(
         if waiting:
             say(f"{_millions(sum(job.tokens for job in waiting))} tokens together; nothing was run")
         return SweepResult(rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting])
-    with _locked(out), stop_on_signals() as stop:
+    busy = ConfigError(
+        f"another sweep is running in {out}; wait for it, or choose another directory"
+    )
+    with locked(out / ".lock", busy), stop_on_signals() as stop:
         rows, waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
         run = _Sweep(plan, jobs, waiting, rows, rows_path, deadline, keep_runs)
@@ -354,19 +354,6 @@ def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
         for _ in range(per_gpu)
         for gpu in gpus
     ]
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"another sweep is running in {out}; wait for it, or choose another directory"
-            ) from None
-        yield
 
 
 def _millions(tokens: int) -> str:

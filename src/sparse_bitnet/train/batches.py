@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 
-VALIDATION_SEED = 0  # every run of every seed is judged on the same sequences
+VALIDATION_SEED = 0  # every run of every seed is measured on the same sequences
 
 
 class Batches:
@@ -43,7 +43,7 @@ class Batches:
                 f"each of {ranks.world_size} ranks"
             )
         directories = data.mixture or {data.path: 1.0}
-        train = {path: TokenShards(Path(path) / "train") for path in directories}
+        train, held = ranks.first_alone(lambda: _open(directories))  # it reads them all, once
         first = next(iter(directories))
         self.vocab_size = train[first].vocab_size
         self.tokenizer = _tokenizer(Path(first) / "tokenizer")
@@ -57,13 +57,9 @@ class Batches:
         self._train = Loader(mixture, *size, seed=config.run.seed, **place)
         self._validation = None
         self._validation_steps = 0
-        held = [
-            (TokenShards(Path(path) / "validation"), weight)
-            for path, weight in directories.items()
-            if (Path(path) / "validation").is_dir()
-        ]
         if held and config.run.validation_sequences:
-            self._validation = Loader(held, *size, seed=VALIDATION_SEED, **place)
+            mixture = [(held[path], directories[path]) for path in held]
+            self._validation = Loader(mixture, *size, seed=VALIDATION_SEED, **place)
             count = min(config.run.validation_sequences, sum(self._validation.windows))
             self._validation_steps = max(1, count // data.batch_size)
 
@@ -81,6 +77,13 @@ class Batches:
         if self._device.type == "cuda":
             batch = batch.pin_memory().to(self._device, non_blocking=True)
         return list(batch.split(self._micro))
+
+
+def _open(directories: Iterable[str]) -> tuple[dict[str, TokenShards], dict[str, TokenShards]]:
+    """The training splits, and the validation splits that there are."""
+    train = {path: TokenShards(Path(path) / "train") for path in directories}
+    held = [path for path in directories if (Path(path) / "validation").is_dir()]
+    return train, {path: TokenShards(Path(path) / "validation") for path in held}
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

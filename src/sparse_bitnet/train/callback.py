@@ -1,4 +1,4 @@
-"""For people who train with Hugging Face ``Trainer``: the schedules and the monitor as a callback.
+"""Hugging Face ``Trainer`` callback with the schedules and the monitor.
 
     convert(model, "6:8")
     trainer = Trainer(model, args, train_dataset=..., callbacks=[SparseBitNetCallback("6:8")])
@@ -27,8 +27,9 @@ class SparseBitNetCallback(TrainerCallback):
     """Pattern schedule, weight-decay schedule, flip rate and zeros for a converted model.
 
     Adds to every row that has a training loss: ``flip_rate`` (a fraction of all masked weights;
-    absent while dense), ``zeros`` (a fraction of all converted weights) and ``density`` (the N/M in
-    force). They are measured every ``logging_steps``, so ``logging_strategy`` must be "steps".
+    absent while dense), ``zeros`` (a fraction of all converted weights), ``density`` (the N/M in
+    force) and, to every hundredth, ``dead`` (see :mod:`sparse_bitnet.train.monitor`). They are
+    measured every ``logging_steps``, so ``logging_strategy`` must be "steps".
 
     Args:
         pattern: the one training ends with.
@@ -69,7 +70,7 @@ class SparseBitNetCallback(TrainerCallback):
             )
         for pattern in (*self._sparsity.until.values(), self._sparsity.pattern):
             patterns_of_modules(model, pattern)  # now, not when the schedule comes to it
-        self._monitor = Monitor(model)
+        self._monitor = Monitor(model, state.global_step // max(1, int(state.logging_steps)))
         groups = kwargs["optimizer"].param_groups
         self._decayed = [group for group in groups if group["weight_decay"] > 0]
 
@@ -125,8 +126,9 @@ class SparseBitNetCallback(TrainerCallback):
             "zeros": self._reading.zeros,
             "density": self._pattern_of(state.global_step - 1, state).density,
         }
-        if self._reading.flip_rate is not None:
-            figures["flip_rate"] = self._reading.flip_rate
+        for name in ("flip_rate", "dead"):
+            if (value := getattr(self._reading, name)) is not None:
+                figures[name] = value
         logs.update(figures)
         state.log_history[-1].update(figures)  # Trainer keeps a copy that it made before
         self._reading = None

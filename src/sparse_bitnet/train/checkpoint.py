@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: sharded over ranks, complete or absent, checked when read.
+"""Resumable checkpoints: sharded over ranks, complete or absent, verified when loaded.
 
 PyTorch's distributed checkpoint (DCP) plans which rank writes and reads which part of which tensor,
 so a run may continue on another number of ranks. Its own files are pickles (``.metadata``, and
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
-from sparse_bitnet.console import say
-from sparse_bitnet.core import CheckpointError, ConfigError, shown
+from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
+from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import config_from_dict, differences, to_dict
@@ -64,8 +64,14 @@ class Checkpoints:
     data: dict[str, Any]
     ranks: Ranks
 
-    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Path:
-        """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``."""
+    def save(
+        self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, rows: int = 0
+    ) -> Path:
+        """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``.
+
+        Args:
+            rows: of metrics.jsonl that belong to these steps; :meth:`load` returns it.
+        """
         target = self.path(step)
         main = self.ranks.is_main
         with atomic_directory(target) if main else contextlib.nullcontext() as own:
@@ -84,7 +90,8 @@ class Checkpoints:
                 "ranks": self.ranks.world_size,
                 "config": to_dict(self.config),
                 "data": self.data,
-                "files": self._fingerprints(temporary, files),
+                "rows": rows,
+                "files": self._checksums(temporary, files),
             }
             if main:
                 write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
@@ -94,8 +101,11 @@ class Checkpoints:
         self.ranks.wait()
         return target
 
-    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
         """Fill model and optimizer with the state after ``step`` steps.
+
+        Returns:
+            How many rows metrics.jsonl had when it was saved; 0 in those of version 0.1.
 
         Raises:
             CheckpointError: if the checkpoint is damaged or belongs to another run; names another
@@ -119,6 +129,8 @@ class Checkpoints:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].fill_(step)
+        rows: int = manifest.get("rows", 0)
+        return rows
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -133,14 +145,6 @@ class Checkpoints:
                 found.append(int(match[1]))
         return sorted(found, reverse=True)
 
-    def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
-        if self.ranks.is_main:
-            for path in self.directory.glob(f"*{TEMPORARY_SUFFIX}"):
-                say(f"removing the unfinished checkpoint {path.name}")
-                shutil.rmtree(path, ignore_errors=True)
-        self.ranks.wait()
-
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
         return self.directory / f"step-{step:08d}"
@@ -152,6 +156,7 @@ class Checkpoints:
             sound = manifest["format"] == FORMAT and manifest["step"] == step
             sound = sound and {"config", "data"} <= manifest.keys()
             sound = sound and isinstance(manifest["files"], dict)
+            sound = sound and type(manifest.get("rows", 0)) is int
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
@@ -178,24 +183,14 @@ class Checkpoints:
 
     def _damage(self, path: Path, manifest: dict[str, Any]) -> str:
         """What is wrong with a checkpoint's files, or the empty string. Ranks share the reading."""
-        expected, present = manifest["files"], _tensor_files(path)
-        for names, trouble in (
-            (expected.keys() - present, "is missing"),
-            (present - expected.keys(), "does not belong to it"),
-        ):
-            if names:
-                return f"{shown(min(names))} {trouble}"
-        found = self._fingerprints(path, sorted(expected))
-        for name, (size, crc) in found.items():
-            if [size, crc] != expected[name]:
-                return (
-                    f"{name} has {size} bytes and checksum {crc}, expected {shown(expected[name])}"
-                )
-        return ""
+        expected = manifest["files"]
+        return names_differ(path, expected) or sums_differ(
+            self._checksums(path, sorted(expected)), expected
+        )
 
-    def _fingerprints(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
+    def _checksums(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
         mine = names[self.ranks.rank :: self.ranks.world_size]
-        parts = self.ranks.gather({name: _fingerprint(directory / name) for name in mine})
+        parts = self.ranks.gather({name: checksum(directory / name) for name in mine})
         return {name: mark for part in parts for name, mark in sorted(part.items())}
 
     def _way_out(self, bad: int) -> str:
@@ -211,11 +206,10 @@ class Checkpoints:
         path = self.path(step)
         try:
             manifest = read_json(path / MANIFEST)
-            if manifest["files"].keys() != _tensor_files(path):
+            expected = manifest["files"]
+            if manifest["step"] != step or names_differ(path, expected):
                 return True
-            return manifest["step"] != step or any(
-                _fingerprint(path / name) != mark for name, mark in manifest["files"].items()
-            )
+            return bool(sums_differ({name: checksum(path / name) for name in expected}, expected))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return True
 
@@ -239,7 +233,7 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 def _dcp(trouble: str) -> Iterator[None]:
     """Make what DCP raises one of our errors: it wraps all, of every rank, in a BaseException."""
     with warnings.catch_warnings():
-        # It warns that it "assumes" a single process, also when told so.
+        # It warns that it "assumes" a single process, also with no_dist.
         warnings.filterwarnings("ignore", message=".*single process")
         try:
             yield
@@ -248,22 +242,8 @@ def _dcp(trouble: str) -> Iterator[None]:
             raise CheckpointError(f"{trouble}: {cause}") from error
 
 
-def _fingerprint(path: Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _tensor_files(directory: Path) -> set[str]:
-    """Names of the plain files that a reader of tensors would open there."""
-    return {path.name for path in directory.glob("*.safetensors") if path.is_file()}
-
-
 def _remove(path: Path) -> None:
     """Under a temporary name first, so that half a removal is not taken for a checkpoint."""
-    doomed = path.with_name(path.name + TEMPORARY_SUFFIX)
+    doomed = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

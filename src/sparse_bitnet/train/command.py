@@ -22,7 +22,7 @@ def train_command(arguments: list[str]) -> None:
         ConfigError: if the recipe is missing; and as :func:`sparse_bitnet.train.train`.
     """
     if "-h" in arguments or "--help" in arguments:
-        out.print(options_help("sparse-bitnet train RECIPE.yaml"), markup=False)
+        out.print(options_help(), markup=False)
         return
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"the recipe comes first: {USAGE}")
@@ -35,8 +35,9 @@ def describe(result: TrainResult) -> str:
     """The result in lines for people."""
     lines = [
         f"steps       {result.steps:,} ({result.tokens:,} tokens)",
-        f"loss        {result.loss:.4f} nats a token at the last step",
     ]
+    if result.loss is not None:
+        lines.append(f"loss        {result.loss:.4f} nats a token at the last step")
     if result.validation_loss is not None:
         lines.append(
             f"validation  {result.validation_loss:.4f} nats a token, perplexity "

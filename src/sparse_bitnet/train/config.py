@@ -1,17 +1,15 @@
-"""What a training run is: nested, frozen dataclasses, checked when they are made.
+"""Training configuration: nested, frozen dataclasses, checked when they are made.
 
-A recipe (YAML) and the command line fill the same fields by the same rules; see
-:mod:`sparse_bitnet.train.recipe`. Every field says its unit. Out of range is a
-:class:`~sparse_bitnet.core.ConfigError` that names the field, the value and what would do.
+A recipe (YAML) and the command line fill the same fields; see :mod:`sparse_bitnet.train.recipe`.
+Every field says its unit. Out of range is a :class:`~sparse_bitnet.core.ConfigError` that names the
+field, the value and what would do.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from sparse_bitnet.core import ConfigError, Method, Pattern, shown
 
@@ -44,16 +42,12 @@ class SparsityConfig:
     pattern: str = "6:8"
     """N:M, or dense: the pattern that training ends with."""
     kind: Literal["bitnet", "bf16"] = "bitnet"
-    """Ternary weights and integer activations, or the full-precision twin with the same mask."""
+    """Ternary weights and integer activations, or the BF16 baseline with the same mask."""
     method: Method = field(default_factory=Method)
     """The published method, or one of its ablations."""
-    rules: Annotated[dict[str, str], tyro.conf.arg(metavar="{REGEX: PATTERN}")] = field(
-        default_factory=dict
-    )
+    rules: dict[str, str] = field(default_factory=dict)
     """Module names (regular expressions) that get their own pattern, or "skip"."""
-    until: Annotated[dict[float, str], tyro.conf.arg(metavar="{FRACTION: PATTERN}")] = field(
-        default_factory=dict
-    )
+    until: dict[float, str] = field(default_factory=dict)
     """The schedule: patterns in force until a fraction of training, before the final one. Empty:
     sparse from step 0. {0.5: dense}: dense for the first half. {0.33: dense, 0.66: "6:8"} with
     pattern "4:8": a staircase."""
@@ -76,9 +70,7 @@ class DataConfig:
 
     path: str = ""
     """A directory written by `sparse-bitnet data prepare`."""
-    mixture: Annotated[dict[str, float], tyro.conf.arg(metavar="{DIRECTORY: WEIGHT}")] = field(
-        default_factory=dict
-    )
+    mixture: dict[str, float] = field(default_factory=dict)
     """Instead of path: several such directories with the same tokenizer, and their weights."""
     sequence_length: int = 512
     """Tokens a sequence."""
@@ -196,7 +188,7 @@ class RunConfig:
 class TrainConfig:
     """One training run: every key of a recipe. An option given here wins over the file."""
 
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

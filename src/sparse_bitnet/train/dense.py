@@ -1,4 +1,4 @@
-"""Dense Hugging Face directories, read with suspicion: no code, no network, nothing random.
+"""Load dense Hugging Face directories safely: no remote code, no network, no random weights.
 
 transformers is made for models that one trusts. It offers to run code that a directory brings,
 fetches a kernel that a ``config.json`` names, and gives a weight that the files lack random values
@@ -19,10 +19,12 @@ from transformers.utils import logging
 
 from sparse_bitnet.core import CheckpointError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
+from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
 MOST_LAYERS = 10_000
+SIDE_FILE = "sparse_bitnet.json"  # what export.py writes beside a trained model's weights
 
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
@@ -35,12 +37,13 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
         options: for ``from_pretrained``.
 
     Raises:
-        CheckpointError: if the directory cannot be read, lacks a weight, holds NaN or infinity, or
-            names code to be fetched.
+        CheckpointError: if the directory cannot be read, lacks a weight, holds NaN or infinity,
+            names code to be fetched, or is a trained model that has changed since.
     """
     directory = Path(directory)
     try:
         _check_config(directory)
+        _check_sums(directory)
         with no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, output_loading_info=True, **LOCAL, **options
@@ -111,7 +114,7 @@ def no_bars() -> Iterator[None]:
 
 
 def _check_config(directory: Path) -> None:
-    """What has to be known before transformers builds what a ``config.json`` says."""
+    """Check what transformers would build from a ``config.json`` before it does."""
     refuse_special(*directory.iterdir())
     config = _read_config(directory / "config.json")
     files = sorted(directory.glob("*.safetensors"))
@@ -126,6 +129,19 @@ def _check_config(directory: Path) -> None:
                 f"num_hidden_layers is {str(layers)[:40]}, but there are {tensors} tensors in the "
                 "weight files"
             )
+
+
+def _check_sums(directory: Path) -> None:
+    """Compare weight files with the checksums that a trained model has (since version 0.2)."""
+    side = directory / SIDE_FILE
+    expected = read_json(side).get("files") if side.is_file() else None
+    if expected is None:
+        return
+    damage = names_differ(directory, expected) or sums_differ(
+        {name: checksum(directory / name) for name in sorted(expected)}, expected
+    )
+    if damage:
+        raise ValueError(f"{damage}; the weights were damaged or edited since they were written")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

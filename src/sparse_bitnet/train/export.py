@@ -1,8 +1,9 @@
-"""The trained model as a Hugging Face directory, and the way back.
+"""Save a trained model as a Hugging Face directory, and load it.
 
 The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
-field can read it; ``sparse_bitnet.json`` says how the linears computed, and :func:`load_trained`
-converts them again. Packing (ternary weights, a small file) is another room: ``deploy``.
+field can read it; ``sparse_bitnet.json`` says how the linears computed and holds the checksums of
+the weight files, and :func:`load_trained` converts them again. Packing (ternary weights, a small
+file) is another room: ``deploy``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
+from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.dense import no_bars, read_dense
+from sparse_bitnet.train.dense import SIDE_FILE, no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
 
-SIDE_FILE = "sparse_bitnet.json"
 FORMAT = 1
 
 
@@ -79,8 +80,9 @@ def save_trained(
             kept = {"pattern", "kind", "method", "rules"}
             described = dataclasses.asdict(sparsity)
             described = {key: value for key, value in described.items() if key in kept}
-            text = json.dumps({"format": FORMAT, **described, "run": run or {}}, indent=1)
-            write_text(temporary / SIDE_FILE, text)
+            sums = {name: checksum(temporary / name) for name in sorted(weight_files(temporary))}
+            values = {"format": FORMAT, **described, "run": run or {}, "files": sums}
+            write_text(temporary / SIDE_FILE, json.dumps(values, indent=1))
     if ranks is not None:
         ranks.wait()
     return directory

@@ -24,11 +24,11 @@ from sparse_bitnet.train.export import save_trained
 from sparse_bitnet.train.graph import GraphedBackward
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import build_model, convert_model, maskless_attention
-from sparse_bitnet.train.monitor import History, Monitor, Reading, read_history
+from sparse_bitnet.train.monitor import History, Monitor, Reading
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
 from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
 from sparse_bitnet.train.recipe import load_recipe
-from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, write_result
+from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
 from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
@@ -46,15 +46,21 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         on_step: called after every step with (steps done, the converted model), on every rank.
 
     Raises:
-        ConfigError: if the directory holds a run of another configuration, or values contradict.
+        ConfigError: if the directory holds a run of another configuration, or another process
+            trains in it; or if values contradict.
         PatternError: if a pattern, or one that the schedule comes to, does not fit the model.
         DataError: if the tokens are missing or damaged.
         CheckpointError: if the checkpoint to resume from is damaged.
         TrainingError: if the loss or the gradient is not finite.
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
-    with ranks(config.run.device) as here, stop_on_signals(here.is_main) as stop:
-        finished = claim(Path(config.run.directory), config, here)
+    directory = Path(config.run.directory)
+    with (
+        ranks(config.run.device) as here,
+        stop_on_signals(here.is_main) as stop,
+        owned(directory, here),
+    ):
+        finished = claim(directory, config, here)
         if finished is None:
             return _Run(config, here).finish(stop, on_step)
         if here.is_main:
@@ -98,12 +104,12 @@ class _Run:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.graph = self._graph() if config.run.cuda_graph else None
-        self.monitor = Monitor(self.model)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
         )
         self.first_bad = torch.full((), math.inf, device=here.device)
-        self.first_step = self._resume()
+        self.first_step, self.rows_before = self._resume()
+        self.monitor = Monitor(self.model, self.first_step // config.run.log_every)
 
     def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""
@@ -146,10 +152,11 @@ class _Run:
                         history.add({"step": done, "validation_loss": self._validate()})
                 if run.checkpoint_every and (done % run.checkpoint_every == 0 or done == steps):
                     with clock.paused():
-                        self._save(done)
+                        self._save(done, history)
                 if self.here.any(bool(stop)) and done < steps:
-                    self._leave(done, stop)
-        return self._conclude()
+                    self._leave(done, history, stop)
+            figures = self._last_figures(history)
+        return self._conclude(figures)
 
     def _use_fastest_products(self) -> None:
         """Dense or sparse forward products, the main process's choice: all ranks compute alike."""
@@ -223,12 +230,13 @@ class _Run:
                 "optimizer.learning_rate or a longer schedule.warmup"
             )
 
-    def _save(self, done: int) -> Path:
+    def _save(self, done: int, history: History) -> Path:
         self._stop_if_not_finite()
-        return self.checkpoints.save(done, self.model, self.optimizer)
+        history.sync()
+        return self.checkpoints.save(done, self.model, self.optimizer, history.rows)
 
-    def _leave(self, done: int, stop: StopRequest) -> None:
-        path = self._save(done)
+    def _leave(self, done: int, history: History, stop: StopRequest) -> None:
+        path = self._save(done, history)
         raise TrainingInterruptedError(
             f"stopped by {stop.name} after step {done} of {self.config.schedule.steps}; saved "
             f"{path}. The same command goes on from there",
@@ -250,30 +258,43 @@ class _Run:
         enabled = self.precision == "bf16"
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=enabled)
 
-    def _resume(self) -> int:
-        self.checkpoints.clean()
+    def _resume(self) -> tuple[int, int]:
+        """Steps done, and the rows that metrics.jsonl had then."""
         step = self.checkpoints.latest()
         if step is None:
-            return 0
-        self.checkpoints.load(step, self.model, self.optimizer)
+            return 0, 0
+        rows = self.checkpoints.load(step, self.model, self.optimizer)
         refresh(self.model)
         self._say(f"resuming from {self.checkpoints.path(step)}")
-        return step
+        return step, rows
 
-    def _conclude(self) -> TrainResult:
-        """Read the last figures, export the model, write the result."""
+    def _last_figures(self, history: History) -> dict[str, float | None]:
+        """Losses after the last step. Of a run whose last row is gone the training loss is too:
+        weights of a step later have another."""
+        steps = self.config.schedule.steps
+        figures: dict[str, float | None] = self.here.from_main(history.last)
+        if figures.get("step") != steps:
+            figures = {}
+        if "validation_loss" not in figures:
+            figures["validation_loss"] = self._validate()
+            history.add({"step": steps, "validation_loss": figures["validation_loss"]})
+        if "loss" not in figures:
+            self._say("the last row of metrics.jsonl is gone, and the last training loss with it")
+        return figures
+
+    def _conclude(self, figures: dict[str, float | None]) -> TrainResult:
+        """Export the model, write the result."""
         config, steps = self.config, self.config.schedule.steps
         self.loss_of.eval()
         uncompile_blocks(self.model)
         self.optimizer.zero_grad()
-        rows = self.here.from_main(read_history(self.directory / HISTORY))
         checkpoint = self.checkpoints.latest()
         result = TrainResult(
             directory=self.directory,
             steps=steps,
             tokens=steps * config.data.batch_size * config.data.sequence_length,
-            loss=[row["loss"] for row in rows if "loss" in row][-1],
-            validation_loss=[r["validation_loss"] for r in rows if "validation_loss" in r][-1],
+            loss=figures.get("loss"),
+            validation_loss=figures["validation_loss"],
             seconds=time.perf_counter() - self.started,
             linear_weights=self.linear_weights,
             history=self.directory / HISTORY,
@@ -296,6 +317,11 @@ class _Run:
     def _history(self) -> Iterator[History]:
         run = self.config.run
         history = History(self.directory, self.first_step, run.tensorboard, self.here.is_main)
+        if history.rows < self.rows_before:
+            self._say(
+                f"{self.rows_before - history.rows} of {self.rows_before} rows of {HISTORY} are "
+                "gone: it was removed, cut or damaged; the run goes on without them"
+            )
         try:
             yield history
         finally:
@@ -348,10 +374,11 @@ def _choose(wanted: str, automatic: str) -> str:
 def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
     if reading is None:
         return {}
-    figures: dict[str, Any] = {"flip_rate": reading.flip_rate, "zeros": reading.zeros}
+    columns = ["flip_rate", "zeros"] if reading.dead is None else ["flip_rate", "zeros", "dead"]
+    figures: dict[str, Any] = {name: getattr(reading, name) for name in columns}
     if layers_every and done % layers_every == 0:
         figures["layers"] = {
-            name: {"flip_rate": layer.flip_rate, "zeros": layer.zeros}
+            name: {column: getattr(layer, column) for column in columns}
             for name, layer in reading.layers.items()
         }
     return figures

@@ -1,41 +1,62 @@
-"""What one wants to see of a ternary model in training, besides its loss.
+"""Training metrics of a ternary model besides its loss: flip rate, zeros, dead weights.
 
 - **Flip rate**: the fraction of mask entries that one optimizer step changes, over all masked
   weights. High early, falling as the masks settle.
 - **Zeros before the mask**: the fraction of weights that would round to zero with no mask at all
   (|w| ≤ γ/2). Where it exceeds (M − N)/M, a mask has little left to remove.
+- **Dead**: the fraction of weights that every one of the last hundred readings found zero, masked
+  or rounded: capacity that the model does not use.
 
-Both read every master weight, so they are taken at logging steps only. Weights of one shape are
+They read every master weight, so they are taken at logging steps only. Weights of one shape are
 stacked and measured together: a hundred small matrices cost a handful of kernels and a single
 synchronisation. Sharded weights are gathered first, so figures are those of the whole weight.
+
+Dead weights need a memory: one bit a weight (of the sixteen bytes that training takes), spread over
+the ranks where weights are sharded. It is no part of a checkpoint: a window of readings that a
+resumed run has not seen from its beginning is not reported.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
-from sparse_bitnet.core import Method, MissingExtraError, Pattern, absmean, method_mask, row_scale
+from sparse_bitnet.core import (
+    Method,
+    MissingExtraError,
+    Pattern,
+    absmean,
+    method_mask,
+    round_ternary,
+    row_scale,
+)
 from sparse_bitnet.files import write_text
-from sparse_bitnet.nn import MasterWeight, master_weights
+from sparse_bitnet.nn import MasterWeight, SparseBitExperts, SparseBitLinear, master_weights
 from sparse_bitnet.nn.derived import whole
 
 ELEMENTS_AT_ONCE = 2**26
+WINDOW = 100  # readings in which a dead weight is never non-zero
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One master weight's figures; ``flip_rate`` is None if it is dense or was not measured."""
+    """One master weight's figures; ``flip_rate`` is None if it is dense or was not measured,
+    ``dead`` in all readings but the last of a window."""
 
     flip_rate: float | None
     zeros: float
     size: int
+    dead: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,17 +68,23 @@ class Reading:
     @property
     def zeros(self) -> float:
         """Zeros before the mask, over all converted weights."""
-        sizes = sum(layer.size for layer in self.layers.values())
-        return sum(layer.zeros * layer.size for layer in self.layers.values()) / max(1, sizes)
+        return self._mean("zeros") or 0.0
 
     @property
     def flip_rate(self) -> float | None:
         """Over all masked weights; None if no mask is in force."""
-        masked = [x for x in self.layers.values() if x.flip_rate is not None]
-        if not masked:
-            return None
-        flips = sum((x.flip_rate or 0.0) * x.size for x in masked)
-        return flips / sum(x.size for x in masked)
+        return self._mean("flip_rate")
+
+    @property
+    def dead(self) -> float | None:
+        """Over all converted weights; None but at the end of a window."""
+        return self._mean("dead")
+
+    def _mean(self, name: str) -> float | None:
+        """Of a figure, over the weights of the layers that have it."""
+        pairs = [(getattr(layer, name), layer.size) for layer in self.layers.values()]
+        pairs = [(value, size) for value, size in pairs if value is not None]
+        return sum(v * size for v, size in pairs) / sum(s for _, s in pairs) if pairs else None
 
 
 class Monitor:
@@ -65,11 +92,19 @@ class Monitor:
 
     Call :meth:`before_step`, let the optimizer step, then :meth:`after_step`. Under FSDP2 every
     rank must call both.
+
+    Args:
+        readings: taken before, by the process whose run this one resumes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, readings: int = 0) -> None:
         self._model = model
         self._masks: list[Tensor | None] | None = None
+        self._readings = readings
+        # Which weights were ever non-zero in this window: by batch, bits [count, ⌈size / 8⌉].
+        # None if a part of the window went unseen, or under another pattern.
+        self._alive: dict[int, Tensor] | None = None
+        self._patterns: list[Pattern] = []
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -83,27 +118,80 @@ class Monitor:
     def after_step(self) -> Reading:
         """Compare with the remembered masks (if any) and count zeros. Synchronises once."""
         names: list[tuple[str, int, bool]] = []
-        flips, zeros = [], []
+        flips, zeros, dead = [], [], []
+        patterns = [weight.pattern for weight in master_weights(self._model)]
+        if self._readings % WINDOW == 0:
+            self._alive, self._patterns = {}, patterns
+        elif patterns != self._patterns:
+            self._alive = None
+        self._readings += 1
         for index, (batch, stack) in enumerate(_batches(self._model)):
             before = self._masks[index] if self._masks is not None else None
-            after = None
-            if before is not None:
-                after = method_mask(stack, batch.pattern, batch.method, batch.segments)
+            after = method_mask(stack, batch.pattern, batch.method, batch.segments)
+            flips.append(torch.zeros(len(stack), dtype=torch.int64, device=stack.device))
+            masked = False
             if before is not None and after is not None:
-                flips.append((before != after).flatten(1).sum(1))
-            else:
-                flips.append(torch.zeros(len(stack), dtype=torch.int64, device=stack.device))
+                flips[-1], masked = (before != after).flatten(1).sum(1), True
             rows = row_scale(absmean(stack, batch.segments), batch.segments, stack.shape[-2])
             zeros.append((stack.abs() <= rows.unsqueeze(-1) / 2).flatten(1).sum(1))
-            names += [(name, stack[0].numel(), after is not None) for name in batch.names]
+            dead.append(self._count_dead(index, batch, stack, after))
+            names += [(name, stack[0].numel(), masked) for name in batch.names]
         self._masks = None
-        counts = torch.stack([torch.cat(flips), torch.cat(zeros)]).tolist()
+        counts = torch.stack([torch.cat(flips), torch.cat(zeros), torch.cat(dead)])
+        if self._ends_window() and _sharing(self._model)[1] > 1:
+            dist.all_reduce(counts[2])
         layers = {
-            name: Layer(flipped / size if masked else None, zero / size, size)
-            for (name, size, masked), flipped, zero in zip(names, *counts, strict=True)
+            name: Layer(
+                flipped / size if masked else None,
+                zero / size,
+                size,
+                unused / size if self._ends_window() else None,
+            )
+            for (name, size, masked), flipped, zero, unused in zip(
+                names, *counts.tolist(), strict=True
+            )
         }
         order = [weight.name for weight in master_weights(self._model)]
         return Reading({name: layers[name] for name in order})
+
+    def _ends_window(self) -> bool:
+        return self._alive is not None and self._readings % WINDOW == 0
+
+    def _count_dead(self, index: int, batch: _Batch, stack: Tensor, mask: Tensor | None) -> Tensor:
+        """Note which weights are non-zero now; ``[count]``: those that never were in the window,
+        once it ends, on the rank that keeps this batch."""
+        none = torch.zeros(len(stack), dtype=torch.int64, device=stack.device)
+        rank, world_size = _sharing(self._model)
+        if self._alive is None or index % world_size != rank:
+            return none
+        flags = _nonzero(batch, stack, mask).flatten(1)
+        bits = functional.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))
+        place = torch.arange(8, dtype=torch.uint8, device=stack.device)
+        alive = (bits.to(torch.uint8) << place).sum(-1, dtype=torch.uint8)
+        if index in self._alive:
+            alive |= self._alive[index]
+        self._alive[index] = alive
+        if not self._ends_window():
+            return none
+        used = (alive.unsqueeze(-1) >> place & 1).flatten(1).sum(1)
+        return flags.shape[1] - used
+
+
+def _nonzero(batch: _Batch, stack: Tensor, mask: Tensor | None) -> Tensor:
+    """Which weights the model computes with: kept by the mask, and not rounded to zero."""
+    if batch.is_ternary:
+        of = mask if batch.method.order == "mask-then-quant" else None
+        scale = row_scale(absmean(stack, batch.segments, of), batch.segments, stack.shape[-2])
+        flags = round_ternary(stack, scale.unsqueeze(-1)) != 0
+    else:
+        flags = stack != 0
+    return flags if mask is None else flags & mask
+
+
+def _sharing(model: nn.Module) -> tuple[int, int]:
+    """Rank and number of the processes that share the memory of a model's weights."""
+    sharded = any(isinstance(weight.weight, DTensor) for weight in master_weights(model))
+    return (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
 
 
 @dataclass(frozen=True)
@@ -112,27 +200,33 @@ class _Batch:
     pattern: Pattern
     method: Method
     segments: tuple[int, ...]
+    is_ternary: bool
 
 
 def _batches(model: nn.Module) -> Iterator[tuple[_Batch, Tensor]]:
     """Master weights stacked ``[count, …, out, in]`` where shape, pattern and method are equal."""
     groups: dict[Any, list[MasterWeight]] = {}
     for weight in master_weights(model):
-        key = (weight.weight.shape, weight.pattern, weight.module.method, weight.segments)
-        groups.setdefault(key, []).append(weight)
-    for (shape, pattern, method, segments), members in groups.items():
+        ternary = isinstance(weight.module, SparseBitLinear | SparseBitExperts)
+        key = (weight.pattern, weight.module.method, weight.segments, ternary)
+        groups.setdefault((weight.weight.shape, key), []).append(weight)
+    for (shape, key), members in groups.items():
         count = max(1, ELEMENTS_AT_ONCE // max(1, shape.numel()))
         for start in range(0, len(members), count):
             part = members[start : start + count]
             stack = torch.stack([whole(weight.weight) for weight in part])
-            yield _Batch([weight.name for weight in part], pattern, method, segments), stack
+            yield _Batch([weight.name for weight in part], *key), stack
 
 
 class History:
-    """``metrics.jsonl``: one JSON object a row, appended at once; TensorBoard events when asked.
+    """``metrics.jsonl``: one JSON object a row, appended at once; TensorBoard events if configured.
 
     Continuing a run drops the rows after the step it resumes from, so every step stands there once.
     With ``writes`` off (ranks other than the first) nothing is touched.
+
+    Attributes:
+        rows: how many the file has.
+        last: figures of the newest step that has any, all its rows together.
 
     Raises:
         MissingExtraError: if TensorBoard is asked for and not installed.
@@ -142,6 +236,7 @@ class History:
         self, directory: Path, first_step: int, tensorboard: bool, writes: bool = True
     ) -> None:
         self._file, self._board = None, None
+        self.rows, self.last = 0, dict[str, Any]()
         if not writes:
             return
         if tensorboard:
@@ -150,9 +245,12 @@ class History:
         kept = [row for row in read_history(path) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
+        for row in kept:
+            self._count(row)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; it must have a ``step``."""
+        self._count(row)
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -165,12 +263,23 @@ class History:
                     if value is not None:
                         self._board.add_scalar(f"{name}/{layer}", value, row["step"])
 
-    def close(self) -> None:
-        """Close the files."""
+    def sync(self) -> None:
+        """Bring the rows to the disk: before each checkpoint, so that none of them outlives its
+        rows when the machine stops."""
         if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close the files."""
+        if self._file is not None:
+            self.sync()
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self.last = (self.last if self.last.get("step") == row["step"] else {}) | row
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

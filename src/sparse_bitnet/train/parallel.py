@@ -1,4 +1,4 @@
-"""One process or many: who this process is, how the model is cut, how ranks agree.
+"""Ranks, FSDP2 sharding and per-block compilation.
 
 ``torchrun`` tells each process its place through the environment; without it there is one process
 and no process group. Many processes shard with FSDP2: every block is a group of its own, and the
@@ -11,10 +11,10 @@ precision, and one process computes with the very same values. Autocast makes pr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from sparse_bitnet.core import ConfigError
+from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.kernels import compiled
 from sparse_bitnet.nn import SparseBitLinear
 from sparse_bitnet.train.loss import CausalLoss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,21 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def first_alone(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, after the first rank of each host has called it: work that one
+        does and the others find done. An error of the first ones is raised on all."""
+        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0 or not self.is_distributed
+        made, problem = None, None
+        if is_first:
+            try:
+                made = make()
+            except SparseBitNetError as error:
+                problem = error
+        problems = [one for one in self.gather(problem) if one is not None]
+        if problems:
+            raise problems[0]
+        return make() if made is None else made
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -1,7 +1,8 @@
 """Recipes: a YAML file first, then ``--section.key value`` from the command line.
 
-Both go through one strict conversion, so a wrong key or value gets the same message wherever it was
-written: the key, the place, the nearest key that exists.
+The file is converted strictly, and so is a configuration that a checkpoint or a sweep brings: a
+wrong key or value is named with its place. The command line is tyro's, with the file's values as
+defaults.
 
 YAML is read with the number rules of YAML 1.2. Version 1.1, PyYAML's own, reads ``6:8`` as the
 sexagesimal number 368 and ``1e-3`` as text, both of which stand in every recipe.
@@ -21,7 +22,7 @@ import types
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -33,9 +34,7 @@ from sparse_bitnet.train.config import DataConfig, TrainConfig
 # Of the section `run` that is all but these.
 FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing"}
 DECIDES_WEIGHTS = {"run.seed", "run.precision"}
-LARGEST_RECIPE = 2**20  # characters
-MOST_PARTS = 100_000
-LARGEST_WHOLE = 2**62
+PROGRAM = "sparse-bitnet train RECIPE.yaml"
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,18 +61,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Args:
         path: a YAML file of sections ``model``, ``sparsity``, ``data``, ``optimizer``,
             ``schedule`` and ``run``; a field left out has its default.
-        overrides: ``["--optimizer.learning-rate", "1e-3", "--run.seed=1", ...]``. Values are YAML
-            too, so a mapping is written ``--sparsity.until '{0.5: dense}'``.
+        overrides: ``["--optimizer.learning-rate", "1e-3", "--run.no-export", ...]``. A mapping is
+            written in YAML: ``--sparsity.until '{0.5: dense}'``.
 
     Raises:
         ConfigError: for a file that cannot be read, an unknown key (with the nearest valid one), a
             value of the wrong type or out of range.
+        SystemExit: for wrong overrides, or ``--help`` among them, once tyro has said what is wrong.
     """
-    values = read_yaml(path)
-    config = {} if values is None else values
-    built = _convert(TrainConfig, config, "", str(path))
-    _lay(built, overrides)
-    return _build(TrainConfig, built, str(path))
+    config = config_from_dict(read_yaml(path) or {}, str(path))
+    return _parse_arguments(overrides, config) if overrides else config
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -82,33 +79,67 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         ConfigError: for a file that cannot be read or is not YAML.
     """
-    path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LARGEST_RECIPE + 1)
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
-    if len(text) > LARGEST_RECIPE:
-        raise ConfigError(f"recipe {path} is longer than {LARGEST_RECIPE} characters")
-    return _parse(text, str(path))
+    return parse_yaml(text, str(path))
 
 
-def config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
+def parse_yaml(text: str, place: str) -> Any:
+    """YAML text by the same rules.
+
+    Raises:
+        ConfigError: naming ``place``.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # YAML's own, and whatever a wrong date or a long number raises
+        raise ConfigError(f"{place} is not YAML: {str(error)[:500]}") from error
+
+
+def config_from_dict(values: Any, place: str) -> TrainConfig:
     """The strict conversion alone, for a configuration kept as JSON or YAML elsewhere.
 
     Raises:
         ConfigError: as :func:`load_recipe`.
     """
-    return _build(TrainConfig, _convert(TrainConfig, values, "", place), place)
+    config: TrainConfig = _section(TrainConfig, values, "", place)
+    return config
 
 
-def options_help(prog: str) -> str:
+def options_help() -> str:
     """Every option with its type, default and meaning, as a person wants to read it."""
     default = TrainConfig(data=DataConfig(path="DIRECTORY"))
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(TrainConfig, args=["--help"], default=default, prog=prog)
+        _parse_arguments(["--help"], default)
     return text.getvalue()
+
+
+def _parse_arguments(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_mappings_are_yaml)
+    return tyro.cli(TrainConfig, args=arguments, default=default, prog=PROGRAM, registry=registry)
+
+
+def _mappings_are_yaml(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A mapping is one argument: ``'{0.5: dense}'``."""
+    if get_origin(info.type) is not dict:
+        return None
+
+    def read(arguments: list[str]) -> Any:
+        return _value(info.type, parse_yaml(arguments[0], "it"), "mapping", "command line")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{KEY: VALUE}",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+    )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -149,134 +180,57 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-def _parse(text: str, place: str) -> Any:
-    try:
-        value = yaml.load(text, Loader=_Loader)
-        if _parts(value, {}) > MOST_PARTS:
-            raise ValueError(f"written out, its aliases have more than {MOST_PARTS} parts")
-        return value
-    except Exception as error:  # YAML's own, and whatever a wrong date or a long number raises
-        raise ConfigError(f"{place} is not YAML: {str(error)[:500]}") from error
-
-
-def _parts(value: Any, known: dict[int, float]) -> float:
-    """How many values a YAML value has, written out: infinitely many if it holds itself.
-
-    Twelve lines of ``b: &b [*a, *a, …]`` stand for more than fit into any memory.
-    """
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf  # until it is counted, which is for good if it holds itself
-        inside = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_parts(one, known) for one in inside)
-    return known[id(value)]
-
-
-def _lay(built: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Read command-line arguments into a tree of checked values, over what stands there.
-
-    ``--a.b-c value``, ``--a.b-c=value``; as tyro's help shows them, also ``--a.flag``,
-    ``--a.no-flag`` and ``--optimizer.betas 0.9 0.95``.
-    """
-    rest = list(overrides)
-    while rest:
-        argument = rest.pop(0)
-        if not re.match(r"--[A-Za-z]", argument):
-            raise ConfigError(
-                f"command line: {argument!r} stands where an option like "
-                "--optimizer.learning-rate was expected"
-            )
-        name, equals, text = argument[2:].partition("=")
-        key, off = _without_no(name.replace("-", "_"))
-        hint = _hint(key)
-        if off:
-            value: Any = False
-        elif equals:
-            value = _parse(text, f"command line: --{name}")
-        else:
-            values = _take(rest, hint)
-            if not values and hint is not bool:
-                raise ConfigError(f"command line: --{name} needs a value")
-            read = [_parse(value, f"command line: --{name}") for value in values]
-            value = True if not read else read if len(read) > 1 else read[0]
-        *parents, field = key.split(".")
-        here = built
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[field] = _value(hint, value, key, "command line")
-
-
-def _take(rest: list[str], hint: Any) -> list[str]:
-    """The arguments that belong to an option: two for a pair, none needed for a flag, else one."""
-    most = len(get_args(hint)) if get_origin(hint) is tuple else 1
-    if hint is bool and rest and rest[0].lower() not in ("true", "false"):
-        most = 0
-    values: list[str] = []
-    while rest and len(values) < most and not re.match(r"--[A-Za-z]", rest[0]):
-        values.append(rest.pop(0))
-        if values[-1].startswith("["):
-            break
-    return values
-
-
-def _without_no(key: str) -> tuple[str, bool]:
-    """``run.no_export`` is ``run.export``, off."""
-    section, _, name = key.rpartition(".")
-    positive = f"{section}.{name.removeprefix('no_')}"
-    if name.startswith("no_") and _keys(TrainConfig, "").get(positive) is bool:
-        return positive, True
-    return key, False
-
-
-def _hint(key: str) -> Any:
-    """The type of a dotted key."""
-    known = _keys(TrainConfig, "")
-    parts = key.split(".")
-    for end in range(1, len(parts) + 1):
-        part = ".".join(parts[:end])
-        if part not in known:
-            raise ConfigError(
-                f"command line: {part} is unknown; the nearest key is {_nearest(part)}"
-            )
-    return known[key]
-
-
-def _convert(kind: type, values: Any, prefix: str, place: str) -> dict[str, Any]:
+def _section(kind: type, values: Any, prefix: str, place: str) -> Any:
+    """A dataclass from a mapping of its fields."""
     if not isinstance(values, dict):
         where = f" at {prefix.rstrip('.')}" if prefix else ""
         raise ConfigError(
             f"{place}{where}: expected a mapping of keys to values, found {shown(values)}"
         )
-    result = {}
-    for name, value in values.items():
-        _check_key(kind, name, f"{prefix}{name}", place)
-        result[name] = _value(_fields(kind)[name], value, f"{prefix}{name}", place)
-    return result
-
-
-def _build(kind: type, values: dict[str, Any], place: str) -> Any:
     made = {}
-    for field in dataclasses.fields(kind):
-        hint = _fields(kind)[field.name]
-        if dataclasses.is_dataclass(hint):
-            made[field.name] = _build(hint, values.get(field.name, {}), place)  # type: ignore[arg-type]
-        elif field.name in values:
-            made[field.name] = values[field.name]
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in _fields(kind):
+            raise ConfigError(f"{place}: {key} is unknown; the nearest key is {_nearest(key)}")
+        made[name] = _value(_fields(kind)[name], value, key, place)
     try:
         return kind(**made)
     except (ConfigError, PatternError) as error:
         raise type(error)(f"{place}: {error}") from error
 
 
+def _value(hint: Any, value: Any, key: str, place: str) -> Any:
+    """``value`` as the field's type, or an error that names both."""
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, f"{key}.", place)  # type: ignore[arg-type]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:  # a type or None
+        return None if value is None else _value(inner[0], value, key, place)
+    if origin is Literal and not isinstance(value, dict | list):
+        return value  # the section checks its choices and names them all
+    if origin is dict and isinstance(value, dict):
+        return {
+            _value(inner[0], k, f"{key} (key)", place): _value(inner[1], v, f"{key}[{k}]", place)
+            for k, v in value.items()
+        }
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
+        return tuple(_value(a, v, key, place) for a, v in zip(inner, value, strict=True))
+    if hint is float and type(value) in (int, float, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    elif hint is str and type(value) in (int, float):
+        return str(value)  # a directory named 2024, say
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = wanted.get(hint, str(hint).replace("typing.", ""))
+    raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")
+
+
 @cache  # a sweep of a thousand cells asks a million times
 def _fields(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
-
-
-def _check_key(kind: type, name: Any, key: str, place: str) -> None:
-    if name not in _fields(kind):
-        raise ConfigError(f"{place}: {key} is unknown; the nearest key is {_nearest(key)}")
 
 
 def _nearest(key: str) -> str:
@@ -291,46 +245,11 @@ def _nearest(key: str) -> str:
     return max(_keys(TrainConfig, ""), key=likeness)
 
 
-def _keys(kind: type, prefix: str) -> dict[str, Any]:
-    """All dotted keys below a section, sections included, with their types."""
-    keys = {}
+def _keys(kind: type, prefix: str) -> list[str]:
+    """All dotted keys below a section, sections included."""
+    keys = []
     for name, hint in _fields(kind).items():
-        keys[f"{prefix}{name}"] = hint
+        keys.append(f"{prefix}{name}")
         if dataclasses.is_dataclass(hint):
-            keys |= _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            keys += _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
     return keys
-
-
-def _value(hint: Any, value: Any, key: str, place: str) -> Any:
-    """``value`` as the field's type, or an error that names both."""
-    if dataclasses.is_dataclass(hint):
-        return _convert(hint, value, f"{key}.", place)  # type: ignore[arg-type]
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _value(next(a for a in inner if a is not type(None)), value, key, place)
-    if origin is Literal and not isinstance(value, (dict, list)):
-        return value  # the section checks its choices and names them all
-    if origin is dict and isinstance(value, dict):
-        return {
-            _value(inner[0], k, f"{key} (key)", place): _value(inner[1], v, f"{key}[{k}]", place)
-            for k, v in value.items()
-        }
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(inner):
-        return tuple(_value(a, v, key, place) for a, v in zip(inner, value, strict=True))
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    small = not (type(value) is int and abs(value) > LARGEST_WHOLE)
-    if hint is not float and isinstance(hint, type) and type(value) is hint and small:
-        return value
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a directory named 2024, say
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = wanted.get(hint, str(hint).replace("typing.", ""))
-    raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")

@@ -1,9 +1,11 @@
-"""What a run leaves behind besides weights: its configuration, and its result once it is done."""
+"""A run directory: its lock, its configuration, and the result once the run is done."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.files import read_json, write_text
+from sparse_bitnet.files import locked, read_json, remove_leftovers, write_text
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import check_target
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import differences, digest, load_recipe, to_yaml
 
-CONFIG, RESULT, HISTORY = "config.yaml", "result.json", "metrics.jsonl"
+CONFIG, RESULT, HISTORY, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
+PATIENCE = 10.0  # seconds: a worker whose sweep was killed notices after its step
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class TrainResult:
         directory: of the run.
         steps: optimizer steps of the whole run.
         tokens: that the whole run has seen.
-        loss: of the last step, nats a token.
+        loss: of the last step, nats a token; None if metrics.jsonl lost its row.
         validation_loss: mean over the validation sequences, nats a token; None without a split.
         seconds: of the last process, compilation and validation included.
         linear_weights: how many weights were converted.
@@ -47,7 +51,7 @@ class TrainResult:
     directory: Path
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     validation_loss: float | None
     seconds: float
     linear_weights: int
@@ -70,6 +74,32 @@ _PLAIN = ("steps", "tokens", "loss", "validation_loss", "seconds", "linear_weigh
 def facts(result: TrainResult) -> dict[str, Any]:
     """The figures of a result, without paths."""
     return {name: getattr(result, name) for name in _PLAIN}
+
+
+@contextmanager
+def owned(directory: Path, here: Ranks) -> Iterator[None]:
+    """Keep other processes from training in a directory, and remove what killed ones left there.
+
+    Raises:
+        ConfigError: on every rank, if another process trains there.
+    """
+    busy = ConfigError(
+        f"{directory}: another process is training there; wait for it to end, or choose another "
+        "run.directory"
+    )
+    with ExitStack() as stack:
+        refused = False
+        if here.is_main:
+            try:
+                stack.enter_context(locked(directory / LOCK, busy, PATIENCE))
+                for place in (directory, directory / "checkpoints"):
+                    for name in remove_leftovers(place):
+                        say(f"removed {place / name}, which a killed process left unfinished")
+            except ConfigError:
+                refused = True
+        if here.any(refused):
+            raise busy
+        yield
 
 
 def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | None:

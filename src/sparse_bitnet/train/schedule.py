@@ -1,4 +1,4 @@
-"""What changes over training, as pure functions of the step.
+"""Learning rate, weight decay and pattern as pure functions of the step.
 
 ``step`` counts from 0: the values are those that step number ``step`` is taken with.
 """
@@ -28,7 +28,7 @@ def weight_decay(step: int, schedule: ScheduleConfig, initial: float, kind: str)
     """Constant, or a cosine from ``initial`` down to 0 at ``weight_decay_until`` of training.
 
     ``auto`` is what the code published with arXiv 2603.05168 does: falling to 0 at half of training
-    for BitNet, so that ternary weights settle in the second half; constant for the twin.
+    for BitNet, so that ternary weights settle in the second half; constant for the BF16 baseline.
     """
     shape = schedule.weight_decay
     if shape == "constant" or (shape == "auto" and kind == "bf16"):

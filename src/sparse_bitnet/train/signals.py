@@ -14,7 +14,7 @@ from sparse_bitnet.core import TrainingError
 
 
 class TrainingInterruptedError(TrainingError):
-    """Training was asked to stop, and did so after a whole step.
+    """Training was interrupted by a signal, after a whole step.
 
     Attributes:
         exit_code: 128 + the signal's number, as a shell reports it.

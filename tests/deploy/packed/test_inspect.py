@@ -92,3 +92,21 @@ def test_refusals(tmp_path, build, packed):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(PackedFormatError, match="truncated"):
         inspect(file.parent)
+
+
+def test_all_zero_matrices_are_said_by_pack_and_inspect(tmp_path, trained, capsys):
+    model = trained("mixtral", "4:8")
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).weight.data.zero_()
+    experts = "model.layers.1.mlp.experts"
+    model.get_submodule(experts).gate_up_proj.data[3, 48:].zero_()
+    zero = [f"{name}.weight", f"{experts}.gate_up_proj[3, 48:96]"]
+    capsys.readouterr()
+    assert sorted(pack(model, tmp_path / "packed").zero) == sorted(zero)
+    assert "warning: 2 matrices are all zero" in capsys.readouterr().err
+    save_trained(model, None, tmp_path / "trained", SparsityConfig(pattern="4:8"))
+    for directory in ("packed", "trained"):
+        report = inspect(tmp_path / directory)
+        assert [n for weight in report.weights for n in weight.zero_matrices] == zero
+        assert f"all zero    2 matrices: {', '.join(zero)}" in report.summary()
+    assert "all zero" not in inspect(pack(trained("llama"), tmp_path / "other").directory).summary()

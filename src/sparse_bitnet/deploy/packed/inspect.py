@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparse_bitnet.console import progress
-from sparse_bitnet.core import Pattern, method_mask, worst_group
+from sparse_bitnet.core import Pattern, method_mask, worst_group, zero_matrices
 from sparse_bitnet.deploy.packed.packing import distinct_tensors
 from sparse_bitnet.deploy.packed.pretrained import load
 from sparse_bitnet.deploy.packed.sizes import least_bits, readable_bytes
@@ -35,6 +35,7 @@ class WeightReport:
         met: the sparsest N:M that it does keep, with the declared M (8 if dense).
         zeros: fraction of weights that are zero.
         bits: that a weight takes in the files, scales included.
+        zero_matrices: which of its logical matrices are all zero, by name.
     """
 
     name: str
@@ -43,6 +44,7 @@ class WeightReport:
     met: str
     zeros: float
     bits: float
+    zero_matrices: list[str]
 
     @property
     def count(self) -> int:
@@ -144,6 +146,10 @@ class DirectoryReport:
             f"files       {readable_bytes(self.file_bytes)}; in float32 the model takes "
             f"{readable_bytes(self.float32_bytes)}",
         ]
+        zero = [name for report in self.weights for name in report.zero_matrices]
+        if zero:
+            more = ", …" if len(zero) > 4 else ""
+            lines.append(f"all zero    {len(zero)} matrices: {', '.join(zero[:4])}{more}")
         if self.activation_bits:
             activations = " and ".join(f"int{bits}" for bits in self.activation_bits)
             lines.insert(
@@ -207,7 +213,15 @@ def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightRepo
         for key, shape in module.weight_shapes.items():
             stored = module.get_buffer(key).nbytes + module.get_buffer(f"{key}_scale").nbytes
             bits = 8 * stored / math.prod(shape)
-            reports.append(_report(f"{name}.{key}", module.unpack(key), module.spec.pattern, bits))
+            reports.append(
+                _report(
+                    f"{name}.{key}",
+                    module.unpack(key),
+                    module.spec.pattern,
+                    bits,
+                    module.segments_of(key),
+                )
+            )
         return reports
     ternary = derived_ternary(module)
     return [
@@ -216,18 +230,22 @@ def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightRepo
             ternary[key][0] if ternary else _masked(weight, module, key),
             module.pattern,
             8 * weight.element_size(),
+            module.segments_of(key),
         )
         for key, weight in module.master_parameters().items()
     ]
 
 
-def _report(name: str, values: Tensor, declared: Pattern, bits: float) -> WeightReport:
+def _report(
+    name: str, values: Tensor, declared: Pattern, bits: float, segments: tuple[int, ...]
+) -> WeightReport:
     m = GROUP_WITHOUT_PATTERN if declared.is_dense else declared.m
     met = "dense"
     if values.shape[-1] % m == 0:
         met = str(Pattern(max(1, worst_group(values, m)), m))
     zeros = 1 - int(values.count_nonzero()) / values.numel()
-    return WeightReport(name, tuple(values.shape), str(declared), met, zeros, bits)
+    zero = [name + index for index in zero_matrices(values, segments)]
+    return WeightReport(name, tuple(values.shape), str(declared), met, zeros, bits, zero)
 
 
 def _masked(weight: Tensor, module: DerivedModule, key: str) -> Tensor:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import progress, say
-from sparse_bitnet.core import ConfigError, DataError, check_finite
+from sparse_bitnet.core import ConfigError, DataError, check_finite, zero_matrices
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.deploy.packed.config import HINT, SparseBitNetConfig
 from sparse_bitnet.deploy.packed.pretrained import DType, is_packed
@@ -39,6 +39,7 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
 from sparse_bitnet.nn import DerivedModule, SparseBitLinear, convert, converted_modules
+from sparse_bitnet.nn.convert import warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.train.export import load_master
@@ -58,6 +59,7 @@ class PackResult:
         packed_bytes: what the packed weights and their scales take.
         other_bytes: what embeddings, norms, head and biases take.
         float32_bytes: what the same model takes in float32.
+        zero: matrices that are all zero, which a warning names too.
     """
 
     directory: Path
@@ -66,6 +68,7 @@ class PackResult:
     packed_bytes: int
     other_bytes: int
     float32_bytes: int
+    zero: list[str]
 
     @property
     def bits_per_weight(self) -> float:
@@ -129,6 +132,7 @@ def pack(
             tokenizer.save_pretrained(directory)
             _warn_if_replaced(directory, tokenizer)
         plan.write_weights(directory, shard_bytes)
+    warn_of_zeros(plan.zero)
     return plan.result(out)
 
 
@@ -229,6 +233,7 @@ class _Plan:
         self.specs = {
             name: packed_spec(module, storage, name) for name, module in self.modules.items()
         }
+        self.zero: list[str] = []
         self.packed: Layout = {}
         self.others: Layout = {HINT: (torch.uint8, (0,))}
         for name, module in self.modules.items():
@@ -310,7 +315,11 @@ class _Plan:
         yield HINT, torch.empty(0, dtype=torch.uint8)
         with progress(f"packing as {self.storage}", len(self.modules)) as task:
             for name in self.modules:
-                packed = pack_module(self.module(name), self.storage, name)
+                module = self.module(name)
+                packed = pack_module(module, self.storage, name)
+                for key, master in module.master_parameters().items():
+                    zero = zero_matrices(master, module.segments_of(key))
+                    self.zero += [f"{name}.{key}{index}" for index in zero]
                 for key, tensor in packed.state_dict().items():
                     yield f"{name}.{key}", tensor
                 task.advance()
@@ -331,6 +340,7 @@ class _Plan:
             packed_bytes=sum(_size(*entry) for entry in self.packed.values()),
             other_bytes=sum(_size(*entry) for entry in self.others.values()),
             float32_bytes=4 * (weights + sum(floats) + sum(biases)),
+            zero=self.zero,
         )
 
 
