@@ -1,7 +1,7 @@
 """The rows of the training benchmark: one set of master weights, a model for each way to train it.
 
 All rows share parameters, gradients and optimizer moments, so they fit on one GPU together and take
-turns there. A row that rests holds no memory: its derived buffers are on the meta device.
+turns there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
-from sparse_bitnet.nn import DerivedModule, choose_products, convert, use_products
+from sparse_bitnet.nn import choose_products, convert, use_products
 from sparse_bitnet.nn.gated_mlp import GatedMLP
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
@@ -143,24 +143,3 @@ class Candidate:
         elif compile:
             for block in blocks(model):
                 block.compile()
-        self.derived = [m for m in model.modules() if isinstance(m, DerivedModule)]
-        self.masters = [dict(m.master_parameters()) for m in self.derived]
-        self.rest()
-
-    def wake(self) -> None:
-        """Take the shared weights and derive from them."""
-        for module, masters in zip(self.derived, self.masters, strict=True):
-            for name, parameter in masters.items():
-                module._parameters[name] = parameter
-            module.invalidate()
-            module.refresh()
-
-    def rest(self) -> None:
-        """Let go of everything that is not shared; optimizer steps of other rows are not seen."""
-        for module, masters in zip(self.derived, self.masters, strict=True):
-            for name, parameter in masters.items():
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device="meta")
-            module.invalidate()

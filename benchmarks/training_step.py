@@ -157,7 +157,6 @@ class Bench:
         """Wake a row, take one step to warm up and ``steps`` timed ones, let it rest."""
         candidate = self.candidates[name]
         cuda = self.setting.device.type == "cuda"
-        candidate.wake()
         try:
             if cuda:
                 torch.cuda.empty_cache()
@@ -178,7 +177,6 @@ class Bench:
                 measured.peak_bytes = torch.cuda.max_memory_allocated()
         finally:
             self.optimizer.zero_grad()
-            candidate.rest()
 
 
 def describe(setting: Setting, name: str, measured: Measured, bench: Bench) -> dict[str, Any]:
@@ -286,7 +284,6 @@ def profile(setting: Setting, name: str, out: Path | None) -> None:
     with maskless_attention(bench.base):
         bench.add(name)
         candidate = bench.candidates[name]
-        candidate.wake()
         for _ in range(3):
             bench.step(candidate)
         activities = [torch.profiler.ProfilerActivity.CPU]

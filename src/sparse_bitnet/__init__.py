@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from sparse_bitnet.deploy.packed.packing import pack
     from sparse_bitnet.deploy.packed.pretrained import load
     from sparse_bitnet.deploy.run.generate import generate
-    from sparse_bitnet.nn.convert import convert, refresh, set_pattern
+    from sparse_bitnet.nn.convert import convert, set_pattern
+    from sparse_bitnet.nn.derived import frozen
 
 # Imported when first used: torch and transformers take seconds.
 _HOME = {
@@ -29,10 +30,10 @@ _HOME = {
     "Pattern": "core",
     "SparseBitNetError": "core",
     "convert": "nn",
+    "frozen": "nn",
     "generate": "deploy.run.generate",
     "load": "deploy.packed.pretrained",
     "pack": "deploy.packed.packing",
-    "refresh": "nn",
     "set_pattern": "nn",
 }
 
@@ -41,10 +42,10 @@ __all__ = [
     "Pattern",
     "SparseBitNetError",
     "convert",
+    "frozen",
     "generate",
     "load",
     "pack",
-    "refresh",
     "set_pattern",
 ]
 

@@ -31,8 +31,8 @@ def test_trained_and_packed_are_read_alike(tmp_path, saved, trained):
         assert source.biases == {n for n, m in linears.items() if m.bias is not None}
         for name, module in linears.items():
             layer = source.linear(name)
-            assert torch.equal(layer.ternary, module.ternary)
-            assert torch.equal(layer.row_scale, module.scale.expand(module.out_features))
+            assert torch.equal(layer.derived()[0], module.derived()[0])
+            assert torch.equal(layer.row_scale, module.derived()[1].expand(module.out_features))
             assert module.bias is None or torch.equal(layer.bias, module.bias)
         names = {n for n, _ in model.named_parameters()}
         assert source.others.keys() == {n for n in names if n.rpartition(".")[0] not in linears}

@@ -38,5 +38,5 @@ def read(directory: Path, mutation: Any) -> None:
     for module in model.modules():
         if isinstance(module, SparseBitLinear):
             if not module.pattern.is_dense:
-                assert worst_group(module.ternary, module.pattern.m) <= module.pattern.n
-            assert module.scale.isfinite().all() and (module.scale > 0).all()
+                assert worst_group(module.derived()[0], module.pattern.m) <= module.pattern.n
+            assert module.derived()[1].isfinite().all() and (module.derived()[1] > 0).all()

@@ -11,7 +11,6 @@ import torch
 from sparse_bitnet.core import BackendError, Pattern, WeightError
 from sparse_bitnet.kernels import dispatch, platform, ternarize, tuning
 from sparse_bitnet.kernels.backward import fp8
-from sparse_bitnet.kernels.ternarize import ternarize_into
 from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 Capability = tuple[int, int]
@@ -90,11 +89,9 @@ def test_segments_are_checked_before_a_kernel_runs(
 ) -> None:
     module = importlib.import_module("sparse_bitnet.kernels.ternarize")
     monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    weight, out = torch.randn(8, 16), torch.empty(8, 16, dtype=torch.int8)
+    weight = torch.randn(8, 16)
     with pytest.raises(WeightError, match="sum to its 8 rows"):
         ternarize(weight, Pattern(6, 8), None, segments)
-    with pytest.raises(WeightError, match="sum to its 8 rows"):
-        ternarize_into(out, weight, Pattern(6, 8), None, segments)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[TernaryWeight, tuning.Memory]:

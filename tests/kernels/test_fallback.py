@@ -52,7 +52,13 @@ def test_operators_know_their_shapes() -> None:
         assert (scale.shape, scale.dtype) == ((2, 3, 1), torch.float32)
         quantized, _ = torch.ops.sparse_bitnet.quantize_activations(x, None, 0.0, True, 0, scale)
         assert quantized.shape == (2, 3, 32)
-        ternary, gamma = torch.ops.sparse_bitnet.ternarize(torch.empty(4, 8, 16), 6, 8, [5, 3])
+        ternary, gamma = torch.ops.sparse_bitnet.ternarize(
+            torch.empty(4, 8, 16),
+            torch.tensor([6, 8], device="cpu"),
+            [5, 3],
+            "quant-then-mask",
+            "master",
+        )
         assert (ternary.shape, ternary.dtype, gamma.shape) == ((4, 8, 16), torch.int8, (4, 2))
         x_q, weight = torch.empty(2, 3, 64, dtype=torch.int8), torch.empty(8, 64, dtype=torch.int8)
         y = torch.ops.sparse_bitnet.dense_matmul(x_q, scale, weight, norm[:8], None, torch.float16)

@@ -1,4 +1,4 @@
-"""Tiny models, a count of derivations, and PyTorch kept to the two cores that the tests have."""
+"""Tiny models, and PyTorch kept to the two cores that the tests have."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
-
-from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -64,20 +62,6 @@ def tiny() -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(0, SIZES["vocab_size"], (2, 12))
-
-
-@pytest.fixture
-def derives(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The modules that derived, in order, since the test began (or cleared the list)."""
-    seen: list[nn.Module] = []
-    for kind in (SparseBitLinear, SparseLinear, SparseBitExperts, SparseExperts):
-
-        def counted(self: Any, _original: Callable[[Any], None] = kind.derive) -> None:
-            seen.append(self)
-            _original(self)
-
-        monkeypatch.setattr(kind, "derive", counted)
-    return seen
 
 
 @pytest.fixture

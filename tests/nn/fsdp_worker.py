@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,14 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparse_bitnet.nn import (
-    DerivedModule,
-    convert,
-    converted_modules,
-    master_weights,
-    refresh,
-    set_pattern,
-)
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.nn import convert, master_weights, set_pattern
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -56,7 +49,6 @@ class Scenario:
         architecture: str = "qwen2",
         kind: Any = "bitnet",
         compile: dict[str, Any] | None = None,
-        bf16: bool = False,
         checkpointed: bool = False,
         accumulate: int = 1,
         meta: bool = False,
@@ -64,7 +56,7 @@ class Scenario:
         evaluate: bool = False,
     ) -> None:
         self.architecture, self.kind, self.compile = architecture, kind, compile
-        self.bf16, self.checkpointed, self.accumulate = bf16, checkpointed, accumulate
+        self.checkpointed, self.accumulate = checkpointed, accumulate
         self.meta, self.staircase, self.evaluate = meta, staircase, evaluate
 
 
@@ -72,13 +64,11 @@ SCENARIOS = {
     "eager": Scenario(),
     "twin": Scenario(kind="bf16"),
     "experts": Scenario("mixtral"),
-    "gathered in bf16": Scenario(bf16=True),
     "checkpointed": Scenario(checkpointed=True),
     "accumulated": Scenario(accumulate=2),
     "staircase": Scenario(staircase=True),
     "evaluated": Scenario(evaluate=True),
     "loaded from meta": Scenario(meta=True),
-    # A compiled forward never looks whether its buffers are stale.
     "compiled": Scenario(
         meta=True, staircase=True, compile={"fullgraph": True, "backend": "aot_eager"}
     ),
@@ -95,15 +85,11 @@ def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
 
 
 def shard(model: PreTrainedModel, scenario: Scenario) -> None:
-    options: dict[str, Any] = {}
-    if scenario.bf16:
-        # Master weights stay float32 in shards; gradients are reduced in float32.
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model.model.layers:
         if scenario.compile is not None:
             block.compile(**scenario.compile)
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        fully_shard(block)
+    fully_shard(model)
     if scenario.meta:
         full = build(Scenario(scenario.architecture, scenario.kind)).state_dict()
         model.to_empty(device="cpu")
@@ -118,20 +104,18 @@ def batch(step: int) -> Tensor:
 
 
 def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
-    """Losses of each step (mean over ranks) and how many modules derived in it."""
+    """The loss of each step, a mean over ranks."""
     model = build(scenario, "meta" if scenario.meta and world > 1 else "cpu")
     if scenario.checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if world > 1:
         shard(model, scenario)
-    count = _count_derivations()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses, derived = [], []
+    losses = []
     model.train()
     for step in range(STEPS):
         if scenario.staircase:
             set_pattern(model, ("dense", "6:8", "4:8", "2:8")[step])
-        count.clear()
         total = torch.zeros(())
         for part in batch(step).chunk(world)[rank].chunk(scenario.accumulate):
             loss = model(input_ids=part, labels=part).loss / scenario.accumulate
@@ -146,40 +130,41 @@ def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
         if world > 1:
             dist.all_reduce(total)
         losses.append(total.item() / world)
-        derived.append(len(count))
-    return {"losses": losses, "derived": derived, "fresh": fresh(model)}
+    assert all(isinstance(w.weight, DTensor) for w in master_weights(model)) == (world > 1)
+    return {"losses": losses}
 
 
-def fresh(model: nn.Module) -> bool:
-    """Whether buffers are what the whole float32 master weights give."""
-    before = [buffer.clone() for _, m in converted_modules(model) for buffer in m.buffers()]
-    refresh(model)
-    after = [buffer for _, m in converted_modules(model) for buffer in m.buffers()]
-    assert all(isinstance(w.weight, DTensor) for w in master_weights(model)) == (
-        dist.is_initialized()
-    )
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+def edited() -> dict[str, Any]:
+    """Outputs after edits of shards that nothing announces; the last one's error."""
+    model = build(Scenario())
+    if dist.is_initialized():
+        shard(model, Scenario())
+    sums = []
+    for factor in (1.0, -0.5, 3.0):
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.data.mul_(factor)
+        with torch.no_grad():
+            sums.append(model(input_ids=batch(0)).logits.float().sum().item())
+    return {"sums": sums}
 
 
-_originals: dict[type[DerivedModule], Callable[[Any], None]] = {}
-
-
-def _count_derivations() -> list[DerivedModule]:
-    seen: list[DerivedModule] = []
-    for kind in set(_kinds(DerivedModule)):
-        original = _originals.setdefault(kind, kind.derive)
-
-        def counted(self: DerivedModule, original: Any = original) -> None:
-            seen.append(self)
-            original(self)
-
-        kind.derive = counted  # type: ignore[method-assign]
-    return seen
-
-
-def _kinds(base: type[DerivedModule]) -> list[type[DerivedModule]]:
-    found = [kind for kind in base.__subclasses__() if "derive" in vars(kind)]
-    return found + [kind for sub in base.__subclasses__() for kind in _kinds(sub)]
+def refused() -> dict[str, str]:
+    """What a forward says when masters are gathered in bf16, and a module by itself in shards."""
+    model = build(Scenario())
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    messages = {}
+    with torch.no_grad():
+        for name, run in {
+            "bf16": lambda: model(input_ids=batch(0)),
+            "alone": lambda: model.model.layers[1].mlp.up_proj(torch.randn(2, 32)),
+        }.items():
+            try:
+                run()
+            except ConfigError as error:
+                messages[name] = str(error)
+    return messages
 
 
 def state_round_trip() -> bool:
@@ -202,6 +187,8 @@ def main() -> None:
         torch._dynamo.reset()
         results[name] = run(scenario, rank, world)
     results["state dict"] = state_round_trip()
+    results["edited"] = edited()
+    results["refused"] = refused()
     if rank == 0:
         Path(result).write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -59,9 +59,8 @@ def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None
             alone = SparseBitLinear(nn.Linear(32, len(part), bias=False), Pattern(6, 8))
             with torch.no_grad():
                 alone.weight.copy_(part)
-            alone.refresh()
-            assert torch.equal(alone.scale[0], module.scale[index])
-            assert torch.equal(alone.ternary, module.ternary.split(list(rows))[index])
+            assert torch.equal(alone.derived()[1][0], module.derived()[1][index])
+            assert torch.equal(alone.derived()[0], module.derived()[0].split(list(rows))[index])
 
 
 def test_a_twin_knows_its_fused_matrices(tiny: Tiny) -> None:
@@ -80,7 +79,7 @@ def test_a_twin_knows_its_fused_matrices(tiny: Tiny) -> None:
     masters = zip(master_weights(model), master_weights(twin), strict=True)
     for ours, theirs in masters:
         assert ours.segments == theirs.segments, ours.name
-        assert torch.equal(theirs.module.mask, ours.mask), ours.name
+        assert torch.equal(theirs.module.derived()[0], ours.mask), ours.name
     assert any(one.segments for one in master_weights(twin))
 
 
@@ -277,15 +276,6 @@ class TestSharing:
         assert not model[0].training
         assert not model[0].weight.requires_grad
         assert model[1].weight.requires_grad
-
-    def test_data_parallel_broadcasts_no_derived_buffer(self, tiny: Tiny) -> None:
-        model = tiny("mixtral")
-        model._ddp_params_and_buffers_to_ignore = ["kept"]
-        convert(model)
-        ignored = model._ddp_params_and_buffers_to_ignore
-        assert ignored[0] == "kept"
-        derived = {name for name, buffer in model.named_buffers() if "inv_freq" not in name}
-        assert derived == set(ignored[1:])
 
 
 class TestRules:

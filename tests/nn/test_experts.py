@@ -60,8 +60,11 @@ def test_ternary_experts_equal_separate_layers(pattern: str, bits: Any) -> None:
     module = SparseBitExperts(experts, **options)
     expected = one_by_one(experts, SparseBitLinear, *inputs, **options)
     torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
-    assert module.gate_up_proj_scale.shape == (EXPERTS, 2)  # gate and up are matrices of their own
-    assert module.down_proj_scale.shape == (EXPERTS, 1)
+    assert module.derived("gate_up_proj")[1].shape == (
+        EXPERTS,
+        2,
+    )  # gate and up are matrices of their own
+    assert module.derived("down_proj")[1].shape == (EXPERTS, 1)
 
 
 @pytest.mark.parametrize("pattern", ["dense", "6:8", "2:4"])
@@ -75,10 +78,10 @@ def test_the_twin_equals_separate_layers(pattern: str) -> None:
 
 def test_mask_runs_along_in() -> None:
     module = SparseBitExperts(Experts(), Pattern(6, 8))
-    assert worst_group(module.gate_up_proj_ternary, 8) <= 6
-    assert worst_group(module.down_proj_ternary, 8) <= 6
+    assert worst_group(module.derived("gate_up_proj")[0], 8) <= 6
+    assert worst_group(module.derived("down_proj")[0], 8) <= 6
     twin = SparseExperts(Experts(), Pattern(6, 8))
-    assert torch.equal(twin.down_proj_mask, nm_mask(twin.down_proj, Pattern(6, 8)))
+    assert torch.equal(twin.derived("down_proj")[0], nm_mask(twin.down_proj, Pattern(6, 8)))
 
 
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])

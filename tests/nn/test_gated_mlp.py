@@ -148,13 +148,11 @@ def own_forward(module: nn.Module) -> None:
 
 
 def lay_out(module: nn.Module) -> None:
-    module.down_proj.structured = torch.empty(0)
+    module.down_proj.group = 0
 
 
 def own_scales(module: nn.Module) -> None:
     module.gate_proj.segments = (INNER // 2, INNER // 2)
-    module.gate_proj.scale = torch.empty(2)
-    module.gate_proj.invalidate()
 
 
 def subclass(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from sparse_bitnet.core import Pattern
 from sparse_bitnet.formats.windows import lift
 from sparse_bitnet.kernels import quantize_activations, training
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
-from sparse_bitnet.nn import choose_products, convert, sparse_bit_linear, use_products
+from sparse_bitnet.nn import choose_products, convert, use_products
 
 
 def model() -> nn.Module:
@@ -31,7 +31,7 @@ def test_dense_without_a_gpu() -> None:
 def test_asking_for_sparse_on_a_cpu_changes_nothing() -> None:
     plain, asked = model(), model()
     use_products(asked, {"0": "sparse", "2": "sparse"})
-    assert asked[0].structured is None
+    assert asked[0].group is None
     x = torch.randn(5, 16)
     assert torch.equal(plain(x), asked(x))
     assert torch.equal(copy.deepcopy(asked)(x), plain(x))
@@ -53,15 +53,15 @@ def test_a_sparse_product_is_traced_without_a_break(
     """The branch that only a GPU takes, with a stand-in for its product."""
 
     def stand_in(
-        operand: Tensor, x_scale: Tensor, structured: Tensor, w_scale: Tensor, bias: Tensor
+        operand: Tensor, x_scale: Tensor, ternary: Tensor, group: int, w_scale: Tensor, bias: Tensor
     ) -> Tensor:
         assert operand.shape[-1] == (24 if group else 16)
         total = operand.float().sum(-1, keepdim=True)
         return (total * x_scale * w_scale + bias).to(torch.bfloat16)
 
-    monkeypatch.setattr(sparse_bit_linear, "structured_matmul", stand_in)
+    monkeypatch.setattr(training, "sparse_matmul", stand_in)
     layer = model()[0]
-    layer.structured, layer.group = torch.zeros(1, dtype=torch.uint8), group
+    layer.group = group
     layer.compile(fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(torch.randn(5, 16))

@@ -41,6 +41,7 @@ def pack(
     text: str | None = None,
     window: int | None = None,
     limit: int | None = None,
+    check: bool = True,
 ) -> PackResult:
     """Write a trained model as a packed directory that transformers loads.
 
@@ -55,6 +56,8 @@ def pack(
         text: text on which to measure it: a source such as text:PATH or jsonl:PATH.
         window: tokens the model reads at once when measuring.
         limit: measure on at most this many tokens.
+        check: run a few tokens through the trained model, and compare each layer's result with
+            that of its packed form, before anything is written.
     """
     measures = shards is not None or text is not None
     if measures and head != "int8":
@@ -63,7 +66,13 @@ def pack(
         )
     started = time.perf_counter()
     result = packing.pack(
-        source, directory, storage=storage, head=head, dtype=dtype, tokenizer=tokenizer
+        source,
+        directory,
+        storage=storage,
+        head=head,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        check=check,
     )
     say(f"packed in {time.perf_counter() - started:.1f} s")
     if measures:

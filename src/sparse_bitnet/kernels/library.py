@@ -27,7 +27,8 @@ def register(
 ) -> None:
     """Define one operator that neither mutates nor aliases its arguments.
 
-    A CUDA kernel runs with the device of its first argument current, as launches need.
+    A second call gives another device its kernel. A CUDA kernel runs with the device of its first
+    argument current, as launches need.
 
     Raises:
         TypeError: if the kernel or the fake does not take the schema's arguments, which on a
@@ -45,6 +46,7 @@ def register(
             return kernel(*arguments)
 
     name = schema.split("(", maxsplit=1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _library.impl(name, on_device if device == "CUDA" else kernel, device)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -7,6 +7,7 @@ second, and kept beside the measurements of :mod:`sparse_bitnet.kernels.tuning`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -65,9 +66,9 @@ def compile_source(source: str, macros: Mapping[str, int], architecture: str) ->
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     if kept is not None:
-        with contextlib.suppress(OSError):  # a folder that cannot be written costs time, no more
-            with files.atomic_file(kept) as partial:
-                partial.write_bytes(code)
+        # A folder that cannot be written costs time at the next start, no more.
+        with contextlib.suppress(OSError), files.atomic_file(kept) as partial:
+            partial.write_bytes(code)
     return bytes(code)
 
 

@@ -1,9 +1,9 @@
 """The forward product of a training step: dense int8, or sparse tensor cores.
 
-A weight that changes at every optimizer step has to be laid out for sparse tensor cores at every
-step too: encoded over windows, compressed by the library. Whether that pays depends on the shape,
-the pattern and the tokens between two steps, so it is measured, layout included, once a shape, and
-remembered beside the other measurements.
+Weights are derived in every forward, so they are laid out for sparse tensor cores in every forward
+too: encoded over windows, compressed by the library. Whether that pays depends on the shape, the
+pattern and the tokens, so it is measured, layout included, once a shape, and remembered beside the
+other measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.formats import windows
 from sparse_bitnet.kernels import dispatch, tuning
 from sparse_bitnet.kernels.dispatch import Choice
+from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.matmul import structured_matmul
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused, quantize_with_lifted
@@ -44,20 +45,51 @@ def group_of(pattern: Pattern, device: torch.device, out: int, columns: int) -> 
     return group if group and cusparselt.serves(device, out, width) else None
 
 
-def lay_out(ternary: Tensor, group: int, out: Tensor | None = None) -> Tensor:
+def lay_out(ternary: Tensor, group: int) -> Tensor:
     """Ternary int8 ``[out, in]`` that keeps its pattern → the library's compressed form.
 
     Args:
         group: of :func:`group_of`.
-        out: an earlier result of this shape, to write over.
     """
     from sparse_bitnet.kernels.matmul import cusparselt
     from sparse_bitnet.kernels.ternarize import triton_windows
 
     with torch.cuda.device_of(ternary):
         return cusparselt.compress_kept(
-            triton_windows.encode(ternary.contiguous(), group) if group else ternary, out
+            triton_windows.encode(ternary.contiguous(), group) if group else ternary
         )
+
+
+def sparse_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    ternary: Tensor,
+    group: int,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``structured_matmul`` of a ternary weight that is laid out now, for this product alone."""
+    if not torch.compiler.is_compiling():
+        return structured_matmul(x_q, x_scale, lay_out(ternary, group), w_scale, bias)
+    # What the library compresses to has a size that only it knows, so no operator returns it.
+    y = torch.ops.sparse_bitnet.sparse_matmul(x_q, ternary, group, w_scale)
+    y = y.float() * x_scale
+    return (y if bias is None else y + bias.float()).to(torch.bfloat16)
+
+
+def _sparse_matmul(x_q: Tensor, ternary: Tensor, group: int, w_scale: Tensor) -> Tensor:
+    return structured_matmul(x_q, None, lay_out(ternary, group), w_scale)
+
+
+def _fake_sparse_matmul(x_q: Tensor, ternary: Tensor, group: int, w_scale: Tensor) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.bfloat16)
+
+
+register(
+    "sparse_matmul(Tensor x_q, Tensor ternary, int group, Tensor w_scale) -> Tensor",
+    _sparse_matmul,
+    _fake_sparse_matmul,
+)
 
 
 def choose(
@@ -66,13 +98,11 @@ def choose(
     pattern: Pattern,
     tokens: int,
     device: torch.device,
-    passes: int = 1,
 ) -> Choice:
     """Dense or sparse for one weight; measured at the first call for a shape.
 
     Args:
         tokens: of one forward pass.
-        passes: forward passes between two optimizer steps (micro-batches).
     """
     if device.type != "cuda" or not runs_triton(torch.empty(0, device=device)):
         return Choice(DENSE, "no sparse tensor cores")
@@ -88,10 +118,10 @@ def choose(
     times = memory.get(key) or {}
     if SPARSE not in times:
         return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape", times)
-    layout = times["layout"] / passes
+    layout = times["layout"]
     dense, sparse = times[DENSE], times[SPARSE]
     best = SPARSE if dispatch.DRAW * (sparse + layout) < dense else DENSE
-    why = f"dense {dense:.0f} µs, sparse {sparse:.0f} + {layout:.0f} µs of layout a forward pass"
+    why = f"dense {dense:.0f} µs, sparse {sparse:.0f} + {layout:.0f} µs of layout"
     return Choice(best, why, times)
 
 
@@ -131,9 +161,7 @@ def _measure(
             return times
         times[SPARSE] = tuning.microseconds([sparse], settle)
         task.advance()
-        times["layout"] = tuning.microseconds(
-            [partial(lay_out, ternary, group, compressed)], settle
-        )
+        times["layout"] = tuning.microseconds([partial(lay_out, ternary, group)], settle)
         task.advance()
     return times
 

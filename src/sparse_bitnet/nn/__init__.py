@@ -6,10 +6,9 @@ from sparse_bitnet.nn.convert import (
     convert,
     converted_modules,
     master_weights,
-    refresh,
     set_pattern,
 )
-from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.derived import DerivedModule, frozen
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
 from sparse_bitnet.nn.products import choose_products, use_products
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
@@ -26,8 +25,8 @@ __all__ = [
     "choose_products",
     "convert",
     "converted_modules",
+    "frozen",
     "master_weights",
-    "refresh",
     "set_pattern",
     "use_products",
 ]

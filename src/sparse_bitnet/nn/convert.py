@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import (
@@ -22,6 +21,7 @@ from sparse_bitnet.core import (
     method_mask,
     zero_matrices,
 )
+from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
 from sparse_bitnet.nn.gated_mlp import join_gated_mlps
@@ -128,6 +128,8 @@ def convert(
         ConfigError: for an unknown kind, a broken or unused rule, a model that is converted
             already, is sharded already, has parameters whose values are elsewhere (ZeRO-3,
             offloading), or has nothing to convert. The model is then unchanged.
+        ConfigError: likewise, if the architecture multiplies by a module's weight without calling
+            the module (:mod:`sparse_bitnet.nn.check`); names the rule that leaves it out.
         PatternError: if M does not divide a module's input features, naming module and shape; then,
             too, the model is unchanged.
         WeightError: likewise, if a weight holds NaN or infinity, or overflows float32.
@@ -173,6 +175,7 @@ def convert(
             "convert: the model has no nn.Linear or expert weights to convert "
             f"({len(report.skipped)} were left out: {_some(list(report.skipped))}){_first(report)}"
         )
+    check_called(model, [name for name, *_ in plan])
     names = _names_of_each(model)
     for _, module, chosen, own in plan:
         for tensor in module.parameters(recurse=False):
@@ -188,7 +191,6 @@ def convert(
         for name in names[module]:
             model.set_submodule(name, new)
         report.modules += 1
-    _keep_from_broadcasts(model)
     if kind == "bitnet":
         join_gated_mlps(model)
     report.zero = [
@@ -237,18 +239,6 @@ def patterns_of_modules(
             one.check_divides(weight.shape[-1], where)
         chosen.append((module, one))
     return chosen
-
-
-def refresh(model: nn.Module) -> None:
-    """Derive all converted modules' buffers anew, whatever their version counters say.
-
-    Needed after edits outside an optimizer and ``load_state_dict`` that go unseen: through
-    ``.data``, of FSDP2 shards, and any at all before a compiled forward. On shards every rank must
-    call.
-    """
-    for _, module in converted_modules(model):
-        module.invalidate()
-        module.refresh()
 
 
 def converted_modules(model: nn.Module) -> Iterator[tuple[str, DerivedModule]]:
@@ -326,15 +316,6 @@ def _embeddings(model: nn.Module) -> set[Tensor]:
     head = get() if callable(get) else None
     found: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     return found | (set(head.parameters()) if isinstance(head, nn.Module) else set())
-
-
-def _keep_from_broadcasts(model: nn.Module) -> None:
-    """Tell DistributedDataParallel, which would broadcast all buffers before every forward, that
-    each rank derives these itself."""
-    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
-    for name, module in converted_modules(model):
-        ignored += [f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def _names_of_each(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bitnet.core import DENSE, Method, Pattern, row_scale
-from sparse_bitnet.kernels import ternarize
-from sparse_bitnet.nn.derived import DerivedModule, whole
-from sparse_bitnet.nn.sparse_bit_linear import BitProduct, kept_weights, output_dtype
-from sparse_bitnet.nn.sparse_linear import masked_weight
+from sparse_bitnet.nn.derived import Derived, DerivedModule
+from sparse_bitnet.nn.sparse_bit_linear import BitProduct, derive_ternary, output_dtype
+from sparse_bitnet.nn.sparse_linear import derive_mask, masked_weight
 
 # What transformers calls act_fn(gate) * up; a class with another gate brings its own function.
 PLAIN_GATE = "_default_apply_gate"
@@ -80,7 +79,9 @@ class _Experts(DerivedModule):
 
     act_fn: Callable[[Tensor], Tensor]
 
-    def __init__(self, experts: nn.Module, pattern: Pattern, method: Method | None) -> None:
+    def __init__(
+        self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
+    ) -> None:
         super().__init__()
         gate_up, down = experts.gate_up_proj, experts.down_proj
         assert isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)
@@ -94,13 +95,8 @@ class _Experts(DerivedModule):
         self.num_experts: int = down.shape[0]
         self.hidden_dim: int = down.shape[1]
         self.intermediate_dim: int = down.shape[2]
-        self.method = method or Method()
-        self._add_buffers()
-        self._track(pattern, self.method)
+        self._configure(pattern, method)
         self.train(experts.training)
-        self.refresh()
-
-    def _add_buffers(self) -> None: ...
 
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
@@ -116,47 +112,17 @@ class _Experts(DerivedModule):
 class SparseBitExperts(_Experts):
     """Experts with ternary N:M weights and integer activations; γ per expert, gate, up and down.
 
-    Parameters keep the names and shapes of transformers' experts. Derived from each:
-    ``<name>_ternary`` (int8, its shape), ``<name>_scale`` (float32 ``[E, segments]``) and, if the
-    method masks gradients, ``<name>_kept`` (bool, its shape).
+    Parameters keep the names and shapes of transformers' experts, and are all that it holds.
 
     Raises:
         PatternError: if M does not divide the hidden or the intermediate size.
     """
 
-    gate_up_proj_ternary: Tensor
-    gate_up_proj_scale: Tensor
-    down_proj_ternary: Tensor
-    down_proj_scale: Tensor
-
-    def __init__(
-        self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
-    ) -> None:
-        super().__init__(experts, pattern, method)
-
-    def _add_buffers(self) -> None:
-        for name, weight in self.master_parameters().items():
-            ternary = torch.empty_like(weight, dtype=torch.int8)
-            self.register_buffer(f"{name}_ternary", ternary, persistent=False)
-            shape = (self.num_experts, max(1, len(self.segments_of(name))))
-            scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
-            self.register_buffer(f"{name}_scale", scale, persistent=False)
-            if self.method.gradient == "masked":
-                kept = torch.empty_like(weight, dtype=torch.bool)
-                self.register_buffer(f"{name}_kept", kept, persistent=False)
-
-    def derive(self) -> None:
-        for name, parameter in self.master_parameters().items():
-            weight, fused = whole(parameter), self.segments_of(name)
-            ternary, scale = ternarize(weight, self.pattern, self.method, fused)
-            self._fill(f"{name}_ternary", ternary)
-            self._fill(f"{name}_scale", scale)
-            if self.method.gradient == "masked":
-                self._fill(f"{name}_kept", kept_weights(weight, self.pattern, self.method, fused))
+    def derive(self, name: str) -> Derived:
+        """As of :class:`SparseBitLinear`, with a leading dimension of experts."""
+        return derive_ternary(self, name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.refresh()
         # One unbind instead of an index an expert: its backward stacks the gradients once.
         products = {name: self._products(name) for name in ("gate_up_proj", "down_proj")}
 
@@ -168,9 +134,9 @@ class SparseBitExperts(_Experts):
 
     def _products(self, name: str) -> Callable[[int, Tensor], Tensor]:
         weight = self.master_parameters()[name]
-        ternary, scale = getattr(self, f"{name}_ternary"), getattr(self, f"{name}_scale")
+        ternary, scale, kept = self.derived(name)
+        assert ternary is not None and scale is not None
         rows = row_scale(scale, self.segments_of(name), weight.shape[-2])
-        kept = getattr(self, f"{name}_kept", None)
         masters = weight.unbind(0)
 
         def product(index: int, x: Tensor) -> Tensor:
@@ -191,33 +157,15 @@ class SparseBitExperts(_Experts):
 
 
 class SparseExperts(_Experts):
-    """The full-precision twin of :class:`SparseBitExperts`: masked, not quantized.
+    """The full-precision twin of :class:`SparseBitExperts`: masked, not quantized."""
 
-    Derived buffers: ``<name>_mask`` (bool, the parameter's shape).
-    """
-
-    gate_up_proj_mask: Tensor
-    down_proj_mask: Tensor
-
-    def __init__(
-        self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
-    ) -> None:
-        super().__init__(experts, pattern, method)
-
-    def _add_buffers(self) -> None:
-        for name, weight in self.master_parameters().items():
-            mask = torch.ones_like(weight, dtype=torch.bool)
-            self.register_buffer(f"{name}_mask", mask, persistent=False)
-
-    def derive(self) -> None:
-        for name, weight in self.master_parameters().items():
-            self._fill(f"{name}_mask", kept_weights(whole(weight), self.pattern, self.method))
+    def derive(self, name: str) -> Derived:
+        """The mask, bool of the parameter's shape; None if dense."""
+        return (derive_mask(self, name),)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.refresh()
-        gate_up = masked_weight(self, self.gate_up_proj, self.gate_up_proj_mask).unbind(0)
-        down = masked_weight(self, self.down_proj, self.down_proj_mask).unbind(0)
+        gate_up = self._masked("gate_up_proj").unbind(0)
+        down = self._masked("down_proj").unbind(0)
 
         def expert(index: int, x: Tensor) -> Tensor:
             gate, up = F.linear(x, gate_up[index].to(x.dtype)).chunk(2, dim=-1)
@@ -225,3 +173,6 @@ class SparseExperts(_Experts):
             return F.linear(inner, down[index].to(inner.dtype))
 
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _masked(self, name: str) -> Tensor:
+        return masked_weight(self, self.master_parameters()[name], *self.derived(name))

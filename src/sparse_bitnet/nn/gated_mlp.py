@@ -103,14 +103,12 @@ class GatedMLP(nn.Module):
             result: Tensor = down(self.act_fn(gate(x)) * up(x))
             return result
         layers: Any = (gate, up, down)
-        if not torch.compiler.is_compiling():
-            for layer in layers:
-                layer.refresh()
+        derived = [layer.derived() for layer in layers]
         return GatedProducts.apply(
             x,
             *[layer.weight for layer in layers],
-            *[layer.ternary for layer in layers],
-            *[row_scale(layer.scale, (), layer.out_features) for layer in layers],
+            *[ternary for ternary, _, _ in derived],
+            *[row_scale(d[1], (), n.out_features) for d, n in zip(derived, layers, strict=True)],
             torch.bfloat16,
             gate.method.backward == "fp8",
         )
@@ -154,8 +152,8 @@ def _joins(layer: Any) -> bool:
     return (
         type(layer) is SparseBitLinear
         and layer.bias is None
-        and layer.kept is None
-        and layer.structured is None
+        and layer.method.gradient == "dense"
+        and layer.group is None
         and len(layer.segments) < 2
         and layer.method.activation_bits == 8
         and is_called_plainly(layer)

@@ -55,18 +55,19 @@ def pack_module(module: DerivedModule, storage: StorageName, where: str) -> Pack
     spec = packed_spec(module, storage, where)
     packed = empty_packed(module, spec, where)
     for name, master in module.master_parameters().items():
+        full = f"{where}.{name}"
         if isinstance(master, DTensor) or master.is_meta or master.numel() == 0:
             raise ConfigError(
-                f"{where}.{name}: the weight is sharded or not loaded; gather the model first"
+                f"{full}: the weight is sharded or not loaded; gather the model first"
             )
+        check_finite(master, full)
     for name, (ternary, scale) in derived_ternary(module).items():
         full = f"{where}.{name}"
-        check_finite(module.master_parameters()[name], full)
         violation = find_violation(ternary, spec.pattern)
         if violation:
             raise WeightError(
                 f"{full}: {violation}, but its pattern is {spec.pattern}; nothing was packed, "
-                "refresh the model's masks or give the module the pattern that it keeps"
+                "give the module the pattern that it keeps"
             )
         packed.store(name, ternary, scale)
     bias = getattr(module, "bias", None)
@@ -95,12 +96,11 @@ def derived_ternary(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
 
     Empty for the full-precision twin.
     """
-    module.refresh()
-    if isinstance(module, SparseBitLinear):
-        return {"weight": (module.ternary, module.scale)}
-    if isinstance(module, SparseBitExperts):
-        return {
-            name: (module.get_buffer(f"{name}_ternary"), module.get_buffer(f"{name}_scale"))
-            for name in module.master_parameters()
-        }
-    return {}
+    if not isinstance(module, SparseBitLinear | SparseBitExperts):
+        return {}
+    result = {}
+    for name in module.master_parameters():
+        ternary, scale, _ = module.derived(name)
+        assert ternary is not None and scale is not None
+        result[name] = ternary, scale
+    return result

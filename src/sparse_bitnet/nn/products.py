@@ -9,7 +9,7 @@ from sparse_bitnet.nn.convert import converted_modules
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 
-def choose_products(model: nn.Module, tokens: int, passes: int = 1) -> dict[str, str]:
+def choose_products(model: nn.Module, tokens: int) -> dict[str, str]:
     """What serves each layer best with its present pattern; nothing is changed.
 
     Measured once a shape on the layers' own device and remembered
@@ -17,7 +17,6 @@ def choose_products(model: nn.Module, tokens: int, passes: int = 1) -> dict[str,
 
     Args:
         tokens: of one forward pass.
-        passes: forward passes between two optimizer steps.
 
     Returns:
         "dense" or "sparse" by module name.
@@ -28,8 +27,7 @@ def choose_products(model: nn.Module, tokens: int, passes: int = 1) -> dict[str,
             module.in_features,
             module.pattern,
             tokens,
-            module.ternary.device,
-            passes,
+            module.weight.device,
         ).backend
         for name, module in converted_modules(model)
         if isinstance(module, SparseBitLinear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,22 +15,14 @@ from sparse_bitnet.core import (
     Method,
     Pattern,
     check_segments,
-    method_mask,
     quantize_int8,
     row_scale,
 )
-from sparse_bitnet.kernels import (
-    compiled,
-    quantize_activations,
-    structured_matmul,
-    ternarize,
-    ternary_matmul,
-    training,
-)
+from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul, training
 from sparse_bitnet.kernels.backward import gradients
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
-from sparse_bitnet.kernels.ternarize import ternarize_into
-from sparse_bitnet.nn.derived import DerivedModule, whole
+from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
+from sparse_bitnet.nn.derived import Derived, DerivedModule
 
 
 class BitProduct(torch.autograd.Function):
@@ -62,12 +55,10 @@ class BitProduct(torch.autograd.Function):
         out_dtype: torch.dtype,
         one_scale: bool = False,
         fp8: bool = False,
-        structured: Tensor | None = None,
-        group: int = 0,
+        group: int | None = None,
     ) -> Tensor:
-        if bits != 8 or out_dtype != torch.bfloat16:
-            structured = None
-        if structured is not None and group:
+        sparse = group is not None and bits == 8 and out_dtype == torch.bfloat16
+        if sparse and group:
             x_q, operand, x_scale = quantize_with_lifted(x, group)
         else:
             x_q, x_scale = quantized(x, bits)
@@ -76,8 +67,8 @@ class BitProduct(torch.autograd.Function):
         ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if structured is not None:
-            return structured_matmul(operand, x_scale, structured, w_scale, bias)
+        if sparse and group is not None:
+            return training.sparse_matmul(operand, x_scale, ternary, group, w_scale, bias)
         return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 
     @staticmethod
@@ -105,7 +96,7 @@ class BitProduct(torch.autograd.Function):
         if needs_bias:
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
-        return dx, dw, dbias, *[None] * 9
+        return dx, dw, dbias, *[None] * 8
 
 
 def quantized(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -113,14 +104,6 @@ def quantized(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8 and compiled.takes_rows(x.shape[-1]):
         return quantize_int8(x)
     return quantize_activations(x, bits)
-
-
-def kept_weights(
-    weight: Tensor, pattern: Pattern, method: Method, segments: tuple[int, ...] = ()
-) -> Tensor:
-    """The mask in force, boolean of the weight's shape; all True if dense."""
-    mask = method_mask(weight, pattern, method, segments)
-    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -144,14 +127,20 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def derive_ternary(module: DerivedModule, name: str) -> Derived:
+    """Ternary weight, γ, and the mask where the method masks gradients with it."""
+    weight, segments = module.master_parameters()[name], module.segments_of(name)
+    kept = None
+    if module.method.gradient == "masked":
+        kept = kept_weights(weight, module.n_and_m, module.method, segments)
+    return *ternarize_traced(weight, module.n_and_m, module.method, segments), kept
+
+
 class SparseBitLinear(DerivedModule, nn.Linear):
     """``nn.Linear`` with ternary N:M weights and integer activations, trained through both.
 
-    ``weight`` (and ``bias``) are ordinary parameters and all that a state dict holds. The buffers
-    ``ternary`` (int8 ``[out, in]``) and ``scale`` (float32 ``[segments]``) are derived from the
-    master weight once per optimizer step; see :mod:`sparse_bitnet.nn.derived`. So is ``kept`` (bool
-    ``[out, in]``), there only if the method masks gradients, and ``structured``, the ternary weight
-    laid out for sparse tensor cores, there only after :meth:`use` asked for it.
+    ``weight`` (and ``bias``) are ordinary parameters and all that it holds. The ternary weight is
+    derived from the master weight in every forward; see :mod:`sparse_bitnet.nn.derived`.
 
     Args:
         linear: the layer to take over; its parameters are shared, not copied.
@@ -166,11 +155,6 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
 
-    ternary: Tensor
-    scale: Tensor
-    kept: Tensor | None
-    structured: Tensor | None
-
     def __init__(
         self,
         linear: nn.Linear,
@@ -184,21 +168,10 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.segments = segments
-        self.register_buffer(
-            "ternary", torch.empty_like(linear.weight, dtype=torch.int8), persistent=False
-        )
-        device = linear.weight.device
-        scale = torch.empty(max(1, len(segments)), dtype=torch.float32, device=device)
-        self.register_buffer("scale", scale, persistent=False)
-        method = method or Method()
-        masked = method.gradient == "masked"
-        kept = torch.empty_like(linear.weight, dtype=torch.bool) if masked else None
-        self.register_buffer("kept", kept, persistent=False)
-        self.register_buffer("structured", None, persistent=False)
-        self.product, self.group = training.DENSE, 0
-        self._track(pattern, method)
+        self.product: str = training.DENSE
+        self.group: int | None = None
+        self._configure(pattern, method)
         self.train(linear.training)
-        self.refresh()
 
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": cast(nn.Parameter, self.weight)}
@@ -206,22 +179,10 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return self.segments
 
-    def derived(self, weight: Tensor) -> dict[str, Tensor]:
-        ternary, scale = ternarize(weight, self.pattern, self.method, self.segments)
-        values = {"ternary": ternary, "scale": scale}
-        if self.kept is not None:
-            values["kept"] = kept_weights(weight, self.pattern, self.method, self.segments)
-        return values
-
-    def derive(self) -> None:
-        weight = whole(self.weight)
-        if self.kept is None and not self.ternary.is_meta:
-            scale = ternarize_into(self.ternary, weight, self.pattern, self.method, self.segments)
-            self._fill("scale", scale)
-        else:
-            for name, value in self.derived(weight).items():
-                self._fill(name, value)
-        self._lay_out()
+    def derive(self, name: str) -> Derived:
+        """The ternary weight (int8 ``[out, in]``), γ (float32 ``[segments]``) and, if the method
+        masks gradients, which weights are kept (bool ``[out, in]``)."""
+        return derive_ternary(self, name)
 
     def use(self, product: str) -> None:
         """Multiply by "dense" int8 or "sparse" tensor cores from now on.
@@ -229,39 +190,34 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         Sparse serves bf16 results of int8 activations on CUDA, where there is a layout for the
         pattern and shape (:func:`sparse_bitnet.kernels.training.group_of`); else dense remains.
         """
-        if product != self.product:
-            self.product = product
-            self.invalidate()
-            self.refresh()
+        self.product = product
+        shape = (self.out_features, self.in_features)
+        sparse = product == training.SPARSE
+        self.group = training.group_of(self.pattern, self.weight.device, *shape) if sparse else None
 
-    def _lay_out(self) -> None:
-        group = None
-        if self.product == training.SPARSE:
-            shape = (self.out_features, self.in_features)
-            group = training.group_of(self.pattern, self.ternary.device, *shape)
-        if group is None:
-            self.structured = None
-            return
-        old = self.structured
-        reuse = old if old is not None and old.is_cuda else None
-        self.structured = training.lay_out(self.ternary, group, reuse)
-        self.group = group
+    def set_pattern(self, pattern: Pattern) -> None:
+        super().set_pattern(pattern)
+        self.use(self.product)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
+        super()._apply(fn, recurse)
+        self.use(self.product)  # another device may have no such product
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.refresh()
+        ternary, scale, kept = self.derived()
+        assert ternary is not None and scale is not None
         return BitProduct.apply(
             x,
             self.weight,
             self.bias,
-            self.ternary,
-            row_scale(self.scale, self.segments, self.out_features),
-            self.kept,
+            ternary,
+            row_scale(scale, self.segments, self.out_features),
+            kept,
             self.method.activation_bits,
             output_dtype(x),
             len(self.segments) < 2,
             self.method.backward == "fp8",
-            self.structured,
             self.group,
         )
 

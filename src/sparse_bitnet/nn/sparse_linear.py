@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bitnet.core import DENSE, Method, Pattern, check_segments
-from sparse_bitnet.nn.derived import DerivedModule, whole
-from sparse_bitnet.nn.sparse_bit_linear import kept_weights
+from sparse_bitnet.kernels.ternarize import kept_weights
+from sparse_bitnet.nn.derived import Derived, DerivedModule
 
 
 class MaskWithDenseGradient(torch.autograd.Function):
@@ -26,17 +26,14 @@ class MaskWithDenseGradient(torch.autograd.Function):
 
 
 class SparseLinear(DerivedModule, nn.Linear):
-    """``nn.Linear`` whose weight is masked N:M by magnitude at every optimizer step.
+    """``nn.Linear`` whose weight is masked N:M by magnitude, in every forward.
 
     The baseline of every comparison; with pattern ``dense`` it computes what ``nn.Linear`` does.
-    Parameters and state dict are those of ``nn.Linear``; the buffer ``mask`` (bool ``[out, in]``)
-    is derived.
+    Parameters and state dict are those of ``nn.Linear``.
 
     Args and raises: as :class:`SparseBitLinear`. Of the method only the mask's source and
     ``gradient`` matter here, and ``segments`` only to that source and to statistics.
     """
-
-    mask: Tensor
 
     def __init__(
         self,
@@ -51,11 +48,8 @@ class SparseLinear(DerivedModule, nn.Linear):
         self.segments = segments
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        mask = torch.ones_like(linear.weight, dtype=torch.bool)
-        self.register_buffer("mask", mask, persistent=False)
-        self._track(pattern, method or Method())
+        self._configure(pattern, method)
         self.train(linear.training)
-        self.refresh()
 
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": cast(nn.Parameter, self.weight)}
@@ -63,26 +57,45 @@ class SparseLinear(DerivedModule, nn.Linear):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return self.segments
 
-    def derived(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"mask": kept_weights(weight, self.pattern, self.method, self.segments)}
-
-    def derive(self) -> None:
-        self._fill("mask", self.derived(whole(self.weight))["mask"])
+    def derive(self, name: str) -> Derived:
+        """The mask, bool ``[out, in]``; None if dense."""
+        return (derive_mask(self, name, self.segments),)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.refresh()
         # Master weights are float32 even where the rest of the model is not.
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, masked_weight(self, self.weight, self.mask).to(x.dtype), bias)
+        return F.linear(x, masked_weight(self, self.weight, *self.derived()).to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"
 
 
-def masked_weight(module: DerivedModule, weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight a masked module computes with, carrying the gradient its method asks for."""
+def derive_mask(module: DerivedModule, name: str, segments: tuple[int, ...] = ()) -> Tensor | None:
+    """The mask of a full-precision weight, boolean of its shape; None if dense.
+
+    A GPU's compiler gets it as plain operations: one kernel instead of a dozen, made anew for
+    another pattern.
+    """
     if module.is_dense:
+        return None
+    weight = module.master_parameters()[name]
+    if torch.compiler.is_compiling() and weight.is_cuda and module.method.mask_source == "master":
+        return _mask_expression(weight.detach(), module.pattern)
+    return kept_weights(weight, module.n_and_m, module.method, segments)
+
+
+def _mask_expression(weight: Tensor, pattern: Pattern) -> Tensor:
+    """``core.nm_mask`` as one expression: the weights that beat this one, counted."""
+    magnitude = weight.abs().unflatten(-1, (-1, pattern.m))
+    lane = torch.arange(pattern.m, device=weight.device)
+    own, other = magnitude.unsqueeze(-1), magnitude.unsqueeze(-2)
+    ahead = (other > own) | ((other == own) & (lane.unsqueeze(0) < lane.unsqueeze(1)))
+    return (ahead.sum(-1) < pattern.n).flatten(-2)
+
+
+def masked_weight(module: DerivedModule, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """The weight a masked module computes with, carrying the gradient its method asks for."""
+    if mask is None:
         return weight
     if module.method.gradient == "masked":
         return weight * mask

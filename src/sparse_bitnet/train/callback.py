@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.nn import converted_modules, set_pattern
+from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
 from sparse_bitnet.train.monitor import Monitor, Reading
@@ -70,6 +71,7 @@ class SparseBitNetCallback(TrainerCallback):
             )
         for pattern in (*self._sparsity.until.values(), self._sparsity.pattern):
             patterns_of_modules(model, pattern)  # now, not when the schedule comes to it
+        check_called(model)
         self._monitor = Monitor(model, state.global_step // max(1, int(state.logging_steps)))
         groups = kwargs["optimizer"].param_groups
         self._decayed = [group for group in groups if group["weight_decay"] > 0]

@@ -3,8 +3,8 @@
 A small model's kernels run for a few microseconds each, less than a host needs to launch them, so
 the GPU waits: at 5M weights about half of the time. A graph launches all of them at once. What it
 replays is fixed: the shapes, the addresses (batches are copied into the first one's place,
-gradients are written over the last ones), and whether masks are in force (a change of pattern
-captures anew). Derived weights are updated in place after each step, so a replay sees them.
+gradients are written over the last ones), and the pattern (a change captures anew). Ternary weights
+are derived inside the graph, so a replay sees every step.
 """
 
 from __future__ import annotations

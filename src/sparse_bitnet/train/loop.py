@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
-from sparse_bitnet.nn import choose_products, refresh, set_pattern, use_products
+from sparse_bitnet.nn import choose_products, set_pattern, use_products
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
@@ -163,12 +163,11 @@ class _Run:
         if self.here.device.type != "cuda" or self.precision != "bf16":
             return
         data = self.config.data
-        sequences = data.batch_size // self.here.world_size
-        at_once = data.micro_batch_size or sequences
+        at_once = data.micro_batch_size or data.batch_size // self.here.world_size
         products: dict[str, str] = {}
         if self.here.is_main:
             tokens = at_once * data.sequence_length
-            products = choose_products(self.model, tokens, max(1, sequences // at_once))
+            products = choose_products(self.model, tokens)
         use_products(self.model, self.here.from_main(products))
 
     def _set_rates(self, step: int) -> dict[str, float]:
@@ -205,7 +204,7 @@ class _Run:
         return GraphedBackward(self._accumulate, self.parameters)
 
     def _step(self, measure: bool) -> Reading | None:
-        """One optimizer step; the converted modules derive their weights anew by themselves."""
+        """One optimizer step, measured before and after if asked."""
         if measure:
             self.monitor.before_step()
         self.optimizer.step()
@@ -264,7 +263,6 @@ class _Run:
         if step is None:
             return 0, 0
         rows = self.checkpoints.load(step, self.model, self.optimizer)
-        refresh(self.model)
         self._say(f"resuming from {self.checkpoints.path(step)}")
         return step, rows
 

@@ -25,10 +25,9 @@ def test_masks_by_the_largest_master_weights(trained, tokenizer, text):
     before = {name: m.weight.clone() for name, m in converted_modules(model)}
     result = mask_one_shot(model, tokenizer, "2:4", text, window=32)
     for name, module in converted_modules(model):
-        module.refresh()
         assert torch.equal(module.weight, before[name])
         kept = nm_mask(before[name], Pattern.parse("2:4"))
-        assert torch.equal(module.ternary != 0, kept & (module.ternary != 0))
+        assert torch.equal(module.derived()[0] != 0, kept & (module.derived()[0] != 0))
     measured = perplexity(model, text.removeprefix("text:"), tokenizer=tokenizer, window=32)
     assert result.after.loss == pytest.approx(measured.loss, rel=1e-6)
     set_pattern(model, "dense")

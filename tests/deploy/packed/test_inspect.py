@@ -26,11 +26,11 @@ def test_packed(tmp_path, trained, storage):
     zeros = 0
     for weight in report.weights:
         module = model.get_submodule(weight.name.rpartition(".")[0])
-        zeros += int((module.ternary == 0).sum())
+        zeros += int((module.derived()[0] == 0).sum())
         assert weight.shape == tuple(module.weight.shape)
-        assert weight.zeros == pytest.approx((module.ternary == 0).float().mean().item())
+        assert weight.zeros == pytest.approx((module.derived()[0] == 0).float().mean().item())
         if "q_proj" in weight.name:
-            most = worst_group(module.ternary, 8)
+            most = worst_group(module.derived()[0], 8)
             assert weight.declared == "dense"
             assert weight.met == ("dense" if most == 8 else f"{most}:8")
         else:

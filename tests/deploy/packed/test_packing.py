@@ -12,7 +12,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, Method, WeightError
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load, load_packed
 from sparse_bitnet.formats import STORAGES
-from sparse_bitnet.nn import DerivedModule, SparseBitLinear, convert, master_weights
+from sparse_bitnet.nn import SparseBitLinear, convert, master_weights
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
 
@@ -223,34 +223,31 @@ def test_refuses_nan_and_leaves_nothing_behind(tmp_path, where, value, trained):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def derives_wrongly(monkeypatch):
-    """Leaves derived weights as a test makes them."""
-    return lambda: monkeypatch.setattr(DerivedModule, "refresh", lambda module: None)
+def derive_wrongly(module, name, *index):
+    """Let a module derive a group of non-zeros."""
+    ternary, *rest = module.derived(name)
+    ternary[index] = 1
+    original = module.derive
+    module.derive = lambda asked: (ternary, *rest) if asked == name else original(asked)
 
 
-def test_refuses_weights_that_break_their_pattern(tmp_path, trained, derives_wrongly):
+def test_refuses_weights_that_break_their_pattern(tmp_path, trained):
     model, experts = trained("qwen2"), trained("qwen2-moe")
-    derives_wrongly()
-    up = model.model.layers[1].mlp.up_proj
-    up.ternary[7, 8:16] = -1
+    derive_wrongly(model.model.layers[1].mlp.up_proj, "weight", 7, slice(8, 16))
     message = r"layers.1.mlp.up_proj.weight: row 7 has 8 non-zeros in the group from input 8 on, "
     with pytest.raises(WeightError, match=message + "but its pattern is 6:8"):
         pack(model, tmp_path / "out")
-    experts.model.layers[0].mlp.experts.down_proj_ternary[2, 5, :8] = 1
+    derive_wrongly(experts.model.layers[0].mlp.experts, "down_proj", 2, 5, slice(8))
     message = r"experts.down_proj: row \(2, 5\) has 8 non-zeros in the group from input 0 on"
     with pytest.raises(WeightError, match=message):
         pack(experts, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_pack_keeps_the_directory_that_was_there(
-    tmp_path, trained, logits, derives_wrongly
-):
+def test_a_failed_pack_keeps_the_directory_that_was_there(tmp_path, trained, logits):
     good, bad = trained("qwen2"), trained("qwen2")
     pack(good, tmp_path / "out")
-    derives_wrongly()
-    bad.model.layers[0].mlp.up_proj.ternary[:] = 1
+    derive_wrongly(bad.model.layers[0].mlp.up_proj, "weight", slice(None))
     with pytest.raises(WeightError):
         pack(bad, tmp_path / "out")
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(good))

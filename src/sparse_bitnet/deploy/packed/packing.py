@@ -15,15 +15,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import progress, say
@@ -38,7 +37,8 @@ from sparse_bitnet.deploy.packed.verify import INDEX, WEIGHTS, refuse_foreign
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import DerivedModule, SparseBitLinear, convert, converted_modules
+from sparse_bitnet.nn import convert, converted_modules
+from sparse_bitnet.nn.check import check_packed
 from sparse_bitnet.nn.convert import warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
@@ -93,6 +93,7 @@ def pack(
     dtype: DType | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    check: bool = True,
 ) -> PackResult:
     """Write a trained model as a packed directory that ``from_pretrained`` loads.
 
@@ -109,23 +110,26 @@ def pack(
         dtype: of embeddings, norms, head and biases; the model's own when left out.
         tokenizer: to store beside it; that of the directory when left out.
         shard_bytes: start another weight file when one grows beyond this.
+        check: first run a few tokens through the trained model, and give what each layer gets to
+            its packed form, one at a time: all must be called and give equal results.
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
         ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory or has
             files of somebody else, the tokenizer cannot be loaded, or the head cannot be int8.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
+        WeightError: if the packed model would compute something else; names the modules.
     """
     out = Path(out)
     storage_named(storage)
     _check_target(out)
-    trained, own = (
-        _open(source) if isinstance(source, str | Path) else (_Trained.live(source), None)
-    )
+    model, own = _open(source) if isinstance(source, str | Path) else (source, None)
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
         tokenizer = _read_tokenizer(tokenizer)
-    plan = _Plan(trained, storage, head, None if dtype is None else getattr(torch, dtype))
+    plan = _Plan(model, storage, head, None if dtype is None else getattr(torch, dtype))
+    if check:
+        check_packed(model, storage)
     with atomic_directory(out) as directory:
         plan.write_config(directory)
         if tokenizer is not None:
@@ -136,49 +140,13 @@ def pack(
     return plan.result(out)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A model, the shapes of its trained modules by name, and how to get at one of them."""
-
-    model: PreTrainedModel
-    modules: dict[str, DerivedModule]
-    module: Callable[[str], DerivedModule]
-
-    @classmethod
-    def live(cls, model: PreTrainedModel) -> _Trained:
-        modules = dict(converted_modules(model))
-
-        def module(name: str) -> DerivedModule:
-            # Edits through `.data` go unseen, and merging an adapter is one: derive anew. Not of
-            # shards, which packing refuses: this rank may be the only one to ask.
-            one = modules[name]
-            if not any(isinstance(w, DTensor) for w in one.master_parameters().values()):
-                one.invalidate()
-            return one
-
-        return cls(model, modules, module)
-
-
-def _open(directory: str | Path) -> tuple[_Trained, PreTrainedTokenizerBase | None]:
-    """A trained directory whose modules are converted one at a time.
-
-    Converting all of them would keep all ternary weights at once, beside the master weights.
-    """
+def _open(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model of a trained directory, converted."""
     model, tokenizer, sparsity = load_master(directory)
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
     convert(
-        skeleton, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
+        model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
     )
-    shapes = dict(converted_modules(skeleton))
-
-    def module(name: str) -> DerivedModule:
-        shape = shapes[name]
-        kind: Any = type(shape)
-        fused = {"segments": shape.segments} if isinstance(shape, SparseBitLinear) else {}
-        return kind(model.get_submodule(name), shape.pattern, shape.method, **fused)
-
-    return _Trained(model, shapes, module), tokenizer
+    return model, tokenizer
 
 
 @dataclass(frozen=True)
@@ -205,7 +173,7 @@ def packed_sizes(
         ConfigError: if nothing in the model is ternary, or the head cannot be int8.
     """
     storage_named(storage)
-    plan = _Plan(_Trained.live(model), storage, head, getattr(torch, dtype))
+    plan = _Plan(model, storage, head, getattr(torch, dtype))
     result = plan.result(Path())
     return PackedSizes(
         result.packed_bytes, result.other_bytes, file_size(plan.others | plan.packed)
@@ -217,13 +185,12 @@ class _Plan:
 
     def __init__(
         self,
-        trained: _Trained,
+        model: PreTrainedModel,
         storage: StorageName,
         head: HeadName,
         dtype: torch.dtype | None,
     ) -> None:
-        model, self.modules = trained.model, trained.modules
-        self.model, self.module = trained.model, trained.module
+        self.model, self.modules = model, dict(converted_modules(model))
         self.storage, self.dtype = storage, dtype
         if not self.modules:
             raise ConfigError(
@@ -314,8 +281,7 @@ class _Plan:
             yield f"{name}.weight_scale", scale
         yield HINT, torch.empty(0, dtype=torch.uint8)
         with progress(f"packing as {self.storage}", len(self.modules)) as task:
-            for name in self.modules:
-                module = self.module(name)
+            for name, module in self.modules.items():
                 packed = pack_module(module, self.storage, name)
                 for key, master in module.master_parameters().items():
                     zero = zero_matrices(master, module.segments_of(key))

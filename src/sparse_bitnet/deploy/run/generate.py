@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.nn import frozen
 
 COLDEST = 1e-30
 """Scores divided by a lower temperature than this could leave float32."""
@@ -144,7 +145,8 @@ def generate_from(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with frozen(model), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(sampling.seed)
         try:
             result = model.generate(  # type: ignore[operator]  # the mixin is not typed

@@ -182,12 +182,8 @@ def compress(ternary: Tensor) -> Tensor:
     return compress_kept(ternary)
 
 
-def compress_kept(ternary: Tensor, out: Tensor | None = None) -> Tensor:
-    """The same for a weight known to be 2:4, without looking: looking waits for the device.
-
-    Args:
-        out: uint8 of an earlier result of this shape, to write over.
-    """
+def compress_kept(ternary: Tensor) -> Tensor:
+    """The same for a weight known to be 2:4, without looking: looking waits for the device."""
     with torch.cuda.device(ternary.device), contextlib.ExitStack() as made:
         handle = _handle(_index(ternary.device))
         descriptor = _structured(handle, *ternary.shape)
@@ -201,9 +197,7 @@ def compress_kept(ternary: Tensor, out: Tensor | None = None) -> Tensor:
             ctypes.byref(scratch),
         )
         ternary = ternary.contiguous()
-        compressed = out
-        if compressed is None or compressed.numel() != size.value:
-            compressed = torch.empty(size.value, dtype=torch.uint8, device=ternary.device)
+        compressed = torch.empty(size.value, dtype=torch.uint8, device=ternary.device)
         buffer = torch.empty(scratch.value, dtype=torch.uint8, device=ternary.device)
         _call(
             "cusparseLtSpMMACompress2",

@@ -37,6 +37,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PATH_IDS = {name: i for i, name in enumerate(PATHS)}
 _LAYOUT_IDS = {name: i for i, name in enumerate(LAYOUTS)}
 _arguments = struct.Struct("=17q").pack  # struct Linear in native.h
+_ternarize_arguments = struct.Struct("=10q").pack  # struct Ternarize in native.h
 _forced: list[str] = []
 
 
@@ -59,6 +60,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             library.sparse_bitnet_reads_six_bit.argtypes = [ctypes.c_int64]
             library.sparse_bitnet_linear.argtypes = [ctypes.c_char_p]
             library.sparse_bitnet_linear.restype = ctypes.c_int64
+            library.sparse_bitnet_ternarize.argtypes = [ctypes.c_char_p]
+            library.sparse_bitnet_ternarize.restype = ctypes.c_int64
             library.sparse_bitnet_layers.argtypes = [ctypes.c_void_p, ctypes.c_int64]
             library.sparse_bitnet_layers.restype = ctypes.c_int64
             _share_threads(library)
@@ -210,6 +213,34 @@ def linear(
     )
     if status:
         raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """Sum of magnitudes of each row, float64 ``[rows]``, of a contiguous float32 matrix."""
+    sums = torch.empty(weight.shape[0], dtype=torch.float64)
+    _ternarize(weight, sums.data_ptr(), 0, 0, 1, 1)
+    return sums
+
+
+def ternarize_rows(weight: Tensor, row_scale: Tensor, n: int, m: int) -> Tensor:
+    """Masked ternary values, int8 ``[rows, columns]``, of a contiguous float32 matrix.
+
+    Args:
+        row_scale: γ of each row, float32 ``[rows]``, contiguous.
+        n, m: of the pattern, ``m`` dividing the columns; equal for dense.
+    """
+    ternary = torch.empty(weight.shape, dtype=torch.int8)
+    _ternarize(weight, 0, row_scale.data_ptr(), ternary.data_ptr(), n, m)
+    return ternary
+
+
+def _ternarize(weight: Tensor, sums: int, row_scale: int, ternary: int, n: int, m: int) -> None:
+    library, _ = _load()
+    assert library is not None  # a path other than the reference is in use
+    where = (weight.data_ptr(), sums, row_scale, ternary, *weight.shape, n, m)
+    library.sparse_bitnet_ternarize(
+        _ternarize_arguments(*where, torch.get_num_threads(), _PATH_IDS[path()])
+    )
 
 
 def run_layers(calls: Any, count: int) -> None:

@@ -248,6 +248,28 @@ int64_t product(const Linear &call) {
     return job.failed ? 2 : 0;
 }
 
+struct MasterRows {
+    const Path &path;
+    const Ternarize &call;
+    int64_t each;  // rows of a part
+};
+
+void run_ternarize(void *context, int64_t part) {
+    const MasterRows &job = *static_cast<MasterRows *>(context);
+    job.path.ternarize(job.call, part * job.each, smaller((part + 1) * job.each, job.call.rows));
+}
+
+int64_t ternarize(const Ternarize &call) {
+    const Path *path = path_of(call.path);
+    if (path == nullptr) return 1;
+    const int64_t unit = gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
+    const int64_t threads = smaller(call.threads, call.rows * call.columns * 8 / unit);
+    const int64_t parts = threads < 1 ? 1 : threads;
+    MasterRows job{*path, call, share(call.rows, parts, 1)};
+    parallel(parts, &job, run_ternarize);
+    return 0;
+}
+
 struct Heads {
     const Layer &call;
     const Path &path;
@@ -365,7 +387,9 @@ EXPORT void sparse_bitnet_use_openmp(void *address) {
     gomp_parallel = reinterpret_cast<GompParallel>(address);
 }
 
-// Both return 0; 1 for a path that does not run here; 2 out of memory.
+// These return 0; 1 for a path that does not run here; 2 out of memory.
 EXPORT int64_t sparse_bitnet_linear(const Linear *call) { return product(*call); }
+
+EXPORT int64_t sparse_bitnet_ternarize(const Ternarize *call) { return ternarize(*call); }
 
 EXPORT int64_t sparse_bitnet_layers(Layer *calls, int64_t count) { return stack(calls, count); }

@@ -67,6 +67,19 @@ struct Layer {
     double scaling;                // of the scores
 };
 
+// One pass over a master weight: Σ|w| of each row, or its masked ternary values. The order of the
+// fields is repeated in __init__.py.
+struct Ternarize {
+    const float *weight;     // [rows, columns]
+    double *sums;            // [rows], or null
+    const float *row_scale;  // [rows], without sums
+    int8_t *ternary;         // [rows, columns], without sums
+    int64_t rows, columns;
+    int64_t n, m;            // of the pattern; equal for dense
+    int64_t threads;
+    int64_t path;            // PathId
+};
+
 struct LayerPath {
     void (*norm)(const void *x, int64_t at, int64_t n, const void *weight, double epsilon, void *y,
                  int64_t type);
@@ -90,6 +103,7 @@ struct Path {
     void (*many)(const Linear &, const Tokens &, int64_t first, int64_t last, uint8_t *scratch);
     int64_t (*many_scratch)(const Linear &);
     const LayerPath *layer;
+    void (*ternarize)(const Ternarize &, int64_t first, int64_t last);
 };
 
 // Six-bit index of a group of four weights with at most two non-zeros → its two-bit codes.

@@ -15,6 +15,7 @@ namespace {
 #include "avx512.inc"
 #include "kernel.inc"
 #include "layer.inc"
+#include "ternarize.inc"
 
 constexpr int64_t SIDE = 16;           // tokens or rows of a tile
 constexpr int64_t TILE = SIDE * 64;    // bytes
@@ -164,7 +165,7 @@ void amx_many(const Linear &call, const Tokens &x, int64_t first, int64_t last, 
 
 }  // namespace
 
-const Path amx_path = {8, SIDE, spread_any, few, amx_many, amx_scratch, &layer_path};
+const Path amx_path = {8, SIDE, spread_any, few, amx_many, amx_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

@@ -11,9 +11,10 @@ namespace {
 #include "avx512.inc"
 #include "kernel.inc"
 #include "layer.inc"
+#include "ternarize.inc"
 }  // namespace
 
-const Path avx512_path = {8, 1, spread_any, few, many, many_scratch, &layer_path};
+const Path avx512_path = {8, 1, spread_any, few, many, many_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

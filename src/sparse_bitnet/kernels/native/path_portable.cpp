@@ -93,9 +93,10 @@ struct V {
 
 #include "kernel.inc"
 #include "layer.inc"
+#include "ternarize.inc"
 
 }  // namespace
 
-const Path portable_path = {4, 1, spread_any, few, many, many_scratch, &layer_path};
+const Path portable_path = {4, 1, spread_any, few, many, many_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_bitnet.core.mask import nm_mask
 from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import Pattern
-from sparse_bitnet.core.ternary import check_segments
+from sparse_bitnet.core.ternary import check_segments, method_mask
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.ternarize import cpu, reference
 
-__all__ = ["ternarize", "ternarize_into"]
+__all__ = ["kept_weights", "ternarize", "ternarize_traced"]
 
 PUBLISHED = Method()
 
@@ -25,7 +26,7 @@ def ternarize(
 ) -> tuple[Tensor, Tensor]:
     """Masked ternary weight and γ; arguments, results and errors of ``core.ternarize``.
 
-    Two Triton passes on CUDA and, for large matrices, chunks of rows on the CPU for the published
+    Two passes of a Triton kernel on CUDA or of the compiled library on a CPU for the published
     method; the reference for its ablations and elsewhere. All give the same values.
     """
     method = method or PUBLISHED
@@ -33,56 +34,81 @@ def ternarize(
         return cpu.ternarize(weight, pattern, segments)
     if not (_published(method) and runs_triton(weight) and weight.ndim >= 2):
         return reference.ternarize(weight, pattern, method, segments)
-    pattern.check_divides(weight.shape[-1])
-    check_segments(segments, weight.shape[-2])
-    ternary, scale = torch.ops.sparse_bitnet.ternarize(
-        weight.detach(), pattern.n, pattern.m, list(segments)
-    )
-    return ternary, scale
-
-
-def ternarize_into(
-    out: Tensor,
-    weight: Tensor,
-    pattern: Pattern,
-    method: Method | None = None,
-    segments: tuple[int, ...] = (),
-) -> Tensor:
-    """The same, written over ``out`` (int8 of the weight's shape); returns γ.
-
-    For a weight that is derived again and again: Triton spares the copy. Not for traced code.
-    """
-    method = method or PUBLISHED
-    direct = runs_triton(weight) and out.is_contiguous() and out.device == weight.device
-    if not (direct and _published(method) and weight.ndim >= 2):
-        ternary, scale = ternarize(weight, pattern, method, segments)
-        out.copy_(ternary)
-        return scale
     from sparse_bitnet.kernels.ternarize import triton
 
     pattern.check_divides(weight.shape[-1])
     check_segments(segments, weight.shape[-2])
     with torch.cuda.device_of(weight):
-        _, scale = triton.ternarize(weight.detach(), pattern, segments, out)
-    torch.autograd.graph.increment_version(out)  # autograd cannot see what Triton writes
-    return scale
+        return triton.ternarize(weight.detach(), pattern, segments)
+
+
+def ternarize_traced(
+    weight: Tensor, pattern: Tensor, method: Method, segments: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """The same for a forward that may be compiled: one operator, whatever the pattern.
+
+    Args:
+        pattern: N and M, int64 ``[2]`` on the CPU. Compiled code would be made anew for other
+            numbers, but not for other values of a tensor.
+    """
+    ternary, scale = torch.ops.sparse_bitnet.ternarize(
+        weight.detach(), pattern, list(segments), method.order, method.mask_source
+    )
+    return ternary, scale
+
+
+def kept_weights(
+    weight: Tensor, pattern: Tensor, method: Method, segments: tuple[int, ...] = ()
+) -> Tensor:
+    """The mask in force, boolean of the weight's shape, all True if dense; traced likewise."""
+    mask: Tensor = torch.ops.sparse_bitnet.kept_weights(
+        weight.detach(), pattern, list(segments), method.mask_source
+    )
+    return mask
 
 
 def _published(method: Method) -> bool:
     return method.order == PUBLISHED.order and method.mask_source == PUBLISHED.mask_source
 
 
-def _cuda(weight: Tensor, n: int, m: int, segments: list[int]) -> tuple[Tensor, Tensor]:
-    from sparse_bitnet.kernels.ternarize import triton
+def _ternarize(
+    weight: Tensor, pattern: Tensor, segments: list[int], order: str, mask_source: str
+) -> tuple[Tensor, Tensor]:
+    method = Method(order=order, mask_source=mask_source)  # type: ignore[arg-type]
+    return ternarize(weight, Pattern(*pattern.tolist()), method, tuple(segments))
 
-    return triton.ternarize(weight, Pattern(n, m), tuple(segments))
 
-
-def _fake(weight: Tensor, n: int, m: int, segments: list[int]) -> tuple[Tensor, Tensor]:
+def _fake_ternarize(
+    weight: Tensor, pattern: Tensor, segments: list[int], order: str, mask_source: str
+) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(weight.shape, dtype=torch.int8, device=weight.device),
         weight.new_empty((*weight.shape[:-2], max(1, len(segments))), dtype=torch.float32),
     )
 
 
-register("ternarize(Tensor weight, int n, int m, int[] segments) -> (Tensor, Tensor)", _cuda, _fake)
+def _kept(weight: Tensor, pattern: Tensor, segments: list[int], mask_source: str) -> Tensor:
+    method = Method(mask_source=mask_source)  # type: ignore[arg-type]
+    now = Pattern(*pattern.tolist())
+    mask = method_mask(weight, now, method, tuple(segments))
+    return nm_mask(weight, now) if mask is None else mask
+
+
+def _fake_kept(weight: Tensor, pattern: Tensor, segments: list[int], mask_source: str) -> Tensor:
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+for device in ("CPU", "CUDA"):
+    register(
+        "ternarize(Tensor weight, Tensor pattern, int[] segments, str order, str mask_source) "
+        "-> (Tensor, Tensor)",
+        _ternarize,
+        _fake_ternarize,
+        device,
+    )
+    register(
+        "kept_weights(Tensor weight, Tensor pattern, int[] segments, str mask_source) -> Tensor",
+        _kept,
+        _fake_kept,
+        device,
+    )

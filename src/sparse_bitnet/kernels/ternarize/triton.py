@@ -201,16 +201,14 @@ def ternarize(
     weight: Tensor,
     pattern: Pattern,
     segments: tuple[int, ...] = (),
-    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch both passes on ``[..., out, in]``; the reference's results, in ``codes`` if given."""
+    """Launch both passes on ``[..., out, in]``; the reference's results."""
     weight = weight.contiguous()
     *experts, out, columns = weight.shape
     count = math.prod(experts)
     parts = segments or (out,)
     device = weight.device
-    if codes is None:
-        codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty((*experts, len(parts)), dtype=torch.float32, device=device)
     if weight.numel() == 0:
         return codes, scale.fill_(SMALLEST_SCALE)
