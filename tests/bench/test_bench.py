@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_bitnet.bench.decoder import Decoder
 
 from sparse_bitnet.bench.command import bench
-from sparse_bitnet.bench.decoder import Decoder
 from sparse_bitnet.bench.inference import Case, Row, measure
 from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.core import ConfigError, Pattern

@@ -57,24 +57,6 @@ def test_resting_rows_do_not_see_steps(script: Any) -> None:
     assert not any(module.ternary.is_meta for module in resting.derived)
 
 
-def test_a_row_may_run_layers_one_by_one(script: Any) -> None:
-    from sparse_bitnet.nn.gated_mlp import GatedMLP
-
-    bench = script.Bench(script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False))
-    losses = []
-    for name in ("6:8", "6:8 single-layers"):
-        bench.add(name)
-        candidate = bench.candidates[name]
-        joined = [m for m in candidate.loss_of.model.modules() if isinstance(m, GatedMLP)]
-        assert len(joined) == bench.base.config.num_hidden_layers
-        assert all(bool(m.down_proj._forward_hooks) == ("single" in name) for m in joined)
-        candidate.wake()
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.append(candidate.loss_of(bench.tokens).item())
-        candidate.rest()
-    assert losses[0] == losses[1]
-
-
 def test_fake_quantization_is_the_method(script: Any) -> None:
     """Forward and gradients in float32 equal the integer layer's."""
     from sparse_bitnet.core import Pattern

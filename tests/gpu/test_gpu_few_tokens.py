@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from sparse_bitnet.bench.decoder import Decoder
+
 from sparse_bitnet.bench.inference import Case, call_of
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, ternarize

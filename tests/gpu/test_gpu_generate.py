@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparse_bitnet.deploy.run.ready import make_ready
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load_packed
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.presets import preset_config
 

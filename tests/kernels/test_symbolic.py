@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_bitnet.nn.attention import ATTENTION
+from sparse_bitnet.nn.few_tokens import quantize_in_norms
+from sparse_bitnet.nn.fuse import fuse
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
@@ -32,9 +35,6 @@ from sparse_bitnet.kernels import dispatch, matmul, symbolic, tuning
 from sparse_bitnet.kernels.matmul import reference
 from sparse_bitnet.kernels.weight import TernaryWeight
 from sparse_bitnet.nn import convert, packed_linear
-from sparse_bitnet.nn.attention import ATTENTION
-from sparse_bitnet.nn.few_tokens import quantize_in_norms
-from sparse_bitnet.nn.fuse import fuse
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows, swap_int8
 from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_module import prepare

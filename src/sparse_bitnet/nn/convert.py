@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, check_finite, method_mask
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
-from sparse_bitnet.nn.gated_mlp import join_gated_mlps
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
@@ -100,8 +99,7 @@ def convert(
 
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
     modules, so an optimizer made before still holds them; those of another dtype become float32,
-    because master weights are. The state dict keeps its keys. Gated MLPs of known architectures
-    become :class:`sparse_bitnet.nn.gated_mlp.GatedMLP`, which holds what they held.
+    because master weights are. The state dict keeps its keys.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -174,8 +172,6 @@ def convert(
             model.set_submodule(name, new)
         report.modules += 1
     _keep_from_broadcasts(model)
-    if kind == "bitnet":
-        join_gated_mlps(model)
     return report
 
 
