@@ -85,8 +85,6 @@ def test_names_of_rows() -> None:
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
-    assert Row.parse("dense fp8 single-layers").single
-    assert not Row.parse("dense fp8").single
     assert not Row.parse("dense plain-compile").options
     for wrong in (
         "6:8 quickly",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -80,12 +79,3 @@ def packed() -> Packed:
         return model
 
     return make
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """No graphs of other tests, and none left to them."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
