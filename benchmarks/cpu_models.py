@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from sparse_bitnet.core import Pattern, ternarize
-from sparse_bitnet.deploy.run.ready import make_ready
-from sparse_bitnet.nn.int8_head import int8_modules, swap_int8
+from sparse_bitnet.kernels.native.pages import use_large_pages
+from sparse_bitnet.modeling import KeyValueCache, build_decoder
+from sparse_bitnet.nn.int8_head import Int8Table, int8_modules, swap_int8
 from sparse_bitnet.nn.pack import pack_module
-from sparse_bitnet.nn.packed_module import PackedModule
+from sparse_bitnet.nn.packed_module import PackedModule, prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.train.presets import preset_config
 
@@ -71,7 +71,7 @@ def _repeat(model: PreTrainedModel) -> None:
 
 
 class Transformers:
-    """The model in transformers, eager: plain linears, or packed ones of this package.
+    """The package's decoder, eager: plain linears, or packed ones of this package.
 
     Args:
         pattern: of the weights.
@@ -90,7 +90,11 @@ class Transformers:
                     model.model.layers[0].set_submodule(name, _keep(trained, name))
             _int8_head(model)
         _repeat(model)
-        make_ready(model)
+        model = build_decoder(model)
+        prepare(model)
+        for module in model.modules():
+            if isinstance(module, Int8Table):
+                use_large_pages(module.weight)
         # A row of a longer tensor makes PyTorch 2.13 copy the head's weight; not what is measured.
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Module)
@@ -100,7 +104,7 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int]) -> float:
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = KeyValueCache(self.model.config)
         return self._step(torch.tensor([tokens]))
 
     @torch.inference_mode()

@@ -16,12 +16,13 @@ from unittest import mock
 import torch
 
 from gpu_common import write
-from sparse_bitnet.bench import decoder as decoders
+from sparse_bitnet.bench import random_decoder as decoders
 from sparse_bitnet.bench.inference import Case, call_of, choose_backends
 from sparse_bitnet.bench.timing import capture, replay_microseconds
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels import dispatch, early
 from sparse_bitnet.kernels.platform import compile_options
+from sparse_bitnet.modeling import DecoderForCausalLM
 
 TOKENS, REPEATS = 12, 9
 EARLY = {"triton.enable_pdl": True}
@@ -39,7 +40,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def microseconds(decoder: decoders.Decoder, step: dict[str, Any]) -> list[float]:
+def microseconds(decoder: DecoderForCausalLM, step: dict[str, Any]) -> list[float]:
     """Of a token, all repeats, with the parts that the step leaves on."""
     torch._dynamo.reset()
     case = Case("decode", 1, 512)
@@ -51,7 +52,7 @@ def microseconds(decoder: decoders.Decoder, step: dict[str, Any]) -> list[float]
         mock.patch.object(dispatch, "takes_integers", takes),
         mock.patch.object(early, "launch_options", launch),
     ):
-        decoder.compile()
+        decoders.compile_parts(decoder)
         choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
     return [replay_microseconds(graph, TOKENS) / TOKENS for _ in range(REPEATS)]
@@ -76,7 +77,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 256
     rows = []
     with torch.no_grad():
-        decoder = decoders.Decoder("qwen2.5-7b", Pattern.parse(options.pattern))
+        decoder = decoders.random_decoder("qwen2.5-7b", Pattern.parse(options.pattern))
         for name, step in STEPS.items():
             times = microseconds(decoder, step)
             rows.append({"step": name, "microseconds": statistics.median(times), "all": times})

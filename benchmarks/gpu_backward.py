@@ -5,9 +5,7 @@ a float32 dW. ``bf16`` is the same from bf16 activations and a bf16 weight, whic
 layer keeps; ``compiled`` is what the package runs inside ``torch.compile``: int8 dequantized by
 fused elementwise kernels, cuBLAS products; ``triton`` reads int8 tiles and converts in registers,
 which spares those passes; ``fp8`` is the package's option. The rows below take the fp8 path apart;
-"turned" with numbers is the same with another tile: rows × columns × warps. Last come the passes
-over a gated MLP's widest activations, with other launches (of a thread: lanes a chunk, lanes a row,
-registers), beside what the compiler and the separate kernels take for them.
+"turned" with numbers is the same with another tile: rows × columns × warps.
 """
 
 from __future__ import annotations
@@ -27,19 +25,12 @@ from torch import Tensor
 from gpu_common import interleaved, report, summary
 from sparse_bitnet import console
 from sparse_bitnet.core import quantize_int8
-from sparse_bitnet.kernels import quantize_activations, swiglu
 from sparse_bitnet.kernels.backward import fp8, gradients, triton_fp8
-from sparse_bitnet.kernels.swiglu import triton as triton_swiglu
 
 LAYERS = {"3B gate": (11008, 2048), "3B down": (2048, 11008), "3B o": (2048, 2048)}
-GATED = {"3B SwiGLU": 11008, "1.5B SwiGLU": 8960, "0.5B SwiGLU": 4864}
 TURNS = [
     triton_fp8.Tile(*tile)
     for tile in ((128, 128, 8), (256, 64, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4))
-]
-LAUNCHES = [
-    triton_swiglu.Launch(*launch)
-    for launch in ((4, 48, 112), (8, 48, 80), (8, 48, 168), (8, 24, 64), (16, 48, 128))
 ]
 TILES = [
     triton.Config({"BM": m, "BN": n, "BK": k}, num_warps=warps, num_stages=stages)
@@ -212,63 +203,11 @@ def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def measure_gated(name: str, tokens: int, repeats: int) -> dict[str, Any]:
-    inner = GATED[name]
-    torch.manual_seed(0)
-    dh, gate, up = torch.randn(3, tokens, inner, device="cuda").bfloat16()
-    factor = torch.rand(tokens, device="cuda")
-
-    def product(gate: Tensor, up: Tensor) -> Tensor:
-        return torch.nn.functional.silu(gate) * up
-
-    def derivatives(dh: Tensor, factor: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return swiglu.gradients((dh * factor.unsqueeze(-1)).bfloat16(), gate, up)
-
-    compiled, both = torch.compile(product), torch.compile(derivatives)
-
-    def by_kernels() -> list[tuple[Tensor, Tensor]]:
-        return [fp8.rows(d, None) for d in both(dh, factor, gate, up)]
-
-    calls: dict[str, Callable[[], Any]] = {
-        "forward, one by one": lambda: quantize_activations(compiled(gate, up)),
-        "forward": lambda: triton_swiglu.quantize(gate, up),
-        "backward, one by one": by_kernels,
-        "backward": lambda: triton_swiglu.fp8_gradients(dh, factor, gate, up),
-    }
-    for launch in LAUNCHES:
-        label = " ".join(map(str, launch))
-        calls[f"forward {label}"] = partial(triton_swiglu.quantize, gate, up, launch)
-        calls[f"backward {label}"] = partial(
-            triton_swiglu.fp8_gradients, dh, factor, gate, up, launch
-        )
-    failed = {}
-    for path, call in list(calls.items()):
-        try:
-            call()
-        except Exception as error:
-            failed[path] = f"{type(error).__name__}: {error}"[:300]
-            del calls[path]
-    times = interleaved({path: [call] for path, call in calls.items()}, repeats)
-    console.out.print(f"{name}, {tokens} tokens, {inner} columns", markup=False)
-    for path, took in times.items():
-        median = statistics.median(took)
-        moved = tokens * inner * (5 if path.startswith("forward") else 8)  # bytes, in one pass
-        console.out.print(f"  {path:26} {median:8.1f} µs  {moved / median * 1e-6:.2f} TB/s")
-    for path, why in failed.items():
-        console.out.print(f"  {path:26} {why}", markup=False)
-    return {
-        "layer": name,
-        "tokens": tokens,
-        "microseconds": {path: summary(t) for path, t in times.items()},
-        "failed": failed,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", nargs="+", default=[*LAYERS, *GATED], choices=[*LAYERS, *GATED])
+    parser.add_argument("--layers", nargs="+", default=[*LAYERS], choices=[*LAYERS])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
@@ -277,8 +216,7 @@ def main() -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False
     rows: list[dict[str, Any]] = []
     for name in options.layers:
-        run = measure if name in LAYERS else measure_gated
-        rows.append(run(name, options.tokens, options.repeats))
+        rows.append(measure(name, options.tokens, options.repeats))
         report("backward", rows, options.out)
         torch.cuda.empty_cache()
 

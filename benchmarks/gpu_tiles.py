@@ -5,7 +5,7 @@ python benchmarks/gpu_tiles.py fit       costs for the table in kernels/matmul/h
 
 The costs are weights of the linear model in ``hopper.estimate``, at least zero, fitted for each tile
 to the least relative error. ``fit`` also prints how much slower the chosen tile is than the best
-one that was measured.
+best that was measured.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from gpu_common import write
-from sparse_bitnet.bench.decoder import Decoder
 from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
+from sparse_bitnet.bench.random_decoder import compile_parts, random_decoder
 from sparse_bitnet.bench.timing import capture
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels.environment import gpu_state
@@ -32,8 +32,8 @@ def profile(preset: str, case: Case, kinds: list[str]) -> None:
     """Print the device time of every kernel of one pass."""
     for kind in kinds:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
-        decoder = Decoder(preset, pattern, head="bf16" if kind == "bf16" else case.head)
-        decoder.compile()
+        decoder = random_decoder(preset, pattern, head="bf16" if kind == "bf16" else case.head)
+        compile_parts(decoder)
         choose_backends(decoder, case)
         call = call_of(decoder, case)
         for _ in range(3):
@@ -53,8 +53,8 @@ def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     for kind in kinds:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
-        decoder = Decoder(preset, pattern)
-        decoder.compile()
+        decoder = random_decoder(preset, pattern)
+        compile_parts(decoder)
         choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
         times: list[float] = []

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
 from sparse_bitnet.nn import choose_products, convert, use_products
-from sparse_bitnet.nn.gated_mlp import GatedMLP
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
 from sparse_bitnet.train.presets import preset_config
@@ -26,7 +25,6 @@ FAKE = "fake-quant"
 FULL = "bf16"
 PRODUCTS = ("sparse-forward", "dense-forward")
 PLAIN = "plain-compile"
-SINGLE = "single-layers"
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,6 @@ class Row:
     method: Method = field(default_factory=Method)
     product: str | None = None
     """The forward product, "dense" or "sparse"; None for the package's own choice."""
-    single: bool = False
-    """The layers of gated MLPs run one by one."""
     options: bool = True
     """Compile with the package's options for ternary layers."""
 
@@ -57,16 +53,16 @@ class Row:
         if first == FAKE and len(words) == 1:
             return Row(name, str(Pattern.parse(words[0])), FAKE)
         products = [word for word in words if word in PRODUCTS]
-        if len(products) > 1 or set(words) - {"fp8", PLAIN, SINGLE, *PRODUCTS}:
+        if len(products) > 1 or set(words) - {"fp8", PLAIN, *PRODUCTS}:
             forms = (
                 "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8] "
-                "[single-layers] [plain-compile]"
+                "[plain-compile]"
             )
             raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
         product = products[0].removesuffix("-forward") if products else None
         pattern = str(Pattern.parse(first))
-        return Row(name, pattern, "ours", method, product, SINGLE in words, PLAIN not in words)
+        return Row(name, pattern, "ours", method, product, PLAIN not in words)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -127,10 +123,6 @@ class Candidate:
                 products = dict.fromkeys(products, row.product)
             use_products(model, products)
             self.products = dict(Counter(products.values()))
-            for module in model.modules():
-                if row.single and isinstance(module, GatedMLP):
-                    # A layer with a hook is called by itself.
-                    module.down_proj.register_forward_hook(lambda *_: None)
         elif row.kind == FAKE:
             for block in blocks(model):
                 for name, module in list(block.named_modules()):

@@ -10,8 +10,8 @@ the same micro-batch. Rows:
                      how the published code trains
     dense, 6:8 …     this package; with ``fp8`` its backward products are in e4m3, with
                      ``sparse-forward`` or ``dense-forward`` the forward product is the one named
-                     instead of the measured choice, with ``single-layers`` the layers of gated
-                     MLPs run one by one, with ``plain-compile`` the compiler has its defaults
+                     instead of the measured choice, with ``plain-compile`` the compiler has its
+                     defaults
 
 Rows take turns, round by round, over one set of parameters and optimizer moments. Reported are
 medians over all timed steps, the peak of allocated memory, and model FLOPs utilization: 6 a

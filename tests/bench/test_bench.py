@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +11,66 @@ import pytest
 import torch
 
 from sparse_bitnet.bench.command import bench
-from sparse_bitnet.bench.decoder import Decoder
-from sparse_bitnet.bench.inference import Case, Row, measure
+from sparse_bitnet.bench.inference import (
+    Case,
+    Row,
+    _cache,
+    _static_cache,
+    _static_step,
+    _step,
+    call_of,
+    measure,
+)
+from sparse_bitnet.bench.random_decoder import random_decoder
 from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.core import ConfigError, Pattern
 
 SMALL: dict[str, Any] = {"vocabulary": 64, "device": "cpu", "dtype": torch.float32}
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("pattern", [None, Pattern(6, 8)])
 @pytest.mark.parametrize("head", ["bf16", "int8"])
-def test_decoding_token_by_token_ends_where_a_prefill_does(
+def test_a_step_is_timed_over_the_same_cache_again_and_again(
     pattern: Pattern | None, head: str
 ) -> None:
     torch.manual_seed(0)
-    decoder = Decoder("tiny", pattern, head=head, **SMALL)
-    tokens = torch.randint(0, 64, (2, 7))
+    decoder = random_decoder("tiny", pattern, head=head, **SMALL)
     with torch.no_grad():
-        expected = decoder.prefill(tokens)
-        caches = decoder.caches(2, 12)  # random behind the position: it must not be seen
-        for at in range(7):
-            found = decoder.decode(tokens[:, at : at + 1], torch.tensor([at]), caches)
-    assert found.shape == (2, 64)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        prefill = call_of(decoder, Case("prefill", 2, 7))
+        step = call_of(decoder, Case("decode", 2, 7))
+        tokens = torch.randint(0, 64, (2, 1))
+        case = Case("decode", 2, 7)
+        static = partial(_static_step, decoder, tokens, _static_cache(decoder, case), 7)
+        for call in (prefill, step, static):
+            first = call()
+            assert first.shape == (2, 1, 64)
+            assert torch.equal(call(), first)
+
+
+def test_static_and_growing_caches_give_the_same_step() -> None:
+    decoder = random_decoder("tiny", Pattern(6, 8), **SMALL)
+    case, tokens = Case("decode", 2, 7), torch.randint(0, 64, (2, 1))
+    static, growing = _static_cache(decoder, case), _cache(decoder, case)
+    for one, other in zip(static.layers, growing.layers, strict=True):
+        one.keys[:, :, :7], one.values[:, :, :7] = other.keys, other.values
+    with torch.no_grad():
+        found = _static_step(decoder, tokens, static, 7)
+        torch.testing.assert_close(found, _step(decoder, tokens, growing), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_are_copies_in_their_own_memory() -> None:
-    decoder = Decoder("tiny", Pattern(2, 4), layers=3, **SMALL)
-    first, second, _ = decoder.layers
+    decoder = random_decoder("tiny", Pattern(2, 4), layers=3, **SMALL)
+    first, second, third = decoder.model.layers
     assert torch.equal(first.mlp.down_proj.weight, second.mlp.down_proj.weight)
     assert first.mlp.down_proj.weight.data_ptr() != second.mlp.down_proj.weight.data_ptr()
+    assert [layer.self_attn.layer_idx for layer in (first, second, third)] == [0, 1, 2]
+    assert all(layer.self_attn.config is decoder.config for layer in decoder.model.layers)
 
 
 def test_a_preset_that_is_not_there() -> None:
     for vocabulary in (None, 64):
         with pytest.raises(ConfigError, match="preset 'gpt-5' is unknown"):
-            Decoder("gpt-5", None, vocabulary=vocabulary, device="cpu")
+            random_decoder("gpt-5", None, vocabulary=vocabulary, device="cpu")
 
 
 def test_candidates_take_turns() -> None:

@@ -36,22 +36,6 @@ def test_rows_share_one_model(script: Any, tmp_path: Path) -> None:
     assert written["environment"]["torch"] == torch.__version__
 
 
-def test_a_row_may_run_layers_one_by_one(script: Any) -> None:
-    from sparse_bitnet.nn.gated_mlp import GatedMLP
-
-    bench = script.Bench(script.Setting("tiny", 2, 16, 64, torch.device("cpu"), False))
-    losses = []
-    for name in ("6:8", "6:8 single-layers"):
-        bench.add(name)
-        candidate = bench.candidates[name]
-        joined = [m for m in candidate.loss_of.model.modules() if isinstance(m, GatedMLP)]
-        assert len(joined) == bench.base.config.num_hidden_layers
-        assert all(bool(m.down_proj._forward_hooks) == ("single" in name) for m in joined)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.append(candidate.loss_of(bench.tokens).item())
-    assert losses[0] == losses[1]
-
-
 def test_fake_quantization_is_the_method(script: Any) -> None:
     """Forward and gradients in float32 equal the integer layer's."""
     from sparse_bitnet.core import Pattern
@@ -80,8 +64,6 @@ def test_names_of_rows() -> None:
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
     assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
     assert Row.parse("6:8").product is None
-    assert Row.parse("dense fp8 single-layers").single
-    assert not Row.parse("dense fp8").single
     assert not Row.parse("dense plain-compile").options
     for wrong in (
         "6:8 quickly",

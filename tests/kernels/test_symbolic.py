@@ -6,7 +6,6 @@ compiler is given, when it compiles again, and who chooses the backend.
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,45 +15,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    StaticCache,
-)
 
 from sparse_bitnet.core import Pattern, row_scale, ternarize
 from sparse_bitnet.formats import windows
 from sparse_bitnet.kernels import dispatch, matmul, symbolic, tuning
 from sparse_bitnet.kernels.matmul import reference
 from sparse_bitnet.kernels.weight import TernaryWeight
-from sparse_bitnet.nn import convert, packed_linear
-from sparse_bitnet.nn.attention import ATTENTION
-from sparse_bitnet.nn.few_tokens import quantize_in_norms
-from sparse_bitnet.nn.fuse import fuse
-from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows, swap_int8
-from sparse_bitnet.nn.pack import pack_module
-from sparse_bitnet.nn.packed_module import prepare
-from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 LENGTHS = [1, 40, 300, 2, 33, 5000, 32, 17]
 IN, INNER = 32, 48
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
 # Functions of the package carry the names of these modules.
 quantization = importlib.import_module("sparse_bitnet.kernels.quantize_activations")
-int8_linear = importlib.import_module("sparse_bitnet.kernels.int8_linear")
-decode_attention = importlib.import_module("sparse_bitnet.kernels.decode_attention")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 
@@ -109,7 +80,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     played("packed_matmul", _matmul_and_residual)  # its weight is not packed here
     played("packed_swiglu", packed_swiglu)
     played("structured_matmul", structured_matmul)
-    played("decode_attention", decode_attention.reference.decode_attention)
     played("linear", symbolic._linear)
     played("gated_mlp", symbolic._gated_mlp)
     torch._dynamo.reset()
@@ -303,190 +273,3 @@ def test_fakes_are_as_the_kernels(calls: list[str]) -> None:
     }
     for name, given in arguments.items():
         torch.library.opcheck(getattr(torch.ops.sparse_bitnet, name), given)
-
-
-def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
-    """A fused model (a Qwen2), of packed layers laid out as on a GPU, with an int8 head."""
-
-    def as_on_a_gpu(
-        ternary: Tensor, w_scale: Tensor, pattern: Pattern, _stored: object
-    ) -> TernaryWeight:
-        out, columns = ternary.shape
-        lifted = windows.encode(ternary, 8)
-        return TernaryWeight(
-            pattern, w_scale, out, columns, ternary, ternary, structured=lifted, group=8
-        )
-
-    monkeypatch.setattr(packed_linear, "prepare", as_on_a_gpu)
-    for module in (int8_linear, decode_attention):
-        monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config or Qwen2Config(**SIZES)).eval()
-    table = quantize_rows(model.get_input_embeddings().weight)
-    convert(model, "6:8")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseBitLinear):
-            model.set_submodule(name, pack_module(module, "two-bit", name))
-    swap_int8(model, int8_modules(model), device="cpu")
-    embedding = model.get_input_embeddings()
-    embedding.weight.copy_(table[0])
-    embedding.weight_scale.copy_(table[1])
-    assert fuse(model) == 6
-    prepare(model)
-    model.set_attn_implementation(ATTENTION)
-    return model.bfloat16()
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_a_whole_model_takes_prompts_of_any_length(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, dynamic: bool | None
-) -> None:
-    model = packed_model(monkeypatch)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    with torch.no_grad():
-        for length in (40, 300, 7, 33, 2, 1, 64, 17):
-            ids = torch.randint(0, 96, (1, length))
-            expected = model(input_ids=ids, use_cache=False).logits
-            calls.clear()
-            found = compiled(input_ids=ids, use_cache=False).logits
-            assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-            assert "gated_mlp" in calls or length in (1, 40)
-    assert graphs() <= 5
-
-
-def test_prompt_and_generated_tokens_compiled(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = packed_model(monkeypatch)
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        for length in (40, 9, 77):
-            ids = torch.randint(0, 96, (1, length))
-            one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
-            for _ in range(6):
-                expected = model(input_ids=ids, past_key_values=one).logits
-                found = compiled(input_ids=ids, past_key_values=other).logits
-                assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-                ids = expected[:, -1:].argmax(-1)
-    assert "decode_attention" in calls
-    assert not counters["graph_break"]
-    assert graphs() <= 6
-
-
-@pytest.mark.parametrize("length", [1, 3, 40])
-def test_few_tokens_are_quantized_in_their_norms(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int
-) -> None:
-    model = packed_model(monkeypatch)
-    ids = torch.randint(0, 96, (1, length))
-    prepare(model)
-    with torch.no_grad():
-        plain = torch.compile(model, fullgraph=True, backend="aot_eager")
-        expected = plain(input_ids=ids, use_cache=False).logits
-        torch._dynamo.reset()
-        assert quantize_in_norms(model) == 2
-        eager = model(input_ids=ids, use_cache=False).logits
-        calls.clear()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        found = compiled(input_ids=ids, use_cache=False).logits
-    assert (eager - expected).abs().max() < 0.05 * expected.abs().max()
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-    layer = [
-        "quantize_activations",
-        "packed_matmul",
-        *(["decode_attention"] if length == 1 else []),
-        "quantize_activations",
-        "packed_matmul",
-        "add_norm_quantize",
-        *(["packed_swiglu"] if length == 1 else ["packed_matmul", "quantize_activations"]),
-        "packed_matmul",
-    ]
-    assert calls[: 2 * len(layer)] == 2 * layer or length > dispatch.MOST_PACKED_TOKENS
-    assert "add_norm_quantize" not in calls or length <= dispatch.MOST_PACKED_TOKENS
-
-
-def test_norms_of_another_dtype_stay_the_compilers(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = packed_model(monkeypatch)
-    quantize_in_norms(model)
-    for layer in model.model.layers:
-        layer.input_layernorm.float()
-    ids = torch.randint(0, 96, (1, 1))
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        calls.clear()
-        found = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
-    assert "add_norm_quantize" not in calls
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_proj", "self_attn.o_proj", "mlp"])
-def test_hooks_in_a_layer_are_called_with_tensors(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    model = packed_model(monkeypatch)
-    quantize_in_norms(model)
-    model = copy.deepcopy(model)
-    seen: list[Any] = []
-    hooked = model.model.layers[1].get_submodule(name)
-    handle = hooked.register_forward_hook(lambda _module, inputs, _y: seen.extend(inputs))
-    ids = torch.randint(0, 96, (1, 1))
-    with torch.no_grad():
-        torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False)
-    assert "add_norm_quantize" not in calls
-    assert [type(x) for x in seen] == [Tensor]
-    handle.remove()
-
-
-def test_layers_that_are_alike_share_a_graph(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = packed_model(monkeypatch)
-    quantize_in_norms(model)
-    first = model.model.layers[0]
-    x = torch.randn(1, 1, 32).bfloat16()
-    rotary = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
-    with torch.no_grad():
-        for layer in (first, copy.deepcopy(first), copy.deepcopy(first)):
-            layer.compile(dynamic=False, backend="aot_eager")
-            x = layer(x, position_embeddings=rotary)
-    assert calls.count("add_norm_quantize") == 3
-    assert graphs() == 1
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SIZES, mlp_bias=True, attention_bias=True),
-        MistralConfig(**SIZES, head_dim=8, sliding_window=4),
-        Qwen3Config(**SIZES, head_dim=8),
-    ],
-    ids=lambda config: config.model_type,
-)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5)])
-def test_few_tokens_of_other_architectures(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, config: Any, shape: tuple[int, int]
-) -> None:
-    """Sequences of several lengths over a cache, with biases, windows, norms of heads."""
-    model = packed_model(monkeypatch, config)
-    for name, buffer in model.named_buffers():
-        if name.endswith("bias"):
-            buffer.normal_()
-    ids, new = torch.randint(0, 96, (shape[0], 9)), torch.randint(0, 96, shape)
-    mask = torch.ones(shape[0], 9 + shape[1], dtype=torch.long)
-    mask[1:, :3] = 0
-
-    def logits(step: Any) -> Tensor:
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask[:, :9], past_key_values=cache)
-            found: Tensor = step(input_ids=new, attention_mask=mask, past_key_values=cache).logits
-        return found
-
-    expected = logits(model)
-    assert quantize_in_norms(model) == 2
-    calls.clear()
-    found = logits(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    assert calls.count("add_norm_quantize") == 2
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

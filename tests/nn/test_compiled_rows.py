@@ -15,15 +15,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8
-from sparse_bitnet.kernels import compiled, matmul, swiglu
+from sparse_bitnet.kernels import compiled, matmul
 from sparse_bitnet.kernels.backward import fp8
-from sparse_bitnet.nn import SparseBitLinear, convert, gated_mlp
-from sparse_bitnet.nn.gated_mlp import join_gated_mlps
+from sparse_bitnet.nn import SparseBitLinear, convert
 
 TOKENS, WIDTH = 32, 64
 OPS = torch.ops.sparse_bitnet
@@ -197,67 +193,3 @@ def test_what_is_not_finite_shows() -> None:
     y = layer(x)
     assert y[3].isnan().all()
     assert y[4:].isfinite().all()
-
-
-class Gated(nn.Module):
-    """A norm and a gated MLP."""
-
-    def __init__(self, backward: Any, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH)
-        self.mlp: nn.Module = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=inner))
-        convert(self, "6:8", method=Method(backward=backward))
-        join_gated_mlps(self)
-        assert isinstance(self.mlp, gated_mlp.GatedMLP)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.mlp(self.norm(x))
-        return result
-
-
-@pytest.mark.parametrize("longest", [0, WIDTH, 4096])
-@pytest.mark.parametrize("backward", ["full", "fp8"])
-def test_a_gated_mlp_is_one_pass_each_way(monkeypatch: Any, backward: str, longest: int) -> None:
-    monkeypatch.setattr(compiled, "LONGEST_ROW", longest)
-    monkeypatch.setattr(gated_mlp, "_on_gpu_in_bf16", _yes)
-    monkeypatch.setattr(swiglu, "runs_triton", _yes)
-    module = Gated(backward, 2 * WIDTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        graphs = Graphs(module, torch.randn(TOKENS, WIDTH), monkeypatch)
-    calls = graphs.calls()
-    fp8_mode, by_kernel = backward == "fp8", longest < 2 * WIDTH
-    assert calls["sparse_bitnet.dense_matmul.default"] == 3
-    assert calls["sparse_bitnet.swiglu_quantize.default"] == by_kernel
-    assert calls["sparse_bitnet.swiglu_fp8_gradients.default"] == (fp8_mode and by_kernel)
-    # dY of down alone; those of gate and up come as rows.
-    assert calls["sparse_bitnet.fp8_rows.default"] == (fp8_mode and longest == 0)
-    assert calls["sparse_bitnet.quantize_activations.default"] == (longest == 0)
-    if fp8_mode:
-        assert calls["sparse_bitnet.fp8_matmul.default"] == 6
-        # Three weights, three dY, and two X: gate's is up's.
-        assert calls["sparse_bitnet.fp8_transposed.default"] == 8
-    # gate and up, and one byte of their product: integers, or e4m3 that was turned in forward.
-    wide = [t.element_size() for t in graphs.kept() if t.numel() == TOKENS * 2 * WIDTH]
-    assert wide.count(2) == 2
-    assert sum(wide) <= 5
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("backward", ["full", "fp8"])
-def test_a_compiled_gated_mlp_learns_as_its_layers(
-    monkeypatch: Any, backward: str, checkpointed: bool
-) -> None:
-    monkeypatch.setattr(gated_mlp, "_on_gpu_in_bf16", _yes)
-    module = Gated(backward, 2 * WIDTH)
-    layers = copy.deepcopy(module)
-    layers.mlp.gate_proj.register_forward_hook(lambda *_: None)  # so they run one by one
-    module.compile(fullgraph=True, options=dict(compiled.INDUCTOR_OPTIONS))
-    x, dy, results = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH), []
-    for one in (layers, module):
-        inside = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = checkpoint(one, inside, use_reentrant=False) if checkpointed else one(inside)
-        y.backward(dy)
-        results.append([y.detach() - x, inside.grad - dy, *(p.grad for p in one.parameters())])
-    for ours, expected in zip(*results, strict=True):
-        assert (ours - expected).norm() < (6e-2 if backward == "fp8" else 2e-2) * expected.norm()

@@ -1,8 +1,9 @@
 """Prefill and decode of whole models: BF16, dense BitNet, 6:8 and 2:4, in one process, in turns.
 
-All have the shape of the same preset, random weights, fused q/k/v and gate/up, layers compiled one
-by one, a static cache, and run as one CUDA graph. Everything is in the time: embedding, norms,
-activation quantization, lifting, products, scales, attention, the output head for the last token.
+All have the shape of the same preset and random weights, and run in the package's own decoder. On a
+GPU its layers are compiled one by one, its cache is static, and a pass is one CUDA graph; on a CPU
+a token takes the native call. Everything is in the time: embedding, norms, activation quantization,
+lifting, products, scales, attention, the output head for the last token.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_bitnet import console
-from sparse_bitnet.bench.decoder import Decoder
+from sparse_bitnet.bench.random_decoder import compile_parts, random_decoder
 from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, StaticKeyValueCache
+from sparse_bitnet.modeling.decoder import FULL as FULL_ATTENTION
 from sparse_bitnet.nn.packed_linear import PackedLinear
 
 FULL = "bf16"
@@ -142,7 +146,7 @@ def measure(
         A row for each case as soon as it is measured.
 
     Raises:
-        ConfigError, PatternError: as :class:`~sparse_bitnet.bench.decoder.Decoder`.
+        ConfigError, PatternError: as :func:`~sparse_bitnet.bench.random_decoder.random_decoder`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -152,7 +156,7 @@ def measure(
             decoders = {}
             for kind in kinds:
                 pattern = None if kind == FULL else Pattern.parse(kind)
-                decoders[kind] = Decoder(
+                decoders[kind] = random_decoder(
                     preset,
                     pattern,
                     head="bf16" if kind == FULL else head,
@@ -162,7 +166,7 @@ def measure(
                     dtype=dtype,
                 )
                 if compiled:
-                    decoders[kind].compile()
+                    compile_parts(decoders[kind])
             for case in (case for case in cases if case.head == head):
                 yield _measure(preset, case, decoders, repeats)
                 task.advance()
@@ -170,7 +174,7 @@ def measure(
             _free()
 
 
-def _measure(preset: str, case: Case, decoders: dict[str, Decoder], repeats: int) -> Row:
+def _measure(preset: str, case: Case, decoders: dict[str, DecoderForCausalLM], repeats: int) -> Row:
     row = Row(preset, case)
     calls: dict[str, list[Callable[[], object]]] = {}
     for kind, decoder in decoders.items():
@@ -189,22 +193,75 @@ def _measure(preset: str, case: Case, decoders: dict[str, Decoder], repeats: int
     return row
 
 
-def call_of(decoder: Decoder, case: Case) -> Callable[[], object]:
-    """One pass of the case, ready to be called again and again."""
+def call_of(decoder: DecoderForCausalLM, case: Case) -> Callable[[], Tensor]:
+    """One pass of the case, ready to be called again and again: logits of the last tokens."""
     width = case.length if case.stage == "prefill" else 1
-    vocabulary = decoder.embed.num_embeddings
+    vocabulary = decoder.config.vocab_size
     tokens = torch.randint(0, vocabulary, (case.batch, width), device=decoder.device)
     if case.stage == "prefill":
-        return partial(decoder.prefill, tokens)
-    position = torch.full((1,), case.length, device=decoder.device)
-    caches = decoder.caches(case.batch, case.length + SMALLEST_MARGIN)
-    return partial(decoder.decode, tokens, position, caches)
+        return partial(_prefill, decoder, tokens)
+    if decoder.device.type == "cuda":
+        return partial(_static_step, decoder, tokens, _static_cache(decoder, case), case.length)
+    return partial(_step, decoder, tokens, _cache(decoder, case))
 
 
-def choose_backends(decoder: Decoder, case: Case) -> dict[str, str]:
+def _prefill(decoder: DecoderForCausalLM, tokens: Tensor) -> Tensor:
+    # Prompts of one length: no mask, and none to be looked for.
+    found = decoder(
+        tokens, attention_mask={FULL_ATTENTION: None}, use_cache=False, logits_to_keep=1
+    )
+    logits: Tensor = found.logits
+    return logits
+
+
+def _static_step(
+    decoder: DecoderForCausalLM, tokens: Tensor, cache: StaticKeyValueCache, length: int
+) -> Tensor:
+    """A token after ``length`` others, whose position is a tensor, as a CUDA graph wants it."""
+    cache.position.fill_(length)
+    slots = torch.arange(cache.get_max_length(), device=tokens.device)
+    logits: Tensor = decoder(
+        tokens,
+        attention_mask={FULL_ATTENTION: (slots <= cache.position).view(1, 1, 1, -1)},
+        position_ids=cache.position.view(1, 1),
+        past_key_values=cache,
+    ).logits
+    return logits
+
+
+def _step(decoder: DecoderForCausalLM, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    """A token after those in the cache, which is then as before."""
+    logits: Tensor = decoder(tokens, past_key_values=cache).logits
+    cache.crop(-1)
+    return logits
+
+
+def _static_cache(decoder: DecoderForCausalLM, case: Case) -> StaticKeyValueCache:
+    """Random keys and values, with some free slots."""
+    cache = StaticKeyValueCache(
+        decoder.config, case.batch, case.length + SMALLEST_MARGIN, decoder.dtype, decoder.device
+    )
+    layers: Any = cache.layers
+    for layer in layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def _cache(decoder: DecoderForCausalLM, case: Case) -> KeyValueCache:
+    """Random keys and values."""
+    cache, attention = KeyValueCache(decoder.config), decoder.model.layers[0].self_attn
+    shape = (case.batch, attention.kv_heads, case.length, attention.head_dim)
+    for index in range(len(cache.layers)):
+        keys, values = torch.randn(2, *shape, dtype=decoder.dtype)
+        cache.update(keys, values, index)
+    return cache
+
+
+def choose_backends(decoder: DecoderForCausalLM, case: Case) -> dict[str, str]:
     """Measure every layer's backends for this many tokens, before anything is compiled."""
     chosen = {}
-    for name, module in decoder.layers[0].named_modules():
+    for name, module in decoder.model.layers[0].named_modules():
         if isinstance(module, PackedLinear):
             weight: TernaryWeight = module.layout("weight")
             chosen[name] = dispatch.choose(weight, case.tokens, decoder.dtype).backend

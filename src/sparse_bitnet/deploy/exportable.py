@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError, check_finite, row_scale
 from sparse_bitnet.deploy.packed.packing import distinct_tensors
-from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.deploy.packed.pretrained import load_unfused
 from sparse_bitnet.deploy.packed.sizes import readable_bytes
 from sparse_bitnet.nn import SparseBitLinear, converted_modules
 from sparse_bitnet.nn.int8_head import Int8Table
@@ -82,7 +82,7 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
             activations, which the formats of others cannot say.
         WeightError: if a tensor holds NaN or infinity.
     """
-    model, tokenizer = load(directory, device="cpu")
+    model, tokenizer = load_unfused(directory, device="cpu")
     modules: dict[str, nn.Module] = dict(converted_modules(model))
     modules |= {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
     shapes = {name: _shape(name, module, target) for name, module in modules.items()}

@@ -20,7 +20,6 @@ from sparse_bitnet.deploy.packed.head_effect import head_effect
 from sparse_bitnet.deploy.packed.packing import HeadName, PackResult
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.deploy.run.generate import Sampling, generate_text
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.evaluate import Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 
@@ -116,8 +115,7 @@ def generate(
         device: the GPU when left out, if there is one.
         compile: on a GPU, decode as one CUDA graph; compiling pays for long texts.
     """
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    make_ready(model, compile)
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device, compile=compile)
     before = prompt  # shown with the first piece, when nothing is left to be refused
 
     def write(text: str) -> None:

@@ -24,7 +24,6 @@ from sparse_bitnet.core import (
 from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
-from sparse_bitnet.nn.gated_mlp import join_gated_mlps
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
@@ -111,10 +110,8 @@ def convert(
 
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
     modules, so an optimizer made before still holds them; those of another dtype become float32,
-    because master weights are. The state dict keeps its keys. Gated MLPs of known architectures
-    become :class:`sparse_bitnet.nn.gated_mlp.GatedMLP`, which holds what they held. A model that is
-    on the meta device as a whole gets modules without values; they come with ``to_empty`` and
-    ``load_state_dict``.
+    because master weights are. The state dict keeps its keys. A model that is on the meta device as
+    a whole gets modules without values; they come with ``to_empty`` and ``load_state_dict``.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -191,8 +188,6 @@ def convert(
         for name in names[module]:
             model.set_submodule(name, new)
         report.modules += 1
-    if kind == "bitnet":
-        join_gated_mlps(model)
     report.zero = [
         master.name + index
         for master in master_weights(model)

@@ -13,20 +13,6 @@ from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
-class Integers:
-    """Quantized activations on their way to packed linears, in a tensor's place.
-
-    Args:
-        values: int8 ``[..., in]``.
-        scale: float32 ``[..., 1]``.
-        dtype: of the results.
-    """
-
-    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        self.values, self.scale, self.dtype = values, scale, dtype
-        self.shape = values.shape  # all that attention modules ask of their input
-
-
 class PackedLinear(PackedModule):
     """The inference form of ``SparseBitLinear``: the same integers, scaled once.
 
@@ -97,14 +83,21 @@ class PackedLinear(PackedModule):
         stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None
         return prepare(ternary, scale, self.spec.pattern, stored)
 
-    def forward(self, x: Tensor | Integers) -> Tensor:
-        weight = self.layout("weight")
-        if isinstance(x, Integers):
-            return integer_linear(x.values, x.scale, weight, self.bias, x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
         if self.spec.activation_bits == 8:
-            return ternary_linear(x, weight, self.bias, output_dtype(x), joins=self.joins)
+            weight, dtype = self.layout("weight"), output_dtype(x)
+            return ternary_linear(x, weight, self.bias, dtype, joins=self.joins)
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return integer_linear(x_q, x_scale, weight, self.bias, output_dtype(x))
+        return self.from_integers(x_q, x_scale, output_dtype(x))
+
+    def from_integers(self, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result, in ``dtype``, of activations that are quantized already.
+
+        Args:
+            x_q: int8 ``[..., in]``.
+            x_scale: float32 ``[..., 1]``.
+        """
+        return integer_linear(x_q, x_scale, self.layout("weight"), self.bias, dtype)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -10,7 +10,11 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from sparse_bitnet.core import CheckpointError, ConfigError, PackedFormatError
 from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import is_packed, load, load_packed
+from sparse_bitnet.deploy.packed.pretrained import is_packed, load, load_packed, load_unfused
+from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.native.layer import StackCall
+from sparse_bitnet.modeling import DecoderForCausalLM
+from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.train import SparsityConfig
 from sparse_bitnet.train.export import save_trained
@@ -130,6 +134,52 @@ def test_load_takes_packed_and_trained_directories_only(pristine, tmp_path, buil
         load_packed(tmp_path / "plain")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):
         load_packed(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("qwen2", True), ("llama", True), ("phi3", False), ("mixtral", False)]
+)
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_load_builds_the_decoder_of_the_llama_family(
+    tmp_path, kind, fused, head, trained, tokenizer, logits
+):
+    pack(trained(kind), tmp_path / "packed", head=head, tokenizer=tokenizer)
+    model, _ = load(tmp_path / "packed", device="cpu")
+    plain, _ = load_unfused(tmp_path / "packed", device="cpu")
+    assert isinstance(model, DecoderForCausalLM) is fused
+    assert type(plain) is type(trained(kind))
+    # PyTorch's silu differs by an ulp where rows are strided and end in no whole vector.
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0.02, atol=0.02)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    tokens = torch.arange(5)[None]
+    assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
+
+
+@pytest.mark.skipif(not native.available(), reason="the package was built without a compiler")
+def test_a_loaded_decoder_takes_single_tokens_in_one_call(tmp_path, trained, monkeypatch):
+    model = trained("llama")
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = type(model)(type(model.config)(**(model.config.to_dict() | config))).eval()
+    convert(model, "6:8")
+    pack(model, tmp_path / "packed")
+    loaded, _ = load(tmp_path / "packed", device="cpu")
+    calls, served = [], StackCall.__call__
+
+    def counted(self, *arguments):
+        calls.append(1)
+        return served(self, *arguments)
+
+    monkeypatch.setattr(StackCall, "__call__", counted)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    tokens = torch.randint(0, 64, (1, 5))
+    found = loaded.generate(tokens, **options)
+    assert len(calls) == 3  # tokens after the first
+    assert torch.equal(found, model.generate(tokens, **options))
+
+
+def test_compiling_wants_a_gpu(pristine):
+    with pytest.raises(ConfigError, match="compile needs the model on an NVIDIA GPU, it is on cpu"):
+        load(pristine / "two-bit", device="cpu", compile=True)
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,9 @@ def test_turns_and_instructions_that_are_no_text(trained, speaker):
 
 
 def test_a_line_that_does_not_fit_is_said_and_the_chat_goes_on(tmp_path, pristine, typed, capsys):
-    from sparse_bitnet.deploy.packed.pretrained import load
+    from sparse_bitnet.deploy.packed.pretrained import load_unfused
 
-    model, tokenizer = load(pristine / "two-bit")
+    model, tokenizer = load_unfused(pristine / "two-bit")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")

@@ -365,13 +365,13 @@ def test_bodies_beyond_reason(client, url):
 
 
 def test_a_failure_inside_is_status_500_and_no_more(client, monkeypatch):
-    from transformers import Qwen2ForCausalLM
+    from sparse_bitnet.modeling import DecoderForCausalLM
 
     def broken(*_, **__):
         raise RuntimeError("the device is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Qwen2ForCausalLM, "forward", broken)
+        patch.setattr(DecoderForCausalLM, "forward", broken)
         body = refused(lambda: complete(client), 500, "RuntimeError: the device is on fire")
         assert body["type"] == "server_error"
         with pytest.raises(openai.APIError) as caught:

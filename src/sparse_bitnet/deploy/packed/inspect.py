@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_bitnet.console import progress
 from sparse_bitnet.core import Pattern, method_mask, worst_group, zero_matrices
 from sparse_bitnet.deploy.packed.packing import distinct_tensors
-from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.deploy.packed.pretrained import load_unfused
 from sparse_bitnet.deploy.packed.sizes import least_bits, readable_bytes
 from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear
 from sparse_bitnet.nn.int8_head import TiedInt8Head
@@ -168,7 +168,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
         CheckpointError: if it is neither packed nor a trained model.
     """
     directory = Path(directory)
-    model, _ = load(directory, device="cpu")
+    model, _ = load_unfused(directory, device="cpu")
     modules = {
         name: module
         for name, module in model.named_modules()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,8 +20,12 @@ from sparse_bitnet.deploy.packed.quantizer import SparseBitNetQuantizer
 from sparse_bitnet.deploy.packed.tensor_file import read_header
 from sparse_bitnet.deploy.packed.verify import CONFIG, read_json, weight_files
 from sparse_bitnet.files import refuse_special
-from sparse_bitnet.kernels.platform import usable_device
+from sparse_bitnet.kernels.native.pages import use_large_pages
+from sparse_bitnet.kernels.platform import compile_options, usable_device
+from sparse_bitnet.modeling import build_decoder, unsupported
 from sparse_bitnet.nn import master_weights
+from sparse_bitnet.nn.int8_head import Int8Table
+from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
 from sparse_bitnet.train.export import load_trained
 
@@ -102,19 +107,61 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load(
-    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
+    directory: str | Path,
+    *,
+    dtype: DType | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a packed or a trained directory, ready to run, and its tokenizer if it has one.
+    """Load a packed or a trained directory to run it, and its tokenizer if it has one.
+
+    A packed model of the Llama family becomes
+    :class:`sparse_bitnet.modeling.DecoderForCausalLM`; others stay in transformers' own classes, as
+    ``AutoModelForCausalLM.from_pretrained`` gives all of them.
 
     Args:
         directory: as written by packing or by training.
         dtype: to compute in; the stored one when left out.
         device: where to put the model; the GPU when left out, if there is one.
+        compile: on a GPU, let ``generate`` decode with a static key-value cache, compiled, as one
+            CUDA graph. Compiling takes its time before the second token: it pays for long texts.
 
     Raises:
-        PackedFormatError: if a packed directory is damaged.
+        PackedFormatError: if a packed directory is damaged, or its weights break their pattern.
         CheckpointError: if it is neither packed nor a trained model.
-        ConfigError: if PyTorch cannot compute on that device here.
+        ConfigError: if PyTorch cannot compute on that device here; for ``compile`` without an
+            NVIDIA GPU.
+    """
+    device = usable_device(device)
+    if compile and device.type != "cuda":
+        raise ConfigError(
+            f"compile needs the model on an NVIDIA GPU, it is on {device.type}; leave it out"
+        )
+    model, tokenizer = load_unfused(directory, dtype=dtype, device=device)
+    if is_packed(directory) and unsupported(model) is None:
+        model = build_decoder(model)
+    prepare(model)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, Int8Table):
+                use_large_pages(module.weight)
+    if compile:
+        assert model.generation_config is not None
+        model.generation_config.cache_implementation = "static"
+        options = {"triton.cudagraphs": True, **compile_options()}
+        # PyTorch takes a mode or options; these are what the mode "reduce-overhead" stands for.
+        config = CompileConfig(mode=None, options=options)  # type: ignore[arg-type]
+        model.generation_config.compile_config = config
+    return model, tokenizer
+
+
+def load_unfused(
+    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """:func:`load` in transformers' own classes: module by module as stored, and can be saved.
+
+    Raises:
+        PackedFormatError, CheckpointError, ConfigError: as :func:`load`.
     """
     directory = Path(directory)
     device = usable_device(device)
@@ -148,14 +195,18 @@ def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def load_with_tokenizer(
-    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
+    directory: str | Path,
+    *,
+    dtype: DType | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """:func:`load`, for uses that need the tokenizer too.
 
     Raises:
         ConfigError: if the directory has no tokenizer.
     """
-    model, tokenizer = load(directory, dtype=dtype, device=device)
+    model, tokenizer = load(directory, dtype=dtype, device=device, compile=compile)
     if tokenizer is None:
         raise ConfigError(
             f"{directory} has no tokenizer; copy its files there, or pack the model again with one"

@@ -23,7 +23,6 @@ from sparse_bitnet.deploy.run.generate import (
     encode,
     generate_from,
 )
-from sparse_bitnet.deploy.run.ready import make_ready
 
 DRAWN = Sampling(temperature=0.7, top_p=0.95)
 NEW = "/new"
@@ -52,7 +51,6 @@ def chat(
         device: the GPU when left out, if there is one.
     """
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    make_ready(model)
     conversation = Conversation(model, tokenizer, system, max_new_tokens, sampling)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its line editing and history

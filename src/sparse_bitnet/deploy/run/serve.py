@@ -43,7 +43,6 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.deploy.run.generate import context_length
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.deploy.run.requests import InvalidRequest, check_chat, check_completion
 
 ROUTES = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
@@ -117,7 +116,6 @@ def build_server(
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
     _check_free(host, port)
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    make_ready(model)
     name = name or Path(directory).resolve().name
     created = int(Path(directory).stat().st_mtime)
     built = _Unstarted(host=host, port=port, non_blocking=True, log_level="error")

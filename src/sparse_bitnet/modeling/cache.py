@@ -1,0 +1,159 @@
+"""Key-value caches: one that grows without copying, one of fixed size for CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+SPARE_TOKENS = 256
+"""Room that a growing cache gets beyond its tokens, at least."""
+
+
+class KeyValueCache(DynamicCache):
+    """transformers' dynamic cache, whose layers of full attention keep room for tokens to come.
+
+    Layers with a sliding window are transformers' own.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers = [
+            GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values ``[batch, heads, tokens, head_dim]``: the front of longer buffers.
+
+    transformers' methods may replace ``keys`` and ``values`` (to crop or reorder them). A front
+    stays a front; anything else is copied into new buffers before the next token is written.
+    """
+
+    keys: Any  # tensors, once the first tokens are there
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[batch, heads, new, head_dim]``; returns all keys and values."""
+        if key_states.requires_grad or torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return both
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys.numel() == 0:  # transformers' empty keys have no shape
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        seen, new = self.keys.shape[2], key_states.shape[2]
+        for buffer, states in zip(self.reserve(new), (key_states, value_states), strict=True):
+            buffer[:, :, seen : seen + new] = states
+        self.extend(new)
+        return self.keys, self.values
+
+    def reserve(self, new: int) -> tuple[Tensor, Tensor]:
+        """Buffers that begin with the present tokens and have room for ``new`` more."""
+        if self._buffers is None or not all(
+            _is_front(front, whole, new)
+            for front, whole in zip((self.keys, self.values), self._buffers, strict=True)
+        ):
+            self._buffers = _with_room(self.keys, new), _with_room(self.values, new)
+        return self._buffers
+
+    def extend(self, new: int) -> None:
+        """Count ``new`` tokens that were written into the buffers of :meth:`reserve`."""
+        assert self._buffers is not None
+        length = self.keys.shape[2] + new
+        self.keys, self.values = (whole.narrow(2, 0, length) for whole in self._buffers)
+
+    def reset(self) -> None:
+        self._buffers = None
+        super().reset()
+
+
+def _is_front(front: Tensor, whole: Tensor, new: int) -> bool:
+    """True if one tensor is the other's beginning, with room for ``new`` tokens behind it."""
+    return (
+        front.data_ptr() == whole.data_ptr()
+        and front.stride() == whole.stride()
+        and front.shape[:2] == whole.shape[:2]
+        and front.shape[2] + new <= whole.shape[2]
+        and (torch.is_inference_mode_enabled() or not whole.is_inference())  # may not be written
+    )
+
+
+def _with_room(front: Tensor, new: int) -> Tensor:
+    batch, heads, seen, width = front.shape
+    length = seen + new
+    whole = front.new_empty(batch, heads, length + max(SPARE_TOKENS, length // 2), width)
+    whole[:, :, :seen] = front
+    return whole
+
+
+class StaticKeyValueCache(Cache):
+    """Keys and values of a fixed number of tokens, written in place at one position of all layers.
+
+    For CUDA graphs that are replayed: memory never moves, and the position is a tensor, which the
+    decoder advances once a pass. Without sliding windows.
+
+    Args:
+        config: of the model.
+        batch: sequences.
+        length: tokens that fit.
+        dtype, device: of keys and values.
+
+    Attributes:
+        position: int64 ``[]``, tokens seen so far; whoever writes another number rewinds the cache.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        heads = config.num_key_value_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        shape = (batch, heads, length, width)
+        layers: list[Any] = []
+        for _ in range(config.num_hidden_layers):
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            layers.append(FixedLayer(keys, values, self.position))
+        super().__init__(layers=layers)
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens that all layers have written."""
+        self.position.add_(new)
+
+
+class FixedLayer(StaticLayer):
+    """A layer of :class:`StaticKeyValueCache`: transformers' static one with a shared position."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.cumulative_length = keys, values, position
+        self.dtype, self.device, self.batch_size = keys.dtype, keys.device, keys.shape[0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write ``[batch, heads, new, head_dim]`` at the position; returns all keys and values."""
+        new = torch.arange(key_states.shape[2], device=key_states.device)
+        self.keys.index_copy_(2, new + self.cumulative_length, key_states)
+        self.values.index_copy_(2, new + self.cumulative_length, value_states)
+        return self.keys, self.values

@@ -1,0 +1,81 @@
+"""Tiny random models of the Llama family over packed linears, in transformers' own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sparse_bitnet.core import Method, Pattern
+from sparse_bitnet.nn.pack import pack_module
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+# PyTorch's silu differs by an ulp between contiguous and strided rows whose end is no whole vector,
+# and gate is a strided half of the fused product: so the inner width is a multiple of 64.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+Packed = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def packed() -> Packed:
+    """``packed("qwen2", dtype, pattern, bits, **config)``: always the same model.
+
+    Norms and biases are random too. With ``pattern`` None its linears stay ``nn.Linear``.
+    """
+
+    def make(
+        architecture: str = "qwen2",
+        dtype: torch.dtype = torch.float32,
+        pattern: str | None = "6:8",
+        bits: Any = 8,
+        **changes: Any,
+    ) -> PreTrainedModel:
+        torch.manual_seed(0)
+        shape = SHAPE | ({"sliding_window": None} if architecture == "mistral" else {}) | changes
+        model: Any = AutoModelForCausalLM.from_config(CONFIGS[architecture](**shape), dtype=dtype)
+        model.eval().requires_grad_(False)
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.weight += torch.randn_like(module.weight) / 4
+        for name, module in list(model.model.layers.named_modules()):
+            if type(module) is not nn.Linear:
+                continue
+            if module.bias is not None:
+                module.bias += torch.randn_like(module.bias)
+            if pattern is not None:
+                method = Method(activation_bits=bits)
+                trained = SparseBitLinear(module, Pattern.parse(pattern), method)
+                model.model.layers.set_submodule(name, pack_module(trained, "two-bit", name))
+        return model
+
+    return make

@@ -1,0 +1,287 @@
+"""The compiled decoder as it runs on a GPU, which is pretended here.
+
+Every kernel of a GPU is played by its reference on a CPU, so what is tested is the tracing: which
+kernels a token takes, and when a compiler compiles again.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+
+from sparse_bitnet.core import Pattern
+from sparse_bitnet.formats import windows
+from sparse_bitnet.kernels import dispatch, matmul, symbolic, tuning
+from sparse_bitnet.kernels.matmul import reference
+from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.modeling import StaticKeyValueCache, build_decoder, layers
+from sparse_bitnet.nn import convert, packed_linear
+from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows, swap_int8
+from sparse_bitnet.nn.pack import pack_module
+from sparse_bitnet.nn.packed_module import prepare
+from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+# Functions of the package carry the names of these modules.
+quantization = importlib.import_module("sparse_bitnet.kernels.quantize_activations")
+int8_linear = importlib.import_module("sparse_bitnet.kernels.int8_linear")
+decode_attention = importlib.import_module("sparse_bitnet.kernels.decode_attention")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+
+
+def _matmul_and_residual(*operands: Any) -> Tensor:
+    *product, residual = operands
+    y: Tensor = reference.ternary_matmul(*product)
+    return y if residual is None else residual + y
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that ran."""
+    ran: list[str] = []
+    memory = tuning.Memory(None)
+
+    def played(name: str, by: Callable[..., Any]) -> None:
+        def kernel(*arguments: Any) -> Any:
+            ran.append(name)
+            return by(*arguments)
+
+        library.impl(name, kernel, "CPU")
+
+    def structured_matmul(
+        x_q: Tensor, x_scale: Tensor | None, weight: Tensor, w_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        one = torch.ones(*x_q.shape[:-1], 1) if x_scale is None else x_scale
+        return reference.ternary_matmul(x_q, one, weight, w_scale, bias, torch.bfloat16)
+
+    def packed_swiglu(
+        x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y = reference.ternary_matmul(x_q, x_scale, weight, w_scale, None, dtype)
+        values, scale = quantization.reference.quantize_fused(y, swiglu=True)
+        return values, scale
+
+    def add_norm_quantize(
+        x: Tensor, delta: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return x + delta, *quantization.reference.quantize_fused(x + delta, weight, epsilon)
+
+    for module in (dispatch, matmul, quantization, int8_linear, decode_attention, layers):
+        monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
+    monkeypatch.setattr(tuning, "memory", lambda index: memory)
+    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    monkeypatch.setenv("SPARSE_BITNET_MEASURE", "0")
+    dispatch._decisions.clear()
+    library = torch.library.Library("sparse_bitnet", "IMPL")
+    played("quantize_activations", quantization.reference.quantize_fused)
+    played("add_norm_quantize", add_norm_quantize)
+    played("dense_matmul", reference.ternary_matmul)
+    played("decode_attention", decode_attention.reference.decode_attention)
+    played("packed_matmul", _matmul_and_residual)  # its weight is not packed here
+    played("packed_swiglu", packed_swiglu)
+    played("structured_matmul", structured_matmul)
+    played("linear", symbolic._linear)
+    played("gated_mlp", symbolic._gated_mlp)
+    torch._dynamo.reset()
+    counters.clear()
+    yield ran
+    library._destroy()
+    dispatch._decisions.clear()
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
+    """The decoder (of a Qwen2), packed layers laid out as on a GPU, with an int8 head."""
+
+    def as_on_a_gpu(
+        ternary: Tensor, w_scale: Tensor, pattern: Pattern, _stored: object
+    ) -> TernaryWeight:
+        out, columns = ternary.shape
+        lifted = windows.encode(ternary, 8)
+        return TernaryWeight(
+            pattern, w_scale, out, columns, ternary, ternary, structured=lifted, group=8
+        )
+
+    monkeypatch.setattr(packed_linear, "prepare", as_on_a_gpu)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config or Qwen2Config(**SIZES)).eval()
+    table = quantize_rows(model.get_input_embeddings().weight)
+    convert(model, "6:8")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseBitLinear):
+            model.set_submodule(name, pack_module(module, "two-bit", name))
+    swap_int8(model, int8_modules(model), device="cpu")
+    embedding = model.get_input_embeddings()
+    embedding.weight.copy_(table[0])
+    embedding.weight_scale.copy_(table[1])
+    decoder = build_decoder(model).bfloat16()
+    prepare(decoder)
+    return decoder
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_whole_model_takes_prompts_of_any_length(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, dynamic: bool | None
+) -> None:
+    model = packed_model(monkeypatch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad():
+        for length in (40, 300, 7, 33, 2, 1, 64, 17):
+            ids = torch.randint(0, 96, (1, length))
+            expected = model(input_ids=ids, use_cache=False).logits
+            calls.clear()
+            found = compiled(input_ids=ids, use_cache=False).logits
+            assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+            assert "gated_mlp" in calls or length in (1, 40)
+    assert graphs() <= 5
+
+
+def test_prompt_and_generated_tokens_compiled(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(monkeypatch)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for length in (40, 9, 77):
+            ids = torch.randint(0, 96, (1, length))
+            one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+            for _ in range(6):
+                expected = model(input_ids=ids, past_key_values=one).logits
+                found = compiled(input_ids=ids, past_key_values=other).logits
+                assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+                ids = expected[:, -1:].argmax(-1)
+    assert "decode_attention" in calls
+    assert not counters["graph_break"]
+    assert graphs() <= 6
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_few_tokens_are_quantized_in_their_norms(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    model = packed_model(monkeypatch)
+    ids = torch.randint(0, 96, (1, length))
+    with torch.no_grad():
+        eager = model(input_ids=ids, use_cache=False).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "takes_integers", lambda weights, x: False)
+            plain = torch.compile(model, fullgraph=True, backend="aot_eager")
+            expected = plain(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        calls.clear()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = compiled(input_ids=ids, use_cache=False).logits
+    assert (eager - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    layer = [
+        "quantize_activations",
+        "packed_matmul",
+        *(["decode_attention"] if length == 1 else []),
+        "quantize_activations",
+        "packed_matmul",
+        "add_norm_quantize",
+        *(["packed_swiglu"] if length == 1 else ["packed_matmul", "quantize_activations"]),
+        "packed_matmul",
+    ]
+    assert calls[: 2 * len(layer)] == 2 * layer or length > dispatch.MOST_PACKED_TOKENS
+    assert "add_norm_quantize" not in calls or length <= dispatch.MOST_PACKED_TOKENS
+
+
+def test_norms_of_another_dtype_stay_the_compilers(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(monkeypatch)
+    for layer in model.model.layers:
+        layer.input_layernorm.float()
+    ids = torch.randint(0, 96, (1, 1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        calls.clear()
+        found = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
+    assert "add_norm_quantize" not in calls
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_layers_that_are_alike_share_a_graph(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(monkeypatch)
+    expected = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, backend="aot_eager")
+    caches = [StaticKeyValueCache(model.config, 1, 8, torch.bfloat16, "cpu") for _ in range(2)]
+    with torch.no_grad():
+        for token in range(4):
+            ids = torch.full((1, 1), token)
+            one, other = (
+                m(ids, past_key_values=c).logits
+                for m, c in zip((model, expected), caches, strict=True)
+            )
+            assert (one - other).abs().max() < 0.05 * other.abs().max()
+    assert calls.count("add_norm_quantize") == 2 * 4
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, mlp_bias=True, attention_bias=True),
+        MistralConfig(**SIZES, head_dim=8, sliding_window=4),
+        Qwen3Config(**SIZES, head_dim=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5)])
+def test_few_tokens_of_other_architectures(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, config: Any, shape: tuple[int, int]
+) -> None:
+    """Sequences of several lengths over a cache, with biases, windows, norms of heads."""
+    model = packed_model(monkeypatch, config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer.normal_()
+    ids, new = torch.randint(0, 96, (shape[0], 9)), torch.randint(0, 96, shape)
+    mask = torch.ones(shape[0], 9 + shape[1], dtype=torch.long)
+    mask[1:, :3] = 0
+
+    def logits(step: Any) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask[:, :9], past_key_values=cache)
+            found: Tensor = step(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+        return found
+
+    expected = logits(model)
+    calls.clear()
+    found = logits(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert calls.count("add_norm_quantize") == 2
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -1,0 +1,224 @@
+"""One token through all layers in one native call, against the modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from sparse_bitnet.kernels import native
+from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, build_decoder, cache
+from sparse_bitnet.modeling.native import NativeLayers
+
+Packed = Callable[..., PreTrainedModel]
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+pytestmark = pytest.mark.skipif(not native.available(), reason="the CPU kernel was not compiled")
+
+
+def step(model: Any, tokens: Tensor, past: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(tokens, past_key_values=past).logits
+    return logits
+
+
+def errors(plain: Any, model: DecoderForCausalLM, texts: int) -> tuple[list[float], list[float]]:
+    """Of prompts, and of four tokens after each, relative to the largest logit."""
+    of_prompts: list[float] = []
+    of_steps: list[float] = []
+    for _ in range(texts):
+        pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
+        for index in range(5):
+            tokens = torch.randint(0, 300, (1, 1 if index else 11))
+            expected, y = (
+                step(m, tokens, p).float() for m, p in zip((plain, model), pasts, strict=True)
+            )
+            error = float((y - expected).abs().max() / expected.abs().max())
+            (of_steps if index else of_prompts).append(error)
+            for name in ("keys", "values"):
+                one, other = (getattr(past.layers[1], name) for past in pasts)
+                assert one.shape == other.shape
+    return of_prompts, of_steps
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", ["6:8", "2:4"])
+def test_a_step_equals_the_modules(packed: Packed, architecture: str, pattern: str) -> None:
+    """In float32 all that differs is the order of sums, unless it turns a rounding over."""
+    plain = packed(architecture, pattern=pattern)
+    model = build_decoder(copy.deepcopy(plain))
+    of_prompts, of_steps = errors(plain, model, 15)
+    assert model.model.native.call is not None
+    assert max(of_prompts) == 0  # they go the modules' way
+    assert median(of_steps) < 1e-5
+    assert max(of_steps) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_step_in_half_precision(packed: Packed, architecture: str, dtype: torch.dtype) -> None:
+    plain = packed(architecture, dtype)
+    model = build_decoder(copy.deepcopy(plain))
+    assert max(errors(plain, model, 4)[1]) < 0.05
+    assert model.model.native.call is not None
+
+
+@pytest.mark.parametrize("path", native.available())
+def test_every_path(packed: Packed, path: str) -> None:
+    with native.forced(path):
+        plain = packed("qwen3", pattern="2:4")
+        model = build_decoder(copy.deepcopy(plain))
+        assert median(errors(plain, model, 4)[1]) < 1e-5
+        assert model.model.native.call is not None
+
+
+def test_biases_of_every_product(packed: Packed) -> None:
+    plain = packed("llama", attention_bias=True, mlp_bias=True)
+    model = build_decoder(copy.deepcopy(plain))
+    assert median(errors(plain, model, 4)[1]) < 1e-5
+    assert model.model.native.call is not None
+
+
+def test_generates_beyond_the_room_of_a_cache(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SPARE_TOKENS", 3)
+    plain = packed()
+    model = build_decoder(copy.deepcopy(plain))
+    prompt = torch.randint(0, 300, (1, 4))
+    assert torch.equal(model.generate(prompt, **GREEDY), plain.generate(prompt, **GREEDY))
+    assert model.model.native.call is not None
+
+
+def test_a_cache_that_was_cropped_or_rebuilt(packed: Packed) -> None:
+    plain = packed("llama")
+    model = build_decoder(copy.deepcopy(plain))
+    pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
+    for index, length in enumerate((9, 1, 1, 6, 1, 1, 1)):
+        for past in pasts:
+            if index == 3:
+                past.crop(-3)
+            if index == 5:
+                past.batch_select_indices(torch.tensor([0]))
+            if index == 6:
+                past.reset()
+        tokens = torch.randint(0, 300, (1, length))
+        expected, y = (step(m, tokens, p) for m, p in zip((plain, model), pasts, strict=True))
+        assert torch.allclose(y, expected, atol=0.02 * float(expected.abs().max()))
+
+
+def test_two_threads_with_a_cache_each(packed: Packed) -> None:
+    model = build_decoder(packed())
+    prompts = [torch.arange(3 + i).view(1, -1) for i in range(4)]
+    expected = [model.generate(prompt, **GREEDY) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: model.generate(prompt, **GREEDY), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", ["batch", "padding", "static", "dynamic", "no cache", "autocast"])
+def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str) -> None:
+    plain = packed()
+    model = build_decoder(copy.deepcopy(plain))
+    batch = 2 if case == "batch" else 1
+    ids = torch.arange(batch * 6).view(batch, 6)
+    mask = torch.ones(batch, 7, dtype=torch.int64)
+    mask[:, :2] = case != "padding"
+    results = []
+    for one in (plain, model):
+        past: Any = DynamicCache(config=plain.config)
+        if one is model and case != "dynamic":
+            past = KeyValueCache(plain.config)
+        if case == "static":
+            past = StaticCache(config=plain.config, max_cache_len=16)
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
+        ):
+            if case != "no cache":
+                one(ids, attention_mask=mask[:, :6], past_key_values=past)
+            else:
+                past, mask = None, mask[:, :1]
+            found = one(ids[:, :1], attention_mask=mask, past_key_values=past, use_cache=False)
+            results.append(found.logits)
+    assert torch.equal(*results)
+    assert model.model.native.call is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"num_attention_heads": 4, "head_dim": 24}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"sliding_window": 9}),
+        ("qwen2", {"bits": 4}),
+        ("qwen2", {"pattern": None}),
+    ],
+)
+def test_layers_that_it_does_not_compute(
+    packed: Packed, architecture: str, changes: dict[str, Any]
+) -> None:
+    plain = packed(architecture, **changes)
+    model = build_decoder(copy.deepcopy(plain))
+    prompt = torch.randint(0, 300, (1, 4))
+    assert torch.equal(model.generate(prompt, **GREEDY), plain.generate(prompt, **GREEDY))
+    assert model.model.native.call is None
+
+
+def after_a_prompt(model: DecoderForCausalLM) -> Tensor:
+    """Logits of a token after five others."""
+    past = KeyValueCache(model.config)
+    step(model, torch.arange(5).view(1, 5), past)
+    return step(model, torch.arange(1).view(1, 1), past)
+
+
+def test_sees_weights_that_change_and_threads(packed: Packed) -> None:
+    model = build_decoder(packed())
+    before, threads = after_a_prompt(model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.allclose(after_a_prompt(model), before, atol=0.01)
+    finally:
+        torch.set_num_threads(threads)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(3)
+    halved = after_a_prompt(model)
+    assert not torch.equal(halved, before)
+    model.to(torch.bfloat16).to(torch.float32)
+    assert torch.allclose(after_a_prompt(model), halved, atol=0.05 * float(halved.abs().max()))
+
+
+def test_sees_memory_that_was_replaced(packed: Packed) -> None:
+    """``parameter.data = …`` keeps the object and frees the memory that the call points to."""
+    model = build_decoder(packed())
+    before = after_a_prompt(model)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.flip(0) * 3
+        bias = layer.self_attn.qkv_proj.bias
+        bias.data = bias.data.flip(0) + 1
+    found = after_a_prompt(model)
+    assert not torch.allclose(found, before, atol=0.1)
+    model.model.native = NativeLayers(list(model.model.layers))  # prepares its call anew
+    assert torch.equal(found, after_a_prompt(model))
+
+
+def test_a_copy_has_its_own_call(packed: Packed) -> None:
+    model = build_decoder(packed())
+    before = after_a_prompt(model)
+    other = copy.deepcopy(model)
+    assert other.model.native.call is None
+    for layer in other.model.layers:
+        layer.input_layernorm.weight.mul_(3)
+    assert not torch.equal(after_a_prompt(other), before)
+    assert torch.equal(after_a_prompt(model), before)
