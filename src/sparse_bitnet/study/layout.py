@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sparse_bitnet.core import ConfigError, WeightError
-from sparse_bitnet.deploy.estimate.estimate import empty_model
+from sparse_bitnet.estimate.estimate import empty_model
 from sparse_bitnet.nn import convert, master_weights
 
 

@@ -16,18 +16,18 @@ import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_bitnet.console import say
+from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import locked, write_text
 from sparse_bitnet.kernels.environment import environment
-from sparse_bitnet.study.board import Board
-from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
-from sparse_bitnet.study.pool import Job, Pool
+from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
+from sparse_bitnet.study.pool import Job, Message, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
 from sparse_bitnet.study.run_cell import check_evaluation, check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
@@ -122,11 +122,16 @@ def sweep(
     with locked(out / ".lock", busy), stop_on_signals() as stop:
         rows, waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
-        run = _Sweep(plan, jobs, waiting, rows, rows_path, deadline, keep_runs)
+        raw = [row.raw for row in rows]
+        run = _Sweep(plan, waiting, raw, rows_path, deadline, keep_runs)
         places = _places(per_gpu, cpu_workers)[: len(waiting)]
         if places:
-            with Pool(places, out / "logs") as pool, Board(plan.name, len(jobs)) as board:
-                run.work(pool, board, stop)
+            steps = sum(job.config.schedule.steps for job in waiting)
+            with (
+                Pool(places, out / "logs") as pool,
+                progress(f"sweep {plan.name}, steps", steps) as task,
+            ):
+                run.work(pool, task, stop)
     left = [str(job.cell) for job in run.waiting]
     finished = len(jobs) - len(left) - len(run.failed)
     say(
@@ -161,53 +166,51 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[
 
 
 class _Sweep:
-    """What is waiting, what is known about speed, and what to do when a worker reports."""
+    """What is waiting, what has failed, and what to do with a worker's message."""
 
     def __init__(
         self,
         plan: SweepRecipe,
-        jobs: list[Job],
         waiting: list[Job],
-        rows: list[Row],
+        rows: list[dict[str, Any]],
         rows_path: Path,
         deadline: float | None,
         keep_runs: bool,
     ) -> None:
-        self.plan, self.jobs, self.waiting = plan, jobs, waiting
+        self.plan, self.waiting, self.rows = plan, waiting, rows
         self.rows_path, self.deadline, self.keep_runs = rows_path, deadline, keep_runs
         self.failed: dict[str, str] = {}
-        self.speeds = _Speeds(rows)
-        self.finished = len(jobs) - len(waiting)
+        self._steps_done = dict.fromkeys((job.key for job in waiting), 0)
+        self._cells_done = len(plan.cells) - len(waiting)
 
-    def work(self, pool: Pool, board: Board, stop: StopRequest) -> None:
+    def work(self, pool: Pool, task: Task, stop: StopRequest) -> None:
         """Hand out cells until none is left or fits before the deadline, or a signal arrives."""
         try:
             self._hand_out(pool)
             while pool.running:
-                for job, message in pool.reports(POLL_SECONDS):
-                    self._heed(job, message)
+                for job, message in pool.messages(POLL_SECONDS):
+                    self._handle(job, message, pool, task)
                 if stop:
                     break
                 self._hand_out(pool)
-                known, unknown = self._time_left(pool)
-                board.show(self.finished, len(self.waiting), self.failed, pool, known, unknown)
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     say("sweep: out of time; asking what still runs to save and leave")
                     break
         finally:
             # Whatever ended the loop (time, a signal, an error): runs are saved, counted as left.
-            reports, left = pool.stop()
+            ends, left = pool.stop()
             self.waiting = left + self.waiting
-            for job, message in reports:
-                self._heed(job, message)
+            for job, message in ends:
+                self._handle(job, message, pool, task)
 
-    def _heed(self, job: Job, message: dict[str, Any]) -> None:
+    def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
+        steps = job.config.schedule.steps
         if "row" in message:
             row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
-            row["environment"] = {**row["environment"], "side_by_side": job.side_by_side}
+            row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
             append_row(self.rows_path, row)
-            self.speeds.add(job.cell, row)
-            self.finished += 1
+            self.rows.append(row)
+            self._cells_done += 1
             if not self.keep_runs:
                 shutil.rmtree(job.config.run.directory, ignore_errors=True)
             say(f"done: {job.cell}: {_figures(row)}")
@@ -216,85 +219,64 @@ class _Sweep:
             say(f"failed: {job.cell}: {message['failed']}")
         elif "interrupted" in message:
             self.waiting.insert(0, job)
+            steps = self._steps_done[job.key]
+        else:
+            steps = message["done"]
+        cells = f"{self._cells_done} of {len(self.plan.cells)} cells, {len(pool.running)} running"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        task.advance(steps - self._steps_done[job.key], cells + failed)
+        self._steps_done[job.key] = steps
 
     def _hand_out(self, pool: Pool) -> None:
         for worker in pool.idle():
-            job = self._next(pool)
+            job = self._next(pool.per_device)
             if job is None:
                 return
             self.waiting.remove(job)
-            pool.start(worker, job)
+            worker.start(job)
 
-    def _next(self, pool: Pool) -> Job | None:
+    def _next(self, side_by_side: int) -> Job | None:
         """The first cell in the recipe's order that can be expected to finish in time."""
         if self.deadline is None:
             return self.waiting[0] if self.waiting else None
         left = self.deadline - time.monotonic()
         for job in self.waiting:
-            estimate = self.speeds.seconds(job, pool.per_device)
-            if left > 0 and (estimate is None or estimate * SAFETY <= left):
+            expected = expected_seconds(job, self.rows, side_by_side)
+            if left > 0 and (expected is None or expected * SAFETY <= left):
                 return job
         return None
 
-    def _time_left(self, pool: Pool) -> tuple[float, int]:
-        """Seconds until all that can be foreseen is done, and how many cells cannot yet.
 
-        A waiting cell takes as long as finished ones like it did, or goes at the pace of a running
-        one of its size; so does a running one until it tells its own pace.
-        """
-        running = pool.running
-        pace = {
-            one.job.cell.size: each * one.steps / one.job.tokens
-            for one in running
-            if (each := one.seconds_a_step()) is not None
-        }
+def expected_seconds(job: Job, rows: list[dict[str, Any]], side_by_side: int) -> float | None:
+    """Wall time of a cell, from finished ones of its size on this device; None without any.
 
-        def whole(job: Job) -> float | None:
-            seconds = self.speeds.seconds(job, pool.per_device)
-            each = pace.get(job.cell.size)
-            return job.tokens * each if seconds is None and each is not None else seconds
+    Those of its kind count alone if there are any, and of them those with as many side by side.
+    """
+    alike = []
+    for row in rows:
+        where, cell = row.get("environment"), row.get("cell")
+        figures = [row.get(name) for name in ("tokens_per_second", "tokens", "seconds")]
+        if (
+            row.get("status") == "done"
+            and isinstance(where, dict)
+            and isinstance(cell, dict)
+            and (where.get("device"), cell.get("size")) == (_device(), job.cell.size)
+            and all(is_number(figure) and figure > 0 for figure in figures)
+        ):
+            alike.append((cell.get("kind"), where.get("side_by_side", 1), *figures))
+    alike = [one for one in alike if one[0] == job.cell.kind] or alike
+    alike = [one for one in alike if one[1] == side_by_side] or alike
+    if not alike:
+        return None
+    speed = statistics.median(speed for _, _, speed, _, _ in alike)
+    besides = statistics.median(max(0.0, took - n / speed) for _, _, speed, n, took in alike)
+    return job.tokens / speed + besides
 
-        expected = [whole(job) for job in self.waiting]
-        for one in running:
-            left = one.seconds_left()
-            if left is None and (seconds := whole(one.job)) is not None:
-                left = max(0.0, seconds - one.seconds)
-            expected.append(left)
-        known = [seconds for seconds in expected if seconds is not None]
-        return sum(known) / max(1, pool.size), len(expected) - len(known)
 
-
-class _Speeds:
-    """How long cells take, from rows of the same device with as many side by side."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self._seen: list[tuple[str, str, int, float, float]] = []
-        for row in rows:
-            self.add(row.cell, row.raw)
-
-    def add(self, cell: Cell, row: dict[str, Any]) -> None:
-        """Remember (size, kind, side by side, seconds a token, seconds besides)."""
-        where = row.get("environment")
-        if not isinstance(where, dict) or where.get("device") != environment()["device"]:
-            return
-        given = [row.get(name) for name in ("tokens_per_second", "tokens", "seconds")]
-        figures = [float(one) for one in given if one is not None and is_number(one) and one > 0]
-        if row.get("status") == "done" and len(figures) == len(given):
-            speed, tokens, seconds = figures
-            besides = max(0.0, seconds - tokens / speed)
-            beside = where.get("side_by_side", 1)
-            self._seen.append((cell.size, cell.kind, beside, 1 / speed, besides))
-
-    def seconds(self, job: Job, side_by_side: int) -> float | None:
-        """Expected wall time of a cell; None if nothing like it has been seen."""
-        cell = job.cell
-        same_size = [s for s in self._seen if s[0] == cell.size]
-        same_kind = [s for s in same_size if s[1] == cell.kind] or same_size
-        alike = [s for s in same_kind if s[2] == side_by_side] or same_kind
-        if not alike:
-            return None
-        each = statistics.median(s[3] for s in alike)
-        return job.tokens * each + statistics.median(s[4] for s in alike)
+@cache
+def _device() -> str:
+    device: str = environment()["device"]
+    return device
 
 
 def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
