@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from sparse_bitnet.core import ConfigError, DataError
-from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
 from sparse_bitnet.study.cells import Evaluation, read_sweep
@@ -25,7 +24,7 @@ from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import read_rows
 from sparse_bitnet.study.run_cell import run_cell
-from sparse_bitnet.study.sweep import _jobs, _places, _Sweep, expected_seconds, sweep
+from sparse_bitnet.study.sweep import _jobs, _places, _Sweep, sweep
 
 RECIPE = """
 name: test
@@ -169,22 +168,14 @@ def test_a_snapshot_survives_one_that_was_cut_short(
     assert found == [{"fraction": f, "position": "all"} for f in (0.1, 0.5)]
 
 
-def test_a_deadline_starts_nothing_that_cannot_finish(
+def test_at_the_deadline_what_runs_saves_and_leaves(
     tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, out = write_recipe(tmp_path, toy_tokens, steps=5), tmp_path / "out"
-    assert sweep(recipe, out).done == 4
-    # The rows say how long such a cell takes; ones a thousand times as long cannot fit.
-    longer = write_recipe(tmp_path, toy_tokens, steps=500_000)
-    result = sweep(longer, out, minutes=0.5)
-    assert result.done == 0
-    assert len(result.left) == 4
-    assert finished(out) == 4
-    # Where nothing is known a cell is started, and stopped when time is up.
-    capfd.readouterr()
-    fresh = sweep(longer, tmp_path / "fresh", minutes=0.1)
-    assert len(fresh.left) == 4
+    recipe, out = write_recipe(tmp_path, toy_tokens, steps=500_000), tmp_path / "out"
+    result = sweep(recipe, out, minutes=0.1)
+    assert (result.done, len(result.left), result.failed) == (0, 4, {})
     assert "out of time" in capfd.readouterr().err
+    assert finished(out) == 0
 
 
 def test_a_failing_cell_does_not_stop_the_others(
@@ -233,7 +224,7 @@ def test_dry_run_lists_and_runs_nothing(
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+def test_stopped_by_a_signal_it_saves_and_reports_how_to_go_on(
     tmp_path: Path, toy_tokens: Path, number: signal.Signals
 ) -> None:
     recipe, out = write_recipe(tmp_path, toy_tokens, steps=400), tmp_path / "out"
@@ -245,7 +236,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not any(line.count("\n") > 2 for line in _metrics(out)):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -271,7 +262,7 @@ import sys, time
 from multiprocessing.connection import Connection
 from sparse_bitnet.study import worker
 
-def run(order, connection, asked):
+def run(order, connection, stops):
     connection.send_bytes(b'{"done": 1, "steps": 1}')
     time.sleep(1)
     return {"much": "x" * 2**20}
@@ -330,32 +321,11 @@ def test_a_worker_that_dies_is_a_failure_and_is_replaced(
         assert workers.stop() == ([], [])
 
 
-def test_expected_time_comes_from_rows_of_this_device(
-    tmp_path: Path, toy_tokens: Path, make_row: Any
-) -> None:
-    job = one_job(tmp_path, toy_tokens)
-    row = make_row(30.0, size="tiny", kind="bf16")
-    mine = row | {"environment": {"device": environment()["device"]}}
-    rows = [row]  # of another device
-    for damage in ({"tokens": "many"}, {"seconds": None}, {"environment": [1]}, {"cell": 5}):
-        rows.append(mine | damage)
-    assert expected_seconds(job, rows, 1) is None
-    expected = pytest.approx(job.tokens / 4.5e6 + 100 - 12 / 4.5)
-    assert expected_seconds(job, [*rows, mine], 1) == expected
-    # Of the other kind, and with more side by side, only where there is nothing closer.
-    other = mine | {"seconds": 999.0}
-    others = [
-        other | {"cell": {**row["cell"], "kind": "bitnet"}},
-        other | {"environment": {**mine["environment"], "side_by_side": 4}},
-    ]
-    assert expected_seconds(job, [*others, mine], 1) == expected
-
-
 def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_row: Any) -> None:
     """A cell that is resumed at step 20, one that fails, one that is stopped."""
     plan = read_sweep(write_recipe(tmp_path, toy_tokens))
     jobs = _jobs(plan, tmp_path / "cells")
-    run = _Sweep(plan, jobs, [], tmp_path / "rows.jsonl", None, False)
+    run = _Sweep(plan, jobs, tmp_path / "rows.jsonl", None, False)
     shown: list[tuple[int, str]] = []
     task = SimpleNamespace(advance=lambda steps, detail: shown.append((steps, detail)))
     workers = SimpleNamespace(running=jobs[:1], per_device=2)

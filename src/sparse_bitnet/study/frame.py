@@ -18,7 +18,7 @@ from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.study.rows import Row, is_number
 from sparse_bitnet.train.recipe import config_from_dict, identity
 
-# What a cell says, and where the data lay: data count by content.
+# The axes of a cell, and the data's path: data count by content.
 NOT_SETTINGS = {
     *("model.source", "run.seed", "schedule.steps", "data.path", "data.mixture"),
     *("sparsity.kind", "sparsity.pattern", "sparsity.method", "sparsity.until"),

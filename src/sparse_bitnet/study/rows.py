@@ -13,7 +13,8 @@ final figures, and histories thinned to a few hundred points:
     polarization: [{fraction, position, name, magnitudes, thresholds, ...}, ...]
 
 Lines are appended whole and synced, so an interruption costs at most the line being written; a
-reader skips what it cannot use and says so.
+reader skips what it cannot use and reports it. A directory may hold ``rows.jsonl.xz`` instead,
+which is only read.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Row:
 
     @property
     def learning_rate(self) -> float | None:
-        """The peak that it was trained with; None if the row does not say."""
+        """The highest of its schedule; None if the row does not record it."""
         config = self.raw.get("config")
         optimizer = config.get("optimizer") if isinstance(config, dict) else None
         rate = optimizer.get("learning_rate") if isinstance(optimizer, dict) else None

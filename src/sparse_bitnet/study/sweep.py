@@ -1,4 +1,4 @@
-"""``sweep``: run every cell of a recipe on whatever is there, and write a row for each.
+"""``sweep``: run every cell of a recipe on the GPUs or CPU at hand, and write a row for each.
 
 Worker processes are pinned to GPUs, several side by side on one where that is faster (small models
 leave most of a big GPU idle), or share the CPU. Each takes cells one after the other, so that a
@@ -13,10 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ import torch
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import locked, write_text
-from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Message, Pool
-from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
+from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 from sparse_bitnet.study.run_cell import check_evaluation, check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.signals import (
@@ -39,7 +36,6 @@ from sparse_bitnet.train.signals import (
 
 HISTORY_ROWS = 200
 LAYER_ROWS = 20
-SAFETY = 1.05  # a cell must fit with this margin before the deadline
 POLL_SECONDS = 0.5
 
 
@@ -81,13 +77,12 @@ def sweep(
     Args:
         recipe: a sweep recipe (docs/study.md tells how to write one), cells in order of value.
         out: receives ``rows.jsonl``, ``sweep.yaml`` (the recipe) and ``logs/``.
-        minutes: stop by then: no cell is started that cannot be expected to finish (a later,
-            shorter one may be), and what still runs is asked to save and leave.
+        minutes: then no cell is started any more, and what still runs saves and leaves.
         per_gpu: workers side by side on each GPU.
         cpu_workers: workers where there is no GPU.
         scratch: where runs live until their row is written; ``out/cells`` by default.
         keep_runs: keep their directories afterwards, and export their models into them.
-        dry_run: say what would be run, and run nothing.
+        dry_run: list what would be run, and run nothing.
 
     Raises:
         ConfigError: for a recipe that cannot be read, a pattern or a window that does not fit the
@@ -110,7 +105,7 @@ def sweep(
         check_model(job.cell, job.config, plan.evaluation)
     rows_path = out / ROWS_FILE
     if dry_run:
-        _, waiting = _waiting(plan, jobs, rows_path)
+        waiting = _waiting(plan, jobs, rows_path)
         for job in waiting:
             say(f"  {job.key}  {job.cell}  {_millions(job.tokens)} tokens")
         if waiting:
@@ -120,10 +115,9 @@ def sweep(
         f"another sweep is running in {out}; wait for it, or choose another directory"
     )
     with locked(out / ".lock", busy), stop_on_signals() as stop:
-        rows, waiting = _waiting(plan, jobs, rows_path)
+        waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
-        raw = [row.raw for row in rows]
-        run = _Sweep(plan, waiting, raw, rows_path, deadline, keep_runs)
+        run = _Sweep(plan, waiting, rows_path, deadline, keep_runs)
         places = _places(per_gpu, cpu_workers)[: len(waiting)]
         if places:
             steps = sum(job.config.schedule.steps for job in waiting)
@@ -145,8 +139,8 @@ def sweep(
     return SweepResult(rows_path, finished, run.failed, left)
 
 
-def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[Row], list[Job]]:
-    """The rows there are, and the cells without one; says what it found."""
+def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> list[Job]:
+    """The cells without a row; reports what it found."""
     rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
     for problem in problems:
         say(problem)
@@ -162,7 +156,7 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[
         f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
         f"{len(waiting)} to run"
     )
-    return rows, waiting
+    return waiting
 
 
 class _Sweep:
@@ -172,12 +166,11 @@ class _Sweep:
         self,
         plan: SweepRecipe,
         waiting: list[Job],
-        rows: list[dict[str, Any]],
         rows_path: Path,
         deadline: float | None,
         keep_runs: bool,
     ) -> None:
-        self.plan, self.waiting, self.rows = plan, waiting, rows
+        self.plan, self.waiting = plan, waiting
         self.rows_path, self.deadline, self.keep_runs = rows_path, deadline, keep_runs
         self.failed: dict[str, str] = {}
         self._steps_done = dict.fromkeys((job.key for job in waiting), 0)
@@ -193,7 +186,7 @@ class _Sweep:
                 if stop:
                     break
                 self._hand_out(pool)
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if self._out_of_time():
                     say("sweep: out of time; asking what still runs to save and leave")
                     break
         finally:
@@ -209,7 +202,6 @@ class _Sweep:
             row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
             row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
             append_row(self.rows_path, row)
-            self.rows.append(row)
             self._cells_done += 1
             if not self.keep_runs:
                 shutil.rmtree(job.config.run.directory, ignore_errors=True)
@@ -228,55 +220,14 @@ class _Sweep:
         self._steps_done[job.key] = steps
 
     def _hand_out(self, pool: Pool) -> None:
+        """Give idle workers the next cells, in the recipe's order."""
         for worker in pool.idle():
-            job = self._next(pool.per_device)
-            if job is None:
+            if not self.waiting or self._out_of_time():
                 return
-            self.waiting.remove(job)
-            worker.start(job)
+            worker.start(self.waiting.pop(0))
 
-    def _next(self, side_by_side: int) -> Job | None:
-        """The first cell in the recipe's order that can be expected to finish in time."""
-        if self.deadline is None:
-            return self.waiting[0] if self.waiting else None
-        left = self.deadline - time.monotonic()
-        for job in self.waiting:
-            expected = expected_seconds(job, self.rows, side_by_side)
-            if left > 0 and (expected is None or expected * SAFETY <= left):
-                return job
-        return None
-
-
-def expected_seconds(job: Job, rows: list[dict[str, Any]], side_by_side: int) -> float | None:
-    """Wall time of a cell, from finished ones of its size on this device; None without any.
-
-    Those of its kind count alone if there are any, and of them those with as many side by side.
-    """
-    alike = []
-    for row in rows:
-        where, cell = row.get("environment"), row.get("cell")
-        figures = [row.get(name) for name in ("tokens_per_second", "tokens", "seconds")]
-        if (
-            row.get("status") == "done"
-            and isinstance(where, dict)
-            and isinstance(cell, dict)
-            and (where.get("device"), cell.get("size")) == (_device(), job.cell.size)
-            and all(is_number(figure) and figure > 0 for figure in figures)
-        ):
-            alike.append((cell.get("kind"), where.get("side_by_side", 1), *figures))
-    alike = [one for one in alike if one[0] == job.cell.kind] or alike
-    alike = [one for one in alike if one[1] == side_by_side] or alike
-    if not alike:
-        return None
-    speed = statistics.median(speed for _, _, speed, _, _ in alike)
-    besides = statistics.median(max(0.0, took - n / speed) for _, _, speed, n, took in alike)
-    return job.tokens / speed + besides
-
-
-@cache
-def _device() -> str:
-    device: str = environment()["device"]
-    return device
+    def _out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
@@ -325,9 +276,9 @@ def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     gpus = gpus if torch.cuda.is_available() else []
     workers = per_gpu * len(gpus) or cpu_workers
-    # The cores this process may use, where the system tells, and not all of the machine.
-    told = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if told else os.cpu_count() or 1
+    # The cores this process may use, where the system reports them, not all of the machine.
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
     if not gpus:
         return [{"OMP_NUM_THREADS": threads}] * cpu_workers
