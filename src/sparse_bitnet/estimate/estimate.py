@@ -128,7 +128,7 @@ class Cost:
     decode_bound: str
     operations_per_token: float  # without attention
     bytes_per_token: float  # read to decode one token: weights and KV cache
-    training_bytes: int  # master weights, Adam's moments, gradients, derived weights
+    training_bytes: int  # masters, Adam's moments, gradients; a byte a ternary weight for backward
     activation_bytes: float  # that training keeps for backward, a token
 
 
@@ -211,7 +211,6 @@ def estimate(
     sizes = packed_sizes(skeleton, storage, head, dtype)
     modules = [module for _, module in converted_modules(skeleton)]
     linears = [Linear(shape, module) for module in modules]
-    derived = sum(b.nbytes for module in modules for b in module.buffers(recurse=False))
     weights = sum(linear.weights for linear in linears)
 
     def cost(packed: bool) -> Cost:
@@ -228,7 +227,7 @@ def estimate(
             decode_bound=decode_bound,
             operations_per_token=2 * (sum(x.weights * x.active for x in linears) + shape.head),
             bytes_per_token=read / batch,
-            training_bytes=dense_parameters * (4 + 4 + 8) + (derived if packed else 0),
+            training_bytes=dense_parameters * (4 + 4 + 8) + (weights if packed else 0),
             activation_bytes=shape.kept_bytes("bitnet" if packed else "bf16"),
         )
 
