@@ -32,11 +32,7 @@ VERBS = {
     "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
     "chat": ("deploy.run.chat", "chat", "talk with a model directory on the terminal"),
     "serve": ("deploy.run.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
-    "estimate": (
-        "deploy.estimate.estimate",
-        "estimate",
-        "memory, speed, cost of a model before training",
-    ),
+    "estimate": ("estimate.estimate", "estimate", "memory, speed, cost of a model before training"),
     "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
     "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparse_bitnet.deploy.estimate.estimate import estimate
+from sparse_bitnet.estimate.estimate import estimate
 from sparse_bitnet.train.presets import preset_config
 
 

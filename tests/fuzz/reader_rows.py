@@ -27,7 +27,7 @@ def build(directory: Path) -> None:
             row = made_up.make_row(perplexity, kind=kind, pattern=pattern)
             row["config"] = {"optimizer": {"learning_rate": 1e-3}}
             append_row(directory / ROWS_FILE, row)
-    for name in ("collapse", "lines", "bars", "panels", "polarization"):
+    for name in ("lines", "panels", "polarization"):
         assert callable(getattr(plots, name))
         setattr(plots, name, picture)
 

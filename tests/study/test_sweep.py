@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from sparse_bitnet.core import ConfigError, DataError
-from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
-from sparse_bitnet.study.cells import Cell, Evaluation, read_sweep
+from sparse_bitnet.study.cells import Evaluation, read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
-from sparse_bitnet.study.rows import append_row, read_rows
+from sparse_bitnet.study.rows import read_rows
 from sparse_bitnet.study.run_cell import run_cell
-from sparse_bitnet.study.sweep import _jobs, _places, _Speeds, _Sweep, sweep
+from sparse_bitnet.study.sweep import _jobs, _places, _Sweep, sweep
 
 RECIPE = """
 name: test
@@ -128,7 +127,8 @@ def test_four_cells_killed_and_resumed(
     assert (out / "rows.jsonl").read_bytes().count(b"\n") == 4
 
     written = report(out)
-    assert {"loss", "mask-cost", "flips", "zeros"} <= {path.stem for path in written.pictures}
+    drawn = {path.stem.partition("-tiny")[0] for path in written.pictures}
+    assert {"loss", "mask-cost", "flips", "zeros", "polarization"} <= drawn
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
@@ -168,22 +168,14 @@ def test_a_snapshot_survives_one_that_was_cut_short(
     assert found == [{"fraction": f, "position": "all"} for f in (0.1, 0.5)]
 
 
-def test_a_deadline_starts_nothing_that_cannot_finish(
+def test_at_the_deadline_what_runs_saves_and_leaves(
     tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, out = write_recipe(tmp_path, toy_tokens, steps=5), tmp_path / "out"
-    assert sweep(recipe, out).done == 4
-    # The rows say how long such a cell takes; ones a thousand times as long cannot fit.
-    longer = write_recipe(tmp_path, toy_tokens, steps=500_000)
-    result = sweep(longer, out, minutes=0.5)
-    assert result.done == 0
-    assert len(result.left) == 4
-    assert finished(out) == 4
-    # Where nothing is known a cell is started, and stopped when time is up.
-    capfd.readouterr()
-    fresh = sweep(longer, tmp_path / "fresh", minutes=0.1)
-    assert len(fresh.left) == 4
+    recipe, out = write_recipe(tmp_path, toy_tokens, steps=500_000), tmp_path / "out"
+    result = sweep(recipe, out, minutes=0.1)
+    assert (result.done, len(result.left), result.failed) == (0, 4, {})
     assert "out of time" in capfd.readouterr().err
+    assert finished(out) == 0
 
 
 def test_a_failing_cell_does_not_stop_the_others(
@@ -232,7 +224,7 @@ def test_dry_run_lists_and_runs_nothing(
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+def test_stopped_by_a_signal_it_saves_and_reports_how_to_go_on(
     tmp_path: Path, toy_tokens: Path, number: signal.Signals
 ) -> None:
     recipe, out = write_recipe(tmp_path, toy_tokens, steps=400), tmp_path / "out"
@@ -244,7 +236,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not any(line.count("\n") > 2 for line in _metrics(out)):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -270,23 +262,13 @@ import sys, time
 from multiprocessing.connection import Connection
 from sparse_bitnet.study import worker
 
-def run(order, connection, asked):
+def run(order, connection, stops):
     connection.send_bytes(b'{"done": 1, "steps": 1}')
     time.sleep(1)
     return {"much": "x" * 2**20}
 
 worker._run = run
 worker.serve(Connection(int(sys.argv[1])))
-"""
-RESUMED = """
-import sys
-from multiprocessing.connection import Connection
-connection = Connection(int(sys.argv[1]))
-connection.recv_bytes()
-for done in (91, 92):
-    connection.send_bytes(b'{"done": %d, "steps": 100}' % done)
-sys.stdin.read()
-connection.recv_bytes()
 """
 DYING = "import sys; sys.stdin.read(); open(sys.argv[1]); print('no'); sys.exit(3)"
 
@@ -301,11 +283,10 @@ def test_what_is_trained_is_measured_before_a_worker_leaves(
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", MEASURING))
     job = one_job(tmp_path, toy_tokens)
     with Pool([{}, {}], tmp_path / "logs") as workers:
-        workers.start(workers.idle()[0], job)
-        while not workers.running[0].done:
-            assert workers.reports(30) == []
-        reports, left = workers.stop()
-    assert reports == [(job, {"row": {"much": "x" * 2**20}})]
+        workers.workers[0].start(job)
+        assert workers.messages(30) == [(job, {"done": 1, "steps": 1})]
+        ends, left = workers.stop()
+    assert ends == [(job, {"row": {"much": "x" * 2**20}})]
     assert left == []
 
 
@@ -315,10 +296,9 @@ def test_a_second_interrupt_does_not_wait(
     slow = MEASURING.replace("time.sleep(1)", "[time.sleep(1) for _ in range(60)]")
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", slow))
     with pytest.raises(KeyboardInterrupt), Pool([{}], tmp_path / "logs") as workers:
-        workers.start(workers.idle()[0], one_job(tmp_path, toy_tokens))
-        while not workers.running[0].done:
-            assert workers.reports(30) == []
-        process = workers._workers[0].process
+        workers.workers[0].start(one_job(tmp_path, toy_tokens))
+        assert len(workers.messages(30)) == 1
+        process = workers.workers[0].process
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 5
@@ -332,73 +312,39 @@ def test_a_worker_that_dies_is_a_failure_and_is_replaced(
     job = one_job(tmp_path, toy_tokens)
     with Pool([{}], tmp_path / "logs") as workers:
         for _ in range(2):
-            workers.idle()[0].process.wait()
-            workers.start(workers.idle()[0], job)
-            ((found, message),) = workers.reports(30)
+            workers.workers[0].process.wait()
+            workers.workers[0].start(job)
+            ((found, message),) = workers.messages(30)
             assert found is job
             assert message["died"]
             assert "worker 0 died with exit code 1; its output is in" in message["failed"]
         assert workers.stop() == ([], [])
 
 
-def test_speeds_come_from_rows_of_this_device(
-    tmp_path: Path, toy_tokens: Path, make_row: Any
-) -> None:
-    job = one_job(tmp_path, toy_tokens)
-    path = tmp_path / "rows.jsonl"
-    row = make_row(30.0, size="tiny", kind="bf16")
-    append_row(path, row)  # of another device
-    for damage in ({"tokens": "many"}, {"seconds": None}, {"environment": [1]}, {"cell": {}}):
-        mine = {"environment": {"device": environment()["device"]}}
-        append_row(path, {**row, **mine, **damage, "key": str(damage)})
-    speeds = _Speeds(read_rows(path)[0])
-    assert speeds.seconds(job, 1) is None
-    speeds.add(Cell(kind="bf16", size="tiny"), {**row, **mine})
-    assert speeds.seconds(job, 1) == pytest.approx(job.tokens / 4.5e6 + 100 - 12 / 4.5)
-
-
-def test_time_to_go_counts_what_can_be_foreseen(
-    tmp_path: Path, toy_tokens: Path, make_row: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two workers; one cell runs at a second a step with 6 of 24 done, so 18 s are left of it."""
+def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_row: Any) -> None:
+    """A cell that is resumed at step 20, one that fails, one that is stopped."""
     plan = read_sweep(write_recipe(tmp_path, toy_tokens))
-    first, *waiting = _jobs(plan, tmp_path / "cells")
-    other = replace(waiting[0], cell=replace(waiting[0].cell, size="study-1m"))
-    run = _Sweep(plan, [], [*waiting, other], [], tmp_path / "rows.jsonl", None, False)
-    under_way = pool.Running(first, started=100.0, done=0, steps=24)
-    workers = SimpleNamespace(running=[under_way], size=2, per_device=1)
-    monkeypatch.setattr(pool.time, "monotonic", lambda: 106.0)
-    assert run._time_left(workers) == (0, 5)
-    under_way.done = 6
-    # The three others of its size go at its pace, 24 s each; of another size nothing is known.
-    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24) / 2), 1)
-    mine = {"environment": {"device": environment()["device"]}}
-    row = make_row(30.0, size="study-1m", kind=other.cell.kind) | mine
-    run.speeds.add(
-        other.cell, row | {"tokens": other.tokens, "tokens_per_second": other.tokens / 40}
-    )
-    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24 + 100) / 2), 0)
-    # Begun 6 s ago and yet without a word, it is expected to take what one like it took.
-    run.waiting.remove(other)
-    silent = pool.Running(other, started=100.0, steps=24)
-    workers.running = [under_way, silent]
-    assert run._time_left(workers) == (pytest.approx((18 + 3 * 24 + 94) / 2), 0)
-
-
-def test_a_resumed_cell_goes_at_the_pace_of_the_steps_taken_here(
-    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps 1 to 90 were done before; the first ones here come a second apart."""
-    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", RESUMED))
-    with Pool([{}], tmp_path / "logs") as workers:
-        workers.start(workers.idle()[0], one_job(tmp_path, toy_tokens))
-        (running,) = workers.running
-        while running.done < 92:
-            assert workers.reports(30) == []
-        monkeypatch.setattr(pool.time, "monotonic", lambda: running.started + 4)
-        assert running.seconds_a_step() == pytest.approx(2)
-        assert running.seconds_left() == pytest.approx(16)
-        monkeypatch.undo()
+    jobs = _jobs(plan, tmp_path / "cells")
+    run = _Sweep(plan, jobs, tmp_path / "rows.jsonl", None, False)
+    shown: list[tuple[int, str]] = []
+    task = SimpleNamespace(advance=lambda steps, detail: shown.append((steps, detail)))
+    workers = SimpleNamespace(running=jobs[:1], per_device=2)
+    run.waiting = jobs[3:]
+    row = make_row(30.0) | {"problem": None}
+    for job, message in (
+        (jobs[0], {"done": 20, "steps": 24}),
+        (jobs[0], {"done": 23, "steps": 24}),
+        (jobs[0], {"row": row}),
+        (jobs[1], {"failed": "no reason"}),
+        (jobs[2], {"done": 6, "steps": 24}),
+        (jobs[2], {"interrupted": "Ctrl-C"}),
+    ):
+        run._handle(job, message, workers, task)
+    assert [steps for steps, _ in shown] == [20, 3, 1, 24, 6, 0]
+    assert shown[-1][1] == "1 of 4 cells, 1 running, 1 failed"
+    assert run.waiting == [jobs[2], jobs[3]]
+    (written,), _ = read_rows(tmp_path / "rows.jsonl")
+    assert written.raw["environment"]["side_by_side"] == 2
 
 
 def test_workers_get_their_gpu_and_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Several measurements of one loaded model at once: what the verb ``evaluate`` asks for."""
+"""Several measurements of one loaded model at once: the verb ``evaluate``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`measure` found; what was not asked for is None or empty.
+    """What :func:`measure` found; what was not wanted is None or empty.
 
     ``str()`` is a few lines for people, :meth:`as_dict` is what JSON can hold.
     """
@@ -81,14 +81,14 @@ class Report:
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Measurements
 ) -> Report:
-    """Measure a loaded model: perplexity, cloze accuracy, lm-eval tasks, as asked.
+    """Measure a loaded model: perplexity, cloze accuracy, lm-eval tasks, whatever is wanted.
 
     Every source is opened before the first measurement, so that a wrong path fails at once.
 
     Raises:
-        ConfigError: if nothing is asked for, or an option is out of range.
+        ConfigError: if nothing is wanted, or an option is out of range.
         DataError: for shards, text or tasks that are missing, damaged or of another vocabulary.
-        MissingExtraError: if tasks are asked for and lm-eval is not installed.
+        MissingExtraError: if tasks are wanted and lm-eval is not installed.
     """
     if wanted.shards is None and not (wanted.text or wanted.cloze or wanted.tasks):
         raise ConfigError("nothing to measure: give shards, text, cloze or tasks")

@@ -121,7 +121,7 @@ def perplexity(
         limit: score at most this many tokens, the first ones.
         text_bytes: UTF-8 bytes that the tokens of an array spell, for the byte-normalised figures;
             those of text and shards are known. A limit that cuts the text leaves them unknown.
-        title: what the progress bar says.
+        title: of the progress bar.
 
     Raises:
         DataError: if the text is empty or shorter than two tokens, a file cannot be read or is not
@@ -221,7 +221,7 @@ def encode_text(
 ) -> tuple[NDArray[np.int64], int]:
     """Token ids of documents, the end-of-sequence token before, between and after them; bytes.
 
-    Empty documents are passed over.
+    Empty documents are skipped.
 
     Raises:
         ConfigError: without a tokenizer.

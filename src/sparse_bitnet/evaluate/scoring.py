@@ -64,18 +64,18 @@ def check_window(model: PreTrainedModel, window: int | None) -> int:
 
 
 def choose_batch(
-    model: PreTrainedModel, window: int, plain_head: bool, asked: int | None = None
+    model: PreTrainedModel, window: int, plain_head: bool, given: int | None = None
 ) -> int:
-    """Rows of ``window`` tokens to begin with: as asked, else by device, and by the logits where
+    """Rows of ``window`` tokens to begin with: as given, else by device, and by the logits where
     those of all positions are kept.
 
     Raises:
-        ConfigError: if fewer than one is asked for.
+        ConfigError: if fewer than one is given.
     """
-    if asked is not None:
-        if asked < 1:
-            raise ConfigError(f"batch_size {asked} is out of range: 1 or more, or leave it out")
-        return asked
+    if given is not None:
+        if given < 1:
+            raise ConfigError(f"batch_size {given} is out of range: 1 or more, or leave it out")
+        return given
     kind = "cuda" if model.device.type == "cuda" else "cpu"
     tokens = TOKENS_AT_ONCE[kind]
     if not plain_head:

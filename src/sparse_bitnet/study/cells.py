@@ -1,4 +1,4 @@
-"""A sweep as a recipe: blocks of settings, in the order of their value, expanded to cells.
+"""A sweep's recipe: blocks of settings that expand to cells, one training run each.
 
     name: evidence
     base:                        # a training recipe's sections, shared by all cells
@@ -13,7 +13,7 @@
       - name: single runs
         cells: [{kind: bf16, pattern: 2:4}]
 
-A cell that several blocks ask for is run once.
+A cell that stands in several blocks is run once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        kind: ``bitnet`` or its full-precision twin ``bf16``.
+        kind: ``bitnet`` or its full-precision baseline ``bf16``.
         pattern: the pattern that training ends with, ``6:8`` or ``dense``.
         size: a preset of :mod:`sparse_bitnet.train.presets`.
         seed: of weights and data order.
@@ -67,7 +67,7 @@ class Cell:
         until: the schedule: (fraction of training, pattern until then), ascending; empty for
             sparse from scratch.
         tokens_per_weight: training tokens over the weights of the model's linears.
-        learning_rate: the peak; None for the recipe's.
+        learning_rate: the highest of the schedule; None for the recipe's.
     """
 
     kind: str = "bitnet"
@@ -86,12 +86,7 @@ class Cell:
         Raises:
             ConfigError: for an unknown name or value, naming ``place``.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(
-                    f"{place}: {shown(name)} is unknown; a cell has {', '.join(known)}"
-                )
+        _check_names(values, [f.name for f in dataclasses.fields(cls)], place, "a cell")
         values = {"pattern": cls.pattern, **values}
         until = values.get("until") or {}
         if not isinstance(until, dict):
@@ -136,10 +131,10 @@ class Cell:
         extra = [self.method] if self.method != "published" else []
         extra += [self.schedule] if self.until else []
         extra += [f"rate {self.learning_rate:g}"] if self.learning_rate is not None else []
-        told = f", {', '.join(extra)}" if extra else ""
+        text = f", {', '.join(extra)}" if extra else ""
         return (
             f"{self.kind} {self.pattern} {self.size} seed {self.seed} "
-            f"{self.tokens_per_weight:g} t/w{told}"
+            f"{self.tokens_per_weight:g} t/w{text}"
         )
 
 
@@ -206,6 +201,12 @@ class SweepRecipe:
         return _key(self.config(cell), self.evaluation, data_fingerprint)
 
 
+def _check_names(values: dict[Any, Any], known: Sequence[str], place: str, what: str) -> None:
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{place}: {shown(name)} is unknown; {what} has {', '.join(known)}")
+
+
 def _number(value: Any, what: str, whole: bool = False) -> float:
     """A number of a recipe; YAML reads 3e-3 as text."""
     try:
@@ -230,16 +231,12 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
     known = ("name", "base", "kinds", "defaults", "evaluation", "blocks")
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path}: {shown(name)} is unknown; a sweep has {', '.join(known)}")
+    _check_names(values, known, str(path), "a sweep")
     kinds, defaults, evaluation = (
         _mapping(values.get(name), f"{path}: {name}")
         for name in ("kinds", "defaults", "evaluation")
     )
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"{path}: kinds: {shown(kind)}; choose among {', '.join(KINDS)}")
+    _check_names(kinds, KINDS, f"{path}: kinds", "it")
     blocks: dict[Cell, list[str]] = {}
     listed = values.get("blocks") or []
     if not isinstance(listed, list):
@@ -249,9 +246,9 @@ def read_sweep(path: str | Path) -> SweepRecipe:
             raise ConfigError(f"{path}: block {index + 1} is {shown(block)}: it must be a mapping")
         name = str(block.get("name", f"block {index + 1}"))
         for cell in _expand(block, defaults, f"{path}, {name}"):
-            asked = blocks.setdefault(cell, [])
-            if name not in asked:
-                asked.append(name)
+            in_blocks = blocks.setdefault(cell, [])
+            if name not in in_blocks:
+                in_blocks.append(name)
     if not blocks:
         raise ConfigError(f"{path}: no cells; add blocks")
     recipe = SweepRecipe(
@@ -261,11 +258,11 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         evaluation=_evaluation(evaluation, f"{path}: evaluation"),
         cells=[],
     )
-    # Cells may be written differently and be one run: the recipe's learning rate said once more.
+    # Two cells may be one run: one of them repeats the recipe's own learning rate.
     same: dict[str, Cell] = {}
     for cell, names in blocks.items():
-        asked = recipe.blocks.setdefault(same.setdefault(recipe.key(cell, ""), cell), [])
-        asked += [name for name in names if name not in asked]
+        known_names = recipe.blocks.setdefault(same.setdefault(recipe.key(cell, ""), cell), [])
+        known_names += [name for name in names if name not in known_names]
     recipe.cells.extend(recipe.blocks)
     return recipe
 
@@ -292,9 +289,8 @@ def _sections(value: Any, place: str) -> dict[str, dict[str, Any]]:
 def _evaluation(values: dict[Any, Any], place: str) -> Evaluation:
     """Checked here: a wrong value must not come to light after hours of training."""
     defaults = dataclasses.asdict(Evaluation())
+    _check_names(values, list(defaults), place, "it")
     for name, value in values.items():
-        if name not in defaults:
-            raise ConfigError(f"{place}: {shown(name)} is unknown; it has {', '.join(defaults)}")
         least = 1 if name == "cloze_questions" else 0
         text = isinstance(defaults[name], str)
         if text and not isinstance(value, str):
@@ -323,7 +319,7 @@ def key_today(row: dict[str, Any]) -> str:
 
 
 def fingerprint(data_facts: dict[str, Any]) -> str:
-    """What a key says of the data, from :func:`sparse_bitnet.study.run_cell.data_facts`."""
+    """The data as part of a key, from :func:`sparse_bitnet.study.run_cell.data_facts`."""
     return json.dumps(data_facts, sort_keys=True)
 
 

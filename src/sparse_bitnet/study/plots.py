@@ -19,7 +19,7 @@ from typing import Any, ParamSpec
 from sparse_bitnet.core import MissingExtraError
 
 P = ParamSpec("P")
-COLOUR = {"bf16": "#D55E00", "bitnet": "#0072B2"}
+COLOR = {"bf16": "#D55E00", "bitnet": "#0072B2"}
 MARKER = {"bf16": "o", "bitnet": "s"}
 NAME = {"bf16": "BF16", "bitnet": "BitNet"}
 GREY = "#666666"
@@ -47,7 +47,7 @@ STYLE: Any = {
 }
 
 
-def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
+def styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
     """The whole drawing in :data:`STYLE`: matplotlib asks for most of it only when it is used."""
 
     @wraps(draw)
@@ -92,23 +92,7 @@ class Histogram:
     kind: str
 
 
-@_styled
-def collapse(curves: Sequence[Curve], patterns: Sequence[str], limit: float, title: str) -> bytes:
-    """Normalised perplexity against the pattern, with the line that is called collapse."""
-    figure, (axis,) = _figure(1, width=7.0, height=4.4)
-    for curve in curves:
-        _draw(axis, curve)
-    axis.axhline(limit, color=GREY, linewidth=1, linestyle=":")
-    axis.annotate(
-        f"+{limit - 1:.0%}", (0, limit), xytext=(-4, 3), textcoords="offset points", color=GREY
-    )
-    axis.set_xticks(range(len(patterns)), list(patterns))
-    axis.set(xlabel="pattern", ylabel="perplexity / that of the dense model", title=title)
-    axis.legend()
-    return _png(figure)
-
-
-@_styled
+@styled
 def lines(
     curves: Sequence[Curve],
     title: str,
@@ -119,11 +103,11 @@ def lines(
     ticks: Mapping[float, str] | None = None,
 ) -> bytes:
     """Curves over one horizontal axis."""
-    figure, (axis,) = _figure(1, width=7.0, height=4.2)
+    figure, ((axis,),) = subplots(1, 1, 7.0, 4.2)
     plain = 0
     for curve in curves:
         if curve.kind or curve.published:
-            _draw(axis, curve, markers=len(curve.x) <= 12)
+            draw_curve(axis, curve, markers=len(curve.x) <= 12)
         else:
             style = {"color": CYCLE[plain % len(CYCLE)], "linestyle": STYLES[plain % len(STYLES)]}
             axis.plot(curve.x, curve.y, label=curve.label, **style)
@@ -135,10 +119,10 @@ def lines(
         axis.minorticks_off()
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend(ncols=2 if len(curves) > 6 else 1)
-    return _png(figure)
+    return png(figure)
 
 
-@_styled
+@styled
 def panels(
     groups: Mapping[str, Sequence[Curve]],
     title: str,
@@ -154,7 +138,7 @@ def panels(
     columns = len(groups) if len(groups) <= 3 else 2
     rows = math.ceil(len(groups) / columns)
     width = {1: 7.0, 2: 8.4}.get(columns, 9.6)
-    figure, grid = _subplots(rows, columns, width, 3.4 * rows + 0.4, share=True)
+    figure, grid = subplots(rows, columns, width, 3.4 * rows + 0.4, share=True)
     axes = [axis for row in grid for axis in row]
     for axis in axes[len(groups) :]:
         axis.set_visible(False)
@@ -165,7 +149,7 @@ def panels(
             style = looks[curve.label]
             if curve.kind:
                 dashes = "-" if curve.kind == "bf16" else "--"
-                style = {"color": COLOUR[curve.kind], "linestyle": dashes}
+                style = {"color": COLOR[curve.kind], "linestyle": dashes}
             axis.plot(curve.x, curve.y, label=curve.label or None, linewidth=1.3, **style)
         axis.set(title=name, xlabel=xlabel)
         if log_x:
@@ -186,7 +170,7 @@ def panels(
         for axis in axes:
             _plain_ticks(axis)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return _png(figure)
+    return png(figure)
 
 
 def _looks(groups: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, str]]:
@@ -215,63 +199,11 @@ def _plain_ticks(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-@_styled
-def bars(
-    labels: Sequence[str],
-    groups: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]],
-    title: str,
-    ylabel: str,
-    *,
-    base: float = 0.0,
-    digits: int | None = None,
-    band: Sequence[float] = (),
-) -> bytes:
-    """Grouped bars with error bars, growing from ``base`` (1 for a ratio).
-
-    Args:
-        errors: half-lengths; 0, which is what one seed has, draws none.
-        digits: writes each bar's value beside it.
-        band: a grey area of this half-height around ``base`` behind each label's bars.
-    """
-    figure, (axis,) = _figure(1, width=min(9.6, max(5.6, 1.1 * len(labels) + 2.4)), height=4.0)
-    width = 0.8 / max(1, len(groups))
-    for index, half in enumerate(band):
-        edges = [index - 0.5, index + 0.5]
-        axis.fill_between(edges, base - half, base + half, color="#ececec", lw=0)
-    for index, (name, values) in enumerate(groups.items()):
-        x = [i - 0.4 + width * (index + 0.5) for i in range(len(labels))]
-        drawn = axis.bar(
-            x,
-            [v - base for v in values],
-            width * 0.92,
-            bottom=base,
-            yerr=[error or math.nan for error in errors[name]],
-            capsize=3,
-            color=COLOUR.get(name, CYCLE[(index + 1) % len(CYCLE)]),
-            hatch="//" if index % 2 else "",
-            edgecolor="white",
-            error_kw={"ecolor": "#333333", "elinewidth": 1},
-            label=NAME.get(name, name),
-        )
-        if digits is not None:
-            told = [f"{value - base:+.{digits}f}".replace("-", "−") for value in values]
-            axis.bar_label(drawn, told, padding=3, fontsize=8, color="#333333")
-    axis.axhline(base, color="#888888", linewidth=0.8)
-    axis.set_xticks(range(len(labels)), list(labels))
-    axis.grid(visible=False, axis="x")
-    axis.margins(y=0.1)
-    axis.set(title=title, ylabel=ylabel)
-    if len(groups) > 1:
-        axis.legend()
-    return _png(figure)
-
-
-@_styled
+@styled
 def polarization(grid: Sequence[Sequence[Histogram]], title: str) -> bytes:
     """Histograms in rows and columns: |w|/γ filled, thresholds as a line, the dead zone shaded."""
     rows, columns = len(grid), max(len(row) for row in grid)
-    figure, axes = _grid(rows, columns)
+    figure, axes = subplots(rows, columns, min(9.6, 2.9 * columns + 0.5), 2.3 * rows + 0.6)
     for axis_row, row in zip(axes, grid, strict=True):
         for axis in axis_row[len(row) :]:
             axis.set_visible(False)
@@ -283,14 +215,14 @@ def polarization(grid: Sequence[Sequence[Histogram]], title: str) -> bytes:
         axis_row[0].set_ylabel("density")
     axes[0][0].legend(fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return _png(figure)
+    return png(figure)
 
 
 def _polarization(axis: Any, one: Histogram) -> None:
     # The last bin also holds everything beyond it, so it is left out of the picture.
     edges = list(one.edges)
     widths = [b - a for a, b in pairwise(edges)]
-    colour = COLOUR.get(one.kind, CYCLE[2])
+    colour = COLOR.get(one.kind, CYCLE[2])
     density = [f / w for f, w in zip(one.magnitudes, widths, strict=True)][:-1]
     axis.axvspan(0, 0.5, color="#f0e442", alpha=0.25, linewidth=0, label="dead zone, |w| ≤ γ/2")
     axis.stairs(density, edges[:-1], fill=True, color=colour, alpha=0.45, label="|w|/γ")
@@ -304,8 +236,8 @@ def _polarization(axis: Any, one: Histogram) -> None:
     axis.set_title(one.title, fontsize=9)
 
 
-def _draw(axis: Any, curve: Curve, markers: bool = True) -> None:
-    colour = COLOUR.get(curve.kind, GREY)
+def draw_curve(axis: Any, curve: Curve, markers: bool = True) -> None:
+    colour = COLOR.get(curve.kind, GREY)
     axis.errorbar(
         curve.x,
         curve.y,
@@ -337,18 +269,8 @@ def _seeds(axis: Any, curve: Curve, colour: str) -> None:
             )
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    figure, axes = _subplots(1, columns, width, height, share=False)
-    return figure, list(axes[0])
-
-
-def _grid(rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    width = min(9.6, 2.9 * columns + 0.5)
-    return _subplots(rows, columns, width, 2.3 * rows + 0.6, share=False)
-
-
-def _subplots(
-    rows: int, columns: int, width: float, height: float, share: bool
+def subplots(
+    rows: int, columns: int, width: float, height: float, share: bool = False
 ) -> tuple[Any, list[list[Any]]]:
     from matplotlib.figure import Figure
 
@@ -357,7 +279,7 @@ def _subplots(
     return figure, [list(row) for row in axes]
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     # No Software entry: the same rows give the same bytes with every matplotlib release's name.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})

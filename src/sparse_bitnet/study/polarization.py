@@ -11,40 +11,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_bitnet.console import progress, say
 from sparse_bitnet.core import (
     CheckpointError,
-    ConfigError,
     Pattern,
     Polarization,
     check_finite,
     polarization,
 )
-from sparse_bitnet.files import read_json, refuse_special, write_text
+from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.study import plots
-from sparse_bitnet.study.layout import Layout, Place, read_layout
-from sparse_bitnet.train.checkpoint import MANIFEST
-from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.export import SIDE_FILE, read_trained
-from sparse_bitnet.train.recipe import config_from_dict
+from sparse_bitnet.study.weights import (
+    PACKED,
+    Architecture,
+    linear_weights,
+    model_directory,
+    read_architecture,
+    trained_as,
+)
 
-# What linears are not, by name, if no configuration tells: lookup tables, head, norms, routers.
-NOT_LINEAR = re.compile(r"(embed|lm_head|norm|wte|wpe|position|(^|\.)(router|gate)\.weight$)")
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
 DIGITS = 5
-INDEX = "model.safetensors.index.json"
-PACKED = "a packed model has no master weights, give the directory it was packed from"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class LayerStatistics:
 
     name: str
     shape: tuple[int, ...]
-    segments: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
     pattern: str
     statistics: Polarization
 
@@ -66,7 +63,7 @@ class LayerStatistics:
         return {
             "name": self.name,
             "shape": list(self.shape),
-            "segments": list(self.segments),
+            "shard_sizes": list(self.shard_sizes),
             "pattern": self.pattern,
             **as_dict(self.statistics),
         }
@@ -196,21 +193,23 @@ def analyse(
         WeightError: if a weight holds NaN or infinity.
         MissingExtraError: without matplotlib.
     """
-    directory = _model_directory(Path(checkpoint))
+    directory = model_directory(Path(checkpoint))
     beside = directory if directory.is_dir() else directory.parent
-    trained, source = _trained_as(directory)
+    trained, source = trained_as(directory)
     kind = trained.kind if trained else ""
     chosen = Pattern.parse(pattern or (trained.pattern if trained else "6:8"))
-    layout = read_layout(source or str(beside.resolve()))  # no name of a preset
-    found = _measure(directory, layout, chosen, trained.rules if trained else {}, own=not pattern)
+    architecture = read_architecture(source or str(beside.resolve()))  # no name of a preset
+    found = _measure(
+        directory, architecture, chosen, trained.rules if trained else {}, own=not pattern
+    )
     layers, left = found.layers, found.left
     if not layers:
         why = next((f"{name} is left out: {reason}" for name, reason in left.items()), PACKED)
         raise CheckpointError(
             f"{directory} holds no floating-point matrix of a linear layer; {why}"
         )
-    scales = layout.scales
-    if layout.places and found.unknown:
+    scales = architecture.scales
+    if architecture.parameters and found.unknown:
         scales += f"; one each for {found.unknown} matrices that the model holds otherwise"
     overall = pool([(layer.statistics, layer.size) for layer in layers])
     result = {
@@ -238,8 +237,7 @@ def analyse(
 
 @dataclass
 class _Found:
-    """Layers in their order, matrices that were left out (name → reason), and how many the layout
-    does not know."""
+    """Layers in their order, matrices left out (name → reason), and how many others there are."""
 
     layers: list[LayerStatistics]
     left: dict[str, str]
@@ -247,28 +245,32 @@ class _Found:
 
 
 def _measure(
-    directory: Path, layout: Layout, pattern: Pattern, rules: Mapping[str, str], own: bool
+    directory: Path,
+    architecture: Architecture,
+    pattern: Pattern,
+    rules: Mapping[str, str],
+    own: bool,
 ) -> _Found:
     """All linears that training did not skip; ``own``: with the patterns that rules gave them."""
     found = _Found([], {})
     with progress("polarization") as task, torch.no_grad():
-        for name, weight, place in _linear_weights(directory, layout):
+        for name, weight, parameter in linear_weights(directory, architecture):
             module = name.rpartition(".")[0]
             choice = next((value for rule, value in rules.items() if re.search(rule, module)), None)
             if choice == "skip":
                 continue
-            if place and place.left:
-                found.left[name] = place.left
+            if parameter and parameter.left_out:
+                found.left[name] = parameter.left_out
                 continue
-            found.unknown += place is None
-            segments = place.segments if place else ()
+            found.unknown += parameter is None
+            shard_sizes = parameter.shard_sizes if parameter else ()
             check_finite(weight, name)
             given = Pattern.parse(choice) if choice and own else pattern
             used = _probe(given, weight.shape[-1])
             used.check_divides(weight.shape[-1], name)
-            statistics = polarization(weight, used, segments)
+            statistics = polarization(weight, used, shard_sizes)
             found.layers.append(
-                LayerStatistics(name, tuple(weight.shape), segments, str(used), statistics)
+                LayerStatistics(name, tuple(weight.shape), shard_sizes, str(used), statistics)
             )
             task.advance(detail=name)
     found.layers.sort(key=lambda layer: _natural(layer.name))
@@ -278,87 +280,6 @@ def _measure(
 def _probe(pattern: Pattern, in_features: int) -> Pattern:
     """The pattern itself, or for a dense one the 6:8 that it is compared by, where that fits."""
     return PROBE if pattern.is_dense and in_features % PROBE.m == 0 else pattern
-
-
-def _linear_weights(directory: Path, layout: Layout) -> Iterator[tuple[str, Tensor, Place | None]]:
-    # A training checkpoint holds the optimizer's moments too, each tensor under what it is.
-    prefix = "model." if (directory / MANIFEST).is_file() else ""
-    for file in _weight_files(directory):
-        try:
-            refuse_special(file)
-            with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118  # it is no mapping
-                    name = stored.removeprefix(prefix)
-                    part = tensors.get_slice(stored)
-                    shape, dtype = part.get_shape(), part.get_dtype()
-                    place = layout.find(name, tuple(shape))
-                    trained = place is not None and not place.left
-                    if not stored.startswith(prefix) or (NOT_LINEAR.search(name) and not trained):
-                        continue
-                    if len(shape) not in (2, 3) or 0 in shape:
-                        continue
-                    if dtype.startswith(("U", "I")) and name.endswith("weight"):
-                        raise CheckpointError(f"{file}: {name} is of integers ({dtype}); {PACKED}")
-                    if (weight := tensors.get_tensor(stored)).is_floating_point():
-                        yield name, weight.float(), place
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files of the model: what the index lists, and not all that somebody put beside them."""
-    if directory.is_file():
-        return [directory]
-    index, single = directory / INDEX, directory / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error}") from error
-        missing = [name for name in names if not (directory / name).exists()]
-        if missing:
-            raise CheckpointError(
-                f"{directory} lacks {len(missing)} of the {len(names)} files that {INDEX} lists, "
-                f"{missing[0]} among them; fetch the whole model"
-            )
-        return [directory / name for name in names]
-    if single.exists():
-        return [single]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{directory} has no *.safetensors; give a trained run, a Hugging Face directory saved "
-            "as safetensors, or one such file"
-        )
-    return files
-
-
-def _model_directory(path: Path) -> Path:
-    """Where the weights lie: a run keeps them in ``model/``."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a directory or a safetensors file")
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def _trained_as(directory: Path) -> tuple[SparsityConfig | None, str]:
-    """What the linears of a model trained here became, None for any other; and the model's source
-    where that is not the directory itself."""
-    if (directory / SIDE_FILE).is_file():
-        return read_trained(directory).sparsity, ""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return None, ""
-    try:
-        values = read_json(manifest)
-        ranks, config = values["ranks"], config_from_dict(values["config"], str(manifest))
-    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged or foreign: {error}") from error
-    if ranks != 1:
-        raise CheckpointError(
-            f"{directory} is a checkpoint of {ranks} ranks, each weight in pieces; give the model/ "
-            "directory that the run writes at its end"
-        )
-    return config.sparsity, config.model.source
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

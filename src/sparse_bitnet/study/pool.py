@@ -1,4 +1,9 @@
-"""Worker processes of a sweep: started, fed, listened to, stopped."""
+"""Worker processes of a sweep: started, fed, listened to, stopped.
+
+Why not ``concurrent.futures``: its process pool leaves workers behind when the sweep is killed,
+a second Ctrl-C waits for the running cell, and a worker that dies takes the whole pool with it.
+Here a worker holds one end of a socket pair and ends when the other closes, however that happens.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
@@ -20,19 +25,20 @@ from sparse_bitnet.train.config import TrainConfig
 GRACE_SECONDS = 20.0
 COMMAND = (sys.executable, "-m", "sparse_bitnet.study.worker")
 
+Message = dict[str, Any]
+
 
 @dataclass
 class Job:
-    """A cell with all that a worker needs; ``side_by_side`` is set when it starts."""
+    """A cell with all that a worker needs to run it."""
 
     key: str
     cell: Cell
     config: TrainConfig
     evaluation: dict[str, Any]
     tokens: int
-    side_by_side: int = 1
 
-    def order(self) -> bytes:
+    def to_json(self) -> bytes:
         values = {
             "cell": self.cell.to_dict(),
             "config": asdict(self.config),
@@ -41,38 +47,12 @@ class Job:
         return json.dumps(values).encode()
 
 
-@dataclass
-class Running:
-    """A cell under way; ``resumed`` of its steps were done before it was started here."""
-
-    job: Job
-    started: float = field(default_factory=time.monotonic)
-    done: int = 0
-    steps: int = 0
-    resumed: int = 0
-
-    def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first report."""
-        each = self.seconds_a_step()
-        return None if each is None else each * (self.steps - self.done)
-
-    def seconds_a_step(self) -> float | None:
-        """Set-up and compilation included; None before the first report."""
-        taken = self.done - self.resumed
-        return self.seconds / taken if taken > 0 else None
-
-    @property
-    def seconds(self) -> float:
-        """Since it was started here."""
-        return time.monotonic() - self.started
-
-
 class Worker:
-    """One process and our end of its connection."""
+    """One process, our end of its connection, and the job that it runs (None while idle)."""
 
     def __init__(self, number: int, environment: dict[str, str], log: Path) -> None:
         self.number, self.environment, self.log = number, environment, log
-        self.running: Running | None = None
+        self.job: Job | None = None
         self.launch()
 
     def launch(self) -> None:
@@ -91,6 +71,29 @@ class Worker:
         )
         theirs.close()
 
+    def start(self, job: Job) -> None:
+        """Send a job; a process that has died is replaced first."""
+        if self.process.poll() is not None:
+            self.close()
+            self.launch()
+        try:
+            self.connection.send_bytes(job.to_json())
+        except OSError:  # it died just now
+            self.close()
+            self.launch()
+            self.connection.send_bytes(job.to_json())
+        self.job = job
+
+    def receive(self) -> Message:
+        """The next message; a process that died without one gives ``failed`` and ``died``."""
+        try:
+            message: Message = json.loads(self.connection.recv_bytes())
+            return message
+        except (EOFError, OSError):
+            code = self.process.wait()
+            text = f"worker {self.number} died with exit code {code}; its output is in {self.log}"
+            return {"failed": text, "died": True}
+
     def close(self) -> None:
         self.connection.close()
         self._output.close()
@@ -106,10 +109,9 @@ class Pool:
 
     def __init__(self, places: list[dict[str, str]], logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self.size = len(places)
         devices = [place.get("CUDA_VISIBLE_DEVICES", "cpu") for place in places]
         self.per_device = max(devices.count(device) for device in devices)
-        self._workers = [
+        self.workers = [
             Worker(number, place, logs / f"worker-{number}.log")
             for number, place in enumerate(places)
         ]
@@ -127,92 +129,54 @@ class Pool:
         self.stop(0.0 if kind is KeyboardInterrupt else GRACE_SECONDS)
 
     @property
-    def running(self) -> list[Running]:
-        return [worker.running for worker in self._workers if worker.running is not None]
+    def running(self) -> list[Job]:
+        return [worker.job for worker in self.workers if worker.job is not None]
 
     def idle(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.running is None]
+        return [worker for worker in self.workers if worker.job is None]
 
-    def start(self, worker: Worker, job: Job) -> None:
-        """Give an idle worker a cell; one that has died is started anew first."""
-        if worker.process.poll() is not None:
-            worker.close()
-            worker.launch()
-        job.side_by_side = self.per_device
-        worker.running = Running(job, steps=job.config.schedule.steps)
-        try:
-            worker.connection.send_bytes(job.order())
-        except OSError:  # it died just now
-            worker.close()
-            worker.launch()
-            worker.connection.send_bytes(job.order())
-
-    def reports(self, timeout: float) -> list[tuple[Job, dict[str, Any]]]:
-        """Rows, failures and interruptions that have come in; progress is noted here.
-
-        A process that died without a word is reported as a failure of its cell, marked ``died``.
-        """
-        busy = {w.connection: w for w in self._workers if w.running is not None}
+    def messages(self, timeout: float) -> list[tuple[Job, Message]]:
+        """What has come in: progress (``done``, ``steps``), or a cell's end, which frees its
+        worker: ``row``, ``failed`` (with ``died`` if the process is gone) or ``interrupted``."""
+        busy = {worker.connection: worker for worker in self.workers if worker.job is not None}
         found = []
         for connection in wait(list(busy), timeout):
             assert isinstance(connection, Connection)
             worker = busy[connection]
-            assert worker.running is not None
-            message = _receive(worker)
-            if "done" in message:
-                if not worker.running.done:  # the first step here, which is always reported
-                    worker.running.resumed = message["done"] - 1
-                worker.running.done, worker.running.steps = message["done"], message["steps"]
-                continue
-            found.append((worker.running.job, message))
-            worker.running = None
+            message = worker.receive()
+            assert worker.job is not None
+            found.append((worker.job, message))
+            if "done" not in message:
+                worker.job = None
         return found
 
-    def stop(
-        self, grace: float = GRACE_SECONDS
-    ) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
+    def stop(self, grace: float = GRACE_SECONDS) -> tuple[list[tuple[Job, Message]], list[Job]]:
         """Ask all workers to save and leave, and wait for ``grace`` seconds.
 
         Returns:
-            ``(reports, left)``: rows and failures of cells that came to their end meanwhile, and
-            the cells that did not.
+            ``(ends, left)``: rows and failures of cells that ended meanwhile, and the other cells.
         """
-        for worker in self._workers:
-            if worker.running is None:
+        for worker in self.workers:
+            if worker.job is None:
                 worker.close()
             else:
                 worker.process.terminate()
         until = time.monotonic() + grace
-        reports, left = [], []
+        ends, left = [], []
         while self.running and time.monotonic() < until:
-            for job, message in self.reports(until - time.monotonic()):
+            for job, message in self.messages(until - time.monotonic()):
                 if "row" in message or ("failed" in message and "died" not in message):
-                    reports.append((job, message))
-                else:
+                    ends.append((job, message))
+                elif "done" not in message:
                     left.append(job)
-        left += [running.job for running in self.running]
-        for worker in self._workers:
-            worker.connection.close()  # those that answered wait for another order
+        left += self.running
+        for worker in self.workers:
+            worker.close()  # those that answered wait for another job
             try:
                 worker.process.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 say(f"worker {worker.number} does not leave; killing it")
                 worker.process.kill()
                 worker.process.wait()
-            worker.running = None
-            worker.close()
-        self._workers = []
-        return reports, left
-
-
-def _receive(worker: Worker) -> dict[str, Any]:
-    try:
-        message: dict[str, Any] = json.loads(worker.connection.recv_bytes())
-        return message
-    except (EOFError, OSError):
-        code = worker.process.wait()
-        return {
-            "failed": f"worker {worker.number} died with exit code {code}; its output is in "
-            f"{worker.log}",
-            "died": True,
-        }
+        self.workers = []
+        return ends, left

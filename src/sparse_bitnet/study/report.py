@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sparse_bitnet.console import progress, say
-from sparse_bitnet.core import DataError, Pattern
+from sparse_bitnet.console import say
+from sparse_bitnet.core import DataError, MissingExtraError
 from sparse_bitnet.files import atomic_file, write_text
-from sparse_bitnet.study import published
-from sparse_bitnet.study.analysis import Runs
-from sparse_bitnet.study.claims import RULE, claim_about_size, claims
-from sparse_bitnet.study.experiments import experiments
-from sparse_bitnet.study.page import Section, Table, render
 from sparse_bitnet.study.rows import Row, is_number, read_rows
-from sparse_bitnet.study.sections_quality import cloze, collapse, delta_by_size, tokens_per_weight
-from sparse_bitnet.study.sections_training import (
-    flips,
-    losses,
-    mask_cost,
-    polarization,
-    zeros,
-)
-from sparse_bitnet.study.sections_variants import (
-    ablations,
-    dense_to_sparse,
-    group_size,
-    learning_rate,
-)
+
+try:
+    import pandas as pd
+
+    from sparse_bitnet.study import plots
+    from sparse_bitnet.study.frame import GROUP, frame, mean_text
+    from sparse_bitnet.study.page import Figure, Section, render
+    from sparse_bitnet.study.plots import NAME, Curve, Histogram
+except ImportError as error:
+    raise MissingExtraError("reports need pandas: pip install 'sparse-bitnet[plot]'") from error
 
 PAGE = "report.html"
-# Sections about one size, in the page's order; those of quality first.
-ABOUT_A_SIZE: tuple[Callable[[Runs], Section], ...] = (
-    collapse,
-    tokens_per_weight,
-    mask_cost,
-    group_size,
-    ablations,
-    dense_to_sparse,
-    cloze,
-    learning_rate,
-    losses,
-    flips,
-    zeros,
-    polarization,
-)
-# What a second setting of a size is shown for.
-ABOUT_A_SETTING = (collapse, tokens_per_weight, mask_cost, losses)
+PLAIN = ("published", "scratch", "")  # method, schedule, setting
+DRAWN = 4  # patterns that have curves over training
+SMOOTH = 5  # logged steps that a point of a loss curve averages
+LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are drawn
+LAST = 0.05  # part of training that the cost at the end is averaged over
 
 
 @dataclass(frozen=True)
@@ -61,15 +41,15 @@ class Written:
 
 
 def report(directory: str | Path, out: str | Path | None = None) -> Written:
-    """Build ``report.html`` and ``plots/*.png`` from a sweep's ``rows.jsonl``.
+    """Build ``report.html`` and ``plots/*.png`` from a sweep's rows.
 
     Args:
-        directory: holds ``rows.jsonl``.
+        directory: holds ``rows.jsonl`` or ``rows.jsonl.xz``.
         out: receives the page; ``directory`` itself by default.
 
     Raises:
         DataError: if there is no such file, or not one usable row in it.
-        MissingExtraError: without matplotlib.
+        MissingExtraError: without matplotlib and pandas.
     """
     directory = Path(directory)
     rows, problems = read_rows(directory)
@@ -84,139 +64,287 @@ def report(directory: str | Path, out: str | Path | None = None) -> Written:
         )
     out = Path(out) if out is not None else directory
     sections = build(rows, problems)
-    plots = out / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
+    plots_directory = out / "plots"
+    plots_directory.mkdir(parents=True, exist_ok=True)
     pictures = []
     for figure in (figure for section in sections for figure in section.figures):
-        with atomic_file(plots / f"{figure.name}.png") as temporary:
+        pictures.append(plots_directory / f"{figure.name}.png")
+        with atomic_file(pictures[-1]) as temporary:
             temporary.write_bytes(figure.png)
-        pictures.append(plots / f"{figure.name}.png")
     write_text(out / PAGE, render("Ternary weights under N:M sparsity", _lead(rows), sections))
-    say(f"{_count(rows, 'row')}, {_count(pictures, 'plot')}: {out / PAGE}")
+    say(f"{len(rows)} rows, {len(pictures)} plots: {out / PAGE}")
     return Written(out / PAGE, pictures, problems)
 
 
 def build(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[Section]:
-    """All sections of the page. One without data has a note that names the missing cells."""
-    every = [runs for runs in experiments(rows) if runs.rows]
-    main, by_size = every[0], [runs for runs in every if not runs.differs]
-    sections = [_claims(by_size), delta_by_size(by_size)]
-    with progress("plots", len(ABOUT_A_SIZE) * len(every)) as task:
-        for make in ABOUT_A_SIZE:
-            topic = []
-            for runs in every:
-                task.advance()
-                if runs.differs and make not in ABOUT_A_SETTING:
-                    continue
-                section = make(runs)
-                # Other sizes and settings appear where they have something to show.
-                if runs is main or section.figures or (section.tables and not runs.differs):
-                    topic.append((runs, section))
-            several = len(topic) > 1
-            said = ""
-            for runs, section in topic:
-                text = "" if section.text == said else section.text
-                said = said or section.text
-                sections.append(
-                    _part(dataclasses.replace(section, text=text), runs, runs is main, several)
-                )
-    sections.append(_runs(every, rows, problems))
-    return sections
-
-
-def _part(section: Section, runs: Runs, main: bool, several: bool) -> Section:
-    """A section as one of several sizes and settings, under a name of its own."""
-    if not main:
-        section = dataclasses.replace(
-            section,
-            id=f"{section.id}-{runs.name}",
-            figures=[
-                dataclasses.replace(figure, name=f"{figure.name}-{runs.name}")
-                for figure in section.figures
-            ],
-        )
-    differs = f"Setting, the main one's in brackets: {', '.join(runs.differs)}. "
-    return dataclasses.replace(
-        section,
-        part=runs.label if several or not main else "",
-        text=(differs if runs.differs else "") + section.text,
+    """All sections of the page, from at least one row that gave a perplexity."""
+    runs = frame(rows)
+    # Sizes with most runs first, then the longest training, then the densest pattern.
+    counts = runs["size"].map(runs["size"].value_counts())
+    runs = runs.assign(count=counts).sort_values(
+        ["count", "size", "setting", "tokens per weight", "method", "schedule", "density", "seed"],
+        ascending=[False, True, True, False, True, True, False, True],
     )
+    by_key = {row.key: row for row in rows}
+    sections = [_quality(runs), _lengths(runs)]
+    plain = runs[(runs.method == "published") & (runs.schedule == "scratch")]
+    for _, of_size in plain.groupby("size", sort=False):
+        # The group with most runs; of equally many, the longest training.
+        counts = of_size.groupby(GROUP).size()
+        main = max(counts.index, key=lambda group: (counts[group], group[1]))
+        chosen = of_size[(of_size[GROUP] == list(main)).all(axis=1)]
+        sections.append(_training(chosen, by_key))
+    sections.append(_all_runs(rows, runs, problems))
+    return [section for section in sections if section.tables or section.figures]
 
 
-def _claims(by_size: Sequence[Runs]) -> Section:
-    """One line a claim and size; a size beside the main one counts where it has measured."""
-    main, others = by_size[0], by_size[1:]
-    lines, missing = [], []
-    found = [claims(runs) for runs in by_size]
-    for here, *elsewhere in zip(*found, strict=True):
-        lines.append((here.claim, main.label, here.ours, here.verdict, here.published))
-        lines += [
-            ("", runs.label, one.ours, one.verdict, "")
-            for runs, one in zip(others, elsewhere, strict=True)
-            if not one.missing
-        ]
-        missing += [here] if here.missing else []
-    size = claim_about_size(by_size)
-    lines.append((size.claim, "all", size.ours, size.verdict, size.published))
-    missing += [size] if size.missing else []
-    lengths = ", ".join(f"{runs.label} at {runs.main_length:g}" for runs in by_size)
-    return Section(
-        "claims",
-        "Published claims and what we find",
-        f"Training tokens per weight: {lengths}.",
-        tables=[
-            Table(("claim", "size", "here", "verdict", f"published ({published.SOURCE})"), lines)
-        ],
-        notes=[RULE, *(f"Not measured: {one.claim}. Missing: {one.missing}." for one in missing)],
-    )
+def _label(group: Sequence[Any]) -> str:
+    """Values of :data:`GROUP` as people say them; what is the usual is left out."""
+    size, length, method, schedule, setting = group
+    special = [part for part in (method, schedule, setting) if part not in PLAIN]
+    return ", ".join([size, f"{length:g} tokens per weight", *special])
 
 
-def _runs(every: Sequence[Runs], rows: Sequence[Row], problems: Sequence[str]) -> Section:
-    """All rows by size and setting, the longest trainings and the densest patterns first."""
-    labels = {
-        row.key: (number, runs.label) for number, runs in enumerate(every) for row in runs.rows
-    }
+def _slug(text: str) -> str:
+    """A label as part of a file name."""
+    short = text.replace(" tokens per weight", "")
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in short).split())
 
-    def order(row: Row) -> tuple[object, ...]:
-        cell = row.cell
-        density = -Pattern.parse(cell.pattern).density
-        number = labels.get(row.key, (len(every), ""))[0]
-        return number, -cell.tokens_per_weight, cell.kind, density, str(cell)
 
-    table = Table(
-        ("setting", "cell", "perplexity", "cloze", "zeros", "tokens", "seconds", "tokens/s", "key"),
-        [
-            (
-                labels.get(row.key, (0, "–"))[1],
-                str(row.cell),
-                "diverged" if row.diverged else f"{row.perplexity:.3f}",
-                "–" if row.accuracy is None else f"{row.accuracy:.1%}",
-                "–" if row.zeros is None else f"{row.zeros:.1%}",
-                _number(row.raw.get("tokens"), 1e6, "M"),
-                _number(row.raw.get("seconds")),
-                _number(row.raw.get("tokens_per_second"), 1e6, "M", 2),
-                row.key,
+def _quality(runs: pd.DataFrame) -> Section:
+    """Perplexity, its ratio to the dense baseline, cloze: a line a group and pattern."""
+    lines: dict[bool, list[dict[str, str]]] = {True: [], False: []}
+    figures = []
+    for group, of_group in runs.groupby(GROUP, sort=False):
+        label, plain = _label(group), tuple(group[2:4]) == PLAIN[:2]
+        for pattern, one in of_group.groupby("pattern", sort=False):
+            line = {"runs": label, "pattern": pattern}
+            for kind in _kinds(runs):
+                here = one[one.kind == kind]
+                name = NAME[kind]
+                line[f"{name} perplexity"] = mean_text(here.perplexity, 2)
+                if plain:
+                    ratios = here.ratio[here.pattern != "dense"]
+                    line[f"{name} / dense"] = mean_text(ratios)
+                else:
+                    line[f"{name} − published"] = mean_text(here["over published"], 2, "+")
+                if runs.cloze.notna().any():
+                    line[f"{name} cloze, %"] = mean_text(100 * here.cloze, 1)
+            lines[plain].append(line)
+        sparse = of_group[of_group.pattern != "dense"].dropna(subset="ratio")
+        places = {pattern: place for place, pattern in enumerate(sparse.pattern.unique())}
+        if len(places) > 1 and plain:
+            png = plots.lines(
+                _curves_by_kind(sparse.assign(x=sparse.pattern.map(places))),
+                f"Cost of the mask, {label}",
+                "pattern",
+                "perplexity / that of the dense baseline",
+                ticks={place: pattern for pattern, place in places.items()},
             )
-            for row in sorted(rows, key=order)
-        ],
+            caption = f"Perplexity over that of the dense baseline by pattern, {label}."
+            figures.append(Figure(f"ratio-{_slug(label)}", png, caption))
+    text = (
+        "Figures are means over seeds ± their standard deviation. '/ dense' is the ratio to the "
+        "same model without a mask, by seed; '− published' the difference to the published method, "
+        "sparse from scratch, at the same pattern and seed."
     )
-    diverged = [f"{r.cell} diverged: {r.raw.get('problem')}" for r in rows if r.diverged]
     return Section(
-        "runs",
-        "All runs",
-        "Each line is a row of rows.jsonl, which holds the whole configuration, versions, device "
-        "and histories.",
-        tables=[table],
-        notes=[*diverged, *problems],
+        "Perplexity", text, [pd.DataFrame(table) for table in lines.values() if table], figures
     )
+
+
+def _lengths(runs: pd.DataFrame) -> Section:
+    """Ratio to the dense baseline against training length, where several were trained."""
+    figures = []
+    plain = runs[(runs.method == "published") & (runs.schedule == "scratch")].dropna(subset="ratio")
+    sparse = plain[plain.pattern != "dense"]
+    for (size, setting, pattern), one in sparse.groupby(["size", "setting", "pattern"], sort=False):
+        lengths = sorted(one["tokens per weight"].unique())
+        if len(lengths) < 2:
+            continue
+        label = ", ".join(part for part in (size, pattern, setting) if part)
+        png = plots.lines(
+            _curves_by_kind(one.assign(x=one["tokens per weight"])),
+            f"Cost of the mask against training length, {label}",
+            "training tokens per weight",
+            "perplexity / that of the dense baseline",
+            log_x=True,
+            ticks={x: f"{x:g}" for x in lengths},
+        )
+        figures.append(
+            Figure(f"length-{_slug(label)}", png, f"Each point is its own run, {label}.")
+        )
+    return Section("Training length", figures=figures)
+
+
+def _curves_by_kind(runs: pd.DataFrame) -> list[Curve]:
+    """``ratio`` against ``x``: mean, spread and single seeds of each kind."""
+    curves = []
+    for kind in _kinds(runs):
+        points = runs[runs.kind == kind].groupby("x").ratio
+        curves.append(
+            Curve(
+                NAME[kind],
+                list(points.groups),
+                list(points.mean()),
+                list(points.std().fillna(0.0)),
+                kind,
+                seeds=[list(values) for _, values in points],
+            )
+        )
+    return curves
+
+
+def _kinds(runs: pd.DataFrame) -> list[str]:
+    return [kind for kind in NAME if (runs.kind == kind).any()]
+
+
+def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
+    """Curves over training and histograms of the weights, of one group's lowest seeds."""
+    label = _label(runs.iloc[0][GROUP])
+    slug = _slug(label)
+    # Dense, and the sparse patterns of most runs.
+    counts = runs[runs.pattern != "dense"].pattern.value_counts(sort=True)
+    patterns = ["dense", *counts.index[: DRAWN - 1]]
+    ordered = runs[runs.pattern.isin(patterns)]
+    first = ordered.drop_duplicates(["kind", "pattern"])
+    shown = {kind: [by_key[k] for k in first[first.kind == kind].key] for kind in _kinds(runs)}
+    figures = []
+
+    def panels(name: str, title: str, ylabel: str, drawn: dict[str, list[Curve]], **m: Any) -> None:
+        drawn = {panel: curves for panel, curves in drawn.items() if curves}
+        if drawn:
+            png = plots.panels(drawn, f"{title}, {label}", "training tokens, millions", ylabel, **m)
+            ends = "; ".join(
+                f"{panel}: " + ", ".join(f"{c.label} {c.y[-1]:.4g}".strip() for c in curves)
+                for panel, curves in drawn.items()
+            )
+            figures.append(Figure(f"{name}-{slug}", png, f"{title}, {label}. At the end: {ends}."))
+
+    def curves(name: str, factor: float = 1.0, smooth: int = 1) -> dict[str, list[Curve]]:
+        return {
+            NAME[kind]: [
+                Curve(row.cell.pattern, _millions(tokens), _smoothed(values, smooth, factor))
+                for row in rows
+                for tokens, values in [row.series(name)]
+                if len(values) > 1
+            ]
+            for kind, rows in shown.items()
+        }
+
+    losses = curves("loss", smooth=SMOOTH)
+    ends = [curve.y[-1] for of_kind in losses.values() for curve in of_kind]
+    top = LOSS_SHOWN * min(ends) if ends else None
+    panels("loss", "Training loss", "nats per token", losses, log_x=True, top=top)
+    costs, table = _mask_costs(ordered, by_key)
+    title = "Training loss minus the dense baseline's on the same batches"
+    panels("mask-cost", title, "nats per token", costs, log_x=True)
+    panels("flips", "Mask entries flipped by one step", "%", curves("flip_rate", 100.0))
+    panels("zeros", "Zeros before the mask", "% of weights", curves("zeros", 100.0))
+    histograms = [
+        [
+            Histogram(
+                f"{NAME[kind]} {row.cell.pattern}, {one['position']}",
+                one["edges"],
+                one["magnitudes"],
+                one.get("thresholds") or [],
+                kind,
+            )
+            for one in row.snapshots
+            if one["fraction"] == max(snapshot["fraction"] for snapshot in row.snapshots)
+        ]
+        for kind, rows in shown.items()
+        for row in rows[-1:]
+    ]
+    if any(histograms):
+        png = plots.polarization([row for row in histograms if row], f"|w|/γ at the end, {label}")
+        caption = (
+            "Filled: distribution of |w|/γ. Line: the groups' pruning thresholds, scaled to the "
+            "same height. Yellow: the dead zone, where a ternary weight is zero without a mask."
+        )
+        figures.append(Figure(f"polarization-{slug}", png, caption))
+    text = (
+        "Curves are of the lowest seed. The table has the cost of the mask, nats per token: over "
+    )
+    text += f"the last {LAST:.0%} of training, and on held-out text."
+    return Section(f"Training, {label}", text, [table] if len(table) else [], figures)
+
+
+def _mask_costs(
+    runs: pd.DataFrame, by_key: dict[str, Row]
+) -> tuple[dict[str, list[Curve]], pd.DataFrame]:
+    """Loss minus that of the dense baseline of the same seed, and its end beside held-out text."""
+    dense = {
+        (run.kind, run.seed): by_key[run.key] for run in runs[runs.pattern == "dense"].itertuples()
+    }
+    panels: dict[str, list[Curve]] = {}
+    ends = []
+    for run in runs[runs.pattern != "dense"].dropna(subset="ratio").itertuples():
+        row, baseline = by_key[run.key], dense[run.kind, run.seed]
+        before = dict(zip(*baseline.series("loss"), strict=True))
+        both = [(t, v - before[t]) for t, v in zip(*row.series("loss"), strict=True) if t in before]
+        if len(both) < 2:
+            continue
+        tokens, gaps = [t for t, _ in both], pd.Series([gap for _, gap in both])
+        drawn = panels.setdefault(run.pattern, [])
+        label = "" if any(curve.kind == run.kind for curve in drawn) else NAME[run.kind]
+        drawn.append(Curve(label, _millions(tokens), _smoothed(gaps, SMOOTH), kind=run.kind))
+        last = gaps.tail(max(1, round(LAST * len(gaps)))).mean()
+        ends.append((run.pattern, NAME[run.kind], last, _held_out(row, baseline)))
+    table = pd.DataFrame(ends, columns=["pattern", "kind", "training", "held-out"])
+    lines = [
+        {
+            "pattern": p,
+            "kind": k,
+            **{n: mean_text(one[n], 3, "+") for n in ("training", "held-out")},
+        }
+        for (p, k), one in table.groupby(["pattern", "kind"], sort=False)
+    ]
+    return panels, pd.DataFrame(lines)
+
+
+def _held_out(row: Row, baseline: Row) -> float:
+    ratio = row.perplexity / baseline.perplexity
+    return math.log(ratio) if ratio > 0 else math.nan
+
+
+def _millions(tokens: Sequence[float]) -> list[float]:
+    return [t / 1e6 for t in tokens]
+
+
+def _smoothed(values: Any, window: int, factor: float = 1.0) -> list[float]:
+    smooth: list[float] = (
+        (factor * pd.Series(values)).rolling(window, min_periods=1).mean().tolist()
+    )
+    return smooth
+
+
+def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) -> Section:
+    """A line a row, in the order of the file."""
+    settings = dict(zip(runs.key, runs.setting, strict=True))
+    lines = [
+        {
+            "cell": str(row.cell),
+            "setting": settings.get(row.key, ""),
+            "perplexity": "diverged" if row.diverged else f"{row.perplexity:.3f}",
+            "cloze": "–" if row.accuracy is None else f"{row.accuracy:.1%}",
+            "zeros": "–" if row.zeros is None else f"{row.zeros:.1%}",
+            "tokens": _number(row.raw.get("tokens"), 1e6, "M"),
+            "seconds": _number(row.raw.get("seconds")),
+            "tokens/s": _number(row.raw.get("tokens_per_second"), 1e6, "M", 2),
+            "key": row.key,
+        }
+        for row in rows
+    ]
+    diverged = [f"{r.cell} diverged: {r.raw.get('problem')}" for r in rows if r.diverged]
+    text = (
+        "Each line is a row of the file, which has the configuration, versions and histories too."
+    )
+    return Section("All runs", text, [pd.DataFrame(lines)], notes=[*diverged, *problems])
 
 
 def _number(value: object, unit: float = 1.0, name: str = "", digits: int = 0) -> str:
     return f"{value / unit:,.{digits}f}{name}" if isinstance(value, int | float) else "–"
-
-
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _lead(rows: Sequence[Row]) -> list[str]:
@@ -228,10 +356,8 @@ def _lead(rows: Sequence[Row]) -> list[str]:
     devices = sorted({str(e.get("device")) for e in environments})
     versions = sorted({f"torch {e.get('torch')}" for e in environments})
     commits = sorted({str(e["commit"])[:10] for e in environments if e.get("commit")})
-    small = f"{tokens / 1e6:.{0 if tokens >= 1e7 else 2}f}M"
-    many = f"{tokens / 1e9:.2f}G" if tokens >= 1e9 else small
-    long = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     return [
-        f"{_count(rows, 'run')}, {many} training tokens, {long} of training one after the other.",
+        f"{len(rows)} runs, {tokens / 1e6:,.4g}M training tokens, {seconds / 3600:.2f} hours of "
+        "training one after the other.",
         ", ".join([*devices, *versions, *(f"commit {c}" for c in commits)]),
     ]

@@ -13,17 +13,19 @@ final figures, and histories thinned to a few hundred points:
     polarization: [{fraction, position, name, magnitudes, thresholds, ...}, ...]
 
 Lines are appended whole and synced, so an interruption costs at most the line being written; a
-reader skips what it cannot use and says so.
+reader skips what it cannot use and reports it. A directory may hold ``rows.jsonl.xz`` instead,
+which is only read.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study.cells import Cell
@@ -52,7 +54,7 @@ class Row:
 
     @property
     def learning_rate(self) -> float | None:
-        """The peak that it was trained with; None if the row does not say."""
+        """The highest of its schedule; None if the row does not record it."""
         config = self.raw.get("config")
         optimizer = config.get("optimizer") if isinstance(config, dict) else None
         rate = optimizer.get("learning_rate") if isinstance(optimizer, dict) else None
@@ -79,23 +81,6 @@ class Row:
         found = self.raw.get("polarization")
         return [one for one in (found if isinstance(found, list) else []) if _is_snapshot(one)]
 
-    def final_statistic(self, name: str) -> float | None:
-        """A figure of the last polarization snapshot over all layers."""
-        found = [one.get(name) for one in self.snapshots if one["position"] == "all"]
-        return found[-1] if found and is_number(found[-1]) else None
-
-    @property
-    def zeros_by_layer(self) -> dict[str, float]:
-        """Weight's name → fraction of zeros before any mask, at the end of training."""
-        layers = self.raw.get("layers")
-        layers = layers if isinstance(layers, dict) else {}
-        names, history = layers.get("names"), layers.get("zeros")
-        last = history[-1] if isinstance(history, list) and history else None
-        if not (isinstance(names, list) and isinstance(last, list)):
-            return {}
-        both = zip(names, last, strict=False)
-        return {str(name): value for name, value in both if is_number(value)}
-
     @property
     def zeros(self) -> float | None:
         """Fraction of weights that round to zero before any mask, at the end of training."""
@@ -112,13 +97,21 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
         DataError: if there is no such file.
     """
     path = Path(path)
-    path = path / ROWS_FILE if path.is_dir() else path
+    if path.is_dir():
+        path = path / ROWS_FILE
+        packed = path.with_name(f"{path.name}.xz")
+        path = packed if packed.is_file() and not path.is_file() else path
     if not path.is_file():
         raise DataError(f"{path}: no such file; a sweep writes it, see `sparse-bitnet sweep`")
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        try:
+            data = lzma.decompress(data)
+        except lzma.LZMAError as error:
+            raise DataError(f"{path}: damaged: {error}") from error
     rows: dict[str, Row] = {}
     problems = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -192,7 +185,7 @@ def _are_numbers(values: Any, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(map(is_number, values))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a row is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 

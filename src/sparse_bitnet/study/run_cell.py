@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError, PatternError, TrainingError
 from sparse_bitnet.data import TokenShards, open_source
-from sparse_bitnet.deploy.estimate.estimate import empty_model
+from sparse_bitnet.estimate.estimate import empty_model
 from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.perplexity import perplexity
 from sparse_bitnet.evaluate.scoring import check_window

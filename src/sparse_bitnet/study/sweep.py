@@ -1,4 +1,4 @@
-"""``sweep``: run every cell of a recipe on whatever is there, and write a row for each.
+"""``sweep``: run every cell of a recipe on the GPUs or CPU at hand, and write a row for each.
 
 Worker processes are pinned to GPUs, several side by side on one where that is faster (small models
 leave most of a big GPU idle), or share the CPU. Each takes cells one after the other, so that a
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.console import say
+from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import locked, write_text
-from sparse_bitnet.kernels.environment import environment
-from sparse_bitnet.study.board import Board
-from sparse_bitnet.study.cells import Cell, SweepRecipe, fingerprint, key_today, read_sweep
-from sparse_bitnet.study.pool import Job, Pool
-from sparse_bitnet.study.rows import ROWS_FILE, Row, append_row, is_number, read_rows
+from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
+from sparse_bitnet.study.pool import Job, Message, Pool
+from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 from sparse_bitnet.study.run_cell import check_evaluation, check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.signals import (
@@ -39,7 +36,6 @@ from sparse_bitnet.train.signals import (
 
 HISTORY_ROWS = 200
 LAYER_ROWS = 20
-SAFETY = 1.05  # a cell must fit with this margin before the deadline
 POLL_SECONDS = 0.5
 
 
@@ -81,13 +77,12 @@ def sweep(
     Args:
         recipe: a sweep recipe (docs/study.md tells how to write one), cells in order of value.
         out: receives ``rows.jsonl``, ``sweep.yaml`` (the recipe) and ``logs/``.
-        minutes: stop by then: no cell is started that cannot be expected to finish (a later,
-            shorter one may be), and what still runs is asked to save and leave.
+        minutes: then no cell is started any more, and what still runs saves and leaves.
         per_gpu: workers side by side on each GPU.
         cpu_workers: workers where there is no GPU.
         scratch: where runs live until their row is written; ``out/cells`` by default.
         keep_runs: keep their directories afterwards, and export their models into them.
-        dry_run: say what would be run, and run nothing.
+        dry_run: list what would be run, and run nothing.
 
     Raises:
         ConfigError: for a recipe that cannot be read, a pattern or a window that does not fit the
@@ -110,7 +105,7 @@ def sweep(
         check_model(job.cell, job.config, plan.evaluation)
     rows_path = out / ROWS_FILE
     if dry_run:
-        _, waiting = _waiting(plan, jobs, rows_path)
+        waiting = _waiting(plan, jobs, rows_path)
         for job in waiting:
             say(f"  {job.key}  {job.cell}  {_millions(job.tokens)} tokens")
         if waiting:
@@ -120,13 +115,17 @@ def sweep(
         f"another sweep is running in {out}; wait for it, or choose another directory"
     )
     with locked(out / ".lock", busy), stop_on_signals() as stop:
-        rows, waiting = _waiting(plan, jobs, rows_path)
+        waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
-        run = _Sweep(plan, jobs, waiting, rows, rows_path, deadline, keep_runs)
+        run = _Sweep(plan, waiting, rows_path, deadline, keep_runs)
         places = _places(per_gpu, cpu_workers)[: len(waiting)]
         if places:
-            with Pool(places, out / "logs") as pool, Board(plan.name, len(jobs)) as board:
-                run.work(pool, board, stop)
+            steps = sum(job.config.schedule.steps for job in waiting)
+            with (
+                Pool(places, out / "logs") as pool,
+                progress(f"sweep {plan.name}, steps", steps) as task,
+            ):
+                run.work(pool, task, stop)
     left = [str(job.cell) for job in run.waiting]
     finished = len(jobs) - len(left) - len(run.failed)
     say(
@@ -140,8 +139,8 @@ def sweep(
     return SweepResult(rows_path, finished, run.failed, left)
 
 
-def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[Row], list[Job]]:
-    """The rows there are, and the cells without one; says what it found."""
+def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> list[Job]:
+    """The cells without a row; reports what it found."""
     rows, problems = read_rows(rows_path) if rows_path.is_file() else ([], [])
     for problem in problems:
         say(problem)
@@ -157,57 +156,53 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> tuple[list[
         f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
         f"{len(waiting)} to run"
     )
-    return rows, waiting
+    return waiting
 
 
 class _Sweep:
-    """What is waiting, what is known about speed, and what to do when a worker reports."""
+    """What is waiting, what has failed, and what to do with a worker's message."""
 
     def __init__(
         self,
         plan: SweepRecipe,
-        jobs: list[Job],
         waiting: list[Job],
-        rows: list[Row],
         rows_path: Path,
         deadline: float | None,
         keep_runs: bool,
     ) -> None:
-        self.plan, self.jobs, self.waiting = plan, jobs, waiting
+        self.plan, self.waiting = plan, waiting
         self.rows_path, self.deadline, self.keep_runs = rows_path, deadline, keep_runs
         self.failed: dict[str, str] = {}
-        self.speeds = _Speeds(rows)
-        self.finished = len(jobs) - len(waiting)
+        self._steps_done = dict.fromkeys((job.key for job in waiting), 0)
+        self._cells_done = len(plan.cells) - len(waiting)
 
-    def work(self, pool: Pool, board: Board, stop: StopRequest) -> None:
+    def work(self, pool: Pool, task: Task, stop: StopRequest) -> None:
         """Hand out cells until none is left or fits before the deadline, or a signal arrives."""
         try:
             self._hand_out(pool)
             while pool.running:
-                for job, message in pool.reports(POLL_SECONDS):
-                    self._heed(job, message)
+                for job, message in pool.messages(POLL_SECONDS):
+                    self._handle(job, message, pool, task)
                 if stop:
                     break
                 self._hand_out(pool)
-                known, unknown = self._time_left(pool)
-                board.show(self.finished, len(self.waiting), self.failed, pool, known, unknown)
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if self._out_of_time():
                     say("sweep: out of time; asking what still runs to save and leave")
                     break
         finally:
             # Whatever ended the loop (time, a signal, an error): runs are saved, counted as left.
-            reports, left = pool.stop()
+            ends, left = pool.stop()
             self.waiting = left + self.waiting
-            for job, message in reports:
-                self._heed(job, message)
+            for job, message in ends:
+                self._handle(job, message, pool, task)
 
-    def _heed(self, job: Job, message: dict[str, Any]) -> None:
+    def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
+        steps = job.config.schedule.steps
         if "row" in message:
             row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
-            row["environment"] = {**row["environment"], "side_by_side": job.side_by_side}
+            row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
             append_row(self.rows_path, row)
-            self.speeds.add(job.cell, row)
-            self.finished += 1
+            self._cells_done += 1
             if not self.keep_runs:
                 shutil.rmtree(job.config.run.directory, ignore_errors=True)
             say(f"done: {job.cell}: {_figures(row)}")
@@ -216,85 +211,23 @@ class _Sweep:
             say(f"failed: {job.cell}: {message['failed']}")
         elif "interrupted" in message:
             self.waiting.insert(0, job)
+            steps = self._steps_done[job.key]
+        else:
+            steps = message["done"]
+        cells = f"{self._cells_done} of {len(self.plan.cells)} cells, {len(pool.running)} running"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        task.advance(steps - self._steps_done[job.key], cells + failed)
+        self._steps_done[job.key] = steps
 
     def _hand_out(self, pool: Pool) -> None:
+        """Give idle workers the next cells, in the recipe's order."""
         for worker in pool.idle():
-            job = self._next(pool)
-            if job is None:
+            if not self.waiting or self._out_of_time():
                 return
-            self.waiting.remove(job)
-            pool.start(worker, job)
+            worker.start(self.waiting.pop(0))
 
-    def _next(self, pool: Pool) -> Job | None:
-        """The first cell in the recipe's order that can be expected to finish in time."""
-        if self.deadline is None:
-            return self.waiting[0] if self.waiting else None
-        left = self.deadline - time.monotonic()
-        for job in self.waiting:
-            estimate = self.speeds.seconds(job, pool.per_device)
-            if left > 0 and (estimate is None or estimate * SAFETY <= left):
-                return job
-        return None
-
-    def _time_left(self, pool: Pool) -> tuple[float, int]:
-        """Seconds until all that can be foreseen is done, and how many cells cannot yet.
-
-        A waiting cell takes as long as finished ones like it did, or goes at the pace of a running
-        one of its size; so does a running one until it tells its own pace.
-        """
-        running = pool.running
-        pace = {
-            one.job.cell.size: each * one.steps / one.job.tokens
-            for one in running
-            if (each := one.seconds_a_step()) is not None
-        }
-
-        def whole(job: Job) -> float | None:
-            seconds = self.speeds.seconds(job, pool.per_device)
-            each = pace.get(job.cell.size)
-            return job.tokens * each if seconds is None and each is not None else seconds
-
-        expected = [whole(job) for job in self.waiting]
-        for one in running:
-            left = one.seconds_left()
-            if left is None and (seconds := whole(one.job)) is not None:
-                left = max(0.0, seconds - one.seconds)
-            expected.append(left)
-        known = [seconds for seconds in expected if seconds is not None]
-        return sum(known) / max(1, pool.size), len(expected) - len(known)
-
-
-class _Speeds:
-    """How long cells take, from rows of the same device with as many side by side."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self._seen: list[tuple[str, str, int, float, float]] = []
-        for row in rows:
-            self.add(row.cell, row.raw)
-
-    def add(self, cell: Cell, row: dict[str, Any]) -> None:
-        """Remember (size, kind, side by side, seconds a token, seconds besides)."""
-        where = row.get("environment")
-        if not isinstance(where, dict) or where.get("device") != environment()["device"]:
-            return
-        given = [row.get(name) for name in ("tokens_per_second", "tokens", "seconds")]
-        figures = [float(one) for one in given if one is not None and is_number(one) and one > 0]
-        if row.get("status") == "done" and len(figures) == len(given):
-            speed, tokens, seconds = figures
-            besides = max(0.0, seconds - tokens / speed)
-            beside = where.get("side_by_side", 1)
-            self._seen.append((cell.size, cell.kind, beside, 1 / speed, besides))
-
-    def seconds(self, job: Job, side_by_side: int) -> float | None:
-        """Expected wall time of a cell; None if nothing like it has been seen."""
-        cell = job.cell
-        same_size = [s for s in self._seen if s[0] == cell.size]
-        same_kind = [s for s in same_size if s[1] == cell.kind] or same_size
-        alike = [s for s in same_kind if s[2] == side_by_side] or same_kind
-        if not alike:
-            return None
-        each = statistics.median(s[3] for s in alike)
-        return job.tokens * each + statistics.median(s[4] for s in alike)
+    def _out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
@@ -343,9 +276,9 @@ def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     gpus = gpus if torch.cuda.is_available() else []
     workers = per_gpu * len(gpus) or cpu_workers
-    # The cores this process may use, where the system tells, and not all of the machine.
-    told = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if told else os.cpu_count() or 1
+    # The cores this process may use, where the system reports them, not all of the machine.
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
     if not gpus:
         return [{"OMP_NUM_THREADS": threads}] * cpu_workers

@@ -1,7 +1,7 @@
 """A worker process of a sweep: takes cells one after the other, so each shape is compiled once.
 
 Started as ``python -m sparse_bitnet.study.worker FD`` with one end of a socket pair; messages are
-JSON both ways. It ends when the other end closes, so it never outlives its sweep. Asked to stop
+JSON both ways. It ends when the other end closes, so it never outlives its sweep. Told to stop
 (SIGTERM), it saves what it trains; what is trained it measures before it leaves.
 """
 
@@ -31,19 +31,19 @@ REPORT_SECONDS = 0.5
 
 def serve(connection: Connection) -> None:
     """Run the cells that arrive until the sweep closes the connection, or a signal says to stop."""
-    asked: list[int] = []
+    stops: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
+        stops.append(number)
 
     signal.signal(signal.SIGTERM, on_signal)  # training has a handler of its own meanwhile
-    while not asked:
+    while not stops:
         try:
             order = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         try:
-            answer: dict[str, Any] = {"row": _run(order, connection, asked)}
+            answer: dict[str, Any] = {"row": _run(order, connection, stops)}
         except TrainingInterruptedError as error:
             answer = {"interrupted": str(error)}
         except BrokenPipeError:
@@ -60,7 +60,7 @@ def serve(connection: Connection) -> None:
             torch.cuda.empty_cache()
 
 
-def _run(order: dict[str, Any], connection: Connection, asked: list[int]) -> dict[str, Any]:
+def _run(order: dict[str, Any], connection: Connection, stops: list[int]) -> dict[str, Any]:
     cell = Cell.from_dict(order["cell"], "order")
     config = config_from_dict(order["config"], "order")
     Path(config.run.directory).mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,8 @@ def _run(order: dict[str, Any], connection: Connection, asked: list[int]) -> dic
 
     def report(done: int, steps: int) -> None:
         nonlocal last
-        if asked and done < steps:  # before training could listen
-            raise TrainingInterruptedError("stopped while it was being set up", asked[0])
+        if stops and done < steps:  # before training could listen
+            raise TrainingInterruptedError("stopped while it was being set up", stops[0])
         now = time.monotonic()
         if now - last >= REPORT_SECONDS or done == steps:
             last = now

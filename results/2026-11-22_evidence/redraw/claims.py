@@ -23,10 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparse_bitnet.study import published
-from sparse_bitnet.study.analysis import Estimate, Runs, first_beyond, signed
-from sparse_bitnet.study.cells import KINDS
-from sparse_bitnet.study.plots import NAME
+import published
+from runs import KINDS, Estimate, Runs, dead_zone_groups, first_beyond, signed
 
 RULE = (
     "Rule: a comparison holds if every one of at least two seeds shows it and the mean lies more "
@@ -38,6 +36,7 @@ RULE = (
 )
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"
 NOT_DECIDED = "not decided"
+NAME = {"bf16": "BF16", "bitnet": "BitNet"}
 ZEROS_CLOSE = 0.05  # absolute distance from the published fraction that counts as the same
 
 
@@ -52,7 +51,7 @@ class Claim:
     missing: str = ""
 
 
-def judge(
+def verdict_of(
     comparisons: list[Estimate], baseline: Estimate | None = None, complete: bool = True
 ) -> str:
     """The rule at the top of this file.
@@ -94,7 +93,7 @@ def decided(gap: Estimate) -> int:
 
 
 def claims(runs: Runs) -> list[Claim]:
-    """The claims about one size, judged on it."""
+    """The claims about one size, by the rule."""
     makers: list[Callable[[Runs], Claim]] = [
         _delta,
         _every_pattern,
@@ -108,13 +107,13 @@ def claims(runs: Runs) -> list[Claim]:
     return [maker(runs) for maker in makers]
 
 
-def _undecided(claim: str, told: str, missing: str) -> Claim:
-    return Claim(claim, told, "–", "not measured", missing)
+def _undecided(claim: str, theirs: str, missing: str) -> Claim:
+    return Claim(claim, theirs, "–", "not measured", missing)
 
 
 def _delta(runs: Runs) -> Claim:
     claim = "At 6:8 BitNet loses less perplexity than BF16, each against its own dense model"
-    told = ", ".join(
+    theirs = ", ".join(
         f"{size}: {signed(published.DELTA_PPL_6_8['bf16'][size])} BF16, "
         f"{signed(published.DELTA_PPL_6_8['bitnet'][size])} BitNet"
         for size in published.DELTA_PPL_6_8["bf16"]
@@ -122,21 +121,21 @@ def _delta(runs: Runs) -> Claim:
     bf16, bitnet = runs.delta("bf16", "6:8"), runs.delta("bitnet", "6:8")
     gap = runs.advantage("6:8", "difference")
     if bf16 is None or bitnet is None or gap is None:
-        return _undecided(claim, told, "bf16 and bitnet at dense and 6:8")
+        return _undecided(claim, theirs, "bf16 and bitnet at dense and 6:8")
     ours = f"{bf16.text(2, True)} BF16, {bitnet.text(2, True)} BitNet"
-    return Claim(claim, told, ours, _by_seed(gap, bf16, bitnet))
+    return Claim(claim, theirs, ours, _by_seed(gap, bf16, bitnet))
 
 
 def _every_pattern(runs: Runs) -> Claim:
     claim = "BitNet's normalised perplexity is below BF16's at every pattern N:8"
-    told = ", ".join(
+    theirs = ", ".join(
         f"{pattern}: {value:.2f} | {published.NORMALISED_PPL['bitnet'][pattern]:.2f}"
         for pattern, value in published.NORMALISED_PPL["bf16"].items()
     )
     found = {p: runs.advantage(p) for p in published.NORMALISED_PPL["bf16"]}
     gaps = {p: gap for p, gap in found.items() if gap is not None}
     if len(gaps) < 2:
-        return _undecided(claim, f"{told} (BF16 | BitNet)", "bf16 and bitnet at the patterns N:8")
+        return _undecided(claim, f"{theirs} (BF16 | BitNet)", "bf16 and bitnet at the patterns N:8")
     parts, grades = [], []
     for p, gap in gaps.items():
         bf16, bitnet = runs.ratio("bf16", p), runs.ratio("bitnet", p)
@@ -145,32 +144,32 @@ def _every_pattern(runs: Runs) -> Claim:
         grades.append(_by_seed(gap, bf16, bitnet))
     ours = f"{', '.join(parts)} (BF16 | BitNet)"
     verdict = _verdict(grades, complete=len(gaps) == len(found))
-    return Claim(claim, f"{told} (BF16 | BitNet)", ours, verdict)
+    return Claim(claim, f"{theirs} (BF16 | BitNet)", ours, verdict)
 
 
 def _collapse(runs: Runs) -> Claim:
     line = published.COLLAPSE_AT - 1
     claim = f"BitNet stays within +{line:.0%} perplexity at a sparser pattern than BF16"
     first = published.FIRST_BEYOND
-    told = f"first beyond: {first['bf16']} BF16, {first['bitnet']} BitNet"
+    theirs = f"first beyond: {first['bf16']} BF16, {first['bitnet']} BitNet"
     ratios: dict[str, dict[str, Estimate]] = {}
     for kind in KINDS:
         found = {p: runs.ratio(kind, p) for p in published.NORMALISED_PPL[kind]}
         ratios[kind] = {p: ratio for p, ratio in found.items() if ratio is not None}
     shared = [p for p in ratios["bf16"] if p in ratios["bitnet"]]
     if len(shared) < 2:
-        return _undecided(claim, told, "bf16 and bitnet at the patterns N:8")
+        return _undecided(claim, theirs, "bf16 and bitnet at the patterns N:8")
     means = {k: {p: ratios[k][p].mean for p in shared} for k in ratios}
     beyond = {k: first_beyond(means[k], published.COLLAPSE_AT) for k in means}
     names = {k: v or f"none down to {shared[-1]}" for k, v in beyond.items()}
     ours = f"first beyond: {names['bf16']} BF16, {names['bitnet']} BitNet"
     if beyond["bf16"] == beyond["bitnet"] and _blind(beyond["bf16"], shared):
-        return Claim(claim, told, ours, NOT_DECIDED)
+        return Claim(claim, theirs, ours, NOT_DECIDED)
     # BF16 above the line and BitNet below it, at the pattern where BF16 first crosses.
     pattern = beyond["bf16"] or shared[-1]
     above = Estimate(tuple(v - published.COLLAPSE_AT for v in ratios["bf16"][pattern].values))
     below = Estimate(tuple(published.COLLAPSE_AT - v for v in ratios["bitnet"][pattern].values))
-    return Claim(claim, told, ours, _both(above, below))
+    return Claim(claim, theirs, ours, _both(above, below))
 
 
 def _blind(first: str | None, measured: Sequence[str]) -> bool:
@@ -184,12 +183,12 @@ def _blind(first: str | None, measured: Sequence[str]) -> bool:
 
 def _both(above: Estimate, below: Estimate) -> str:
     """Two conditions that must hold at once: if either fails, so does the claim."""
-    return FAILS if above.mean <= 0 or below.mean <= 0 else judge([above, below])
+    return FAILS if above.mean <= 0 or below.mean <= 0 else verdict_of([above, below])
 
 
 def _accuracy(runs: Runs) -> Claim:
     claim = "At 6:8 BitNet loses less downstream accuracy than BF16 (ours: cloze, in points)"
-    told = ", ".join(
+    theirs = ", ".join(
         f"{size}: {signed(published.DELTA_ACCURACY_6_8['bf16'][size])} BF16, "
         f"{signed(published.DELTA_ACCURACY_6_8['bitnet'][size])} BitNet"
         for size in published.DELTA_ACCURACY_6_8["bf16"]
@@ -197,55 +196,51 @@ def _accuracy(runs: Runs) -> Claim:
     deltas = {kind: runs.deltas(kind, "6:8", "accuracy") for kind in KINDS}
     both = sorted(deltas["bf16"].keys() & deltas["bitnet"].keys())
     if not both:
-        return _undecided(claim, told, "bf16 and bitnet at dense and 6:8, with cloze questions")
+        return _undecided(claim, theirs, "bf16 and bitnet at dense and 6:8, with cloze questions")
     gap = Estimate(tuple(deltas["bitnet"][seed] - deltas["bf16"][seed] for seed in both))
     bf16, bitnet = (Estimate(tuple(found.values())) for found in deltas.values())
     points = [Estimate(tuple(100 * v for v in one.values)) for one in (bf16, bitnet)]
     ours = f"{points[0].text(2, True)} BF16, {points[1].text(2, True)} BitNet"
-    return Claim(claim, told, ours, _by_seed(gap, bf16, bitnet))
+    return Claim(claim, theirs, ours, _by_seed(gap, bf16, bitnet))
 
 
 def _zeros(runs: Runs) -> Claim:
     claim = "Ternary weights trained with 6:8 are near half zeros before any mask"
-    told = f"about {published.ZEROS_BEFORE_MASK:.0%}"
+    theirs = f"about {published.ZEROS_BEFORE_MASK:.0%}"
     found = [row.zeros for row in runs.select(kind="bitnet", pattern="6:8")]
     values = tuple(value for value in found if value is not None)
     if not values:
-        return _undecided(claim, told, "bitnet at 6:8")
+        return _undecided(claim, theirs, "bitnet at 6:8")
     distances = [abs(value - published.ZEROS_BEFORE_MASK) for value in values]
     within = [Estimate(tuple(k * ZEROS_CLOSE - d for d in distances)) for k in (1, 2)]
     points = round(100 * ZEROS_CLOSE)
     claim += f" (within {points} points of the published; in part: within {2 * points})"
     ours = Estimate(tuple(100 * v for v in values)).text(1) + " %"
-    return Claim(claim, told, ours, judge(within))
+    return Claim(claim, theirs, ours, verdict_of(within))
 
 
 def _dead_zone(runs: Runs) -> Claim:
     claim = "The pruning threshold falls into the dead zone for more groups of BitNet than of BF16"
-    told = "shown in histograms, no figure"
+    theirs = "shown in histograms, no figure"
     pattern = "6:8"
     shares = {
-        kind: {
-            row.cell.seed: share
-            for row in runs.select(kind=kind, pattern=pattern)
-            if (share := row.final_statistic("dead_zone_groups")) is not None
-        }
+        kind: {r.cell.seed: dead_zone_groups(r) for r in runs.select(kind=kind, pattern=pattern)}
         for kind in KINDS
     }
     both = sorted(shares["bf16"].keys() & shares["bitnet"].keys())
     if not both:
-        return _undecided(claim, told, f"bf16 and bitnet at {pattern}")
+        return _undecided(claim, theirs, f"bf16 and bitnet at {pattern}")
     gap = Estimate(tuple(shares["bitnet"][s] - shares["bf16"][s] for s in both))
     bf16, bitnet = (Estimate(tuple(found.values())) for found in shares.values())
     points = [Estimate(tuple(100 * v for v in one.values)).text(1) for one in (bf16, bitnet)]
     ours = f"{points[0]} % BF16, {points[1]} % BitNet, at {pattern}"
-    return Claim(claim, told, ours, _by_seed(gap, bf16, bitnet))
+    return Claim(claim, theirs, ours, _by_seed(gap, bf16, bitnet))
 
 
 def _ablations(runs: Runs) -> Claim:
     claim = "At 6:8 each ablation is worse than the published method"
     base = published.ABLATIONS_PPL["published"]
-    told = ", ".join(
+    theirs = ", ".join(
         f"{name}: {'worse' if value is None else signed(value - (base or 0))}"
         for name, value in published.ABLATIONS_PPL.items()
         if name != "published"
@@ -258,10 +253,10 @@ def _ablations(runs: Runs) -> Claim:
     }
     gaps = {name: gap for name, gap in found.items() if gap is not None}
     if not gaps:
-        return _undecided(claim, told, "bitnet at 6:8 with each ablation")
+        return _undecided(claim, theirs, "bitnet at 6:8 with each ablation")
     ours = ", ".join(f"{name}: {gap.text(2, True)}" for name, gap in gaps.items())
-    verdict = judge(list(gaps.values()), runs.perplexity(**plain), len(gaps) == len(found))
-    return Claim(claim, told, ours, verdict)
+    verdict = verdict_of(list(gaps.values()), runs.perplexity(**plain), len(gaps) == len(found))
+    return Claim(claim, theirs, ours, verdict)
 
 
 def _dense_to_sparse(runs: Runs) -> Claim:
@@ -269,7 +264,7 @@ def _dense_to_sparse(runs: Runs) -> Claim:
     scratch = published.DENSE_TO_SPARSE_PPL["sparse from scratch"]
     switched = published.DENSE_TO_SPARSE_PPL["switched"]
     assert isinstance(switched, tuple) and isinstance(scratch, float)
-    told = ", ".join(signed(value - scratch) for value in switched)
+    theirs = ", ".join(signed(value - scratch) for value in switched)
     schedules = sorted(
         {
             row.cell.until
@@ -281,10 +276,10 @@ def _dense_to_sparse(runs: Runs) -> Claim:
     found = {until: runs.excess(plain, **plain, until=until) for until in schedules}
     gaps = {until: gap for until, gap in found.items() if gap is not None}
     if not gaps:
-        return _undecided(claim, told, "bitnet at 6:8, dense to 25, 50 and 75 % of training")
+        return _undecided(claim, theirs, "bitnet at 6:8, dense to 25, 50 and 75 % of training")
     ours = ", ".join(f"{until[0][0]:.0%}: {gap.text(2, True)}" for until, gap in gaps.items())
-    verdict = judge(list(gaps.values()), runs.perplexity(**plain))
-    return Claim(claim, told, ours, verdict)
+    verdict = verdict_of(list(gaps.values()), runs.perplexity(**plain))
+    return Claim(claim, theirs, ours, verdict)
 
 
 def claim_about_size(by_size: Sequence[Runs]) -> Claim:
@@ -293,7 +288,7 @@ def claim_about_size(by_size: Sequence[Runs]) -> Claim:
     The training length is the one that most sizes have.
     """
     claim = "ΔPPL at 6:8 falls with size, for both kinds"
-    told = "; ".join(
+    theirs = "; ".join(
         f"{NAME[kind]}: " + " → ".join(signed(v) for v in values.values())
         for kind, values in published.DELTA_PPL_6_8.items()
     )
@@ -306,7 +301,7 @@ def claim_about_size(by_size: Sequence[Runs]) -> Claim:
         found = {one.label: deltas for one in ordered if (deltas := one.deltas(kind, "6:8"))}
         if len(found) < 2:
             missing = "dense and 6:8 of both kinds at a second size, trained equally long"
-            return _undecided(claim, told, missing)
+            return _undecided(claim, theirs, missing)
         estimates = [Estimate(tuple(deltas.values())) for deltas in found.values()]
         texts = " → ".join(one.text(2, True) for one in estimates)
         parts.append(f"{NAME[kind]}, {' → '.join(found)}: {texts}")
@@ -315,7 +310,7 @@ def claim_about_size(by_size: Sequence[Runs]) -> Claim:
         ):
             both = sorted(small.keys() & large.keys())
             if not both:
-                return _undecided(claim, told, f"two sizes of one seed, {NAME[kind]}")
+                return _undecided(claim, theirs, f"two sizes of one seed, {NAME[kind]}")
             gap = Estimate(tuple(small[seed] - large[seed] for seed in both))
             grades.append(_by_seed(gap, *sides))
-    return Claim(claim, told, "; ".join(parts), _verdict(grades))
+    return Claim(claim, theirs, "; ".join(parts), _verdict(grades))

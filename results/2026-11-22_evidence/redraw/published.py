@@ -18,13 +18,13 @@ NORMALISED_PPL = {
 COLLAPSE_AT = 1.10
 FIRST_BEYOND = {"bf16": "4:8", "bitnet": "3:8"}
 
-# Perplexity at 6:8 minus that of the model's own dense twin, by size.
+# Perplexity at 6:8 minus that of the model's own dense model, by size.
 DELTA_PPL_6_8 = {
     "bf16": {"0.5B": 1.20, "1.5B": 0.60, "3B": 0.45},
     "bitnet": {"0.5B": 0.32, "1.5B": 0.24, "3B": 0.17},
 }
 
-# Mean downstream accuracy at 6:8 minus that of the dense twin, in points.
+# Mean downstream accuracy at 6:8 minus that of the dense model, in points.
 DELTA_ACCURACY_6_8 = {
     "bf16": {"0.5B": -3.02, "1.5B": -7.71, "3B": -3.20},
     "bitnet": {"0.5B": -1.15, "1.5B": -3.79, "3B": -0.80},

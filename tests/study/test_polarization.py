@@ -42,7 +42,7 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     ]
     assert total.split()[:3] == ["all", "50.0%", "100.0%"]
     (layer,) = result["layers"]
-    assert layer["segments"] == []
+    assert layer["shard_sizes"] == []
     assert layer["zeros_before_mask"] == 0.5
     assert layer["dead_zone_groups"] == 1.0
     edges = layer["edges"]
@@ -241,7 +241,7 @@ def as_training_sees(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         one.name: {
             "name": one.name,
             "shape": list(one.weight.shape),
-            "segments": list(one.segments),
+            "shard_sizes": list(one.segments),
             "pattern": "6:8",
             **as_dict(measure(one.weight, one.pattern, one.segments)),
         }
@@ -257,9 +257,9 @@ def test_fused_matrices_have_the_scales_of_training(architecture: str, tmp_path:
     analysis = analyse(tmp_path)
     found = by_name(analysis)
     assert found == as_training_sees(model)
-    assert found["model.layers.1.mlp.gate_up_proj.weight"]["segments"] == [48, 48]
+    assert found["model.layers.1.mlp.gate_up_proj.weight"]["shard_sizes"] == [48, 48]
     if architecture == "phi3":
-        assert found["model.layers.0.self_attn.qkv_proj.weight"]["segments"] == [32, 16, 16]
+        assert found["model.layers.0.self_attn.qkv_proj.weight"]["shard_sizes"] == [32, 16, 16]
     assert str(analysis).endswith(f"γ: as in training, by the configuration ({architecture})")
     late = next(one for one in early_and_late(model) if one["position"] == "all")
     overall = analysis.values["overall"]
@@ -296,7 +296,7 @@ def test_experts_have_the_scales_of_training(tmp_path: Path) -> None:
     together = analyse(tmp_path)
     assert by_name(together) == expected
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert by_name(together)[name]["segments"] == [48, 48]
+    assert by_name(together)[name]["shard_sizes"] == [48, 48]
     assert "otherwise" not in together.values["scales"]
     # By hand: zeros are |w| ≤ γ/2, γ = mean|w| of each expert's gate and of its up.
     parts = model.get_parameter(name).detach().unflatten(1, (2, 48)).abs()
@@ -319,7 +319,7 @@ def test_a_training_checkpoint_has_the_scales_of_its_source(
     train(config_from_dict(sections, "test"))
     saved = by_name(analyse(tmp_path / "run" / "checkpoints" / "step-00000001", tmp_path / "out"))
     assert saved == by_name(analyse(tmp_path / "run"))
-    assert saved["model.layers.0.mlp.gate_up_proj.weight"]["segments"] == [48, 48]
+    assert saved["model.layers.0.mlp.gate_up_proj.weight"]["shard_sizes"] == [48, 48]
 
 
 def test_what_training_would_leave_is_left_out_with_its_reason(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_configuration_of_another_model_decides_nothing(tmp_path: Path) -> Non
     tiny("phi3", **SIZES).save_pretrained(tmp_path)
     AutoConfig.for_model("phi3", **SIZES | {"intermediate_size": 64}).save_pretrained(tmp_path)
     analysis = analyse(tmp_path)
-    assert by_name(analysis)["model.layers.0.mlp.gate_up_proj.weight"]["segments"] == []
+    assert by_name(analysis)["model.layers.0.mlp.gate_up_proj.weight"]["shard_sizes"] == []
     assert "one each for 4 matrices" in analysis.values["scales"]
 
 

@@ -1,1 +1,0 @@
-"""Memory, speed and cost of a model, from its configuration and a device's ceilings."""

@@ -1,0 +1,1 @@
+"""Memory, speed and cost of a model, from its configuration and a device's peak rates."""

@@ -1,0 +1,100 @@
+"""Peak rates and bandwidths of processors, from datasheets or measured here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels.dispatch import ternary_linear
+from sparse_bitnet.kernels.weight import prepare
+
+SECONDS = 0.3  # of measuring each figure of this CPU
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor's peak rates: dense ``bf16`` TFLOPS and ``int8`` TOPS, how many times faster 2:4
+    ``sparse`` products are, memory ``bandwidth`` in GB/s, ``memory`` in GB (0 where unknown)."""
+
+    name: str
+    bf16: float
+    int8: float
+    sparse: float
+    bandwidth: float
+    memory: float
+    source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self in GPUS.values()
+
+
+# Dense figures; the datasheets' headline figures are with sparsity, twice these.
+GPUS = {
+    short: Device(name, bf16, int8, 2.0, bandwidth, memory, f"NVIDIA {source}")
+    for short, name, bf16, int8, bandwidth, memory, source in (
+        (
+            "a100",
+            "A100 SXM 80 GB",
+            312,
+            624,
+            2039,
+            80,
+            "A100 datasheet, June 2021 (nvidia-a100-datasheet)",
+        ),
+        ("h100", "H100 SXM", 989.4, 1978.9, 3350, 80, "H100 datasheet and architecture paper"),
+        ("h200", "H200 SXM", 989.4, 1978.9, 4800, 141, "H200 datasheet"),
+        ("b200", "B200 (HGX)", 2250, 4500, 8000, 180, "Blackwell architecture brief, HGX B200"),
+        ("l4", "L4", 121, 242.5, 300, 24, "L4 datasheet"),
+        ("l40s", "L40S", 362.05, 733, 864, 48, "L40S datasheet"),
+        ("rtx4090", "RTX 4090", 165.2, 660.6, 1008, 24, "Ada GPU architecture paper, table 2"),
+    )
+}
+
+
+def device_named(name: str) -> Device:
+    """A GPU by its short name, or ``"cpu"``: this one, measured now in about a second.
+
+    Raises:
+        ConfigError: for another name.
+    """
+    if name not in (*GPUS, "cpu"):
+        raise ConfigError(f"gpu {name!r} is unknown; choose among {', '.join(GPUS)}, cpu")
+    return GPUS[name] if name in GPUS else measure_cpu()
+
+
+def measure_cpu() -> Device:
+    """This CPU's rates with PyTorch's threads: bf16 and int8 products, and a sum over memory."""
+    a, b = (torch.ones(rows, 2048, dtype=torch.bfloat16) for rows in (512, 2048))
+    a_q, b_q = a.to(torch.int8), b.to(torch.int8)
+    ternary = prepare(b_q, torch.ones(2048))
+    int8 = min(
+        _seconds(lambda: torch._int_mm(a_q, b_q.t())), _seconds(lambda: ternary_linear(a, ternary))
+    )
+    tera = 2 * 512 * 2048 * 2048 / 1e12
+    large = torch.ones(2**26)  # 256 MB, beyond the caches
+    threads = torch.get_num_threads()
+    return Device(
+        name=f"this CPU, {threads} thread{'s' if threads > 1 else ''}",
+        bf16=tera / _seconds(lambda: a @ b),
+        int8=tera / int8,
+        sparse=1.0,
+        bandwidth=large.nbytes / _seconds(large.sum) / 1e9,
+        memory=0.0,
+        source="measured now: the faster of torch's and this package's products",
+    )
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The shortest of the calls that fit the time, after one that does not count."""
+    call()
+    best, end = math.inf, time.perf_counter() + SECONDS
+    while (start := time.perf_counter()) < end:
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
