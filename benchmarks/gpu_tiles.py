@@ -3,8 +3,8 @@
 python benchmarks/gpu_tiles.py measure   every tile and split that serves a shape, cold weights
 python benchmarks/gpu_tiles.py fit       costs for the table in kernels/matmul/hopper.py
 
-The costs are weights of the linear model in ``hopper.estimate``, at least zero, fitted for each tile
-to the least relative error. ``fit`` also prints how much slower the chosen tile is than the best
+The costs are weights of the linear model in ``hopper.estimate``, at least zero, fitted for each
+tile to the least relative error. ``fit`` also prints how much slower the chosen tile is than the
 best that was measured.
 """
 
