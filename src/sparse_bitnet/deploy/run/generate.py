@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -189,6 +190,28 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
             raise ConfigError("generate: the prompt is empty and the tokenizer has no first token")
         tokens = torch.tensor([[first]], device=model.device)
     return tokens
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> list[int]:
+    """Token ids of a conversation by the tokenizer's chat template, up to where an answer begins.
+
+    Args:
+        messages: each with role and content.
+        options: for the template, such as ``tools``.
+
+    Raises:
+        ConfigError: if the template refuses the messages, or fails: it is a program of the
+            model's own.
+    """
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **options
+        )
+        return list(encoded["input_ids"])
+    except Exception as error:  # jinja's own, and whatever an expression raises
+        raise ConfigError(f"the chat template says: {str(error)[:300]}") from error
 
 
 def check_text(text: str) -> None:

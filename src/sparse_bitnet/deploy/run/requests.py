@@ -18,7 +18,7 @@ from sparse_bitnet.core import SparseBitNetError
 from sparse_bitnet.deploy.run.generate import COLDEST
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-MOST_STOPS = 16
+MOST_STOPS, LONGEST_STOP = 16, 128  # characters: transformers prepares each of them for seconds
 
 
 class InvalidRequest(SparseBitNetError):
@@ -55,12 +55,6 @@ def check_chat(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in (body.get("chat_template_kwargs") or {}).keys() & own.keys():
         raise InvalidRequest(f"chat_template_kwargs.{name} is not for requests to set")
-    try:
-        whole = _is_text(json.dumps(body, ensure_ascii=False))  # tools have text too
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
-    if not whole:
-        raise InvalidRequest("a string of the body holds half a character (a lone surrogate)")
 
 
 def check_completion(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -108,7 +102,9 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
 
 def _is_stop(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return 0 < len(values) <= MOST_STOPS and all(_is_text(v) and v for v in values)
+    return 0 < len(values) <= MOST_STOPS and all(
+        _is_text(v) and 0 < len(v) <= LONGEST_STOP for v in values
+    )
 
 
 def _is_temperature(value: Any) -> bool:
@@ -121,7 +117,7 @@ def _are_objects(value: Any) -> bool:
 
 # Field: (what it should be, the check). None always stands for "left out".
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "model": ("a string", lambda v: isinstance(v, str)),
+    "model": ("a string of whole characters", _is_text),
     "stream": ("true or false", lambda v: isinstance(v, bool)),
     "temperature": (f"0, or a number from {COLDEST} to 2", _is_temperature),
     "top_p": ("a number above 0, up to 1", _number(1e-9, 1)),
@@ -129,7 +125,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_completion_tokens": ("a whole number, 1 or more", _whole(1, 2**31)),
     "seed": ("a whole number, 0 or more", _whole(0, 2**63 - 1)),
     "frequency_penalty": ("a number from 0 to 2", _number(0, 2)),
-    "stop": (f"a string that is not empty, or up to {MOST_STOPS} of them", _is_stop),
+    "stop": (f"1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} such strings", _is_stop),
     "suffix": ("a string of whole characters", _is_text),
     "tools": ("a list of objects", _are_objects),
     "chat_template_kwargs": ("an object", lambda v: isinstance(v, dict)),
@@ -151,6 +147,12 @@ def _check_fields(body: dict[str, Any]) -> None:
         value = body.get(name)
         if value is not None and not fits(value):
             raise _wrong(name, value, expected)
+    try:
+        whole = _is_text(json.dumps(body, ensure_ascii=False))  # names and tools have text too
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    if not whole:
+        raise InvalidRequest("a string of the body holds half a character (a lone surrogate)")
 
 
 def _wrong(field: str, value: object, expected: str) -> InvalidRequest:

@@ -11,7 +11,8 @@ What is added here is what it does not do:
 - a seed gives the same text beside other requests as alone, and an answer that nobody waits for any
   more is not computed to its end, streamed or not;
 - clients reach the routes of text generation and no others: transformers' server also lets them
-  load any model by name and unload this one.
+  load any model by name and unload this one;
+- door.py keeps out what no application should see: long bodies, slow requests, foreign host names.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ from transformers.utils.import_utils import is_serve_available
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
+from sparse_bitnet.core.errors import shown
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.deploy.run import door
 from sparse_bitnet.deploy.run.generate import context_length
 from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.deploy.run.requests import InvalidRequest, check_chat, check_completion
 
 ROUTES = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
 BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
-MOST_CONNECTIONS = 256  # beyond, requests are answered with status 503
 SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
 CHAT_ML = "<|im_start|>"
 
@@ -62,20 +64,25 @@ def serve(
     host: str = "localhost",
     port: int = 8000,
     name: str | None = None,
+    api_key: Path | None = None,
+    allowed_hosts: tuple[str, ...] = (),
     dtype: DType | None = None,
     device: str | None = None,
 ) -> None:
     """Serve a packed or trained model to OpenAI clients, until Ctrl-C.
 
     Routes: /v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health. One
-    request is computed at a time, the others wait. There is no authentication: anyone who reaches
-    the port may use it.
+    request is computed at a time, the others wait. Without an API key anyone who reaches the port
+    may use it.
 
     Args:
         directory: of the model and its tokenizer.
         host: address to listen on; 0.0.0.0 for every network of this machine.
         port: to listen on.
         name: what clients call the model; the directory's name when left out.
+        api_key: file with the key that clients must send; SPARSE_BITNET_API_KEY when left out.
+        allowed_hosts: names of this server beside localhost and host that clients may use: a name,
+            *.NAME, or * for any.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
 
@@ -84,7 +91,16 @@ def serve(
         ConfigError: for a port out of range or taken, or a directory without tokenizer.
         PackedFormatError, CheckpointError: if the directory cannot be loaded.
     """
-    server = build_server(directory, host=host, port=port, name=name, dtype=dtype, device=device)
+    server = build_server(
+        directory,
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        allowed_hosts=allowed_hosts,
+        dtype=dtype,
+        device=device,
+    )
     chat = "" if server.has_chat_template else " (no chat template: /v1/completions only)"
     say(f"serving {server.name} at http://{host}:{port}/v1{chat}; Ctrl-C stops")
     server.uvicorn.run()
@@ -103,6 +119,8 @@ def build_server(
     host: str = "localhost",
     port: int = 8000,
     name: str | None = None,
+    api_key: Path | None = None,
+    allowed_hosts: tuple[str, ...] = (),
     dtype: DType | None = None,
     device: str | None = None,
 ) -> Server:
@@ -115,6 +133,7 @@ def build_server(
         raise MissingExtraError("serving needs: pip install 'sparse-bitnet[serve]'")
     if not 0 <= port < 2**16:
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
+    hosts, key = door.allowed_hosts(host, allowed_hosts), door.read_key(api_key)
     _check_free(host, port)
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     make_ready(model)
@@ -141,11 +160,13 @@ def build_server(
     _check_before(built._completion_handler, check_completion, tokenizer)
 
     config: Any = built.server.config
-    config.limit_concurrency = MOST_CONNECTIONS
+    config.http = door.connections(door.MOST_CONNECTIONS)
+    config.limit_concurrency = door.MOST_CONNECTIONS + 1  # when not one of them only waits
     config.timeout_graceful_shutdown = SECONDS_TO_FINISH
     _speak_openai(config.app)
+    config.app.add_middleware(_Routes)
     most_bytes = BYTES + BYTES_PER_TOKEN * (context_length(model) or 2**17)
-    config.app.add_middleware(_Door, most_bytes=most_bytes)
+    config.app = door.guard(config.app, hosts=hosts, key=key, most_bytes=most_bytes)
     return Server(built.server, name, tokenizer.chat_template is not None)
 
 
@@ -295,7 +316,7 @@ def _check_before(
         except Exception as error:
             # Left to the server it would also cut the connection, on which others may wait.
             logging.getLogger("uvicorn.error").exception("a request failed")
-            message = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {str(error)[:500]}"
             raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, message) from error
 
     handler.handle_request = checked
@@ -309,67 +330,44 @@ def _speak_openai(app: Any) -> None:
     from starlette.exceptions import HTTPException
 
     async def refused(_: Request, error: InvalidRequest) -> JSONResponse:
-        return JSONResponse(_error(str(error), error.code), HTTPStatus.BAD_REQUEST)
+        return JSONResponse(door.error_body(str(error), error.code), HTTPStatus.BAD_REQUEST)
 
     async def other_status(_: Request, error: HTTPException) -> JSONResponse:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(_error(str(error.detail), kind=kind), error.status_code)
+        return JSONResponse(door.error_body(str(error.detail), kind=kind), error.status_code)
 
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[0]
         why = found.get("ctx", {}).get("error", "it is no JSON object")
-        return JSONResponse(_error(f"the body is not understood: {why}"), HTTPStatus.BAD_REQUEST)
+        return JSONResponse(
+            door.error_body(f"the body is not understood: {why}"), HTTPStatus.BAD_REQUEST
+        )
 
     app.add_exception_handler(InvalidRequest, refused)
     app.add_exception_handler(HTTPException, other_status)
     app.add_exception_handler(RequestValidationError, malformed)
 
 
-def _error(
-    message: str, code: str | None = None, kind: str = "invalid_request_error"
-) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+class _Routes:
+    """ASGI middleware: only the routes of text generation, and notice of who hangs up."""
 
-
-class _Door:
-    """ASGI middleware: only the routes of text generation, and no bodies beyond reason.
-
-    A prompt is tokenized before its length is known, and nobody else is served meanwhile.
-    """
-
-    def __init__(self, app: Any, most_bytes: int) -> None:
-        self._app, self._most_bytes = app, most_bytes
+    def __init__(self, app: Any) -> None:
+        self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from fastapi.responses import JSONResponse
 
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in ROUTES:
+            message = f"Not Found: {scope['method']} {shown(scope['path'])}"
+            answer = JSONResponse(door.error_body(message), HTTPStatus.NOT_FOUND)
+            await answer(scope, receive, send)
             return
-        status = self._refusal(scope)
-        if status is None:
-            caller = _Caller(receive)
-            _hung_up.set(caller.hung_up)
-            try:
-                await self._app(scope, caller.receive, send)
-            finally:
-                caller.stop_listening()
-            return
-        message = f"{status.phrase}: {scope['method']} {scope['path']}"
-        if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            message += f"; a request has at most {self._most_bytes:,} bytes"
-        await JSONResponse(_error(message), status)(scope, receive, send)
-
-    def _refusal(self, scope: Any) -> HTTPStatus | None:
-        if scope["path"] not in ROUTES:
-            return HTTPStatus.NOT_FOUND
-        if scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length")
-            if length is None or not length.isdigit():
-                return HTTPStatus.LENGTH_REQUIRED
-            if int(length) > self._most_bytes:
-                return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        return None
+        caller = _Caller(receive)
+        _hung_up.set(caller.hung_up)
+        try:
+            await self._app(scope, caller.receive, send)
+        finally:
+            caller.stop_listening()
 
 
 class _Caller:
