@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from sparse_bitnet.core import Pattern, ternarize
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.nn.int8_head import int8_modules, swap_int8
 from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_module import PackedModule
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
+from sparse_bitnet.serve.ready import make_ready
 from sparse_bitnet.train.presets import preset_config
 
 PRESET, VOCABULARY = "qwen2.5-1.5b", 32_000

@@ -29,9 +29,9 @@ VERBS = {
     "export": ("deploy.export", "export", "model → GGUF for llama.cpp, or bitnet for transformers"),
     "import": ("deploy.export", "import_checkpoint", "bitnet checkpoint → trained model"),
     "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
-    "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
-    "chat": ("deploy.run.chat", "chat", "talk with a model directory on the terminal"),
-    "serve": ("deploy.run.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
+    "generate": ("serve.verbs", "generate", "stream text from a model directory"),
+    "chat": ("serve.chat", "chat", "talk with a model directory on the terminal"),
+    "serve": ("serve.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
     "estimate": (
         "deploy.estimate.estimate",
         "estimate",

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load_packed
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.nn import convert
+from sparse_bitnet.serve.ready import make_ready
 from sparse_bitnet.train.presets import preset_config
 
 pytestmark = pytest.mark.gpu

@@ -1,11 +1,10 @@
-"""Packed models: written, loaded, run; and their way from and to the formats of others.
+"""Packed models: written, loaded; and their way from and to the formats of others.
 
     packed/     the packed directory: written, checked, loaded, inspected
-    run/        a loaded model generates, chats, serves
     gguf/       → one file for llama.cpp
     bitnet/     ⇄ the format that transformers itself calls ``bitnet``
     estimate/   what a model would take and gain, before there is one
 
-The four below the first stand on ``packed`` and know nothing of each other. exportable.py is what
+The three below the first stand on ``packed`` and know nothing of each other. exportable.py is what
 gguf and bitnet read; verbs.py and export.py are where the command line enters.
 """

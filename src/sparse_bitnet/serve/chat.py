@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
-from sparse_bitnet.deploy.run.generate import (
+from sparse_bitnet.serve.generate import (
     Sampling,
     check_text,
     context_length,
@@ -23,7 +23,7 @@ from sparse_bitnet.deploy.run.generate import (
     encode_chat,
     generate_from,
 )
-from sparse_bitnet.deploy.run.ready import make_ready
+from sparse_bitnet.serve.ready import make_ready
 
 DRAWN = Sampling(temperature=0.7, top_p=0.95)
 NEW = "/new"

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.run import door
+from sparse_bitnet.serve import door
 
 MOST_BYTES = 1 << 16
 KEY = "a-secret"

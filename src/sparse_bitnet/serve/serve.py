@@ -44,10 +44,10 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.core.errors import shown
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
-from sparse_bitnet.deploy.run import door
-from sparse_bitnet.deploy.run.generate import context_length
-from sparse_bitnet.deploy.run.ready import make_ready
-from sparse_bitnet.deploy.run.requests import InvalidRequest, check_chat, check_completion
+from sparse_bitnet.serve import door
+from sparse_bitnet.serve.generate import context_length
+from sparse_bitnet.serve.ready import make_ready
+from sparse_bitnet.serve.requests import InvalidRequest, check_chat, check_completion
 
 ROUTES = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
 BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context

@@ -12,11 +12,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load, load_with_tokenizer
-from sparse_bitnet.deploy.run.ready import make_ready
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.native.layer import StackCall
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.fuse import FusedMLP
+from sparse_bitnet.serve.ready import make_ready
 
 
 def test_a_packed_model_says_the_same(packed: Any) -> None:

@@ -18,9 +18,9 @@ import torch
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load
-from sparse_bitnet.deploy.run import serve as serving
-from sparse_bitnet.deploy.run.generate import generate_text
-from sparse_bitnet.deploy.run.requests import FIELDS
+from sparse_bitnet.serve import serve as serving
+from sparse_bitnet.serve.generate import generate_text
+from sparse_bitnet.serve.requests import FIELDS
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sparse_bitnet.core import SparseBitNetError
-from sparse_bitnet.deploy.run.generate import COLDEST
+from sparse_bitnet.serve.generate import COLDEST
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 MOST_STOPS, LONGEST_STOP = 16, 128  # characters: transformers prepares each of them for seconds
