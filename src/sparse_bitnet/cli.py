@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import tyro
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        out.print(f"sparse-bitnet {version('sparse-bitnet')}", markup=False, highlight=False)
+        return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
     if verb is None:
         _overview()
