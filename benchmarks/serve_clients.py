@@ -1,8 +1,9 @@
 """Tokens a second of ``sparse-bitnet serve`` through HTTP, by the number of clients.
 
 Starts the server of a model directory, lets so many clients ask at once for answers of a fixed
-length, and measures what all get together; then the first token of a new client beside a long
-stream, and the server's memory before and after.
+length, and measures what all get together, and the server's processor time for a token, which says
+more on a busy machine; then the first token of a new client beside a long stream, and the server's
+memory before and after.
 
     python benchmarks/serve_clients.py runs/demo/packed --clients 1 8 --out serve.json
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -40,14 +42,26 @@ def ask(url: str, tokens: int, stream: bool = False) -> requests.Response:
     return answer
 
 
-def throughput(url: str, clients: int, tokens: int) -> dict[str, Any]:
+def processor_seconds(pid: int) -> float:
+    times = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def throughput(url: str, pid: int, clients: int, tokens: int) -> dict[str, Any]:
     """Tokens a second of all clients together, each of which asks once."""
+    before = processor_seconds(pid)
     with ThreadPoolExecutor(clients) as pool:
         started = time.perf_counter()
         answers = list(pool.map(lambda _: ask(url, tokens).json(), range(clients)))
         seconds = time.perf_counter() - started
     made = sum(answer["usage"]["completion_tokens"] for answer in answers)
-    return {"clients": clients, "tokens": made, "tokens_per_second": round(made / seconds, 1)}
+    busy = processor_seconds(pid) - before
+    return {
+        "clients": clients,
+        "tokens": made,
+        "tokens_per_second": round(made / seconds, 1),
+        "processor_ms_per_token": round(1e3 * busy / made, 3),
+    }
 
 
 def first_token_beside(url: str, tokens: int) -> float:
@@ -96,12 +110,15 @@ def main() -> None:
         rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in parsed.clients}
         for _ in range(parsed.repeats):  # interleaved: a busy machine is so for all alike
             for count in parsed.clients:
-                rounds[count].append(throughput(url, count, parsed.tokens))
+                rounds[count].append(throughput(url, server.pid, count, parsed.tokens))
         rows = []
         for rounds_of_one in rounds.values():
-            rates = [row["tokens_per_second"] for row in rounds_of_one]
-            rows.append(rounds_of_one[0] | {"tokens_per_second": statistics.median(rates)})
-            print(json.dumps(rows[-1] | {"all": rates}), flush=True)
+            medians = {
+                name: statistics.median(row[name] for row in rounds_of_one)
+                for name in ("tokens_per_second", "processor_ms_per_token")
+            }
+            rows.append(rounds_of_one[0] | medians)
+            print(json.dumps(rows[-1]), flush=True)
         firsts = [first_token_beside(url, parsed.stream) for _ in range(parsed.repeats)]
         result = {
             "rows": rows,

@@ -76,43 +76,54 @@ class Generation:
         self.started = time.perf_counter()
         self.cancelled = False
         self._eos = eos
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        while (item := await self._queue.get()) is not None:
+        while (item := await self.queue.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token by its logits, which is given on to who iterates. From any thread."""
-        token = self.sampler.choose(logits)
+    def choose(self, logits: Tensor, likeliest: int) -> Token:
+        """The next token by its logits; :func:`deliver` gives it on to who iterates."""
+        token = Token(likeliest) if self.sampler.is_argmax else self.sampler.choose(logits)
         self.ids.append(token.id)
         if token.id in self._eos:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.options.max_tokens:
             self.finish_reason = "length"
-        self._put(token)
-        if self.has_ended:
-            self._put(None)
-        return token.id
+        return token
 
     def fail(self, message: str) -> None:
         """End it by an error, if it has not ended. From any thread."""
         if not self.has_ended:
             self.finish_reason = "error"
-            self._put(GenerationError(message))
+            deliver([(self, GenerationError(message))])
 
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None
 
-    def _put(self, item: Token | Exception | None) -> None:
+
+def deliver(items: list[tuple[Generation, Token | Exception]]) -> None:
+    """Give a step's tokens on to who iterates over their generations. From any thread.
+
+    In one call for all: each wakes the event loop, which then holds the interpreter's lock.
+    """
+
+    def put() -> None:
+        for one, item in items:
+            one.queue.put_nowait(item)
+            if one.has_ended:
+                one.queue.put_nowait(None)
+
+    if items:
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+            items[0][0].loop.call_soon_threadsafe(put)
         except RuntimeError:  # the server has stopped and its loop is closed
-            self.cancelled = True
+            for one, _ in items:
+                one.cancelled = True
 
 
 class Engine:
@@ -146,9 +157,9 @@ class Engine:
         self.generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._eos = eos_ids(model)
-        if model.config._attn_implementation not in ("sdpa", "eager"):
+        if self._model.config._attn_implementation not in ("sdpa", "eager"):
             self._model.set_attn_implementation("sdpa")
-        self._manager: Any = self._model.init_continuous_batching(
+        self._manager: Any = self._model.init_continuous_batching(  # type: ignore[operator]
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE,
@@ -241,8 +252,10 @@ class Engine:
             now, ids = ids[:, :BATCH_TOKENS], ids[:, BATCH_TOKENS:]
             found = model(input_ids=now, past_key_values=cache, use_cache=True, logits_to_keep=1)
             if ids.shape[1] == 0:
-                token = one.choose(found.logits[0, -1].float())
-                ids = torch.tensor([[token]], device=model.device)
+                logits = found.logits[0, -1].float()
+                token = one.choose(logits, int(logits.argmax()))
+                deliver([(one, token)])
+                ids = torch.tensor([[token.id]], device=model.device)
 
     def _watch(self) -> None:
         """Read the manager's results, of which failures matter, and start it again if it ends."""
@@ -281,20 +294,22 @@ class _Samplers(ContinuousBatchingLogitsProcessorList):
 
     def __call__(self, input_ids: Any, scores: Tensor, logits_processor_args: Any) -> Tensor:
         """Logits ``[rows, vocabulary]``; rows beyond the announced sequences mean nothing."""
-        names = self._names
-        chosen = scores.argmax(-1).tolist()
-        for row, name in enumerate(names):
+        likeliest = scores.argmax(-1).tolist()
+        tokens: list[tuple[Generation, Token | Exception]] = []
+        for row, name in enumerate(self._names):
             one = self._generations.get(name)
             if one is None or one.has_ended:
                 continue
             try:
-                token = one.choose(scores[row])
+                token = one.choose(scores[row], likeliest[row])
             except Exception as error:  # of this sequence alone, such as NaN
                 LOG.exception("a generation failed")
                 one.fail(f"{type(error).__name__}: {str(error)[:300]}")
                 continue
-            if token != chosen[row]:
-                scores[row, token] = torch.inf
+            tokens.append((one, token))
+            if token.id != likeliest[row]:
+                scores[row, token.id] = torch.inf
+        deliver(tokens)
         return scores
 
 
