@@ -112,10 +112,12 @@ def deliver(items: list[tuple[Generation, Token | Exception]]) -> None:
     In one call for all: each wakes the event loop, which then holds the interpreter's lock.
     """
 
+    ended = [one.has_ended for one, _ in items]  # now: the next token may come before they are put
+
     def put() -> None:
-        for one, item in items:
+        for (one, item), is_last in zip(items, ended, strict=True):
             one.queue.put_nowait(item)
-            if one.has_ended:
+            if is_last:
                 one.queue.put_nowait(None)
 
     if items:
