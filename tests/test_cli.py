@@ -107,3 +107,8 @@ def test_the_package_names_what_it_promises() -> None:
     assert set(sparse_bitnet.__all__) <= set(dir(sparse_bitnet))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sparse_bitnet.nothing  # noqa: B018
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("sparse-bitnet 0.")

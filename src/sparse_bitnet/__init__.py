@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sparse_bitnet.core import Method, Pattern, SparseBitNetError
     from sparse_bitnet.deploy.packed.packing import pack
     from sparse_bitnet.deploy.packed.pretrained import load
-    from sparse_bitnet.deploy.run.generate import generate
     from sparse_bitnet.nn.convert import convert, set_pattern
     from sparse_bitnet.nn.derived import frozen
+    from sparse_bitnet.serve.generate import generate
 
 # Imported when first used: torch and transformers take seconds.
 _HOME = {
@@ -31,7 +31,7 @@ _HOME = {
     "SparseBitNetError": "core",
     "convert": "nn",
     "frozen": "nn",
-    "generate": "deploy.run.generate",
+    "generate": "serve.generate",
     "load": "deploy.packed.pretrained",
     "pack": "deploy.packed.packing",
     "set_pattern": "nn",

@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import tyro
@@ -29,9 +30,9 @@ VERBS = {
     "export": ("deploy.export", "export", "model → GGUF for llama.cpp, or bitnet for transformers"),
     "import": ("deploy.export", "import_checkpoint", "bitnet checkpoint → trained model"),
     "inspect": ("deploy.verbs", "inspect", "what a model directory holds, layer by layer"),
-    "generate": ("deploy.verbs", "generate", "stream text from a model directory"),
-    "chat": ("deploy.run.chat", "chat", "talk with a model directory on the terminal"),
-    "serve": ("deploy.run.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
+    "generate": ("serve.verbs", "generate", "stream text from a model directory"),
+    "chat": ("serve.chat", "chat", "talk with a model directory on the terminal"),
+    "serve": ("serve.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
     "estimate": ("estimate.estimate", "estimate", "memory, speed, cost of a model before training"),
     "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        out.print(f"sparse-bitnet {version('sparse-bitnet')}", markup=False, highlight=False)
+        return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
     if verb is None:
         _overview()

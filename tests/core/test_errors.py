@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sparse_bitnet.core import shown
-from sparse_bitnet.core.errors import LONGEST_SHOWN
+from sparse_bitnet.core import errors, shown
+from sparse_bitnet.core.errors import LONGEST_MESSAGE, LONGEST_SHOWN, SparseBitNetError
 
 
 @pytest.mark.parametrize("value", ["6:8", 7, 0.5, None, True, ["a", 1], {"a": 1}, (0.9, 0.95)])
@@ -42,3 +42,18 @@ def ring() -> list[Any]:
 )
 def test_long_ones_are_cut(make: Callable[[], object]) -> None:
     assert len(shown(make())) <= LONGEST_SHOWN
+
+
+KINDS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, SparseBitNetError)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_keep_the_place_and_the_remedy(kind: type[SparseBitNetError]) -> None:
+    assert str(kind("short")) == "short"
+    message = str(kind(f"tokenizer.json: {'x' * 100_000}; get the file again"))
+    assert len(message) <= LONGEST_MESSAGE
+    assert message.startswith("tokenizer.json: x") and message.endswith("; get the file again")

@@ -7,13 +7,15 @@ import tyro
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy import verbs
+from sparse_bitnet.serve.verbs import generate
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
 
 
 def call(verb, *arguments):
     config = (tyro.conf.PositionalRequiredArgs,)
-    return tyro.cli(getattr(verbs, verb), args=[str(a) for a in arguments], config=config)
+    function = generate if verb == "generate" else getattr(verbs, verb)
+    return tyro.cli(function, args=[str(a) for a in arguments], config=config)
 
 
 def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):

@@ -7,7 +7,7 @@ Run as a process of its own, so that a crash, a hang and a memory blow-up are se
 For each named reader (``reader_NAME.py`` beside this file, or a path) it builds clean files,
 damages a copy of them once for each seed, and reads it. The property, for every seed:
 
-- reading raises a :class:`SparseBitNetError` with a message of at most 2000 characters, or returns;
+- reading raises a :class:`SparseBitNetError` with a message of at most 1000 characters, or returns;
 - a reader that returns has checked what it loaded itself (see each reader's own words): a mutation
   may leave a file valid with other values, and a flipped bit of a float is no error;
 - it takes less than ten seconds and one more GiB of address space than the process had;
@@ -38,7 +38,7 @@ from mutations import Mutation, Sandbox, mutate
 
 SECONDS = 10
 MEMORY = 2**30
-LONGEST_MESSAGE = 2000
+LONGEST_MESSAGE = 1000
 
 
 class HangError(BaseException):

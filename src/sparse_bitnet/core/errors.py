@@ -3,6 +3,7 @@
 from reprlib import Repr
 
 LONGEST_SHOWN = 300
+LONGEST_MESSAGE = 1000
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 10
@@ -10,7 +11,17 @@ _SHORT.maxlevel = 3
 
 
 class SparseBitNetError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    A message quotes files, requests and other libraries, which have no bound: beyond
+    ``LONGEST_MESSAGE`` its middle is left out, so that the place and the remedy stay.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half + 3 :]}"
+        super().__init__(message)
 
 
 class PatternError(SparseBitNetError, ValueError):

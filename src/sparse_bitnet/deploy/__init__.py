@@ -1,7 +1,6 @@
-"""Packed models: written, loaded, run; and their way from and to the formats of others.
+"""Packed models: written, loaded; and their way from and to the formats of others.
 
     packed/     the packed directory: written, checked, loaded, inspected
-    run/        a loaded model generates, chats, serves
     gguf/       → one file for llama.cpp
     bitnet/     ⇄ the format that transformers itself calls ``bitnet``
 

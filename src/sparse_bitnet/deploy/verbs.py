@@ -1,4 +1,4 @@
-"""The verbs ``pack``, ``inspect``, ``generate`` and ``evaluate`` of the command line.
+"""The verbs ``pack``, ``inspect`` and ``evaluate`` of the command line.
 
 What a verb returns is its result, which the command line prints; what it prints itself has to
 come earlier, or in another form.
@@ -19,12 +19,10 @@ from sparse_bitnet.deploy.packed import packing
 from sparse_bitnet.deploy.packed.head_effect import head_effect
 from sparse_bitnet.deploy.packed.packing import HeadName, PackResult
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
-from sparse_bitnet.deploy.run.generate import Sampling, generate_text
 from sparse_bitnet.evaluate import Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 
 AsJson = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")]
-DEFAULT_SAMPLING = Sampling()
 DEFAULT_MEASUREMENTS = Measurements()
 
 
@@ -92,39 +90,6 @@ def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str
         return report.as_dict()
     out.print(report.table())
     return f"\n{report.summary()}"
-
-
-def generate(
-    directory: Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 200,
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = DEFAULT_SAMPLING,
-    dtype: DType | None = None,
-    device: str | None = None,
-    compile: bool = False,
-) -> None:
-    """Print a prompt and its continuation, streaming the text to the terminal.
-
-    Args:
-        directory: of a packed or trained model.
-        prompt: the text to continue.
-        max_new_tokens: stop after so many.
-        sampling: how the next token is chosen.
-        dtype: to compute in; the stored one when left out.
-        device: the GPU when left out, if there is one.
-        compile: on a GPU, decode as one CUDA graph; compiling pays for long texts.
-    """
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device, compile=compile)
-    before = prompt  # shown with the first piece, when nothing is left to be refused
-
-    def write(text: str) -> None:
-        nonlocal before
-        print(before + text, end="", flush=True)
-        before = ""
-
-    generate_text(model, tokenizer, prompt, max_new_tokens, sampling, write)
-    print()
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from sparse_bitnet.deploy.bitnet.write import export_bitnet
 from sparse_bitnet.deploy.packed.inspect import inspect
 from sparse_bitnet.deploy.packed.packing import pack
 from sparse_bitnet.deploy.packed.pretrained import load
-from sparse_bitnet.deploy.run.generate import generate_text
+from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained, train
 from sparse_bitnet.train.config import (
     DataConfig,

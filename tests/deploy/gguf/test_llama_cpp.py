@@ -31,8 +31,8 @@ from sparse_bitnet.data import TokenShards, prepare
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.deploy.gguf.tokenizer import LLAMA3_REGEX, QWEN2_REGEX
 from sparse_bitnet.deploy.gguf.write import export_gguf
-from sparse_bitnet.deploy.run.generate import generate_text
 from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.train import (
     DataConfig,
     ModelConfig,

@@ -5,9 +5,9 @@ import io
 import pytest
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.run import chat as chatting
-from sparse_bitnet.deploy.run.chat import Conversation, chat
-from sparse_bitnet.deploy.run.generate import Sampling, generate_text
+from sparse_bitnet.serve import chat as chatting
+from sparse_bitnet.serve.chat import Conversation, chat
+from sparse_bitnet.serve.generate import Sampling, generate_text
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 GREEDY = Sampling()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -16,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
-from sparse_bitnet.deploy.run.generate import (
+from sparse_bitnet.serve.generate import (
     Sampling,
     check_text,
     context_length,
     encode,
+    encode_chat,
     generate_from,
 )
 
@@ -158,10 +158,8 @@ class Conversation:
         self.messages.append({"role": "user", "content": line})
         oldest = 0 if self._system is None else 1
         while True:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            tokens = encoded["input_ids"].to(self._model.device)
+            ids = encode_chat(self._tokenizer, self.messages)
+            tokens = torch.tensor([ids], dtype=torch.long, device=self._model.device)
             if tokens.shape[1] <= self._room:
                 return tokens
             if len(self.messages) <= oldest + 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -175,20 +176,49 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The prompt's tokens ``[1, length]``; a model needs at least one to start from.
+    """:func:`encode_text` as a tensor ``[1, length]`` on the model's device.
 
     Raises:
-        ConfigError: if there is none, or as :func:`check_text`.
+        ConfigError: as :func:`encode_text`; if there is no token to begin with.
+    """
+    ids = encode_text(tokenizer, prompt)
+    if not ids:
+        raise ConfigError("generate: the prompt is empty and the tokenizer has no first token")
+    return torch.tensor([ids], dtype=torch.long, device=model.device)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt's token ids; for an empty one the token that texts begin with, if there is one.
+
+    Raises:
+        ConfigError: as :func:`check_text`.
     """
     check_text(prompt)
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device, torch.long)
-    if tokens.shape[1] == 0:
-        first = tokenizer.bos_token_id
-        first = tokenizer.eos_token_id if first is None else first
-        if first is None:
-            raise ConfigError("generate: the prompt is empty and the tokenizer has no first token")
-        tokens = torch.tensor([[first]], device=model.device)
-    return tokens
+    ids = list(tokenizer(prompt).input_ids)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids if ids or first is None else [first]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> list[int]:
+    """Token ids of a conversation by the tokenizer's chat template, up to where an answer begins.
+
+    Args:
+        messages: each with role and content.
+        options: for the template, such as ``tools``.
+
+    Raises:
+        ConfigError: if the template refuses the messages, or fails: it is a program of the
+            model's own.
+    """
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **options
+        )
+        return list(encoded["input_ids"])
+    except Exception as error:  # jinja's own, and whatever an expression raises
+        raise ConfigError(f"the chat template says: {str(error)[:300]}") from error
 
 
 def check_text(text: str) -> None:

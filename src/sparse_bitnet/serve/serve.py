@@ -1,0 +1,170 @@
+"""The verb ``serve``: a model behind OpenAI's HTTP routes.
+
+engine.py computes many answers at once, app.py speaks HTTP, requests.py checks what is asked, and
+door.py keeps out what no application should see.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.console import say
+from sparse_bitnet.core import ConfigError, MissingExtraError
+from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.serve import door
+from sparse_bitnet.serve.engine import MOST_RUNNING, MOST_WAITING, Engine
+
+BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
+SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
+PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
+
+
+def serve(
+    directory: Path,
+    *,
+    host: str = "localhost",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: Path | None = None,
+    allowed_hosts: tuple[str, ...] = (),
+    cors_origins: tuple[str, ...] = (),
+    cache_tokens: int | None = None,
+    max_running: int = MOST_RUNNING,
+    max_waiting: int = MOST_WAITING,
+    dtype: DType | None = None,
+    device: str | None = None,
+) -> None:
+    """Serve a packed or trained model to OpenAI clients, until Ctrl-C.
+
+    Routes: /v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health,
+    /metrics. Many requests are computed at once. Without an API key anyone who reaches the port may
+    use it.
+
+    Args:
+        directory: of the model and its tokenizer.
+        host: address to listen on; 0.0.0.0 for every network of this machine.
+        port: to listen on.
+        name: what clients call the model; the directory's name when left out.
+        api_key: file with the key that clients must send; SPARSE_BITNET_API_KEY when left out.
+        allowed_hosts: names of this server beside localhost and host that clients may use: a name,
+            *.NAME, or * for any.
+        cors_origins: web pages that may use the server from a browser, such as
+            http://localhost:3000; * for any.
+        cache_tokens: tokens of all sequences at once that the key-value cache has room for; chosen
+            from free memory when left out.
+        max_running: sequences that are computed at once.
+        max_waiting: sequences that wait for a place; beyond, requests get status 429.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+
+    Raises:
+        MissingExtraError: without the extra ``serve``.
+        ConfigError: for a port out of range or taken, or a directory without tokenizer.
+        PackedFormatError, CheckpointError: if the directory cannot be loaded.
+    """
+    server = build_server(
+        directory,
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        allowed_hosts=allowed_hosts,
+        cors_origins=cors_origins,
+        cache_tokens=cache_tokens,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        dtype=dtype,
+        device=device,
+    )
+    chat = "" if server.has_chat_template else " (no chat template: /v1/completions only)"
+    say(f"serving {server.name} at http://{host}:{port}/v1{chat}; Ctrl-C stops")
+    try:
+        server.uvicorn.run()
+    finally:
+        server.engine.close()
+
+
+class Server:
+    """What :func:`build_server` made: ``uvicorn`` runs it, ``name`` is the model's."""
+
+    def __init__(self, uvicorn: Any, engine: Engine, name: str, has_chat_template: bool) -> None:
+        self.uvicorn, self.engine = uvicorn, engine
+        self.name, self.has_chat_template = name, has_chat_template
+
+
+def build_server(
+    directory: str | Path,
+    *,
+    host: str = "localhost",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: Path | None = None,
+    allowed_hosts: tuple[str, ...] = (),
+    cors_origins: tuple[str, ...] = (),
+    cache_tokens: int | None = None,
+    max_running: int = MOST_RUNNING,
+    max_waiting: int = MOST_WAITING,
+    dtype: DType | None = None,
+    device: str | None = None,
+) -> Server:
+    """:func:`serve`, ready but not listening yet; its engine runs until it is closed.
+
+    Raises:
+        As :func:`serve`.
+    """
+    if not all(map(find_spec, PACKAGES)):
+        raise MissingExtraError("serving needs: pip install 'sparse-bitnet[serve]'")
+    import uvicorn
+    from starlette.middleware.cors import CORSMiddleware
+
+    from sparse_bitnet.serve.app import build_app
+
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
+    hosts, key = door.allowed_hosts(host, allowed_hosts), door.read_key(api_key)
+    _check_free(host, port)
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    engine = Engine(model, cache_tokens, max_running, max_waiting)
+    name = name or Path(directory).resolve().name
+    app: Any = build_app(engine, tokenizer, name, int(Path(directory).stat().st_mtime))
+    most_bytes = BYTES + BYTES_PER_TOKEN * min(engine.context, 2**20)
+    app = door.guard(app, hosts=hosts, key=key, most_bytes=most_bytes)
+    if cors_origins:
+        app = CORSMiddleware(app, cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=door.connections(),
+        ws="none",
+        limit_concurrency=door.MOST_CONNECTIONS + 1,  # when not one of them only waits
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+        server_header=False,
+        log_level="error",
+    )
+    return Server(uvicorn.Server(config), engine, name, tokenizer.chat_template is not None)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say before a model is loaded that nothing can listen there."""
+    failed: list[OSError] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"serve: host {host!r} is no address of this machine ({error})") from None
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            failed.append(error)
+    # A machine may know IPv6's localhost and not have it; the others then serve.
+    worst = [e for e in failed if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)]
+    if worst or len(failed) == len(addresses):
+        why = (worst or failed)[0].strerror
+        raise ConfigError(f"serve: {host}:{port}: {why}; choose another --port or --host")

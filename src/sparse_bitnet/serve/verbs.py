@@ -1,0 +1,45 @@
+"""The verb ``generate`` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.serve.generate import Sampling, generate_text
+
+DEFAULT_SAMPLING = Sampling()
+
+
+def generate(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = DEFAULT_SAMPLING,
+    dtype: DType | None = None,
+    device: str | None = None,
+    compile: bool = False,
+) -> None:
+    """Print a prompt and its continuation, streaming the text to the terminal.
+
+    Args:
+        directory: of a packed or trained model.
+        prompt: the text to continue.
+        max_new_tokens: stop after so many.
+        sampling: how the next token is chosen.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+        compile: on a GPU, decode as one CUDA graph; compiling pays for long texts.
+    """
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device, compile=compile)
+    before = prompt  # shown with the first piece, when nothing is left to be refused
+
+    def write(text: str) -> None:
+        nonlocal before
+        print(before + text, end="", flush=True)
+        before = ""
+
+    generate_text(model, tokenizer, prompt, max_new_tokens, sampling, write)
+    print()

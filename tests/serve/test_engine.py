@@ -1,0 +1,72 @@
+"""The engine without HTTP: the same tokens alone, in a batch, and as transformers' generate."""
+
+import asyncio
+
+import pytest
+import torch
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.serve.engine import BusyError, Engine, cache_bytes_per_token
+from sparse_bitnet.serve.sampling import SamplingOptions
+
+PROMPTS = [[5, 6, 7 + number] for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(pristine):
+    model, _ = load(pristine / "two-bit")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model)
+    yield engine
+    engine.close()
+
+
+async def tokens(engine, prompts, **options):
+    made = engine.submit(prompts, [SamplingOptions(max_tokens=20, **options) for _ in prompts])
+
+    async def all_of(one):
+        ids = [token.id async for token in one]
+        engine.cancel(one)
+        return ids
+
+    return await asyncio.gather(*map(all_of, made))
+
+
+def test_every_token_arrives(engine, model):
+    batch = asyncio.run(tokens(engine, PROMPTS))
+    assert all(len(ids) == 20 for ids in batch)
+    for prompt, ids in zip(PROMPTS, batch, strict=True):
+        (alone,) = asyncio.run(tokens(engine, [prompt]))
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert alone == ids == made[0, len(prompt) :].tolist()
+
+
+def test_a_full_engine_starts_none_of_a_request(model):
+    engine = Engine(model, most_running=2, most_waiting=1)
+
+    async def fill():
+        with pytest.raises(BusyError):
+            engine.submit(PROMPTS[:4], [SamplingOptions(max_tokens=1)] * 4)
+        assert not engine.generations
+        return await tokens(engine, PROMPTS[:3])
+
+    try:
+        assert [len(ids) for ids in asyncio.run(fill())] == [20, 20, 20]
+    finally:
+        engine.close()
+
+
+def test_sizes(model):
+    config = model.config
+    expected = 2 * config.num_hidden_layers * config.num_key_value_heads * 8 * 4
+    assert cache_bytes_per_token(model) == expected
+    with pytest.raises(ConfigError, match="128 is the smallest"):
+        Engine(model, cache_tokens=5)
+    with pytest.raises(ConfigError, match="max_running"):
+        Engine(model, most_running=0)
