@@ -3,13 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-portable check format clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-bitnet demo
 
+# In a shuffled order, the same every time: the seed is printed, `SEED=1` is another.
+SEED ?= 2026
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu" -n 2
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --randomly-seed=$(SEED)
+
+# What depends on the processor, on those that this one can pose as.
+PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 \
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2
+PORTABLE := tests/core tests/kernels/test_int8_linear.py tests/kernels/test_native.py \
+	tests/kernels/test_backward.py tests/nn/test_int8_head.py tests/nn/test_sparse_bit_linear.py \
+	tests/nn/test_packed_linear.py tests/train/test_golden.py
+test-portable: $(STAMP)
+	for processor in $(PROCESSORS); do echo $$processor; env $$processor $(BIN)/pytest \
+		-m "not slow and not gpu" -n 2 --randomly-seed=$(SEED) $(PORTABLE) || exit 1; done
 
 test-all: $(STAMP)
 	$(BIN)/pytest -m "not gpu"

@@ -1,6 +1,16 @@
-"""One thread for each test process: `make test` runs one a core, and more threads than cores make
-PyTorch many times slower. Processes that tests start inherit the setting."""
+"""What all test processes share: one thread each, and a compile cache of their own.
 
+`make test` runs one process a core, and more threads than cores make PyTorch many times slower.
+PyTorch's compile cache does not tell processors apart, so the user's own is not read, and code that
+a test made for another processor does not stay. Processes that tests start inherit both settings.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them made
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparse-bitnet-compiled-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)

@@ -1,10 +1,15 @@
 """The product of an int8 head against float64, on hostile shapes and values."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_bitnet.core import WeightError
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.int8_linear import int8_linear, reference, two_terms
 
@@ -78,17 +83,54 @@ def test_zeros_and_extremes():
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 3000), st.integers(1, 5), st.integers(0, 9))
-def test_cpus_without_vnni_get_the_same_integers(tokens, width, rows, seed):
+def test_the_reference_is_exact(tokens, width, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     x_q = torch.randint(-127, 128, (tokens, width), generator=generator, dtype=torch.int8)
     weight = torch.randint(-128, 128, (rows, width), generator=generator, dtype=torch.int8)
     if seed == 0:
         x_q, weight = x_q.fill_(127), weight.fill_(-128)
     exact = (x_q.long() @ weight.long().t()).to(torch.int32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-        assert torch.equal(reference.int8_matmul(x_q, weight), exact)
     assert torch.equal(reference.int8_matmul(x_q, weight), exact)
+
+
+@pytest.mark.parametrize("path", [None, "reference"])
+def test_no_sum_saturates_without_vnni(path):
+    """Pairs of extremes, in a process whose PyTorch may use nothing beyond AVX2."""
+    environment = {k: v for k, v in os.environ.items() if k != native.VARIABLE}
+    environment |= {"ONEDNN_MAX_CPU_ISA": "AVX2"} | ({native.VARIABLE: path} if path else {})
+    subprocess.run([sys.executable, "-c", EXTREMES], env=environment, check=True)
+
+
+EXTREMES = """
+import torch
+from sparse_bitnet.kernels import integer_matmul
+from sparse_bitnet.kernels.int8_linear import int8_linear
+
+for tokens in (1, 5, 40):
+    for width in (2, 100, 1024):
+        for x in (-1.0, 1.0):
+            rows = torch.full((tokens, width), x)
+            for w in (-128, -127, 127):
+                weight = torch.full((33, width), w, dtype=torch.int8)
+                y = int8_linear(rows, weight, torch.ones(33))
+                torch.testing.assert_close(y, torch.full((tokens, 33), x * w * width))
+            x_q = (127 * rows).to(torch.int8)
+            for t in (-1, 1):
+                ternary = torch.full((33, width), t, dtype=torch.int8)
+                assert (integer_matmul(x_q, ternary) == int(127 * x * t * width)).all()
+"""
+
+
+def test_rows_that_int32_cannot_sum_are_refused():
+    longest = reference.LONGEST_ROW - 1
+    x, weight = torch.ones(1, longest), torch.full((1, longest), 127, dtype=torch.int8)
+    y = int8_linear(x, weight, torch.ones(1))
+    torch.testing.assert_close(y, torch.full((1, 1), 127.0 * longest))
+    for function in (int8_linear, reference.int8_linear):
+        with pytest.raises(
+            WeightError, match="int8 weight: 131072 input features cannot be summed"
+        ):
+            function(torch.ones(1, 2**17), torch.ones(1, 2**17, dtype=torch.int8), torch.ones(1))
 
 
 def test_terms_are_rows_of_int8():

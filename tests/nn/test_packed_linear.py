@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from sparse_bitnet.core import ConfigError, Method, PackedFormatError, Pattern, WeightError
-from sparse_bitnet.formats import STORAGES
+from sparse_bitnet.formats import STORAGES, two_bit
+from sparse_bitnet.kernels import ternary_matmul
+from sparse_bitnet.kernels.matmul import cpu
 from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseLinear
 from sparse_bitnet.nn.pack import empty_packed, pack_module, swap_packed
 from sparse_bitnet.nn.packed_linear import PackedLinear
@@ -267,3 +269,23 @@ def test_activations_that_became_integers_are_refused(storage):
     for layer in (linear, pack_module(linear, storage, "layer")):
         with pytest.raises(ConfigError, match=r"got activations of torch\.uint8; .* a rule that"):
             layer(torch.ones(2, 40, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("columns", [2**23, 2**25])
+def test_rows_that_int32_cannot_sum_are_refused(columns: int) -> None:
+    message = f"{columns} input features cannot be summed in 32 bits"
+    with torch.device("meta"):
+        linear = nn.Linear(columns, 1, bias=False)
+        with pytest.raises(WeightError, match=f"weight: {message}"):
+            SparseBitLinear(linear, Pattern(6, 8))
+        with pytest.raises(WeightError, match=f"here.weight: {message}"):
+            PackedLinear(columns, 1, False, spec=PackedSpec(), where="here")
+    if columns == 2**23:
+        x_q, ones = torch.ones(1, columns, dtype=torch.int8), torch.ones(1, 1)
+        with pytest.raises(WeightError, match=message):
+            ternary_matmul(x_q, ones, x_q, ones[0])
+        with pytest.raises(WeightError, match=message):
+            cpu.linear(x_q, two_bit.pack(x_q), "two-bit", ones[0], x_scale=ones)
+        shorter = x_q[:, 1:]  # whose sum is rounded to float32 once
+        y = ternary_matmul(127 * shorter, ones, shorter, ones[0])
+        assert y.item() == torch.tensor(127 * (2**23 - 1)).float().item()

@@ -19,6 +19,7 @@ from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingErr
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.command import describe, train_command
+from sparse_bitnet.train.optim import clip_gradients
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import load_recipe
 
@@ -266,13 +267,36 @@ def test_a_crash_before_the_export_is_made_good(
     assert result.model_directory.is_dir()
 
 
-def test_accumulation_is_the_same_training(recipe: Any) -> None:
-    # A sum in another order differs in its last bits; a few steps later a ternary weight rounds
-    # the other way and the losses part, so only the first ones can be compared.
-    whole = train(recipe("whole", schedule={"steps": 3}))
-    parts = train(recipe("parts", schedule={"steps": 3}, data={"micro_batch_size": 2}))
-    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
-    assert parts.validation_loss == pytest.approx(whole.validation_loss, abs=1e-3)
+@pytest.fixture
+def first_gradient(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``first_gradient("name", **sections)``: the gradient of a run's first step, one vector."""
+
+    def gradient(name: str, **sections: Any) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+            seen.append(torch.cat([p.grad.double().flatten() for p in parameters]))
+            return clip_gradients(parameters, limit)
+
+        monkeypatch.setattr("sparse_bitnet.train.loop.clip_gradients", clip)
+        train(recipe(name, schedule={"steps": 1}, **sections))
+        (vector,) = seen
+        return vector
+
+    return gradient
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 1e-5), ("bitnet", 1e-2)])
+def test_accumulation_sums_the_same_gradient(first_gradient: Any, kind: str, bound: float) -> None:
+    """One batch, whole or in four parts, gives one gradient; later steps amplify its last bits.
+
+    In float32 a sum of 256 tokens in another order is off by 2⁻²⁴ a few times over. Of a ternary
+    model an activation whose last bit changes may round to the next of 127 integers as well.
+    """
+    sections = {"sparsity": {"kind": kind}}
+    whole = first_gradient("whole", **sections)
+    parts = first_gradient("parts", **sections, data={"micro_batch_size": 2})
+    assert (parts - whole).norm() < bound * whole.norm()
 
 
 def test_seeds_are_other_runs(recipe: Any) -> None:
@@ -403,13 +427,12 @@ def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same(recipe: Any) -> None:
+def test_compiled_blocks_train_the_same(recipe: Any, first_gradient: Any) -> None:
     """And one compilation serves every pattern and every block."""
     from torch._dynamo.utils import counters
 
-    exact = train(recipe("eager", schedule={"steps": 3}))
-    compiled = train(recipe("compiled", schedule={"steps": 3}, run={"compile": "on"}))
-    assert losses(compiled) == pytest.approx(losses(exact), abs=1e-4)
+    exact, compiled = first_gradient("eager"), first_gradient("compiled", run={"compile": "on"})
+    assert (compiled - exact).norm() < 1e-2 * exact.norm()  # an integer of 127 here and there
     frames = counters["frames"]["ok"]
     sparsity = {"pattern": "2:4", "until": {0.5: "dense"}}
     train(recipe("other", schedule={"steps": 3}, run={"compile": "on"}, sparsity=sparsity))

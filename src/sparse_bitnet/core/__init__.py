@@ -26,6 +26,7 @@ from sparse_bitnet.core.polarization import (
 from sparse_bitnet.core.ternary import (
     absmean,
     check_finite,
+    check_row,
     check_segments,
     method_mask,
     round_ternary,
@@ -51,6 +52,7 @@ __all__ = [
     "WeightError",
     "absmean",
     "check_finite",
+    "check_row",
     "check_segments",
     "flip_rate",
     "method_mask",

@@ -11,21 +11,23 @@ SMALLEST_MAGNITUDE = 1e-5
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Absmax quantization: s = 127 / max(|x|, 1e-5), Xq = clip(round(x·s), −128, 127).
+    """Absmax quantization: s = 127 / max(|x|, 1e-5), Xq = clip(round(x·s), −127, 127).
 
     Args:
         x: ``[..., in]``, any float dtype; computed in float32.
 
     Returns:
-        ``(quantized, scale)``: int8 ``[..., in]`` and float32 ``[..., 1]``, the size of one integer
-        step (1/s), so that ``x ≈ quantized * scale``.
+        ``(quantized, scale)``: int8 ``[..., in]``, never −128, and float32 ``[..., 1]``, the
+        size of one integer step (1/s), so that ``x ≈ quantized * scale``.
 
-    Source: section 2 of arXiv 2402.17764. A token of zeros gives zeros.
+    Source: section 2 of arXiv 2402.17764, whose lower limit of −128 no value reaches. A token of
+    zeros gives zeros.
     """
     x = x.detach().float()
     magnitude = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
-    # The formula's clip has nothing to do: |x·s| is at most 127 but for a last bit, rounded off.
-    quantized = (x * (127.0 / magnitude)).round_().to(torch.int8)
+    # Eagerly the clip has nothing to do. Compiled, backward may make x again from rounded values,
+    # larger than this magnitude, and scalar and GPU code convert 128 to the int8 −128.
+    quantized = (x * (127.0 / magnitude)).round_().clamp_(-127, 127).to(torch.int8)
     return quantized, magnitude / 127.0
 
 

@@ -13,6 +13,8 @@ from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import Pattern
 
 SMALLEST_SCALE = 1e-5
+LONGEST_ROW = 2**23
+"""Sums of int8 times ternary codes of 0, 1 and 2, at most 2⁸ each, are in int32: 2³¹ / 2⁸."""
 
 
 def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None = None) -> Tensor:
@@ -151,6 +153,19 @@ def check_segments(segments: tuple[int, ...], out_features: int, where: str = "w
     if segments and (min(segments) < 1 or sum(segments) != out_features):
         raise WeightError(
             f"{where}: segments {segments} must be positive and sum to its {out_features} rows"
+        )
+
+
+def check_row(in_features: int, where: str = "weight") -> None:
+    """Refuse rows so long that a sum of int8 activations times ternary weights may not fit int32.
+
+    Raises:
+        WeightError: naming ``where`` and the length.
+    """
+    if in_features >= LONGEST_ROW:
+        raise WeightError(
+            f"{where}: {in_features} input features cannot be summed in 32 bits (the limit is "
+            f"{LONGEST_ROW - 1}); leave this layer in floating point"
         )
 
 

@@ -36,6 +36,17 @@ more than thirty operations where fp8 brings a scale for each token. It is cheap
 """
 
 
+def cpu_options() -> dict[str, str | int | bool]:
+    """Inductor's options for code on this CPU: the length of its vectors, in bits.
+
+    It is the length that the compiler would choose. Named, it becomes part of the key of PyTorch's
+    compile cache, which otherwise gives a processor the code of another one that shares the
+    directory: code for 512 bits, compiled for 256, leaves half of its values unset.
+    """
+    bits = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
+    return {} if bits is None else {"cpp.simdlen": bits}
+
+
 def takes_rows(columns: int) -> bool:
     """Whether passes over rows of this length are left to the compiler; False in eager mode."""
     return torch.compiler.is_compiling() and columns <= LONGEST_ROW

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, row_scale
+from sparse_bitnet.core import DENSE, Method, Pattern, check_row, row_scale
 from sparse_bitnet.nn.derived import Derived, DerivedModule
 from sparse_bitnet.nn.sparse_bit_linear import BitProduct, derive_ternary, output_dtype
 from sparse_bitnet.nn.sparse_linear import derive_mask, masked_weight
@@ -89,6 +89,7 @@ class _Experts(DerivedModule):
         assert callable(activation)
         for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
             pattern.check_divides(weight.shape[-1], name)
+            check_row(weight.shape[-1], name)
         self.gate_up_proj: nn.Parameter = gate_up
         self.down_proj: nn.Parameter = down
         self.act_fn = activation

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, PackedFormatError, Pattern, row_scale
+from sparse_bitnet.core import DENSE, PackedFormatError, Pattern, check_row, row_scale
 from sparse_bitnet.formats import StorageName, storage
 from sparse_bitnet.formats.rows import chunks
 
@@ -118,6 +118,7 @@ class PackedModule(nn.Module, ABC):
         """Register the bytes and the scales of a weight of that shape ``[..., out, in]``."""
         segments = self.segments_of(name)
         self.spec.pattern.check_divides(shape[-1], f"{self.where}.{name} {shape}")
+        check_row(shape[-1], f"{self.where}.{name}")
         self._weights[name] = _Weight(shape, segments)
         stored = (*shape[:-1], self._storage.packed_length(shape[-1]))
         self.register_buffer(name, torch.empty(stored, dtype=torch.uint8, device=device))

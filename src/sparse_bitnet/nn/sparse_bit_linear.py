@@ -14,6 +14,7 @@ from sparse_bitnet.core import (
     ConfigError,
     Method,
     Pattern,
+    check_row,
     check_segments,
     quantize_int8,
     row_scale,
@@ -150,7 +151,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
 
     Raises:
         PatternError: if M does not divide ``in_features``.
-        WeightError: if the segments do not sum to ``out_features``.
+        WeightError: if the segments do not sum to ``out_features``, or rows are too long for int32.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
@@ -165,6 +166,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         nn.Module.__init__(self)
         pattern.check_divides(linear.in_features)
         check_segments(segments, linear.out_features)
+        check_row(linear.in_features)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.segments = segments

@@ -149,7 +149,10 @@ def compile_blocks(model: PreTrainedModel) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in blocks(model):
         ternary = any(isinstance(module, SparseBitLinear) for module in block.modules())
-        block.compile(options=dict(compiled.INDUCTOR_OPTIONS) if ternary else None)
+        options = dict(compiled.INDUCTOR_OPTIONS) if ternary else {}
+        if model.device.type == "cpu":
+            options |= compiled.cpu_options()
+        block.compile(options=options or None)
 
 
 def uncompile_blocks(model: PreTrainedModel) -> None:

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core.activation import quantize_int8
-from sparse_bitnet.kernels.matmul.reference import integer_matmul
+from sparse_bitnet.core.errors import WeightError
 
 Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-EXACT_LANES = 1023  # products of two int8 values that float32 sums exactly
+EXACT_LANES = 1023
+"""Products of two int8 values, at most 2¹⁴ each, that float32 sums exactly: below 2²⁴ / 2¹⁴."""
+LONGEST_ROW = 2**17
+"""Products of two int8 values that int32 sums: fewer than 2³¹ / 2¹⁴."""
 
 
 def two_terms(x: Tensor, quantize: Quantizer = quantize_int8) -> tuple[Tensor, Tensor]:
@@ -74,11 +77,13 @@ def scaled_matmul(x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor)
 def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
     """Xq @ Wᵀ, exact: int8 ``[tokens, in]`` and int8 ``[out, in]`` → int32 ``[tokens, out]``.
 
-    CPUs without VNNI add products of int8 in pairs of 16 bits, which overflow unless the weight is
-    ternary, so there it goes through float32 in pieces that are exact.
+    In float32, in pieces whose sums are exact in any order, and in bf16 or TF32 too if PyTorch is
+    allowed those for float32 products: eight significant bits hold every int8.
+
+    Raises:
+        WeightError: if ``in`` is too long for int32.
     """
-    if x_q.is_cuda or (x_q.device.type == "cpu" and _has_vnni()):
-        return integer_matmul(x_q, weight)
+    check_row(weight.shape[1])
     total = torch.zeros(x_q.shape[0], weight.shape[0], dtype=torch.int32, device=x_q.device)
     for first in range(0, x_q.shape[1], EXACT_LANES):
         lanes = slice(first, first + EXACT_LANES)
@@ -86,6 +91,14 @@ def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-@torch.compiler.assume_constant_result
-def _has_vnni() -> bool:
-    return torch.cpu._is_vnni_supported()
+def check_row(columns: int) -> None:
+    """Refuse rows whose sums could wrap.
+
+    Raises:
+        WeightError: if int32 may not hold the sum of so many products.
+    """
+    if columns >= LONGEST_ROW:
+        raise WeightError(
+            f"int8 weight: {columns} input features cannot be summed in 32 bits (the limit is "
+            f"{LONGEST_ROW - 1}); keep this layer in floating point"
+        )

@@ -25,7 +25,7 @@ def ternary_matmul(
     """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias; arguments and results of the reference.
 
     One Triton kernel on CUDA, the CPU kernel for few tokens, the reference elsewhere. All give the
-    same values, and serve any int8 weight.
+    same values; the first two serve any int8 weight.
     """
     if not runs_triton(x_q):
         if cpu.serves_bytes(x_q, ternary):

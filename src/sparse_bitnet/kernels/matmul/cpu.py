@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core.errors import WeightError
+from sparse_bitnet.core.ternary import check_row
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.library import register
@@ -45,13 +46,13 @@ def row_bytes(layout: str, in_features: int) -> int:
     return in_features
 
 
-def serves_bytes(x_q: Tensor, weight: Tensor) -> bool:
-    """Whether products with a dense int8 weight are faster here than by PyTorch."""
+def serves_bytes(x_q: Tensor, weight: Tensor, most_tokens: int = MOST_BYTE_TOKENS) -> bool:
+    """Whether products of so few tokens with a dense int8 weight are computed here."""
     columns = x_q.shape[-1]
     return (
         x_q.device.type == "cpu"
         and 0 < columns < LONGEST_ROW
-        and x_q.numel() <= MOST_BYTE_TOKENS * columns
+        and x_q.numel() <= most_tokens * columns
         and weight.shape == (weight.shape[0], columns)
         and weight.is_contiguous()
         and _has_path()
@@ -142,7 +143,7 @@ def linear(
         x_scale: float32 ``[..., 1]``.
 
     Raises:
-        WeightError: if the shapes do not fit each other.
+        WeightError: if the shapes do not fit each other, or a row is too long for int32.
         BackendError: if the path in use does not read the layout.
     """
     return torch.ops.sparse_bitnet.cpu_linear(x, x_scale, weight, layout, w_scale, bias, out_dtype)
@@ -163,6 +164,7 @@ def _linear(
             f"matmul: a {layout} weight [{out}, {columns}] is stored in "
             f"{[out, row_bytes(layout, columns)]} bytes, not {list(weight.shape)}"
         )
+    check_row(columns, "matmul")
     rows = x.reshape(-1, columns)
     if rows.dtype not in native.TYPES:
         rows = rows.float()

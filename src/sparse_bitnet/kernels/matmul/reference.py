@@ -1,9 +1,15 @@
 """int8 × ternary in exact integer arithmetic, then one scaling in float32.
 
-PyTorch's own int8 product serves where it can. Its CUDA form wants more than 16 rows and inner and
-outer sizes that 8 divides, so operands are padded with zeros, which changes no sum. Where there is
-no int8 product the operands go through float32: a product of int8 and {−1, 0, 1} summed over fewer
-than 2¹⁷ lanes stays below 2²⁴, so every partial sum is exact in any order.
+PyTorch's own int8 product serves where it can. On x86 without VNNI it makes one operand unsigned by
+adding 128, and adds products in pairs of 16 bits, which saturate at 2¹⁵ − 1. With a ternary weight
+and |Xq| ≤ 127, as every quantization here gives, no pair gets there, whichever operand it is:
+2·255·1 = 510 or 2·129·127 = 32,766. With any int8 weight pairs do: those products are in
+``int8_linear``.
+
+Its CUDA form wants more than 16 rows and inner and outer sizes that 8 divides, so operands are
+padded with zeros, which changes no sum. Where there is no int8 product the operands go through
+float32: a product of int8 and {−1, 0, 1} summed over fewer than 2¹⁷ lanes stays below 2²⁴, so every
+partial sum is exact in any order.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet.core.errors import WeightError
+from sparse_bitnet.core.ternary import check_row
 
 LONGEST_EXACT_SUM = 2**17  # lanes of magnitude at most 128 that float32 sums exactly
 CUDA_MULTIPLE = 8
@@ -23,15 +30,17 @@ def integer_matmul(x_q: Tensor, ternary: Tensor) -> Tensor:
     """Xq @ Tᵀ, exact.
 
     Args:
-        x_q: int8 ``[tokens, in]``.
-        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
+        x_q: int8 ``[tokens, in]``, at least −127.
+        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}; on CUDA any int8.
 
     Returns:
         int32 ``[tokens, out]``.
 
     Raises:
-        WeightError: if ``in`` is too long for exact sums on a device without an int8 product.
+        WeightError: if ``in`` is too long for int32, or for exact sums on a device without an int8
+            product.
     """
+    check_row(x_q.shape[1])
     # With one input feature torch 2.13's int8 product on CPU returns garbage.
     if x_q.device.type == "cpu" and x_q.shape[1] > 1:
         return torch._int_mm(x_q, ternary.t())
