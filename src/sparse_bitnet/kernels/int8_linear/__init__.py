@@ -6,14 +6,13 @@ them at 16. What serves, all of it exact:
     CUDA                      Triton's dense kernel, or PyTorch's product where Triton does not run
     CPU, few tokens           the compiled kernel, which sums in 32 bits on every path
     CPU with AVX512-VNNI      PyTorch's product
-    CPU with AVX2 or NEON     the compiled kernel
+    CPU, up to 128 rows       the compiled kernel, unless it is plain C++
     elsewhere                 the reference: float32, in pieces that are exact
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 from torch import Tensor
@@ -72,5 +71,5 @@ def _sums_in_32_bits() -> bool:
 
 @torch.compiler.assume_constant_result
 def _most_tokens() -> int:
-    """Tokens for which the compiled kernel beats float32: any number, unless it is plain C++."""
-    return cpu.MOST_BYTE_TOKENS if native.path() == "portable" else sys.maxsize
+    """Rows for which the compiled kernel beats float32: at 64 by two, at 512 no more."""
+    return cpu.MOST_BYTE_TOKENS if native.path() == "portable" else 128
