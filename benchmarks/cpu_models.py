@@ -86,8 +86,8 @@ class Transformers:
             for name, module in list(model.model.layers[0].named_modules()):
                 if type(module) is nn.Linear:
                     trained = SparseBitLinear(module.float(), Pattern.parse(pattern))
-                    module.to(dtype)
-                    model.model.layers[0].set_submodule(name, _keep(trained, name))
+                    packed_linear = pack_module(trained, "two-bit", name).to(dtype)
+                    model.model.layers[0].set_submodule(name, packed_linear)
             _int8_head(model)
         _repeat(model)
         model = build_decoder(model)
@@ -116,10 +116,6 @@ class Transformers:
         logits = self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits
         self.next = logits[:, -1].argmax(-1, keepdim=True)
         return time.perf_counter() - started
-
-
-def _keep(trained: SparseBitLinear, name: str) -> PackedModule:
-    return pack_module(trained, "two-bit", name)
 
 
 def _int8_head(model: PreTrainedModel) -> None:

@@ -106,5 +106,5 @@ def test_a_static_cache_stays_where_it_is() -> None:
     cache.advance(3)
     keys, _ = cache.update(second, second, 0)
     assert torch.equal(keys[:, :, :6], torch.cat([first, second], 2))
-    assert keys.data_ptr() == place and cache.get_max_length() == 8
+    assert keys.data_ptr() == place and cache.length == 8
     assert cache.is_compileable and cache.get_mask_sizes(1, 0) == (8, 0)

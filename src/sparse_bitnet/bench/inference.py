@@ -219,7 +219,7 @@ def _static_step(
 ) -> Tensor:
     """A token after ``length`` others, whose position is a tensor, as a CUDA graph wants it."""
     cache.position.fill_(length)
-    slots = torch.arange(cache.get_max_length(), device=tokens.device)
+    slots = torch.arange(cache.length, device=tokens.device)
     logits: Tensor = decoder(
         tokens,
         attention_mask={FULL_ATTENTION: (slots <= cache.position).view(1, 1, 1, -1)},

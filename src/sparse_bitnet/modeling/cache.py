@@ -109,6 +109,7 @@ class StaticKeyValueCache(Cache):
         dtype, device: of keys and values.
 
     Attributes:
+        length: tokens that fit.
         position: int64 ``[]``, tokens seen so far; whoever writes another number rewinds the cache.
     """
 
@@ -120,6 +121,7 @@ class StaticKeyValueCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        self.length = length
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         heads = config.num_key_value_heads
         width = (
