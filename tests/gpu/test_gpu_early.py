@@ -9,8 +9,13 @@ from torch import Tensor
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import early, ternarize
 from sparse_bitnet.kernels.decode_attention import decode_attention
-from sparse_bitnet.kernels.dispatch import gated_mlp, ternary_linear
-from sparse_bitnet.kernels.weight import TernaryWeight, prepare
+from sparse_bitnet.kernels.quantize_activations import quantize_fused
+from sparse_bitnet.kernels.registry import (
+    TernaryWeight,
+    integer_linear,
+    prepare,
+    ternary_linear,
+)
 
 pytestmark = pytest.mark.gpu
 WIDTH, INNER, LAYERS, HEADS, LENGTH = 512, 2048, 24, 4, 300
@@ -18,7 +23,12 @@ WIDTH, INNER, LAYERS, HEADS, LENGTH = 512, 2048, 24, 4, 300
 
 def weight(out: int, columns: int) -> TernaryWeight:
     ternary, scale = ternarize(torch.randn(out, columns, device="cuda"), Pattern.parse("6:8"))
-    return prepare(ternary, row_scale(scale, (), out), Pattern.parse("6:8"))
+    return prepare(ternary, row_scale(scale, (), out))
+
+
+def gated_mlp(x: Tensor, gate_up: TernaryWeight, down: TernaryWeight) -> Tensor:
+    y_q, y_scale = quantize_fused(ternary_linear(x, gate_up), swiglu=True)
+    return integer_linear(y_q, y_scale, down, None, x.dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8, ternarize
 from sparse_bitnet.formats.windows import encode, group_for, lift
-from sparse_bitnet.kernels import quantize_activations, training, tuning
+from sparse_bitnet.kernels import autotune, quantize_activations, training
 from sparse_bitnet.kernels.compiled import INDUCTOR_OPTIONS
 from sparse_bitnet.kernels.matmul import cusparselt
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
@@ -23,8 +23,8 @@ BF16_STEP = 2.0**-8
 
 @pytest.fixture(autouse=True)
 def _fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = tuning.Memory(None)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
+    memory = autotune.Memory(None)
+    monkeypatch.setattr(autotune, "memory", lambda index: memory)
     torch.manual_seed(0)
 
 

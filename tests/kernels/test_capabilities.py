@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from sparse_bitnet.core import BackendError, Pattern, WeightError
-from sparse_bitnet.kernels import dispatch, platform, ternarize, tuning
+from sparse_bitnet.kernels import autotune, platform, ternarize
 from sparse_bitnet.kernels.backward import fp8
-from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 Capability = tuple[int, int]
 OLD, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
@@ -73,16 +72,6 @@ def test_descriptors_and_early_launches_begin_with_sm_90(
         assert any(t.descriptors for t in tiles) == (newer and rows > 16)
 
 
-def test_an_older_gpu_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(dispatch, "capability", lambda index: OLD)
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    choice = dispatch.without_triton(device, packed=False)
-    assert choice == dispatch.Choice("reference", "compute capability 7.5 is below 8.0")
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    assert "Triton is not installed" in dispatch.without_triton(device, packed=False).why
-
-
 @pytest.mark.parametrize("segments", [(3,), (3, 4), (0, 8)])
 def test_segments_are_checked_before_a_kernel_runs(
     monkeypatch: pytest.MonkeyPatch, segments: tuple[int, ...]
@@ -94,66 +83,11 @@ def test_segments_are_checked_before_a_kernel_runs(
         ternarize(weight, Pattern(6, 8), None, segments)
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[TernaryWeight, tuning.Memory]:
-    """A weight that dispatch takes for one on a GPU, where nothing has been measured."""
-    weight = prepare(torch.zeros(32, 64, dtype=torch.int8), torch.ones(32))
-    memory = tuning.Memory(None)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
-    monkeypatch.setattr(dispatch, "runs_triton", lambda tensor: True)
-    names = ["dense", "packed", "windows"]
-    monkeypatch.setattr(dispatch, "backends", lambda weight, tokens, dtype: names)
-    return weight, memory
-
-
-def test_nothing_is_measured_for_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, memory = on_gpu(monkeypatch)
-    assert dispatch.choose(weight, 0).backend == "packed"
-    assert memory.keys() == []
-
-
-def test_a_rule_chooses_where_there_is_no_room_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring needs copies of a weight; a prompt may fit without them."""
-    measure = pytest.importorskip("sparse_bitnet.kernels.measure")
-    weight, memory = on_gpu(monkeypatch)
-    asked = []
-
-    def full(*arguments: Any) -> None:
-        asked.append(arguments)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(measure, "measure", full)
-    assert dispatch.choose(weight, 4096).backend == "windows"
-    assert asked and memory.keys() == []
-
-
-def test_measuring_leaves_out_what_this_gpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = pytest.importorskip("sparse_bitnet.kernels.measure")
-    weight, memory = on_gpu(monkeypatch)
-    monkeypatch.setattr(measure, "copies", lambda weight: [weight])
-    monkeypatch.setattr(measure, "backends", lambda *arguments: ["dense", "windows"])
-
-    def linear(x: Any, weight: Any, bias: Any, dtype: Any, backend: str) -> None:
-        if backend == "windows":
-            raise BackendError("cusparseLtMatmulPlanInit failed: not supported")
-
-    def microseconds(calls: Any, settle: float = 0.0) -> float:
-        if "128x256" in str(calls[0].args[1:]):
-            raise measure.OutOfResources(196608, 101376, "shared memory")
-        return 5.0
-
-    monkeypatch.setattr(measure, "ternary_linear", linear)
-    monkeypatch.setattr(tuning, "microseconds", microseconds)
-    monkeypatch.setattr(measure.triton_dense, "candidates", lambda x, w: ["128x256 tma", "128x128"])
-    assert measure.measure(weight, 300) == {"dense": 5.0}
-    assert memory.get(measure.triton_dense.memory_key(300, 32, 64)) == {"128x128": 5.0}
-
-
 def test_an_algorithm_that_is_refused_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_bitnet.kernels.matmul import cusparselt
 
-    memory = tuning.Memory(None)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
+    memory = autotune.Memory(None)
+    monkeypatch.setattr(autotune, "memory", lambda index: memory)
     monkeypatch.setattr(cusparselt, "version", lambda index: 800)
     taken = {3, None}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparse_bitnet.core import BackendError
-from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels import autotune
 from sparse_bitnet.kernels.matmul import cusparselt
 from sparse_bitnet.kernels.recent import Recent
 
@@ -80,7 +80,7 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
-    fake, memory = Library(), tuning.Memory(None)
+    fake, memory = Library(), autotune.Memory(None)
     plans: Recent[Any, Any] = Recent(MOST)
     monkeypatch.setattr(cusparselt, "_library", lambda: fake)
     monkeypatch.setattr(cusparselt, "_handle", lambda index: "handle")
@@ -89,9 +89,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     monkeypatch.setattr(cusparselt, "_plans", plans)
     monkeypatch.setattr(cusparselt, "_workspaces", {})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
-    monkeypatch.setattr(tuning, "microseconds", lambda calls, settle=0.0: _timed(calls, fake))
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    monkeypatch.setattr(autotune, "memory", lambda index: memory)
+    monkeypatch.setattr(autotune, "microseconds", lambda calls, settle=0.0: _timed(calls, fake))
+    monkeypatch.setattr(autotune, "may_measure", lambda: True)
     yield fake
     plans._values.clear()
     assert fake.living() == {}  # nothing of it is left for a library that is there
@@ -144,7 +144,7 @@ def test_algorithms_are_searched_only_where_measuring_is_allowed(
 ) -> None:
     monkeypatch.setenv("SPARSE_BITNET_MEASURE", variable)
     multiply(16)
-    assert len(library.used) == (1 if variable == "0" else ALGORITHMS - 1 + tuning.FINALISTS + 1)
+    assert len(library.used) == (1 if variable == "0" else ALGORITHMS - 1 + autotune.FINALISTS + 1)
     assert library.used[-1] == (None if variable == "0" else 3)
 
 
@@ -163,11 +163,11 @@ def test_a_plan_in_use_outlives_its_place(library: Library) -> None:
 def test_nothing_ends_while_a_graph_is_captured(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "may_measure", lambda: False)
+    monkeypatch.setattr(autotune, "may_measure", lambda: False)
     multiply(16)
     multiply(16)
     assert library.living() == {"plan": 2, "matrix": 6} and not len(cusparselt._plans)
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    monkeypatch.setattr(autotune, "may_measure", lambda: True)
     cusparselt._destroy()
     assert library.living() == {}
 

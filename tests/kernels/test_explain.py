@@ -1,34 +1,34 @@
-"""The verb ``kernels`` on a machine without a GPU."""
+"""The verb ``kernels``."""
 
 import pytest
 import torch
 
-from sparse_bitnet.core import ConfigError, PatternError
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels import explain as module
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.explain import explain
+from sparse_bitnet.kernels.matmul import hopper
+from sparse_bitnet.kernels.registry import backend_of
 
 
-def test_covers_all_it_was_asked() -> None:
-    explanation = explain(("16x32", "8x64"), (1, 9), ("6:8", "dense"), "cpu")
-    assert [row[:3] for row in explanation.rows] == [
-        (shape, name, tokens)
-        for shape in ("16x32", "8x64")
-        for name in ("6:8", "dense")
-        for tokens in (1, 9)
-    ]
-    backend = "cpu" if native.available() else "reference"
-    assert all(row[3].backend == backend for row in explanation.rows)
-    assert str(explanation) == (f"cpu: every layer is served by {backend} ({native.explanation()})")
-    with pytest.raises(PatternError, match="layer 8x12"):
-        explain(("8x12",), (1,), ("6:8",), "cpu")
-    with pytest.raises(ConfigError, match="write OUTxIN"):
-        explain(("8,16",), (1,), ("6:8",), "cpu")
-    with pytest.raises(ConfigError, match="tokens 0 is no count"):
-        explain(("8x16",), (1, 0), ("6:8",), "cpu")
+def test_says_what_serves_the_cpu_and_why() -> None:
+    backend = backend_of(torch.device("cpu"))
+    told = explain("cpu")
+    assert told == (
+        f"cpu: packed weights are multiplied by {backend.name} ({native.explanation()})"
+    )
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="device 'cudaa' cannot be used here"):
-        explain(("8x16",), (1,), ("6:8",), "cudaa")
+        explain("cudaa")
 
 
-def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert str(explain(("8x16",))).startswith("cpu (no NVIDIA GPU here): every layer is served by")
+def test_plans_of_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(tokens: int, out: int, columns: int, _: int) -> hopper.Plan:
+        return hopper.cheapest(tokens, out, columns, 132, lambda tile, splits, n: n * splits < 500)
+
+    monkeypatch.setattr(hopper, "plan", plan)
+    lines = module._plans(0)
+    assert len(lines) == 1 + len(module.LAYERS) * len(module.TOKENS)
+    assert any("down" in line and "(" in line for line in lines[1:])  # K is cut

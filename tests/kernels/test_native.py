@@ -16,10 +16,10 @@ from sparse_bitnet import console
 from sparse_bitnet.core import BackendError, ConfigError, Pattern, WeightError, quantize_int8
 from sparse_bitnet.core.mask import nm_mask
 from sparse_bitnet.formats import two_bit
-from sparse_bitnet.kernels import dispatch, native, ternary_matmul
+from sparse_bitnet.kernels import native, ternary_matmul
 from sparse_bitnet.kernels.matmul import cpu, reference
 from sparse_bitnet.kernels.native import pages
-from sparse_bitnet.kernels.weight import prepare
+from sparse_bitnet.kernels.registry import backend_of, prepare, ternary_linear
 
 PATHS = native.available()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -176,9 +176,9 @@ def test_strides_and_leading_dimensions(path: str) -> None:
         torch.randn(2, 0, 64),
         torch.randn(3, 64, dtype=torch.float64),
     ):
-        expected = expected_of(x, weight.dense, scale, None, torch.float32)
+        expected = expected_of(x, weight.unpack(), scale, None, torch.float32)
         with native.forced(path):
-            y = cpu.linear(x, two_bit.pack(weight.dense), "two-bit", scale)
+            y = cpu.linear(x, two_bit.pack(weight.unpack()), "two-bit", scale)
         assert y.shape == (*x.shape[:-1], 12)
         assert torch.equal(y, expected)
 
@@ -250,10 +250,12 @@ def test_any_number_of_threads(path: str, tokens: int) -> None:
 def test_calls_from_several_threads_at_once() -> None:
     weight = prepare(random_ternary(600, 768, True), torch.rand(600))
     inputs = [torch.randn(1 + 13 * (i % 2), 768) for i in range(24)]
-    expected = [expected_of(x, weight.dense, weight.w_scale, None, torch.float32) for x in inputs]
+    expected = [
+        expected_of(x, weight.unpack(), weight.w_scale, None, torch.float32) for x in inputs
+    ]
     with ThreadPoolExecutor(4) as pool:
         for y, right in zip(
-            pool.map(lambda x: dispatch.ternary_linear(x, weight), inputs), expected, strict=True
+            pool.map(lambda x: ternary_linear(x, weight), inputs), expected, strict=True
         ):
             assert torch.equal(y, right)
 
@@ -263,15 +265,16 @@ def test_threads_of_its_own_where_openmp_is_missing() -> None:
     """A process that never shares PyTorch's workers starts threads for large products."""
     script = """
 import torch
-from sparse_bitnet.kernels import dispatch, native
-from sparse_bitnet.kernels.weight import prepare
+from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.registry import backend_of, prepare, ternary_linear
 native._share_threads = lambda library: None
 torch.set_num_threads(3)
 weight = prepare(torch.randint(-1, 2, (4096, 4096), dtype=torch.int8), torch.rand(4096))
+plain = prepare(weight.unpack(), weight.w_scale, backend="reference")
 for tokens in (1, 4, 30):
     x = torch.randn(tokens, 4096)
-    y = dispatch.ternary_linear(x, weight)
-    assert torch.equal(y, dispatch.ternary_linear(x, weight, backend="reference"))
+    y = ternary_linear(x, weight)
+    assert torch.equal(y, ternary_linear(x, plain))
 print("equal")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -284,9 +287,9 @@ def test_works_in_a_graph() -> None:
     weight = prepare(ternary, scale)
     x = torch.randn(3, 256)
     linear = torch.compile(
-        lambda x: dispatch.ternary_linear(x, weight) + 1, fullgraph=True, backend="aot_eager"
+        lambda x: ternary_linear(x, weight) + 1, fullgraph=True, backend="aot_eager"
     )
-    assert torch.equal(linear(x), dispatch.ternary_linear(x, weight) + 1)
+    assert torch.equal(linear(x), ternary_linear(x, weight) + 1)
     arguments = (x, None, two_bit.pack(ternary), "two-bit", scale, None, torch.bfloat16)
     torch.library.opcheck(torch.ops.sparse_bitnet.cpu_linear.default, arguments)
 
@@ -297,9 +300,9 @@ def test_prepare_keeps_one_copy() -> None:
     ternary[0] = 1  # more than two of four
     stored = two_bit.pack(ternary)
     weight = prepare(ternary, torch.rand(8), stored=stored)
-    assert weight.rows is None and weight.layout == "two-bit"
+    assert weight.backend == "native" and weight.layout == "two-bit"
     assert weight.packed is not None and weight.packed.data_ptr() == stored.data_ptr()
-    assert torch.equal(weight.dense, ternary)
+    assert torch.equal(weight.unpack(), ternary)
 
 
 def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,13 +396,13 @@ def test_without_a_compiler(
         weight = prepare(ternary, torch.ones(6))
         x = torch.randn(3, 32)
         expected = expected_of(x, ternary, torch.ones(6), None, torch.float32)
-        assert torch.equal(dispatch.ternary_linear(x, weight), expected)
+        assert torch.equal(ternary_linear(x, weight), expected)
     assert len(said) == 1
     assert said[0].startswith("the CPU kernel was not compiled when the package was installed: ")
-    assert dispatch.choose(weight, 3) == dispatch.Choice(
-        "reference",
+    assert weight.backend == "reference"
+    assert backend_of(weight.device).reason(weight.device) == (
         "plain PyTorch integer arithmetic: the CPU kernel was not compiled when the package was "
-        "installed",
+        "installed"
     )
     with pytest.raises(BackendError, match="was not compiled"), native.forced("avx2"):
         pass
@@ -442,14 +445,12 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_path_in_a_process_of_its_own(path: str) -> None:
     script = """
 import torch
-from sparse_bitnet.kernels import dispatch
-from sparse_bitnet.kernels.weight import prepare
+from sparse_bitnet.kernels.registry import backend_of, prepare, ternary_linear
 weight = prepare(torch.randint(-1, 2, (40, 300), dtype=torch.int8), torch.rand(40))
 x = torch.randn(20, 300)
-assert torch.equal(
-    dispatch.ternary_linear(x, weight), dispatch.ternary_linear(x, weight, backend="reference")
-)
-print(dispatch.choose(weight, 20).why)
+plain = prepare(weight.unpack(), weight.w_scale, backend="reference")
+assert torch.equal(ternary_linear(x, weight), ternary_linear(x, plain))
+print(backend_of(weight.device).reason(weight.device))
 """
     environment = {**os.environ, native.VARIABLE: path}
     run = subprocess.run(

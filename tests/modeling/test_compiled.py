@@ -25,11 +25,9 @@ from transformers import (
     StaticCache,
 )
 
-from sparse_bitnet.core import Pattern
-from sparse_bitnet.formats import windows
-from sparse_bitnet.kernels import dispatch, matmul, symbolic, tuning
-from sparse_bitnet.kernels.matmul import reference
-from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.kernels.matmul import reference, tiles
+from sparse_bitnet.kernels.registry import TernaryWeight
+from sparse_bitnet.kernels.registry import prepare as prepare_weight
 from sparse_bitnet.modeling import StaticKeyValueCache, build_decoder, layers
 from sparse_bitnet.nn import convert, packed_linear
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows, swap_int8
@@ -54,9 +52,17 @@ decode_attention = importlib.import_module("sparse_bitnet.kernels.decode_attenti
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 
 
-def _matmul_and_residual(*operands: Any) -> Tensor:
-    *product, residual = operands
-    y: Tensor = reference.ternary_matmul(*product)
+def hopper_matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    residual: Tensor | None,
+) -> Tensor:
+    ternary = tiles.unpack(packed, w_scale.shape[0], x_q.shape[-1])
+    y = reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
     return y if residual is None else residual + y
 
 
@@ -64,7 +70,6 @@ def _matmul_and_residual(*operands: Any) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that ran."""
     ran: list[str] = []
-    memory = tuning.Memory(None)
 
     def played(name: str, by: Callable[..., Any]) -> None:
         def kernel(*arguments: Any) -> Any:
@@ -73,45 +78,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         library.impl(name, kernel, "CPU")
 
-    def structured_matmul(
-        x_q: Tensor, x_scale: Tensor | None, weight: Tensor, w_scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        one = torch.ones(*x_q.shape[:-1], 1) if x_scale is None else x_scale
-        return reference.ternary_matmul(x_q, one, weight, w_scale, bias, torch.bfloat16)
-
-    def packed_swiglu(
-        x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        y = reference.ternary_matmul(x_q, x_scale, weight, w_scale, None, dtype)
-        values, scale = quantization.reference.quantize_fused(y, swiglu=True)
-        return values, scale
-
     def add_norm_quantize(
         x: Tensor, delta: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return x + delta, *quantization.reference.quantize_fused(x + delta, weight, epsilon)
 
-    for module in (dispatch, matmul, quantization, int8_linear, decode_attention, layers):
+    for module in (quantization, int8_linear, decode_attention, layers):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
-    monkeypatch.setenv("SPARSE_BITNET_MEASURE", "0")
-    dispatch._decisions.clear()
     library = torch.library.Library("sparse_bitnet", "IMPL")
     played("quantize_activations", quantization.reference.quantize_fused)
     played("add_norm_quantize", add_norm_quantize)
     played("dense_matmul", reference.ternary_matmul)
     played("decode_attention", decode_attention.reference.decode_attention)
-    played("packed_matmul", _matmul_and_residual)  # its weight is not packed here
-    played("packed_swiglu", packed_swiglu)
-    played("structured_matmul", structured_matmul)
-    played("linear", symbolic._linear)
-    played("gated_mlp", symbolic._gated_mlp)
+    played("hopper_matmul", hopper_matmul)
     torch._dynamo.reset()
     counters.clear()
     yield ran
     library._destroy()
-    dispatch._decisions.clear()
     torch._dynamo.reset()
 
 
@@ -122,14 +105,8 @@ def graphs() -> int:
 def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
     """The decoder (of a Qwen2), packed layers laid out as on a GPU, with an int8 head."""
 
-    def as_on_a_gpu(
-        ternary: Tensor, w_scale: Tensor, pattern: Pattern, _stored: object
-    ) -> TernaryWeight:
-        out, columns = ternary.shape
-        lifted = windows.encode(ternary, 8)
-        return TernaryWeight(
-            pattern, w_scale, out, columns, ternary, ternary, structured=lifted, group=8
-        )
+    def as_on_a_gpu(ternary: Tensor, w_scale: Tensor, _stored: object) -> TernaryWeight:
+        return prepare_weight(ternary, w_scale, backend="hopper")
 
     monkeypatch.setattr(packed_linear, "prepare", as_on_a_gpu)
     torch.manual_seed(0)
@@ -161,7 +138,7 @@ def test_a_whole_model_takes_prompts_of_any_length(
             calls.clear()
             found = compiled(input_ids=ids, use_cache=False).logits
             assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-            assert "gated_mlp" in calls or length in (1, 40)
+            assert "hopper_matmul" in calls
     assert graphs() <= 5
 
 
@@ -185,35 +162,33 @@ def test_prompt_and_generated_tokens_compiled(
 
 
 @pytest.mark.parametrize("length", [1, 3, 40])
-def test_few_tokens_are_quantized_in_their_norms(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int
-) -> None:
+def test_kernels_of_a_layer(calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Norm and quantization, residual sum, SwiGLU: each rides in a kernel beside it."""
     model = packed_model(monkeypatch)
     ids = torch.randint(0, 96, (1, length))
+    layer = [
+        "quantize_activations",
+        "hopper_matmul",
+        *(["decode_attention"] if length == 1 else []),
+        "quantize_activations",
+        "hopper_matmul",
+        "add_norm_quantize",
+        "hopper_matmul",
+        "quantize_activations",
+        "hopper_matmul",
+    ]
     with torch.no_grad():
         eager = model(input_ids=ids, use_cache=False).logits
-        with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "takes_integers", lambda weights, x: False)
-            plain = torch.compile(model, fullgraph=True, backend="aot_eager")
-            expected = plain(input_ids=ids, use_cache=False).logits
-        torch._dynamo.reset()
+        assert calls[: 2 * len(layer)] == 2 * layer
         calls.clear()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         found = compiled(input_ids=ids, use_cache=False).logits
+        assert calls[: 2 * len(layer)] == 2 * layer
+        with monkeypatch.context() as patch:  # module by module
+            patch.setattr(layers, "runs_triton", lambda tensor: False)
+            expected = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, eager)
     assert (eager - expected).abs().max() < 0.05 * expected.abs().max()
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-    layer = [
-        "quantize_activations",
-        "packed_matmul",
-        *(["decode_attention"] if length == 1 else []),
-        "quantize_activations",
-        "packed_matmul",
-        "add_norm_quantize",
-        *(["packed_swiglu"] if length == 1 else ["packed_matmul", "quantize_activations"]),
-        "packed_matmul",
-    ]
-    assert calls[: 2 * len(layer)] == 2 * layer or length > dispatch.MOST_PACKED_TOKENS
-    assert "add_norm_quantize" not in calls or length <= dispatch.MOST_PACKED_TOKENS
 
 
 def test_norms_of_another_dtype_stay_the_compilers(

@@ -22,8 +22,6 @@ from sparse_bitnet import console
 from sparse_bitnet.bench.random_decoder import compile_parts, random_decoder
 from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.core import Pattern
-from sparse_bitnet.kernels import dispatch
-from sparse_bitnet.kernels.weight import TernaryWeight
 from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, StaticKeyValueCache
 from sparse_bitnet.modeling.decoder import FULL as FULL_ATTENTION
 from sparse_bitnet.nn.packed_linear import PackedLinear
@@ -179,7 +177,7 @@ def _measure(preset: str, case: Case, decoders: dict[str, DecoderForCausalLM], r
     calls: dict[str, list[Callable[[], object]]] = {}
     for kind, decoder in decoders.items():
         try:
-            row.backends[kind] = choose_backends(decoder, case)
+            row.backends[kind] = backends(decoder)
             call = call_of(decoder, case)
             call()  # compiles
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
@@ -258,16 +256,13 @@ def _cache(decoder: DecoderForCausalLM, case: Case) -> KeyValueCache:
     return cache
 
 
-def choose_backends(decoder: DecoderForCausalLM, case: Case) -> dict[str, str]:
-    """Measure every layer's backends for this many tokens, before anything is compiled."""
-    chosen = {}
-    for name, module in decoder.model.layers[0].named_modules():
-        if isinstance(module, PackedLinear):
-            weight: TernaryWeight = module.layout("weight")
-            chosen[name] = dispatch.choose(weight, case.tokens, decoder.dtype).backend
-            if decoder.device.type == "cuda":  # compiled, a token scale joins what reads the result
-                chosen[name] = dispatch.remembered(weight, case.tokens, decoder.dtype, True)
-    return chosen
+def backends(decoder: DecoderForCausalLM) -> dict[str, str]:
+    """What serves each product of a layer."""
+    return {
+        name: module.layout("weight").backend
+        for name, module in decoder.model.layers[0].named_modules()
+        if isinstance(module, PackedLinear)
+    }
 
 
 def _free() -> None:

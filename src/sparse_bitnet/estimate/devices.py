@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.kernels.dispatch import ternary_linear
-from sparse_bitnet.kernels.weight import prepare
+from sparse_bitnet.kernels.registry import prepare, ternary_linear
 
 SECONDS = 0.3  # of measuring each figure of this CPU
 

@@ -1,12 +1,10 @@
 """The operations of a layer: ternarize the weight, quantize the activations, multiply; backward.
 
-One folder an operation, one file a backend; ``reference.py`` is the judge of the others.
+One folder an operation, one file a backend; ``reference.py`` is the reference implementation.
 """
 
-from sparse_bitnet.kernels import symbolic  # noqa: F401  (registers operators)
 from sparse_bitnet.kernels.matmul import (
     integer_matmul,
-    packed_matmul,
     structured_matmul,
     ternary_matmul,
 )
@@ -15,7 +13,6 @@ from sparse_bitnet.kernels.ternarize import ternarize
 
 __all__ = [
     "integer_matmul",
-    "packed_matmul",
     "quantize_activations",
     "structured_matmul",
     "ternarize",

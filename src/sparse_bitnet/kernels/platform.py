@@ -29,11 +29,12 @@ def capability(device_index: int | None) -> tuple[int, int]:
 
 def runs_triton(tensor: Tensor) -> bool:
     """True if this package's Triton kernels serve the tensor's device."""
-    return tensor.is_cuda and _serves(tensor.device.index)
+    return tensor.is_cuda and serves_triton(tensor.device.index)
 
 
 @torch.compiler.assume_constant_result
-def _serves(device_index: int | None) -> bool:
+def serves_triton(device_index: int | None) -> bool:
+    """True if this package's Triton kernels serve that CUDA device."""
     return has_triton() and capability(device_index) >= OLDEST_CAPABILITY
 
 

@@ -8,6 +8,7 @@ other measurements.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,18 +18,27 @@ from sparse_bitnet import console
 from sparse_bitnet.core.errors import BackendError
 from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.formats import windows
-from sparse_bitnet.kernels import dispatch, tuning
-from sparse_bitnet.kernels.dispatch import Choice
+from sparse_bitnet.kernels import autotune
 from sparse_bitnet.kernels.library import register
-from sparse_bitnet.kernels.matmul import structured_matmul
+from sparse_bitnet.kernels.matmul import structured_matmul, ternary_matmul
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_fused, quantize_with_lifted
 from sparse_bitnet.kernels.ternarize import ternarize
-from sparse_bitnet.kernels.weight import TernaryWeight, prepare
 
 DENSE, SPARSE = "dense", "sparse"
+DRAW = 1.03
+"""Times this close are a draw under load; then the dense product serves, which rounds once."""
 SMALLEST = 2**20
 """Weights up to here stay dense: a step of them is bound by launches, and a layout needs more."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A product and the reason for it."""
+
+    backend: str
+    why: str
+    microseconds: dict[str, float] = field(default_factory=dict)
 
 
 def group_of(pattern: Pattern, device: torch.device, out: int, columns: int) -> int | None:
@@ -109,18 +119,18 @@ def choose(
     if out * columns <= SMALLEST:
         return Choice(DENSE, "too small to pay for a layout at every step")
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = f"training {tuning.bucket(tokens)}x{out}x{columns} {pattern}"
-    memory = tuning.memory(index)
+    key = f"training {autotune.bucket(tokens)}x{out}x{columns} {pattern}"
+    memory = autotune.memory(index)
     if memory.get(key) is None:
-        if not tuning.may_measure_now():
+        if not autotune.may_measure_now():
             return Choice(DENSE, "not measured")
-        memory.put(key, _measure(out, columns, pattern, tuning.bucket(tokens), device))
+        memory.put(key, _measure(out, columns, pattern, autotune.bucket(tokens), device))
     times = memory.get(key) or {}
     if SPARSE not in times:
         return Choice(DENSE, f"no sparse layout for {pattern} in a weight of this shape", times)
     layout = times["layout"]
     dense, sparse = times[DENSE], times[SPARSE]
-    best = SPARSE if dispatch.DRAW * (sparse + layout) < dense else DENSE
+    best = SPARSE if DRAW * (sparse + layout) < dense else DENSE
     why = f"dense {dense:.0f} µs, sparse {sparse:.0f} + {layout:.0f} µs of layout"
     return Choice(best, why, times)
 
@@ -130,7 +140,7 @@ def _measure(
     out: int, columns: int, pattern: Pattern, tokens: int, device: torch.device
 ) -> dict[str, float]:
     """Microseconds of a forward product by each path, the token scale left to fusion; of layout."""
-    from sparse_bitnet.kernels.measure import measure
+    from sparse_bitnet.kernels.matmul import triton_dense
 
     with console.progress(f"measuring {tokens} tokens, [{out}, {columns}] {pattern}", 3) as task:
         weight = torch.randn(out, columns, device=device)
@@ -138,10 +148,10 @@ def _measure(
         del weight
         rows = scale.expand(out).contiguous()
         x = torch.randn(tokens, columns, device=device).bfloat16()
-        dense = prepare(ternary, rows)
-        measure(dense, tokens)  # finds the best tiles
-        settle = tuning.SETTLE_SECONDS
-        times = {DENSE: tuning.microseconds([partial(_dense, x, dense)], settle)}
+        x_q, x_scale = quantize_fused(x)
+        triton_dense.tune(x_q, x_scale.reshape(-1), ternary, rows)
+        settle = autotune.SETTLE_SECONDS
+        times = {DENSE: autotune.microseconds([partial(_dense, x, ternary, rows)], settle)}
         task.advance()
         group = group_of(pattern, device, out, columns)
         if group is None:
@@ -159,12 +169,13 @@ def _measure(
             sparse()  # lets the library search its algorithms outside a graph
         except BackendError:  # it has no such product for this GPU
             return times
-        times[SPARSE] = tuning.microseconds([sparse], settle)
+        times[SPARSE] = autotune.microseconds([sparse], settle)
         task.advance()
-        times["layout"] = tuning.microseconds([partial(lay_out, ternary, group)], settle)
+        times["layout"] = autotune.microseconds([partial(lay_out, ternary, group)], settle)
         task.advance()
     return times
 
 
-def _dense(x: Tensor, weight: TernaryWeight) -> Tensor:
-    return dispatch.ternary_linear(x, weight, backend="dense")
+def _dense(x: Tensor, ternary: Tensor, w_scale: Tensor) -> Tensor:
+    x_q, x_scale = quantize_fused(x)
+    return ternary_matmul(x_q, x_scale, ternary, w_scale, None, torch.bfloat16)

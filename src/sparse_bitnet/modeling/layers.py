@@ -12,13 +12,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from sparse_bitnet.kernels import dispatch
 from sparse_bitnet.kernels.decode_attention import decode_attention
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import add_norm_quantize, quantize_fused
-from sparse_bitnet.kernels.weight import TernaryWeight
 from sparse_bitnet.nn.packed_linear import PackedLinear
-from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of each position, ``[batch or 1, tokens, head_dim]``."""
@@ -148,29 +145,23 @@ class MLP(nn.Module):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
         self.activation = ACT2FN[activation]
         self.is_silu = activation == "silu"
-        self.is_fused = self.is_silu and all(
-            isinstance(linear, PackedLinear)
-            and linear.bias is None
-            and linear.spec.activation_bits == 8
-            for linear in (gate_up_proj, down_proj)
+        self.is_fused = (
+            self.is_silu
+            and isinstance(down_proj, PackedLinear)
+            and down_proj.spec.activation_bits == 8
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_fused:
-            gate_up, down = self.weights()
-            return dispatch.gated_mlp(x, gate_up, down, output_dtype(x))
         return self._down(self.gate_up_proj(x))
 
-    def weights(self) -> tuple[TernaryWeight, TernaryWeight]:
-        """Prepared weights of both products, where these are packed."""
-        return self.gate_up_proj.layout("weight"), self.down_proj.layout("weight")
-
     def from_integers(self, x_q: Tensor, x_scale: Tensor, residual: Tensor) -> Tensor:
-        """residual + MLP(x) of quantized activations."""
-        if self.is_fused:
-            gate_up, down = self.weights()
-            return dispatch.integer_mlp(x_q, x_scale, gate_up, down, residual.dtype, residual)
-        return residual + self._down(self.gate_up_proj.from_integers(x_q, x_scale, residual.dtype))
+        """residual + MLP(x) of quantized activations: on a GPU, SwiGLU and quantization are one."""
+        gate_up = self.gate_up_proj.from_integers(x_q, x_scale, residual.dtype)
+        if not self.is_fused:
+            return residual + self._down(gate_up)
+        y_q, y_scale = quantize_fused(gate_up, swiglu=True)
+        y: Tensor = self.down_proj.from_integers(y_q, y_scale, residual.dtype, residual)
+        return y
 
     def _down(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -197,8 +188,6 @@ class DecoderLayer(nn.Module):
             isinstance(linear, PackedLinear) and linear.spec.activation_bits == 8
             for linear in linears
         )
-        if self.is_packed:
-            attention.o_proj.joins = False  # no compiled code makes its input: attention does
 
     def linears(self) -> list[PackedLinear]:
         """q/k/v, o, gate/up and down, where all are packed with 8-bit activations; else none."""
@@ -226,11 +215,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(mlp_norm(x)), weights
 
     def _norms_quantize(self, x: Tensor) -> bool:
-        """True if norm and quantization are one kernel: few tokens, compiled, on a GPU."""
+        """True if norm and quantization are one kernel: on a GPU."""
         return (
             self.is_packed
             and self.input_layernorm.weight.dtype == x.dtype
             and self.post_attention_layernorm.weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and dispatch.takes_integers([one.layout("weight") for one in self.linears()], x)
+            and runs_triton(x)
         )

@@ -106,7 +106,7 @@ class NativeLayers:
         self._prepared_for, self.call = prepared_for, None
         if (
             all(_is_served(layer) for layer in self._layers)
-            and all(weight.packed is not None for weight in weights)
+            and all(weight.backend == "native" for weight in weights)
             and all(
                 norm.weight.dtype == dtype
                 and norm.weight.device.type == "cpu"

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.kernels import quantize_activations, ternary_matmul
+from sparse_bitnet.kernels import quantize_activations
+from sparse_bitnet.kernels.registry import (
+    TernaryWeight,
+    integer_linear,
+    prepare,
+    ternary_linear,
+)
 from sparse_bitnet.nn.experts import route, why_not_experts
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
@@ -75,8 +81,8 @@ class PackedExperts(PackedModule):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
-    def lay_out(self, ternary: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return ternary, scale
+    def lay_out(self, ternary: Tensor, scale: Tensor) -> list[TernaryWeight]:
+        return [prepare(one, rows) for one, rows in zip(ternary, scale, strict=True)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def expert(index: int, x: Tensor) -> Tensor:
@@ -86,9 +92,11 @@ class PackedExperts(PackedModule):
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
 
     def _product(self, name: str, index: int, x: Tensor) -> Tensor:
-        ternary, scale = self.layout(name)
+        weight = self.layout(name)[index]
+        if self.spec.activation_bits == 8:
+            return ternary_linear(x, weight, None, output_dtype(x))
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return ternary_matmul(x_q, x_scale, ternary[index], scale[index], None, output_dtype(x))
+        return integer_linear(x_q, x_scale, weight, None, output_dtype(x))
 
     def extra_repr(self) -> str:
         shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"

@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import check_segments
 from sparse_bitnet.kernels import quantize_activations
-from sparse_bitnet.kernels.dispatch import integer_linear, ternary_linear
-from sparse_bitnet.kernels.weight import TernaryWeight, prepare
+from sparse_bitnet.kernels.registry import (
+    TernaryWeight,
+    integer_linear,
+    prepare,
+    ternary_linear,
+)
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
@@ -36,8 +40,6 @@ class PackedLinear(PackedModule):
     """
 
     bias: Tensor | None
-    joins = True
-    """Whether a compiler may make the input, so that the quantization can join that."""
 
     def __init__(
         self,
@@ -81,23 +83,26 @@ class PackedLinear(PackedModule):
 
     def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
         stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None
-        return prepare(ternary, scale, self.spec.pattern, stored)
+        return prepare(ternary, scale, stored)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.activation_bits == 8:
             weight, dtype = self.layout("weight"), output_dtype(x)
-            return ternary_linear(x, weight, self.bias, dtype, joins=self.joins)
+            return ternary_linear(x, weight, self.bias, dtype)
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
         return self.from_integers(x_q, x_scale, output_dtype(x))
 
-    def from_integers(self, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def from_integers(
+        self, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
         """The result, in ``dtype``, of activations that are quantized already.
 
         Args:
             x_q: int8 ``[..., in]``.
             x_scale: float32 ``[..., 1]``.
+            residual: ``[..., out]`` of ``dtype``, added to the rounded result.
         """
-        return integer_linear(x_q, x_scale, self.layout("weight"), self.bias, dtype)
+        return integer_linear(x_q, x_scale, self.layout("weight"), self.bias, dtype, residual)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

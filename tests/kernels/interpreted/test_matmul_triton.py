@@ -4,11 +4,15 @@ import mmap
 import pytest
 import torch
 
-from sparse_bitnet.kernels.matmul import triton_dense, triton_finish, triton_packed, triton_swiglu
+from sparse_bitnet.kernels.matmul import (
+    triton_dense,
+    triton_finish,
+    triton_two_bit,
+    triton_two_bit_kernels,
+)
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.matmul.triton_dense import Tiles
-from sparse_bitnet.kernels.matmul.triton_packed import DotTiles, MmaTiles
-from sparse_bitnet.kernels.quantize_activations.reference import quantize_fused
+from sparse_bitnet.kernels.matmul.triton_two_bit import Tiles as TwoBitTiles
 
 SHAPES = [(1, 40, 64), (1, 19, 512), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
 
@@ -36,32 +40,21 @@ def test_dense(shape: tuple[int, int, int], descriptors: bool, with_bias: bool) 
     assert torch.equal(y, ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, given))
 
 
+TWO_BIT = [TwoBitTiles(16, 16, 32, 1, 4, 2), TwoBitTiles(16, 32, 16, 3, 4, 2)]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        DotTiles(4, 16, False),
-        DotTiles(1, 16, True),
-        DotTiles(2, 32, False, fetch=True),
-        MmaTiles(16, 32, 1, 4, 2),
-        MmaTiles(32, 16, 3, 4, 2),
-    ],
-)
-def test_packed(shape: tuple[int, int, int], tiles: DotTiles | MmaTiles) -> None:
-    if isinstance(tiles, DotTiles) and shape[0] > 4:
-        pytest.skip("for few tokens")
+@pytest.mark.parametrize("tiles", TWO_BIT)
+def test_two_bit(shape: tuple[int, int, int], tiles: TwoBitTiles) -> None:
     x, x_scale, weight, w_scale, bias = operands(*shape)
+    packed = triton_two_bit.pack_rows(weight)
     for given in (None, bias):
         y = poisoned(*shape[:2], torch.float16)
-        packed = triton_packed.pack_rows(weight)
-        triton_packed.run(x, x_scale, packed, w_scale, given, y, tiles)
+        triton_two_bit_kernels.run(x, x_scale, packed, w_scale, given, y, tiles)
         expected = ternary_matmul(
             x, x_scale.unsqueeze(-1), weight, w_scale, given, out_dtype=torch.float16
         )
         assert torch.equal(y, expected)
-        residual = torch.randn(shape[:2]).half()
-        triton_packed.run(x, x_scale, packed, w_scale, given, y, tiles, residual)
-        assert torch.equal(y, residual + expected)
 
 
 def guarded(tensor: torch.Tensor, maps: list[mmap.mmap]) -> torch.Tensor:
@@ -76,70 +69,34 @@ def guarded(tensor: torch.Tensor, maps: list[mmap.mmap]) -> torch.Tensor:
     return everything[end - size : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize("inner", [4, 64, 68, 512, 576, 1028])
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        DotTiles(8, 64, True),
-        DotTiles(2, 32, False),
-        DotTiles(4, 16, True),
-        MmaTiles(16, 32, 3, 4, 2),
-    ],
-)
-def test_packed_reads_nothing_beyond_its_operands(inner: int, tiles: DotTiles | MmaTiles) -> None:
-    """Rows and words that fit the tile are loaded without masks."""
+@pytest.mark.parametrize("inner", [4, 64, 68, 576])
+@pytest.mark.parametrize("tiles", TWO_BIT)
+def test_two_bit_reads_nothing_beyond_its_operands(inner: int, tiles: TwoBitTiles) -> None:
     maps: list[mmap.mmap] = []
-    for tokens, out in ((1, 5), (2, 8)):
+    for tokens, out in ((1, 5), (18, 8)):
         x, x_scale, weight, w_scale, bias = operands(tokens, out, inner)
         expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias)
-        residual = torch.randn(tokens, out)
-        packed = triton_packed.pack_rows(weight)
-        y = poisoned(tokens, out)
-        every = (x, x_scale, packed, w_scale, bias, y, residual)
-        x, x_scale, packed, w_scale, bias, y, added = (guarded(t, maps) for t in every)
-        triton_packed.run(x, x_scale, packed, w_scale, bias, y, tiles, added)
-        assert torch.equal(y, residual + expected)
-
-
-@pytest.mark.parametrize("name", triton_swiglu.SWIGLU_TILES)
-@pytest.mark.parametrize(("tokens", "inner", "columns"), [(1, 40, 64), (2, 19, 132), (1, 3, 50)])
-def test_swiglu(name: str, tokens: int, inner: int, columns: int) -> None:
-    x, x_scale, weight, w_scale, _ = operands(tokens, 2 * inner, columns)
-    packed = triton_packed.pack_rows(weight)
-    found, scale = triton_swiglu.run_swiglu(x, x_scale, packed, w_scale, torch.float16, name)
-    y = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, None, torch.float16)
-    expected, step = quantize_fused(y, swiglu=True)
-    torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
-    # exp of another library may round silu to the other side of an fp16 step.
-    assert (found.int() - expected.int()).abs().max() <= 1
-    assert (found != expected).float().mean() < 0.05
-
-
-def test_swiglu_of_a_diverged_token_is_not_a_number() -> None:
-    x, _, weight, w_scale, _ = operands(1, 16, 64)
-    packed = triton_packed.pack_rows(weight)
-    x_scale = torch.tensor([torch.nan])
-    _, scale = triton_swiglu.swiglu_rows(x, x_scale, packed, w_scale, torch.float32)
-    assert scale.isnan().all()
+        every = (x, x_scale, triton_two_bit.pack_rows(weight), w_scale, bias, poisoned(tokens, out))
+        *given, y = (guarded(t, maps) for t in every)
+        triton_two_bit_kernels.run(*given, y, tiles)
+        assert torch.equal(y, expected)
 
 
 def test_largest_sums_fit() -> None:
-    inner = 2**14
+    inner = 2**12
     x = torch.full((1, inner), -128, dtype=torch.int8)
     weight = torch.full((2, inner), -1, dtype=torch.int8)
     weight[1] = 1
-    packed = triton_packed.pack_rows(weight)
+    packed = triton_two_bit.pack_rows(weight)
     y = poisoned(1, 2)
     one = torch.ones(2)
-    triton_packed.run(x, one[:1], packed, one, None, y, DotTiles(2, 256, True))
+    triton_two_bit_kernels.run(x, one[:1], packed, one, None, y, TWO_BIT[0])
     assert y.tolist() == [[128.0 * inner, -128.0 * inner]]
     # The factor 64 of the layout: the longest row that is allowed still fits int32.
-    assert 64 * 128 * (triton_packed.LONGEST_ROW - 1) < 2**31
+    assert 64 * 128 * (triton_two_bit.LONGEST_ROW - 1) < 2**31
 
 
 def test_every_candidate_is_named_for_some_token_count() -> None:
-    named = {name for tokens in range(1, 33) for name in triton_packed.candidates(tokens, 99)}
-    assert named == set(triton_packed.CANDIDATES)
     x = torch.zeros(1, 32, dtype=torch.int8)
     named = {
         n for rows in (1, 40, 100, 999) for n in triton_dense.candidates(x.expand(rows, 32), x)
@@ -154,8 +111,8 @@ def test_matmul_entries(tokens: int) -> None:
     expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias) if tokens else None
     for y in (
         triton_dense.matmul(x, x_scale, weight, w_scale, bias, torch.float32),
-        triton_packed.matmul(
-            x, x_scale, triton_packed.pack_rows(weight), w_scale, bias, torch.float32
+        triton_two_bit._matmul(
+            x, x_scale, triton_two_bit.pack_rows(weight), w_scale, bias, torch.float32
         ),
     ):
         assert y.shape == (tokens, 24)

@@ -26,6 +26,7 @@ from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.native.pages import use_large_pages
+from sparse_bitnet.kernels.registry import Backend, TernaryWeight, register_backend
 
 BLOCK = 256
 """Weights of a six-bit row come in blocks of so many: 64 groups in 48 bytes."""
@@ -64,7 +65,7 @@ def _has_path() -> bool:
     return native.path() != native.REFERENCE
 
 
-def lay_out(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]:
+def pack(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]:
     """The layout that the path in use reads fastest: ``(bytes, layout)``.
 
     Args:
@@ -73,13 +74,13 @@ def lay_out(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]
     """
     packed = two_bit.pack(ternary) if stored is None else stored.contiguous()
     six_bit = pack_six_bit(packed) if native.reads_six_bit() else None
-    laid_out, layout = (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
-    use_large_pages(laid_out)
-    return laid_out, layout
+    chosen, layout = (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
+    use_large_pages(chosen)
+    return chosen, layout
 
 
 def unpack(packed: Tensor, layout: str, in_features: int) -> Tensor:
-    """The inverse of :func:`lay_out`: int8 ``[out, in]``."""
+    """The inverse of :func:`pack`: int8 ``[out, in]``."""
     if layout == "six-bit":
         packed = unpack_six_bit(packed, in_features)
     return two_bit.unpack(packed, in_features)
@@ -199,3 +200,43 @@ register(
     _fake,
     device="CPU",
 )
+
+
+class Native(Backend):
+    """The compiled library: two bits as stored, or six bits for four weights of 2:4."""
+
+    name = "native"
+    rank = 1
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu" and native.path() != native.REFERENCE
+
+    def reason(self, device: torch.device) -> str:
+        return native.explanation()
+
+    def pack(self, ternary: Tensor, stored: Tensor | None) -> tuple[Tensor, str]:
+        return pack(ternary, stored)
+
+    def unpack(self, weight: TernaryWeight) -> Tensor:
+        return unpack(weight.packed, weight.layout, weight.in_features)
+
+    def multiply(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        weight: TernaryWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y = linear(x_q, weight.packed, weight.layout, weight.w_scale, bias, out_dtype, x_scale)
+        return y if residual is None else residual + y
+
+    def linear(
+        self, x: Tensor, weight: TernaryWeight, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """Quantizes while it multiplies."""
+        return linear(x, weight.packed, weight.layout, weight.w_scale, bias, out_dtype)
+
+
+register_backend(Native())

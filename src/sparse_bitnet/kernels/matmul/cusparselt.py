@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sparse_bitnet.core.errors import BackendError, WeightError
 from sparse_bitnet.formats import sparse24
-from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels import autotune
 from sparse_bitnet.kernels.recent import Recent
 
 OPAQUE_BYTES = 4096  # the library's structures hold 512 in 0.8; room for newer ones
@@ -158,7 +158,7 @@ def _destroy(*made: tuple[str, object]) -> None:
     """
     _ended.extend(made)
     library = _library()
-    while _ended and library is not None and tuning.may_measure():
+    while _ended and library is not None and autotune.may_measure():
         with contextlib.suppress(IndexError):  # another thread was faster
             function, structure = _ended.popleft()
             getattr(library, function)(structure)  # nobody could help what it refuses
@@ -307,7 +307,7 @@ def _run(plan: _Plan, x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tenso
     workspace = _workspaces.get(key)
     if workspace is None:
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=y.device)
-        if tuning.may_measure():  # a captured graph keeps the memory of its own
+        if autotune.may_measure():  # a captured graph keeps the memory of its own
             _workspaces[key] = workspace
     status = plan.multiply(
         plan.handle,
@@ -334,10 +334,10 @@ def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Pla
     """
     index = _index(x_q.device)
     (tokens, inner), out = x_q.shape, y.shape[1]
-    remembered = tuning.memory(index)
-    key = f"cusparselt {version(index)} {tuning.bucket(tokens)}x{out}x{inner}"
+    remembered = autotune.memory(index)
+    key = f"cusparselt {version(index)} {autotune.bucket(tokens)}x{out}x{inner}"
     times = remembered.get(key)
-    if times is None and tuning.may_measure_now():
+    if times is None and autotune.may_measure_now():
         calls = {}
         for candidate in range(_plan(index, tokens, out, inner, None).algorithms):
             with contextlib.suppress(BackendError):  # not every algorithm takes every shape
@@ -346,9 +346,9 @@ def _chosen(x_q: Tensor, compressed: Tensor, w_scale: Tensor, y: Tensor) -> _Pla
         times = {}
         for name, call in calls.items():
             with contextlib.suppress(BackendError):
-                times[name] = tuning.microseconds(call)
+                times[name] = autotune.microseconds(call)
         if times:
-            remembered.put(key, tuning.under_load(calls, times))
+            remembered.put(key, autotune.under_load(calls, times))
             times = remembered.get(key)
     for name in times or {}:  # fastest first
         # Another token count of the bucket may be refused what this one was measured with.
@@ -385,7 +385,7 @@ def matmul(x_q: Tensor, compressed: Tensor, w_scale: Tensor) -> Tensor:
         plan = _plans.get(key)
         if plan is None:
             plan = _chosen(x_q, compressed, w_scale, y)
-            if tuning.may_measure():
+            if autotune.may_measure():
                 _plans.put(key, plan)
         _run(plan, x_q, compressed, w_scale, y)
     return y[:tokens] if missing else y

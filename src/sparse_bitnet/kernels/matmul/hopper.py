@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet.core.errors import BackendError
+from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.matmul import tiles
 from sparse_bitnet.kernels.nvrtc import Kernel, check, has_nvrtc
 from sparse_bitnet.kernels.platform import capability
+from sparse_bitnet.kernels.registry import Backend, TernaryWeight, register_backend
 
 CAPABILITY = (9, 0)
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -133,11 +135,6 @@ class Plan:
     tile: Tile
     splits: int = 1
     cut_waves: int = 0
-
-
-def serves(device: torch.device) -> bool:
-    """True on Hopper with NVRTC."""
-    return device.type == "cuda" and capability(device.index) == CAPABILITY and has_nvrtc()
 
 
 @lru_cache(maxsize=4096)
@@ -376,3 +373,79 @@ def _aligned(x_q: Tensor) -> Tensor:
     if x_q.stride(1) == 1 and x_q.stride(0) % 16 == 0 and x_q.data_ptr() % 16 == 0:
         return x_q
     return F.pad(x_q, (0, -x_q.shape[1] % 16)).contiguous()
+
+
+def _matmul(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    residual: Tensor | None,
+) -> Tensor:
+    rows = x_q.reshape(-1, x_q.shape[-1])
+    if bias is not None and not bias.is_contiguous():
+        # The kernel reads it before the kernel ahead has ended, which its copy must not be.
+        bias = bias.contiguous()
+        rows = rows.clone()
+    if residual is not None:
+        residual = residual.reshape(-1, w_scale.shape[0]).contiguous()
+    y = matmul(rows, x_scale.reshape(-1).contiguous(), packed, w_scale, bias, out_dtype, residual)
+    return y.view(*x_q.shape[:-1], w_scale.shape[0])
+
+
+def _fake(
+    x_q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    residual: Tensor | None,
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+
+register(
+    "hopper_matmul(Tensor x_q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
+    "ScalarType out_dtype, Tensor? residual) -> Tensor",
+    _matmul,
+    _fake,
+)
+
+
+class Hopper(Backend):
+    """Two bits in the order of wgmma's fragments."""
+
+    name = "hopper"
+    rank = 0
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda" and capability(device.index) == CAPABILITY and has_nvrtc()
+
+    def reason(self, device: torch.device) -> str:
+        return "Hopper's tensor cores read two-bit weights at every token count"
+
+    def pack(self, ternary: Tensor, stored: Tensor | None) -> tuple[Tensor, str]:
+        return tiles.pack(ternary), "tiles"
+
+    def unpack(self, weight: TernaryWeight) -> Tensor:
+        return tiles.unpack(weight.packed, weight.out_features, weight.in_features)
+
+    def multiply(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        weight: TernaryWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y: Tensor = torch.ops.sparse_bitnet.hopper_matmul(
+            x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype, residual
+        )
+        return y
+
+
+register_backend(Hopper())

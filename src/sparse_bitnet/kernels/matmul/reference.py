@@ -20,6 +20,9 @@ from torch import Tensor
 
 from sparse_bitnet.core.errors import WeightError
 from sparse_bitnet.core.ternary import check_row
+from sparse_bitnet.kernels import native
+from sparse_bitnet.kernels.platform import OLDEST_CAPABILITY, capability, has_triton
+from sparse_bitnet.kernels.registry import Backend, TernaryWeight, register_backend
 
 LONGEST_EXACT_SUM = 2**17  # lanes of magnitude at most 128 that float32 sums exactly
 CUDA_MULTIPLE = 8
@@ -89,3 +92,45 @@ def ternary_matmul(
     if bias is not None:
         y.add_(bias)
     return y.to(out_dtype)
+
+
+class Reference(Backend):
+    """int8 rows and plain PyTorch, on any device."""
+
+    name = "reference"
+    rank = 2
+
+    def serves(self, device: torch.device) -> bool:
+        return True
+
+    def reason(self, device: torch.device) -> str:
+        if device.type == "cpu":
+            return native.explanation()
+        if device.type != "cuda":
+            return "plain PyTorch integer arithmetic"
+        if not has_triton():
+            return "Triton is not installed (pip install triton)"
+        have = ".".join(map(str, capability(device.index)))
+        need = ".".join(map(str, OLDEST_CAPABILITY))
+        return f"compute capability {have} is below {need}"
+
+    def pack(self, ternary: Tensor, stored: Tensor | None) -> tuple[Tensor, str]:
+        return ternary, "int8"
+
+    def unpack(self, weight: TernaryWeight) -> Tensor:
+        return weight.packed
+
+    def multiply(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        weight: TernaryWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y = ternary_matmul(x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype)
+        return y if residual is None else residual + y
+
+
+register_backend(Reference())

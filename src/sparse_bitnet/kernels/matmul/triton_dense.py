@@ -10,14 +10,16 @@ Tiles are visited in groups of rows, so that neighbouring programs share operand
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_bitnet.kernels import tuning
+from sparse_bitnet.kernels import autotune
 from sparse_bitnet.kernels.platform import capability
 
 DESCRIPTOR_CAPABILITY = (9, 0)
@@ -233,7 +235,7 @@ def candidates(x_q: Tensor, ternary: Tensor) -> list[str]:
 
 
 def memory_key(rows: int, columns: int, inner: int) -> str:
-    return f"dense {tuning.bucket(rows)}x{columns}x{inner}"
+    return f"dense {autotune.bucket(rows)}x{columns}x{inner}"
 
 
 def matmul(
@@ -250,6 +252,31 @@ def matmul(
     if y.numel() == 0:
         return y
     names = candidates(x_q, ternary)
-    name = tuning.remembered(x_q, memory_key(rows, ternary.shape[0], inner), names)
+    name = autotune.remembered(x_q, memory_key(rows, ternary.shape[0], inner), names)
     run(x_q, x_scale, ternary, w_scale, bias, y, CANDIDATES[name])
     return y
+
+
+@torch.no_grad()
+def tune(x_q: Tensor, x_scale: Tensor, ternary: Tensor, w_scale: Tensor) -> None:
+    """Time the candidates for a shape under load, and remember them; nothing if that was done.
+
+    Args:
+        x_q, x_scale: int8 ``[tokens, in]`` and float32 ``[tokens]``.
+        ternary, w_scale: int8 ``[out, in]`` and float32 ``[out]``.
+    """
+    rows, inner = x_q.shape
+    memory = autotune.memory(x_q.device.index)
+    key = memory_key(rows, ternary.shape[0], inner)
+    if memory.get(key):
+        return
+    y = torch.empty((rows, ternary.shape[0]), dtype=torch.bfloat16, device=x_q.device)
+    calls, times = {}, {}
+    for name in candidates(x_q, ternary):
+        calls[name] = [partial(run, x_q, x_scale, ternary, w_scale, None, y, CANDIDATES[name])]
+        try:
+            times[name] = autotune.microseconds(calls[name])
+        except (RuntimeError, OutOfResources):
+            continue  # this GPU has too little shared memory for the tile, say
+    if times:
+        memory.put(key, autotune.under_load(calls, times))

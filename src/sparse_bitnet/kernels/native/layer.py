@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.kernels import native
-from sparse_bitnet.kernels.weight import TernaryWeight
+from sparse_bitnet.kernels.registry import TernaryWeight
 
 HEAD_MULTIPLE, LARGEST_HEAD = 16, 256
 
@@ -79,7 +79,6 @@ class LayerCall:
         for linear, (weight, bias) in zip(
             (call.qkv, call.o, call.gate_up, call.down), products, strict=True
         ):
-            assert weight.packed is not None
             linear.weight, linear.row_bytes = weight.packed.data_ptr(), weight.packed.stride(0)
             linear.layout = native.LAYOUTS.index(weight.layout)
             linear.w_scale = weight.w_scale.data_ptr()

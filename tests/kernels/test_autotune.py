@@ -1,13 +1,9 @@
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
-from sparse_bitnet.kernels import tuning
-from sparse_bitnet.kernels.tuning import Memory, bucket, fastest
+from sparse_bitnet.kernels.autotune import Memory, bucket, fastest
 
 
 def test_bucket() -> None:
@@ -45,21 +41,3 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path: Path) -
     memory = Memory(blocked / "gpu.json")
     memory.put("a", {"x": 1.0})
     assert memory.get("a") == {"x": 1.0}
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_a_product_with_swiglu_measures_only_if_it_may(
-    monkeypatch: pytest.MonkeyPatch, allowed: bool
-) -> None:
-    swiglu = pytest.importorskip("sparse_bitnet.kernels.matmul.triton_swiglu")
-    memory = Memory(None)
-    monkeypatch.setattr(tuning, "memory", lambda index: memory)
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
-    monkeypatch.setattr(tuning, "microseconds", lambda calls: float(len(calls)))
-    monkeypatch.setattr(swiglu, "run_swiglu", lambda *arguments: arguments[-1])
-    monkeypatch.setenv("SPARSE_BITNET_MEASURE", str(int(allowed)))
-    x: Any = SimpleNamespace(is_cuda=True, shape=(1, 64), device=SimpleNamespace(index=0))
-    weight = torch.zeros(8, 16, dtype=torch.uint8)
-    name = swiglu.swiglu_rows(x, None, weight, None, torch.bfloat16)
-    assert name in swiglu.SWIGLU_TILES
-    assert bool(memory.keys()) == allowed
