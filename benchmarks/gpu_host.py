@@ -23,12 +23,9 @@ from rich.table import Table
 
 from gpu_common import summary, write
 from sparse_bitnet import console
-from sparse_bitnet.core import Pattern, row_scale
-from sparse_bitnet.kernels import structured_matmul, ternarize, ternary_matmul
-from sparse_bitnet.kernels.dispatch import backends, ternary_linear
-from sparse_bitnet.kernels.matmul import packed_matmul
+from sparse_bitnet.kernels import ternary_matmul
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
-from sparse_bitnet.kernels.weight import prepare
+from sparse_bitnet.kernels.registry import integer_linear, prepare, ternary_linear
 
 SHAPES = {
     "7B gate_up": (37888, 3584),
@@ -50,49 +47,32 @@ def host_microseconds(call: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1e6 / CALLS
 
 
-def calls_of(out: int, columns: int, pattern: str) -> dict[str, Callable[[], object]]:
+def calls_of(out: int, columns: int) -> dict[str, Callable[[], object]]:
     """Every kind of call for one shape: its name → the call."""
-    ternary, scale = ternarize(torch.randn(out, columns, device="cuda"), Pattern.parse(pattern))
-    weight = prepare(ternary, row_scale(scale, (), out), Pattern.parse(pattern))
+    ternary = torch.randint(-1, 2, (out, columns), dtype=torch.int8, device="cuda")
+    weight = prepare(ternary, torch.rand(out, device="cuda"))
     x = torch.randn(MANY, columns, device="cuda").bfloat16()
     token = x[:FEW]
     bf16 = torch.randn(out, columns, device="cuda").bfloat16()
     x_q, x_scale = quantize_fused(x)
     token_q, token_scale = quantize_fused(token)
     dtype = torch.bfloat16
-    calls: dict[str, Callable[[], object]] = {
+    return {
         "x + x": lambda: x + x,
         "F.linear, bf16": lambda: F.linear(x, bf16),
         "quantization": lambda: quantize_fused(x),
-        "dense product": lambda: ternary_matmul(
-            x_q, x_scale, weight.dense, weight.w_scale, None, dtype
+        "int8 product": lambda: ternary_matmul(x_q, x_scale, ternary, weight.w_scale, None, dtype),
+        "two-bit product, 1 token": lambda: integer_linear(
+            token_q, token_scale, weight, None, dtype
         ),
-        "layer, dense": lambda: ternary_linear(x, weight, backend="dense"),
+        "two-bit product, 64 tokens": lambda: integer_linear(x_q, x_scale, weight, None, dtype),
+        "layer, 64 tokens": lambda: ternary_linear(x, weight),
     }
-    packed = weight.packed
-    if packed is not None:
-        calls["two-bit product"] = lambda: packed_matmul(
-            token_q, token_scale, packed, weight.w_scale, None, dtype
-        )
-        calls["layer, two-bit"] = lambda: ternary_linear(token, weight, backend="packed")
-    structured = weight.structured
-    if structured is not None and weight.sparse_backend in backends(weight, MANY):
-        lifted, _ = quantize_fused(x, group=weight.group)
-        sparse = weight.sparse_backend
-        calls["sparse product"] = lambda: structured_matmul(
-            lifted, None, structured, weight.w_scale
-        )
-        calls["sparse product, token scale"] = lambda: structured_matmul(
-            lifted, x_scale, structured, weight.w_scale
-        )
-        calls["layer, sparse"] = lambda: ternary_linear(x, weight, backend=sparse)
-    calls["layer, as chosen"] = lambda: ternary_linear(x, weight)
-    return calls
 
 
-def measure(shape: str, pattern: str, repeats: int) -> dict[str, list[float]]:
+def measure(shape: str, repeats: int) -> dict[str, list[float]]:
     """All repeats of every call of a shape, in turns."""
-    calls = calls_of(*SHAPES[shape], pattern)
+    calls = calls_of(*SHAPES[shape])
     for call in calls.values():
         for _ in range(WARM_UP):
             call()
@@ -115,7 +95,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--pattern", default="6:8")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
@@ -127,8 +106,8 @@ def main() -> None:
         for layer in options.layers:
             if time.monotonic() - started > 60 * options.minutes:
                 break
-            times = measure(layer, options.pattern, options.repeats)
-            row = {"layer": layer, "pattern": options.pattern, "calls_in_a_row": CALLS}
+            times = measure(layer, options.repeats)
+            row = {"layer": layer, "calls_in_a_row": CALLS}
             rows.append(row | {"microseconds": {n: summary(t) for n, t in times.items()}})
             write("host", rows, options.out)
             medians = (f"{n} {statistics.median(t):.1f}" for n, t in times.items())
