@@ -87,7 +87,8 @@ def _matmul(
     scale = x_scale.reshape(-1).contiguous()
     given = None if bias is None else bias.contiguous()
     tiles = tiles_for(*y.shape)
-    triton_two_bit_kernels.run(rows, scale, packed, w_scale, given, y, tiles)
+    gammas = w_scale.contiguous()
+    triton_two_bit_kernels.run(rows, scale, packed, gammas, given, y, tiles)
     return y.view(*x_q.shape[:-1], w_scale.shape[0])
 
 
