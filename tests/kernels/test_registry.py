@@ -43,12 +43,6 @@ def test_every_backend_of_this_device_is_the_reference(backend: str, tokens: int
         assert torch.equal(found, residual + expected)
 
 
-def test_a_weight_without_columns_is_served() -> None:
-    weight = prepare(torch.zeros(4, 0, dtype=torch.int8), torch.ones(4))
-    x_q, scale = torch.zeros(2, 0, dtype=torch.int8), torch.ones(2, 1)
-    assert integer_linear(x_q, scale, weight, None, torch.float32).tolist() == [[0.0] * 4] * 2
-
-
 def test_leading_dimensions_stay() -> None:
     x, ternary, w_scale, bias = operands(tokens=6)
     weight = prepare(ternary, w_scale)

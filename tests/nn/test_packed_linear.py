@@ -125,8 +125,8 @@ def test_casts_leave_bytes_and_scales_alone(storage, move):
     packed(torch.randn(1, 40))
     moved = move(packed)
     for name in ("weight", "weight_scale"):
-        assert getattr(moved, name).dtype == before[name].dtype
-        assert torch.equal(getattr(moved, name), before[name])
+        assert moved.state_dict()[name].dtype == before[name].dtype
+        assert torch.equal(moved.state_dict()[name], before[name])
     assert not moved._layout or moved is not packed
 
 
@@ -289,3 +289,24 @@ def test_rows_that_int32_cannot_sum_are_refused(columns: int) -> None:
         shorter = x_q[:, 1:]  # whose sum is rounded to float32 once
         y = ternary_matmul(127 * shorter, ones, shorter, ones[0])
         assert y.item() == torch.tensor(127 * (2**23 - 1)).float().item()
+
+
+@pytest.mark.parametrize("storage", ["two-bit", "trits"])
+def test_one_copy_of_a_weight_stays(storage: str) -> None:
+    """Bytes as stored go once the compute layout is there, and come back when asked for."""
+    torch.manual_seed(0)
+    trained = SparseBitLinear(nn.Linear(64, 24), Pattern(6, 8))
+    packed = pack_module(trained, storage, "linear")
+    stored = packed.state_dict()["weight"].clone()
+    x = torch.randn(3, 64)
+    expected = packed(x)
+    kept = packed.layout("weight").packed
+    held = packed._buffers["weight"]
+    assert held is None or held.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+    for again in (packed, copy.deepcopy(packed)):
+        assert torch.equal(again.state_dict()["weight"], stored)
+        assert torch.equal(again.unpack("weight"), packed.unpack("weight"))
+        assert torch.equal(again.to(torch.float64).to(torch.float32)(x), expected)
+        again(x)  # the layout is there anew
+        again.load_state_dict({**again.state_dict(), "weight": stored})
+        assert torch.equal(again(x), expected)

@@ -128,8 +128,6 @@ def prepare(
         backend: instead of the device's.
     """
     ternary = ternary.contiguous()
-    if not ternary.numel():
-        backend = "reference"  # there is nothing to multiply by
     chosen = BACKENDS[backend] if backend else backend_of(ternary.device)
     packed, layout = chosen.pack(ternary, stored)
     # Contiguous now: a kernel reads scales before the one ahead of it has ended, which a copy made

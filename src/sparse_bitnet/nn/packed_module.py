@@ -6,8 +6,9 @@ Keeping the master weight's name makes a reader that does not know the format fa
 instead of leaving the weight random.
 
 The storage is chosen for size, the compute layout for the device, so they are different things: the
-layout is derived at the first use and dropped when the module moves. Loading therefore needs no
-more memory than the file.
+layout is derived at the first use and dropped when the module moves. Only one of them is kept. Once
+the layout is there the stored bytes go (on a CPU most layouts are these bytes), and whoever asks for
+them, to save the model or to move it, gets them packed again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from sparse_bitnet.core import DENSE, PackedFormatError, Pattern, check_row, row_scale
 from sparse_bitnet.formats import StorageName, storage
 from sparse_bitnet.formats.rows import chunks
+from sparse_bitnet.kernels.registry import TernaryWeight
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class PackedModule(nn.Module, ABC):
         self._storage = storage(spec.storage)
         self._weights: dict[str, _Weight] = {}
         self._layout: dict[str, Any] = {}
+        self.register_load_state_dict_pre_hook(_expect_bytes)
         self.register_load_state_dict_post_hook(_forget_layout)
 
     @abstractmethod
@@ -106,8 +109,8 @@ class PackedModule(nn.Module, ABC):
         """Rows of each logical matrix fused into that weight; empty for one matrix."""
 
     @abstractmethod
-    def lay_out(self, ternary: Tensor, scale: Tensor) -> Any:
-        """What the module multiplies with.
+    def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight | list[TernaryWeight]:
+        """What the module multiplies with: one weight, or one for each expert.
 
         Args:
             ternary: int8 ``[..., out, in]``.
@@ -149,6 +152,8 @@ class PackedModule(nn.Module, ABC):
             PackedFormatError: if the bytes stand for no ternary weights, or for such that break the
                 pattern.
         """
+        if self._buffers[name] is None:
+            return _unpacked(self._layout[name])
         where = f"{self.where}.{name}"
         ternary = self._storage.unpack(self.get_buffer(name), self._weights[name].shape[-1], where)
         violation = find_violation(ternary, self.spec.pattern)
@@ -167,7 +172,8 @@ class PackedModule(nn.Module, ABC):
         """
         for name, weight in self._weights.items():
             where = f"{self.where}.{name}"
-            self._storage.check(self.get_buffer(name), weight.shape[-1], where)
+            if self._buffers[name] is not None:
+                self._storage.check(self.get_buffer(name), weight.shape[-1], where)
             scale = self.get_buffer(f"{name}_scale")
             if not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 raise PackedFormatError(
@@ -182,9 +188,26 @@ class PackedModule(nn.Module, ABC):
         Call it before ``torch.compile``, so that the graph is not broken here.
         """
         for name, weight in self._weights.items():
+            if name in self._layout:
+                continue
             scale = self.get_buffer(f"{name}_scale")
             rows = row_scale(scale, weight.segments, weight.shape[-2])
             self._layout[name] = self.lay_out(self.unpack(name), rows)
+            if not _shares_memory(self._layout[name], self.get_buffer(name)):
+                self._buffers[name] = None
+
+    def _restore(self) -> None:
+        """Pack stored bytes that are gone from the compute layout again."""
+        for name, layout in self._layout.items():
+            if self._buffers[name] is None:
+                self._buffers[name] = self._storage.pack(_unpacked(layout), f"{self.where}.{name}")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, layout in self._layout.items():
+            if self._buffers[name] is None:
+                where = f"{self.where}.{name}"
+                destination[prefix + name] = self._storage.pack(_unpacked(layout), where)
 
     def layout(self, name: str) -> Any:
         """What :meth:`lay_out` made of that weight, derived if it is not yet."""
@@ -198,6 +221,7 @@ class PackedModule(nn.Module, ABC):
         ``model.to(bfloat16)`` or ``model.half()`` would round the scales and ``model.type(…)`` turn
         the bytes into floats.
         """
+        self._restore()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name in self._weights:
@@ -208,6 +232,28 @@ class PackedModule(nn.Module, ABC):
                     self._buffers[key] = old.to(new.device)
         self._layout.clear()
         return self
+
+
+def _weights_of(layout: Any) -> list[TernaryWeight]:
+    return layout if isinstance(layout, list) else [layout]
+
+
+def _unpacked(layout: Any) -> Tensor:
+    """int8 ``[..., out, in]`` of what :meth:`PackedModule.lay_out` gave."""
+    if isinstance(layout, list):
+        return torch.stack([weight.unpack() for weight in layout])
+    ternary: Tensor = layout.unpack()
+    return ternary
+
+
+def _shares_memory(layout: Any, stored: Tensor) -> bool:
+    memory = stored.untyped_storage().data_ptr()
+    return any(w.packed.untyped_storage().data_ptr() == memory for w in _weights_of(layout))
+
+
+def _expect_bytes(module: nn.Module, *_: object) -> None:
+    assert isinstance(module, PackedModule)
+    module._restore()
 
 
 def _forget_layout(module: nn.Module, _keys: object) -> None:
