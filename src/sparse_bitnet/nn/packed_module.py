@@ -7,7 +7,7 @@ instead of leaving the weight random.
 
 The storage is chosen for size, the compute layout for the device, so they are different things: the
 layout is derived at the first use and dropped when the module moves. Only one of them is kept. Once
-the layout is there the stored bytes go (on a CPU most layouts are these bytes), and whoever asks for
+the layout is there the stored bytes go (on a CPU most layouts are these bytes). Whoever asks for
 them, to save the model or to move it, gets them packed again.
 """
 
