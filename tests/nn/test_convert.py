@@ -19,7 +19,6 @@ from sparse_bitnet.nn import (
     convert,
     converted_modules,
     master_weights,
-    refresh,
     set_pattern,
 )
 
@@ -438,10 +437,10 @@ def test_parameters_that_an_engine_partitioned_are_refused(tiny: Tiny, architect
 def test_a_model_partitioned_after_convert_says_so(tiny: Tiny) -> None:
     model = tiny("qwen2")
     convert(model)
-    _, module = next(converted_modules(model))
-    module.weight.data = torch.empty(0)
+    master = next(iter(master_weights(model)))
+    master.weight.data = torch.empty(0)
     with pytest.raises(ConfigError, match=r"holds no values: an engine .* shard with FSDP2"):
-        refresh(model)
+        master.mask()
 
 
 def test_offloaded_parameters_are_refused(tiny: Tiny) -> None:
