@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparse_bitnet.console import out, say
 from sparse_bitnet.core import SparseBitNetError
 from sparse_bitnet.data import TokenShards, prepare
-from sparse_bitnet.deploy.packed.packing import PackResult, pack
-from sparse_bitnet.deploy.packed.sizes import readable_bytes
 from sparse_bitnet.evaluate import Perplexity, perplexity
+from sparse_bitnet.packed.sizes import readable_bytes
+from sparse_bitnet.packed.write import PackResult, pack
 from sparse_bitnet.serve.generate import Sampling, generate_text
 from sparse_bitnet.train import (
     DataConfig,
