@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 
 from gpu_common import write
-from sparse_bitnet.bench import random_decoder as decoders
+from sparse_bitnet.bench import harness
+from sparse_bitnet.bench.harness import capture, replay_microseconds
 from sparse_bitnet.bench.inference import Case, call_of, choose_backends
-from sparse_bitnet.bench.timing import capture, replay_microseconds
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels import dispatch, early
 from sparse_bitnet.kernels.platform import compile_options
@@ -48,11 +48,11 @@ def microseconds(decoder: DecoderForCausalLM, step: dict[str, Any]) -> list[floa
     launch = LAUNCH if step.get("early", True) else _off
     with (
         mock.patch.object(dispatch, "MOST_SWIGLU_TOKENS", int(step.get("swiglu", True))),
-        mock.patch.object(decoders, "compile_options", lambda: step.get("options", OPTIONS)),
+        mock.patch.object(harness, "compile_options", lambda: step.get("options", OPTIONS)),
         mock.patch.object(dispatch, "takes_integers", takes),
         mock.patch.object(early, "launch_options", launch),
     ):
-        decoders.compile_parts(decoder)
+        harness.compile_parts(decoder)
         choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
     return [replay_microseconds(graph, TOKENS) / TOKENS for _ in range(REPEATS)]
@@ -77,7 +77,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 256
     rows = []
     with torch.no_grad():
-        decoder = decoders.random_decoder("qwen2.5-7b", Pattern.parse(options.pattern))
+        decoder = harness.random_decoder("qwen2.5-7b", Pattern.parse(options.pattern))
         for name, step in STEPS.items():
             times = microseconds(decoder, step)
             rows.append({"step": name, "microseconds": statistics.median(times), "all": times})

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gpu_common import write
-from sparse_bitnet.bench.timing import capture, replay_microseconds
+from sparse_bitnet.bench.harness import capture, replay_microseconds
 from sparse_bitnet.core import BackendError, Pattern, row_scale
 from sparse_bitnet.kernels import ternarize
 from sparse_bitnet.kernels.environment import gpu_state

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_bitnet.bench.harness import compile_parts, random_decoder
 from sparse_bitnet.bench.inference import Case, call_of
-from sparse_bitnet.bench.random_decoder import compile_parts, random_decoder
 from sparse_bitnet.core import Pattern, row_scale
 from sparse_bitnet.kernels import dispatch, ternarize
 from sparse_bitnet.kernels.matmul import packed_matmul, packed_swiglu, triton_packed, triton_swiglu

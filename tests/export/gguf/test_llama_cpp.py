@@ -81,7 +81,8 @@ class RoundedByBlock(torch.nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.weight = layer.ternary * layer.scale.half().float()
+        ternary, scale, _ = layer.derived()
+        self.weight = ternary * scale.half().float()
         self.bias = layer.bias
 
     def forward(self, x):

@@ -327,7 +327,7 @@ def test_fused_matrices_keep_their_scales(save, tmp_path, kind):
     pack(model, tmp_path / "packed", tokenizer=tokenizer)
     export_gguf(tmp_path / "packed", tmp_path / "m.gguf")
     found = read(tmp_path / "m.gguf")[0]["blk.0.attn_q.weight"][1]
-    ternary, scale = fused.derived()
+    ternary, scale, _ = fused.derived()
     rows = torch.cat([scale[:1].expand(64), scale[1:].expand(192)]).half().float()
     exact = ternary * rows.unsqueeze(-1)
     assert torch.equal(found, permuted(exact, HEADS[0]) if kind == "llama" else exact)
