@@ -64,22 +64,22 @@ def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None
 
 def test_a_twin_knows_its_fused_matrices(tiny: Tiny) -> None:
     """Statistics and a mask from quantized weights take γ of each, as in the ternary model."""
-    model, twin = tiny("phi3", head_dim=8), tiny("phi3", head_dim=8)
+    model, baseline = tiny("phi3", head_dim=8), tiny("phi3", head_dim=8)
     method = Method(mask_source="quantized")
     with torch.no_grad():
-        for each in (model, twin):
+        for each in (model, baseline):
             for _, parameter in sorted(each.named_parameters()):
                 if parameter.ndim == 2:
                     parameter.copy_(
                         torch.linspace(-1, 1, parameter.numel()).pow(5).view_as(parameter)
                     )
     convert(model, "6:8", method=method)
-    convert(twin, "6:8", kind="bf16", method=method)
-    masters = zip(master_weights(model), master_weights(twin), strict=True)
+    convert(baseline, "6:8", kind="bf16", method=method)
+    masters = zip(master_weights(model), master_weights(baseline), strict=True)
     for ours, theirs in masters:
         assert ours.segments == theirs.segments, ours.name
         assert torch.equal(theirs.module.derived()[0], ours.mask), ours.name
-    assert any(one.segments for one in master_weights(twin))
+    assert any(one.segments for one in master_weights(baseline))
 
 
 def perceptron(*sizes: int) -> nn.Sequential:

@@ -55,9 +55,9 @@ def test_save_pretrained_on_other_ranks_and_of_copies(tmp_path, pristine):
     model = load_packed(pristine / "two-bit")
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert list((tmp_path / "other").iterdir()) == []
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    twin.save_pretrained(tmp_path / "twin")
-    assert load_packed(tmp_path / "twin").is_quantized
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    other.save_pretrained(tmp_path / "other")
+    assert load_packed(tmp_path / "other").is_quantized
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])

@@ -1,10 +1,10 @@
 """Prefill and decode speed of whole models with random weights: BF16, dense BitNet, 6:8 and 2:4.
 
 The verb ``bench``, and benchmarks/inference.py. All models have the shape of one preset and run in
-the package's own decoder, in one process, in turns. On a GPU its layers are compiled one by one, its
-cache is static, and a pass is one CUDA graph; on a CPU a token takes the native call. Everything is
-in the time: embedding, norms, quantization of activations, lifting, products, scales, attention, the
-output head for the last token.
+the package's own decoder, in one process, in turns. On a GPU its layers are compiled one by one,
+its cache is static, and a pass is one CUDA graph; on a CPU a token takes the native call.
+Everything is in the time: embedding, norms, quantization of activations, lifting, products, scales,
+attention, the output head for the last token.
 """
 
 from __future__ import annotations

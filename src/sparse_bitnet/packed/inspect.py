@@ -58,10 +58,10 @@ class DirectoryReport:
     Attributes:
         directory: what was inspected.
         kind: ``packed``; ``trained`` for master weights with ternary linears, ``trained bf16`` for
-            the full-precision twin.
+            the BF16 baseline.
         architecture: the model's class.
         storage: format of a packed directory's bytes.
-        activation_bits: those in use; none for the full-precision twin.
+        activation_bits: those in use; none for the BF16 baseline.
         weights: one report a weight.
         file_bytes: what the weight files take.
         other_parameters: in embeddings, norms, head and biases; tied ones once.
