@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparse_bitnet import console, files
-from sparse_bitnet.bench.timing import interleaved
+from sparse_bitnet.bench.harness import interleaved
 from sparse_bitnet.kernels.environment import measured_on
 
 __all__ = ["copies_beyond_cache", "interleaved", "report", "summary", "write"]

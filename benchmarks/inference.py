@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from gpu_common import write
+from sparse_bitnet.bench.harness import capture, compile_parts, random_decoder
 from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
-from sparse_bitnet.bench.random_decoder import compile_parts, random_decoder
-from sparse_bitnet.bench.timing import capture
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels.environment import gpu_state
 

@@ -80,7 +80,7 @@ def make_child(folder: Path, layers: int) -> dict[str, Any]:
 def pack_child(folder: Path, storage: str) -> dict[str, Any]:
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401  # part of the imports
 
-    from sparse_bitnet.deploy.packed.packing import pack
+    from sparse_bitnet.packed.write import pack
 
     imports = peak_bytes()
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def load_child(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401  # part of the imports
 
-    from sparse_bitnet.deploy.packed import pretrained  # noqa: F401
+    from sparse_bitnet.packed import load  # noqa: F401
 
     imports = peak_bytes()
     started = time.perf_counter()

@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
     JUDGED: {"pattern": "6:8"},
     "bitnet dense": {"pattern": "dense"},
-    "bf16 twin 6:8": {"pattern": "6:8", "kind": "bf16"},
+    "bf16 baseline 6:8": {"pattern": "6:8", "kind": "bf16"},
 }
 PARTS = ("forward", "backward", "optimizer")
 

@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 
+pytest_plugins = ["packed_models"]  # tests/packed_models.py, imported after the lines below
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them made
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparse-bitnet-compiled-")

@@ -34,14 +34,14 @@ def test_the_whole_way_and_a_second_run(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, err = run(small, monkeypatch, capsys)
-    for name in demo.TWINS:
+    for name in demo.MODELS:
         assert out.count(name) >= 1
     assert "max |Δlogit| 0.0e+00 in fp32, same greedy text" in out
     assert "packed, two-bit" in out and "packed, trits" in out
     assert (small / "packed-two-bit" / "model.safetensors").is_file()
     assert "reusing it" not in err
     again, told = run(small, monkeypatch, capsys)
-    assert told.count("reusing it") == len(demo.TWINS)
+    assert told.count("reusing it") == len(demo.MODELS)
     assert again.split("Done in")[0] == out.split("Done in")[0]
 
 

@@ -88,6 +88,17 @@ def test_the_command_lines(
     assert (desk / "model.gguf").is_file() and (desk / "imported" / "config.json").is_file()
 
 
-def test_the_files_it_links_to_exist() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_it_links_to_exist(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in {h.lower().replace(" ", "-") for h in headings}, link

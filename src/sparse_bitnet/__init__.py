@@ -14,14 +14,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparse_bitnet.deploy.packed.registration import register_when_needed
+from sparse_bitnet.packed.registration import register_when_needed
 
 if TYPE_CHECKING:
     from sparse_bitnet.core import Method, Pattern, SparseBitNetError
-    from sparse_bitnet.deploy.packed.packing import pack
-    from sparse_bitnet.deploy.packed.pretrained import load
     from sparse_bitnet.nn.convert import convert, set_pattern
     from sparse_bitnet.nn.derived import frozen
+    from sparse_bitnet.packed.load import load
+    from sparse_bitnet.packed.write import pack
     from sparse_bitnet.serve.generate import generate
 
 # Imported when first used: torch and transformers take seconds.
@@ -32,8 +32,8 @@ _HOME = {
     "convert": "nn",
     "frozen": "nn",
     "generate": "serve.generate",
-    "load": "deploy.packed.pretrained",
-    "pack": "deploy.packed.packing",
+    "load": "packed.load",
+    "pack": "packed.write",
     "set_pattern": "nn",
 }
 

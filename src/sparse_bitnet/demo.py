@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparse_bitnet.console import out, say
 from sparse_bitnet.core import SparseBitNetError
 from sparse_bitnet.data import TokenShards, prepare
-from sparse_bitnet.deploy.packed.packing import PackResult, pack
-from sparse_bitnet.deploy.packed.sizes import readable_bytes
 from sparse_bitnet.evaluate import Perplexity, perplexity
+from sparse_bitnet.packed.sizes import readable_bytes
+from sparse_bitnet.packed.write import PackResult, pack
 from sparse_bitnet.serve.generate import Sampling, generate_text
 from sparse_bitnet.train import (
     DataConfig,
@@ -34,10 +34,10 @@ from sparse_bitnet.train import (
     train,
 )
 
-TWINS = {
+MODELS = {
     "Sparse-BitNet 6:8": SparsityConfig("6:8", "bitnet"),
     "BitNet, dense": SparsityConfig("dense", "bitnet"),
-    "BF16 twin, dense": SparsityConfig("dense", "bf16"),
+    "BF16 baseline, dense": SparsityConfig("dense", "bf16"),
 }
 # The better of a few for each kind: a comparison at one rate would favour one of them.
 LEARNING_RATE = {"bitnet": 4e-3, "bf16": 2.5e-3}
@@ -53,7 +53,7 @@ SAMPLE_TOKENS = 80
 
 
 def demo(directory: Path = Path("runs/demo")) -> None:
-    """Train a small 6:8 Sparse-BitNet and its twins, measure them, pack the first and run it.
+    """Train a small 6:8 Sparse-BitNet and its baselines, measure them, pack the first and run it.
 
     Args:
         directory: where everything is written; what is finished there is reused.
@@ -65,7 +65,7 @@ def demo(directory: Path = Path("runs/demo")) -> None:
 
     measured: dict[str, Perplexity] = {}
     models: dict[str, Path] = {}
-    for name, sparsity in TWINS.items():
+    for name, sparsity in MODELS.items():
         with part(f"Train: {name}"):
             models[name] = trained_directory(recipe(directory, sparsity))
             measured[name] = measure(load_trained(models[name])[0], held_out)
@@ -106,7 +106,7 @@ def trained_directory(config: TrainConfig) -> Path:
 
 
 def recipe(directory: Path, sparsity: SparsityConfig) -> TrainConfig:
-    """The same data, steps and seed for every twin; only the linears and their rate differ."""
+    """The same data, steps and seed for every model; only the linears and their rate differ."""
     name = f"{sparsity.kind}-{sparsity.pattern.replace(':', '-')}"
     return TrainConfig(
         data=DataConfig(path=str(directory / "data"), sequence_length=SEQUENCE, batch_size=BATCH),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_bitnet.bench.command import bench
+from sparse_bitnet.bench.harness import interleaved, random_decoder
 from sparse_bitnet.bench.inference import (
     Case,
     Row,
@@ -18,11 +18,10 @@ from sparse_bitnet.bench.inference import (
     _static_cache,
     _static_step,
     _step,
+    bench,
     call_of,
     measure,
 )
-from sparse_bitnet.bench.random_decoder import random_decoder
-from sparse_bitnet.bench.timing import interleaved
 from sparse_bitnet.core import ConfigError, Pattern
 
 SMALL: dict[str, Any] = {"vocabulary": 64, "device": "cpu", "dtype": torch.float32}

@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from sparse_bitnet.core import ConfigError, PatternError
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load_packed
 from sparse_bitnet.estimate.devices import GPUS, Device, device_named, measure_cpu
 from sparse_bitnet.estimate.estimate import KEPT, estimate
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_module import prepare
+from sparse_bitnet.packed.load import load_packed
+from sparse_bitnet.packed.write import pack
 
 SMALL = {
     **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sparse_bitnet.data.tokenizer import train_bpe
-from sparse_bitnet.deploy.gguf.write import export_gguf
+from sparse_bitnet.export.gguf.write import export_gguf
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.data.tokenizer import train_bpe
-from sparse_bitnet.deploy.bitnet.read import import_bitnet
-from sparse_bitnet.deploy.bitnet.write import export_bitnet
+from sparse_bitnet.export.bitnet.read import import_bitnet
+from sparse_bitnet.export.bitnet.write import export_bitnet
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
 from sparse_bitnet.train.presets import preset_config

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from sparse_bitnet.data.tokenizer import train_bpe
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load_with_tokenizer
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_module import PackedModule, find_violation
+from sparse_bitnet.packed.load import load_with_tokenizer
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.train.presets import preset_config
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load_packed
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.int8_head import Int8Table
+from sparse_bitnet.packed.load import load_packed
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.presets import preset_config
 
 TOKENS = torch.arange(20).view(2, 10)

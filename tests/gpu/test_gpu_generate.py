@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load, load_unfused
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.nn import convert
+from sparse_bitnet.packed.load import load, load_unfused
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.presets import preset_config
 
 pytestmark = pytest.mark.gpu

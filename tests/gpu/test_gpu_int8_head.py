@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load_packed
 from sparse_bitnet.kernels.int8_linear import int8_linear, reference
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.int8_head import TiedInt8Head
+from sparse_bitnet.packed.load import load_packed
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.presets import preset_config
 
 pytestmark = [

@@ -58,7 +58,7 @@ def test_blocks_follow_a_schedule_of_patterns(
     expected, _ = train(eager, tokens, SCHEDULE)
     losses, compiled = train(model, tokens, SCHEDULE)
     assert losses == pytest.approx(expected, abs=1e-5)
-    # Ternary layers never recompile; the twin once, when its mask first comes into force.
+    # Ternary layers never recompile; the baseline once, when its mask first comes into force.
     at_the_end = compiled[0] if kind == "bitnet" else 2 * compiled[0]
     assert compiled == [compiled[0]] * 2 + [at_the_end] * 5
 

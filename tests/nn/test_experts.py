@@ -80,8 +80,8 @@ def test_mask_runs_along_in() -> None:
     module = SparseBitExperts(Experts(), Pattern(6, 8))
     assert worst_group(module.derived("gate_up_proj")[0], 8) <= 6
     assert worst_group(module.derived("down_proj")[0], 8) <= 6
-    twin = SparseExperts(Experts(), Pattern(6, 8))
-    assert torch.equal(twin.derived("down_proj")[0], nm_mask(twin.down_proj, Pattern(6, 8)))
+    baseline = SparseExperts(Experts(), Pattern(6, 8))
+    assert torch.equal(baseline.derived("down_proj")[0], nm_mask(baseline.down_proj, Pattern(6, 8)))
 
 
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])

@@ -44,17 +44,17 @@ def qwen(tied):
 
 def swapped(tied):
     """A model with an int8 head, filled, and the float model of the same (rounded) values."""
-    model, twin = qwen(tied), qwen(tied)
+    model, other = qwen(tied), qwen(tied)
     names = int8_modules(model)
     swap_int8(model, names, device="cpu")
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, TiedInt8Head):
             continue
-        weight = twin.get_submodule(name).weight
+        weight = other.get_submodule(name).weight
         module.weight[:], module.weight_scale[:] = quantize_rows(weight)
         weight.data = module.dequantize()
-    return model, twin
+    return model, other
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ def logits(model):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_computes_what_the_rounded_weights_do(tied):
-    model, twin = swapped(tied)
-    expected = logits(twin)
+    model, other = swapped(tied)
+    expected = logits(other)
     assert (logits(model) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert isinstance(model.lm_head, TiedInt8Head if tied else Int8Head)
     assert isinstance(model.model.embed_tokens, Int8Embedding if tied else nn.Embedding)
@@ -77,15 +77,15 @@ def test_computes_what_the_rounded_weights_do(tied):
 def test_one_table_when_tied_wherever_the_model_goes(tied):
     model, _ = swapped(tied)
     before = logits(model)
-    twin = copy.deepcopy(model).to(torch.bfloat16).float()
+    other = copy.deepcopy(model).to(torch.bfloat16).float()
     keys = {key for key in model.state_dict() if "embed" in key or "head" in key}
     if tied:
-        assert twin.lm_head.weight is twin.model.embed_tokens.weight
-        assert twin.lm_head.table is not model.lm_head.table
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+        assert other.lm_head.table is not model.lm_head.table
         assert keys == {"model.embed_tokens.weight", "model.embed_tokens.weight_scale"}
         model.tie_weights()
         assert torch.equal(logits(model), before)
-    table = twin.lm_head.table if tied else twin.lm_head
+    table = other.lm_head.table if tied else other.lm_head
     original = model.lm_head.table if tied else model.lm_head
     assert table.weight.dtype == torch.int8
     assert torch.equal(table.weight_scale, original.weight_scale)

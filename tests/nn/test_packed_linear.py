@@ -199,9 +199,9 @@ def test_packing_refuses_nan(storage, value):
 
 
 def test_packing_refuses_the_full_precision_twin_and_unloaded_weights(storage):
-    twin = SparseLinear(nn.Linear(8, 4), P68)
+    baseline = SparseLinear(nn.Linear(8, 4), P68)
     with pytest.raises(ConfigError, match="SparseLinear keeps full-precision weights"):
-        pack_module(twin, storage, "l")
+        pack_module(baseline, storage, "l")
     with torch.device("meta"):
         unloaded = trained_linear()
     with pytest.raises(ConfigError, match=r"l.weight: the weight is sharded or not loaded"):

@@ -1,4 +1,4 @@
-"""The full-precision twin: masked forward, dense gradient, nothing else."""
+"""The BF16 baseline: masked forward, dense gradient, nothing else."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sparse_bitnet.core import Method, Pattern, PatternError, nm_mask
 from sparse_bitnet.nn import SparseLinear
 
 
-def twin(pattern: str = "6:8", method: Method | None = None) -> tuple[nn.Linear, SparseLinear]:
+def baseline(pattern: str = "6:8", method: Method | None = None) -> tuple[nn.Linear, SparseLinear]:
     torch.manual_seed(0)
     linear = nn.Linear(16, 6)
     return linear, SparseLinear(linear, Pattern.parse(pattern), method)
@@ -16,14 +16,14 @@ def twin(pattern: str = "6:8", method: Method | None = None) -> tuple[nn.Linear,
 
 @pytest.mark.parametrize("pattern", ["dense", "8:8"])
 def test_dense_is_the_linear_layer(pattern: str) -> None:
-    linear, module = twin(pattern)
+    linear, module = baseline(pattern)
     x = torch.randn(3, 16)
     assert torch.equal(module(x), linear(x))
     assert module.derived() == (None,)
 
 
 def test_masks_forward() -> None:
-    linear, module = twin()
+    linear, module = baseline()
     mask = nm_mask(linear.weight, Pattern(6, 8))
     x = torch.randn(2, 3, 16)
     expected = nn.functional.linear(x, linear.weight * mask, linear.bias)
@@ -33,7 +33,7 @@ def test_masks_forward() -> None:
 
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
 def test_gradients_equal_the_formulas(gradient: str) -> None:
-    linear, module = twin(method=Method(gradient=gradient))  # type: ignore[arg-type]
+    linear, module = baseline(method=Method(gradient=gradient))  # type: ignore[arg-type]
     module.double()
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(5, 6, dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_gradients_equal_the_formulas(gradient: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["6:8", "dense"])
 def test_half_precision_inputs_meet_float32_master_weights(pattern: str) -> None:
-    _, module = twin(pattern)
+    _, module = baseline(pattern)
     x = torch.randn(3, 16)
     assert module(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -62,7 +62,7 @@ def test_half_precision_inputs_meet_float32_master_weights(pattern: str) -> None
 
 
 def test_mask_follows_the_optimizer() -> None:
-    _, module = twin("1:2")
+    _, module = baseline("1:2")
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     before = module.derived()[0].clone()
     module(torch.randn(64, 16)).square().sum().backward()
@@ -77,6 +77,6 @@ def test_refuses_a_row_that_m_does_not_divide() -> None:
 
 
 def test_state_dict_is_that_of_a_linear_layer() -> None:
-    _, module = twin()
+    _, module = baseline()
     assert list(module.state_dict()) == ["weight", "bias"]
     assert "pattern=6:8" in repr(module)

@@ -147,7 +147,7 @@ def test_turns_and_instructions_that_are_no_text(trained, speaker):
 
 
 def test_a_line_that_does_not_fit_is_said_and_the_chat_goes_on(tmp_path, pristine, typed, capsys):
-    from sparse_bitnet.deploy.packed.pretrained import load_unfused
+    from sparse_bitnet.packed.load import load_unfused
 
     model, tokenizer = load_unfused(pristine / "two-bit")
     tokenizer.chat_template = TEMPLATE

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.packed.load import load
 from sparse_bitnet.serve.engine import BusyError, Engine, cache_bytes_per_token
 from sparse_bitnet.serve.sampling import SamplingOptions
 

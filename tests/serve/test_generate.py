@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.packed.packing import pack
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.generate import COLDEST, Sampling, generate, generate_text
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained

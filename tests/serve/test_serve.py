@@ -20,8 +20,8 @@ import requests
 import torch
 
 from sparse_bitnet.core import ConfigError, MissingExtraError
-from sparse_bitnet.deploy.packed.packing import pack
-from sparse_bitnet.deploy.packed.pretrained import load
+from sparse_bitnet.packed.load import load
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.serve.requests import CHAT, COMMON, COMPLETION

@@ -1,1 +1,1 @@
-"""How fast whole models run on the machine at hand: prefill and decode, beside BF16."""
+"""Prefill and decode speed of whole models, for the verb and for benchmarks/."""

@@ -1,9 +1,5 @@
-"""The address that packed directories name.
+"""Import path that the ``hf_plugin.py`` in directories packed by version 0.1 names."""
 
-Their ``hf_plugin.py`` was written when they were packed and imports from here, so this module stays
-where it is. The code is in packed/quantizer.py.
-"""
-
-from sparse_bitnet.deploy.packed.quantizer import PackedModelConfig
+from sparse_bitnet.packed.quantizer import PackedModelConfig
 
 __all__ = ["PackedModelConfig"]

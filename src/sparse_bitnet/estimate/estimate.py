@@ -18,13 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
-from sparse_bitnet.deploy.packed.packing import HeadName, packed_sizes
-from sparse_bitnet.deploy.packed.pretrained import DType
-from sparse_bitnet.deploy.packed.sizes import least_bits, readable_bytes
 from sparse_bitnet.estimate.devices import Device, device_named
 from sparse_bitnet.formats import StorageName, windows
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import DerivedModule, convert, converted_modules
+from sparse_bitnet.packed.load import DType
+from sparse_bitnet.packed.sizes import least_bits, readable_bytes
+from sparse_bitnet.packed.write import HeadName, packed_sizes
 from sparse_bitnet.train.dense import read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 

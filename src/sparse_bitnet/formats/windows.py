@@ -1,4 +1,4 @@
-"""(2L−2):2L sparsity as 2:4 sparsity over overlapping windows.
+"""(2L−2):2L sparsity as 2:4 sparsity over overlapping windows (SlideSparse, arXiv 2603.05232).
 
 A group of 2L weights with at most 2L−2 non-zeros becomes L−1 windows of four lanes each, at
 lane offsets 0, 2, 4, …, every window with at most two non-zeros: left to right, each non-zero goes

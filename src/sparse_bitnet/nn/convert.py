@@ -116,7 +116,7 @@ def convert(
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
         pattern: N:M, or ``"dense"``.
-        kind: ``"bitnet"``, or ``"bf16"`` for the full-precision twin with the same mask.
+        kind: ``"bitnet"``, or ``"bf16"`` for the BF16 baseline with the same mask.
         method: the published method, or one of its ablations.
         rules: regular expression → pattern or ``"skip"``; the first that is found in a module's
             name decides for it, and every rule must decide for at least one module.

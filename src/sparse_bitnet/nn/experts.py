@@ -158,7 +158,7 @@ class SparseBitExperts(_Experts):
 
 
 class SparseExperts(_Experts):
-    """The full-precision twin of :class:`SparseBitExperts`: masked, not quantized."""
+    """The BF16 baseline of :class:`SparseBitExperts`: masked, not quantized."""
 
     def derive(self, name: str) -> Derived:
         """The mask, bool of the parameter's shape; None if dense."""

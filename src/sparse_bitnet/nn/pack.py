@@ -94,7 +94,7 @@ def swap_packed(model: nn.Module, specs: dict[str, PackedSpec]) -> None:
 def derived_ternary(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
     """Weight name → the ternary weight and scales that a trained module computes with now.
 
-    Empty for the full-precision twin.
+    Empty for the BF16 baseline.
     """
     if not isinstance(module, SparseBitLinear | SparseBitExperts):
         return {}

@@ -1,4 +1,4 @@
-"""The full-precision twin: the same dynamic mask and dense gradient, without the quantizations."""
+"""The BF16 baseline: the same dynamic mask and dense gradient, without the quantizations."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.serve.generate import (
     Sampling,
     check_text,

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
-from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
 from sparse_bitnet.nn import frozen
+from sparse_bitnet.packed.load import DType, load_with_tokenizer
 
 COLDEST = 1e-30
 """Scores divided by a lower temperature than this could leave float32."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
-from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.serve import door
 from sparse_bitnet.serve.engine import MOST_RUNNING, MOST_WAITING, Engine
 

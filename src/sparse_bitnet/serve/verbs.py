@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from sparse_bitnet.deploy.packed.pretrained import DType, load_with_tokenizer
+from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.serve.generate import Sampling, generate_text
 
 DEFAULT_SAMPLING = Sampling()

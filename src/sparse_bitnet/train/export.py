@@ -3,7 +3,7 @@
 The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
 field can read it; ``sparse_bitnet.json`` says how the linears computed and holds the checksums of
 the weight files, and :func:`load_trained` converts them again. Packing (ternary weights, a small
-file) is another room: ``deploy``.
+file) is another package: ``packed``.
 """
 
 from __future__ import annotations

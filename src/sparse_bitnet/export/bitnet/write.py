@@ -1,0 +1,150 @@
+"""Ternary model → the format that transformers itself calls ``bitnet``, for readers without us.
+
+Both of its layers multiply int8 activations (by token, as here) with ternary weights and one scale:
+
+    linear_class     weight_scale    output
+    bitlinear        1/γ             x̂Tᵀ / weight_scale + bias
+    autobitlinear    γ               (x̂Tᵀ + bias) · weight_scale, so a bias is stored as bias/γ
+
+N:M is kept, as zeros, but not named; there is one γ a layer and no other width of activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BitNetQuantConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from sparse_bitnet.console import progress
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.export.exportable import Exportable, ExportResult, open_exportable
+from sparse_bitnet.files import atomic_directory
+from sparse_bitnet.formats import row_quarters
+from sparse_bitnet.formats.two_bit import PER_BYTE
+from sparse_bitnet.packed.tensor_file import TensorFileWriter
+from sparse_bitnet.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
+from sparse_bitnet.packed.write import Layout
+
+LinearClass = Literal["bitlinear", "autobitlinear"]
+
+
+def export_bitnet(
+    directory: str | Path, out: str | Path, *, linear_class: LinearClass = "bitlinear"
+) -> ExportResult:
+    """Write a packed or trained model as a ``bitnet`` directory of transformers.
+
+    Args:
+        directory: of the model.
+        out: the directory to write; it appears whole or not at all. One of this format that is
+            there already is replaced, unless it holds files of somebody else.
+        linear_class: which of the two layers computes it; llama.cpp's converter reads the first.
+
+    Raises:
+        PackedFormatError, CheckpointError: if the directory is damaged or none of ours.
+        ConfigError: if the format cannot say the model, or ``out`` is another kind of directory.
+        WeightError: if a tensor holds NaN or infinity.
+    """
+    out = Path(out)
+    _check_target(out)
+    source = open_exportable(directory, "the bitnet format")
+    for name, (rows, _) in source.shapes.items():
+        if rows % PER_BYTE:
+            raise ConfigError(
+                f"{name}: the bitnet format stores four rows in a byte, and there are {rows}; "
+                "leave the layer out with a rule in training, or run the model with sparse-bitnet"
+            )
+    layout = _layout(source)
+    with atomic_directory(out) as temporary:
+        _write_config(source, temporary, linear_class)
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(temporary)
+        writer = TensorFileWriter(temporary / WEIGHTS, layout)
+        try:
+            for name, tensor in _tensors(source, linear_class):
+                writer.write(name, tensor.to(layout[name][0]))
+            writer.close()
+        finally:
+            writer.abandon()
+    size = sum(file.stat().st_size for file in out.iterdir())
+    lost = [
+        "the pattern is kept as zeros and no longer named",
+        "transformers unpacks every weight to the model's dtype whenever it is used",
+        "in bfloat16 or float16 it also rounds the scales and sums; load with dtype=torch.float32 "
+        "to get the logits of training",
+    ]
+    return ExportResult(out, f"bitnet ({linear_class})", source.weights, size, lost)
+
+
+def _layout(source: Exportable) -> Layout:
+    layout: Layout = {n: (t.dtype, tuple(t.shape)) for n, t in source.others.items()}
+    for name, (rows, columns) in source.shapes.items():
+        layout[f"{name}.weight"] = (torch.uint8, (rows // PER_BYTE, columns))
+        layout[f"{name}.weight_scale"] = (torch.float32, (1,))
+        if name in source.biases:
+            layout[f"{name}.bias"] = (torch.float32, (rows,))
+    return layout
+
+
+def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[str, Tensor]]:
+    yield from source.others.items()
+    with progress("writing bitnet", len(source.shapes)) as task:
+        for name in source.shapes:
+            layer = source.linear(name)
+            if len(layer.scale.unique()) != 1:
+                raise ConfigError(
+                    f"{name}: the bitnet format has one scale a layer, and this one fuses "
+                    f"{len(layer.scale)} matrices with their own; run the model with sparse-bitnet"
+                )
+            scale = layer.scale[:1]
+            inverse = linear_class == "bitlinear"
+            yield f"{name}.weight", row_quarters.pack(layer.ternary, name)
+            yield f"{name}.weight_scale", 1 / scale if inverse else scale
+            if layer.bias is not None:
+                bias = layer.bias.detach().float()
+                yield f"{name}.bias", bias if inverse else bias / scale
+            task.advance()
+
+
+def _write_config(source: Exportable, directory: Path, linear_class: LinearClass) -> None:
+    model = source.model
+    head = model.get_output_embeddings()
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and name not in source.shapes) or module is head
+    ]
+    for name in source.shapes:
+        if not should_convert_module(name, kept):
+            raise ConfigError(
+                f"{name}: the bitnet format names the layers that it leaves alone, and "
+                f"{', '.join(kept)} would leave out this one too"
+            )
+    config = copy.deepcopy(model.config)
+    config.quantization_config = BitNetQuantConfig(kept, linear_class, "offline")
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def _check_target(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    described = None
+    if (out / CONFIG).is_file():
+        described = read_json(out / CONFIG).get("quantization_config")
+    if not isinstance(described, dict) or described.get("quant_method") != "bitnet":
+        raise ConfigError(
+            f"{out} exists and is not a model of the bitnet format; give a new directory, or "
+            "remove it first"
+        )
+    refuse_foreign(out)

@@ -1,0 +1,288 @@
+"""Ternary model → one GGUF file that stock llama.cpp loads.
+
+llama.cpp has two formats for ternary weights, both in blocks of 256 of a row with one fp16 scale:
+TQ2_0 (66 bytes a block, 2.06 bits a weight, fast) and TQ1_0 (54 bytes, 1.69 bits). Stored are the
+weights as they compute here, masked and ternary: the digits are exact, and γ is rounded to fp16,
+the same for all blocks of a matrix, so that what changes is its size by at most 2⁻¹¹ and no weight
+against another. llama.cpp also knows a float32 ``.scale`` tensor beside a weight, which would keep
+γ whole; but its qwen2 graph reads those of the feed-forward layers and does not apply them.
+
+Rows that 256 does not divide have no ternary form there; they are refused, or stored as F16, which
+also leaves their activations unquantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparse_bitnet.console import progress
+from sparse_bitnet.core import ConfigError, MissingExtraError, WeightError
+from sparse_bitnet.export.exportable import Exportable, ExportResult, open_exportable
+from sparse_bitnet.export.gguf.model import (
+    ROPE_FREQS,
+    architecture,
+    check_bias,
+    reorder_rows,
+    rope_factors,
+    write_hyperparameters,
+)
+from sparse_bitnet.export.gguf.tokenizer import Vocabulary, vocabulary
+from sparse_bitnet.files import atomic_file
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+LinearType = Literal["tq2_0", "tq1_0"]
+EmbeddingType = Literal["f16", "q8_0", "f32"]
+OddRows = Literal["refuse", "f16"]
+BLOCK = 256
+LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor of the file: its shape ``[..., row]``, its type there, and how to get its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], Tensor]
+
+
+def export_gguf(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    linears: LinearType = "tq2_0",
+    embeddings: EmbeddingType = "f16",
+    odd_rows: OddRows = "refuse",
+) -> ExportResult:
+    """Write a packed or trained model as a GGUF file. Needs the extra ``gguf``.
+
+    Args:
+        directory: of the model and its tokenizer.
+        out: the file; it appears whole or not at all.
+        linears: how ternary layers are stored.
+        embeddings: how embedding and output head are stored.
+        odd_rows: what to do with ternary layers whose rows 256 does not divide.
+
+    Raises:
+        MissingExtraError: without the package ``gguf``.
+        PackedFormatError, CheckpointError: if the directory is damaged or none of ours.
+        ConfigError: if llama.cpp has no name for the architecture or the tokenizer, or no block
+            fits a row.
+        WeightError: if a value does not fit fp16.
+    """
+    _gguf()
+    source = open_exportable(directory, "GGUF")
+    kind = architecture(source.model)
+    if source.tokenizer is None:
+        raise ConfigError(
+            f"gguf: {directory} has no tokenizer, and llama.cpp reads it from the same file; copy "
+            "its files there, or pack the model again with one"
+        )
+    lost = ["N:M is kept as zeros, of which llama.cpp makes no use"]
+    embedding: Any = source.model.get_input_embeddings()
+    words = vocabulary(source.tokenizer, len(embedding.weight))
+    tensors = _Tensors(source, kind, linears.upper(), embeddings.upper(), odd_rows)
+    lost.append(f"embedding and head are stored as {embeddings.upper()}")
+    odd, layers = len(tensors.odd), len(source.shapes)
+    if odd:
+        lost.append(
+            f"{odd} of {layers} ternary layers have rows that 256 does not divide and are stored "
+            "as F16; llama.cpp does not quantize their activations"
+        )
+    if odd < layers:
+        lost.append("activations are rounded to 8 bits by blocks of 256 there, by token here")
+    out = Path(out)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
+    with atomic_file(out) as temporary:
+        _write(temporary, kind, source, words, tensors, lost, Path(directory).resolve().name)
+    change = tensors.largest_change
+    lost.insert(0, f"each γ is rounded to fp16, which changes it by at most {change:.1e} of itself")
+    return ExportResult(
+        out, f"GGUF {tensors.main}", source.weights, out.stat().st_size, lost + words.lost
+    )
+
+
+class _Tensors:
+    """What stands in the file: planned from shapes alone, read one after the other."""
+
+    def __init__(
+        self, source: Exportable, kind: str, linears: str, embeddings: str, odd_rows: OddRows
+    ) -> None:
+        gguf = _gguf()
+        self.source, self.largest_change = source, 0.0
+        blocks = source.model.config.num_hidden_layers
+        wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+        self._names = gguf.get_tensor_name_map(wanted, blocks)
+        self.odd = [name for name, (_, columns) in source.shapes.items() if columns % BLOCK]
+        self.main = "F16" if len(self.odd) == len(source.shapes) else linears
+        odd = self.odd
+        if odd and odd_rows == "refuse":
+            raise ConfigError(
+                f"gguf: {linears} stores rows in blocks of {BLOCK}, and the rows of {odd[0]} have "
+                f"{source.shapes[odd[0]][1]} weights ({len(odd)} of {len(source.shapes)} layers "
+                "are such). Models with hidden_size and intermediate_size divisible by 256 fit; "
+                "with --odd-rows f16 these layers are stored as F16"
+            )
+        self.planned = [
+            *self._dense(embeddings),
+            *(tensor for name in source.shapes for tensor in self._ternary(name, linears)),
+        ]
+
+    def _dense(self, embeddings: str) -> Iterator[_Planned]:
+        heads = {"token_embd.weight", "output.weight"}
+        for name, tensor in self.source.others.items():
+            there = self._name(name)
+            if name.endswith(".bias"):
+                check_bias(self.source.model, name.removesuffix(".bias"))
+            kind = embeddings if there in heads else "F32" if tensor.dim() < 2 else "F16"
+            if kind == "Q8_0" and tensor.shape[-1] % 32:
+                raise ConfigError(
+                    f"gguf: Q8_0 stores rows in blocks of 32, and those of {name} have "
+                    f"{tensor.shape[-1]} values; store embeddings as f16"
+                )
+            yield _Planned(there, tuple(tensor.shape), kind, partial(self._reordered, name))
+        factors = rope_factors(self.source.model)
+        if factors is not None:
+            yield _Planned(ROPE_FREQS, tuple(factors.shape), "F32", lambda: factors)
+
+    def _ternary(self, name: str, linears: str) -> Iterator[_Planned]:
+        shape = self.source.shapes[name]
+        kind = "F16" if shape[1] % BLOCK else linears
+        there = self._name(f"{name}.weight")
+        yield _Planned(there, shape, kind, partial(self._weight, name))
+        if name in self.source.biases:
+            check_bias(self.source.model, name)
+            there = self._name(f"{name}.bias")
+            yield _Planned(there, shape[:1], "F32", partial(self._bias, name))
+
+    def _name(self, name: str) -> str:
+        there = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if there is None:
+            raise ConfigError(f"gguf: llama.cpp has no name for the tensor {name}")
+        return str(there)
+
+    def _reordered(self, name: str) -> Tensor:
+        tensor = self.source.others[name]
+        order = reorder_rows(self.source.model, name.rpartition(".")[0])
+        return tensor if order is None else tensor[order]
+
+    def _weight(self, name: str) -> Tensor:
+        """float32 ``[out, in]``: the ternary weight times its γ in fp16."""
+        layer = self.source.linear(name)
+        exact = layer.row_scale
+        _check_f16(exact, f"{name}: γ")
+        scale = exact.half().float()
+        self.largest_change = max(self.largest_change, float((scale / exact - 1).abs().max()))
+        weight = layer.ternary * scale.unsqueeze(-1)
+        order = reorder_rows(self.source.model, name)
+        return weight if order is None else weight[order]
+
+    def _bias(self, name: str) -> Tensor:
+        bias = self.source.linear(name).bias
+        assert bias is not None
+        order = reorder_rows(self.source.model, name)
+        return bias if order is None else bias[order]
+
+
+def _write(
+    path: Path,
+    kind: str,
+    source: Exportable,
+    words: Vocabulary,
+    tensors: _Tensors,
+    lost: list[str],
+    name: str,
+) -> None:
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{tensors.main}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_hyperparameters(writer, source.model, lost)
+    _write_tokenizer(writer, words, source)
+    for planned in tensors.planned:
+        quantized = gguf.GGMLQuantizationType[planned.kind]
+        shape = gguf.quant_shape_to_byte_shape(planned.shape, quantized)
+        size = int(np.prod(shape, dtype=np.int64))
+        writer.add_tensor_info(planned.name, planned.shape, np.float32, size, quantized)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress(f"writing {tensors.main}", len(tensors.planned)) as task:
+            for planned in tensors.planned:
+                writer.write_tensor_data(_encoded(planned))
+                task.advance()
+    finally:
+        writer.close()
+
+
+def _encoded(planned: _Planned) -> NDArray[Any]:
+    gguf = _gguf()
+    values = planned.read().detach().float()
+    if planned.kind in ("F16", "Q8_0"):
+        _check_f16(values, planned.name)
+    kind = gguf.GGMLQuantizationType[planned.kind]
+    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values.numpy()), kind)
+    return encoded
+
+
+def _write_tokenizer(writer: GGUFWriter, words: Vocabulary, source: Exportable) -> None:
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.model == "llama":
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(words.add_space_prefix)
+    writer.add_token_merges(words.merges)
+    writer.add_bos_token_id(words.special["bos"])
+    writer.add_eos_token_id(words.special["eos"])
+    if "unk" in words.special:
+        writer.add_unk_token_id(words.special["unk"])
+    if "pad" in words.special:
+        writer.add_pad_token_id(words.special["pad"])
+    # Generation may stop at more tokens than the one that ends a document.
+    generation = getattr(source.model.generation_config, "eos_token_id", None)
+    ends = generation if isinstance(generation, list) else [generation]
+    others = [end for end in ends if end is not None and end != words.special["eos"]]
+    if others:
+        writer.add_eot_token_id(others[0])
+    writer.add_add_bos_token(words.add_bos)
+    writer.add_add_eos_token(words.add_eos)
+    template = getattr(source.tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+
+
+def _check_f16(values: Tensor, where: str) -> None:
+    if values.numel() and float(values.abs().max()) > LARGEST_F16:
+        raise WeightError(
+            f"{where}: {float(values.abs().max()):.3g} does not fit fp16, which ends at "
+            f"{LARGEST_F16:.0f}; the model cannot be stored in this format"
+        )
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            "exporting to GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
+        ) from error
+    return gguf

@@ -1,0 +1,77 @@
+"""The verbs ``export`` and ``import``: from and to the formats of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.export.bitnet.read import ImportResult, import_bitnet
+from sparse_bitnet.export.bitnet.write import LinearClass, export_bitnet
+from sparse_bitnet.export.exportable import ExportResult
+from sparse_bitnet.export.gguf.write import EmbeddingType, LinearType, OddRows, export_gguf
+
+Target = Literal["gguf", "bitnet"]
+
+
+def export(
+    directory: Path,
+    out: Path,
+    *,
+    to: Target | None = None,
+    linears: LinearType | None = None,
+    embeddings: EmbeddingType | None = None,
+    odd_rows: OddRows | None = None,
+    linear_class: LinearClass | None = None,
+) -> ExportResult:
+    """Write a packed or trained model in a format of others; prints what that format loses.
+
+    Args:
+        directory: of the model.
+        out: the file (gguf) or directory (bitnet) to write.
+        to: gguf for llama.cpp, bitnet for stock transformers; by default gguf if OUT ends so.
+        linears: gguf: tq2_0 (2.06 bits a weight, fast; the default) or tq1_0 (1.69 bits).
+        embeddings: gguf: type of embedding and head, f16 by default.
+        odd_rows: gguf: refuse (the default) layers whose rows 256 does not divide, or store them
+            as F16.
+        linear_class: bitnet: bitlinear (the default), or autobitlinear.
+    """
+    if to is None and out.suffix == ".gguf":
+        to = "gguf"
+    gguf = {"linears": linears, "embeddings": embeddings, "odd_rows": odd_rows}
+    bitnet = {"linear_class": linear_class}
+    given = {
+        name: {key: value for key, value in options.items() if value is not None}
+        for name, options in (("gguf", gguf), ("bitnet", bitnet))
+    }
+    if to is None:
+        raise ConfigError("export: name the format with --to gguf or --to bitnet")
+    other = given["bitnet" if to == "gguf" else "gguf"]
+    if other:
+        option = min(other).replace("_", "-")
+        raise ConfigError(f"export: --{option} is no option of --to {to}")
+    if to == "gguf":
+        return export_gguf(directory, out, **given[to])  # type: ignore[arg-type]
+    return export_bitnet(directory, out, **given[to])  # type: ignore[arg-type]
+
+
+def import_checkpoint(
+    source: Path,
+    directory: Path,
+    *,
+    pattern: str = "dense",
+    text: str | None = None,
+    window: int | None = None,
+    limit: int | None = None,
+) -> ImportResult:
+    """Read a checkpoint of transformers' bitnet format as a trained model.
+
+    Args:
+        source: directory of the checkpoint, with safetensors.
+        directory: the trained model to write.
+        pattern: N:M to mask to in one shot; dense leaves the weights as they are.
+        text: measure perplexity before and after masking on it: a source such as text:PATH.
+        window: tokens the model reads at once when measuring.
+        limit: measure on at most this many tokens.
+    """
+    return import_bitnet(source, directory, pattern=pattern, text=text, window=window, limit=limit)

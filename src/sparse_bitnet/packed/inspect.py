@@ -1,0 +1,259 @@
+"""What a model directory holds, measured from its weights and not believed from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+from torch import Tensor
+
+from sparse_bitnet.console import progress
+from sparse_bitnet.core import Pattern, method_mask, worst_group, zero_matrices
+from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear
+from sparse_bitnet.nn.int8_head import TiedInt8Head
+from sparse_bitnet.nn.pack import derived_ternary
+from sparse_bitnet.nn.packed_module import PackedModule
+from sparse_bitnet.packed.load import load_unfused
+from sparse_bitnet.packed.sizes import least_bits, readable_bytes
+from sparse_bitnet.packed.write import distinct_tensors
+
+GROUP_WITHOUT_PATTERN = 8  # where a dense module is looked at for N of M
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One weight matrix (or one of each expert).
+
+    Attributes:
+        name: of the weight in the model.
+        shape: ``[..., out, in]``.
+        declared: the pattern it is meant to keep.
+        met: the sparsest N:M that it does keep, with the declared M (8 if dense).
+        zeros: fraction of weights that are zero.
+        bits: that a weight takes in the files, scales included.
+        zero_matrices: which of its logical matrices are all zero, by name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    declared: str
+    met: str
+    zeros: float
+    bits: float
+    zero_matrices: list[str]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class DirectoryReport:
+    """A packed or trained model directory.
+
+    Attributes:
+        directory: what was inspected.
+        kind: ``packed``; ``trained`` for master weights with ternary linears, ``trained bf16`` for
+            the BF16 baseline.
+        architecture: the model's class.
+        storage: format of a packed directory's bytes.
+        activation_bits: those in use; none for the BF16 baseline.
+        weights: one report a weight.
+        file_bytes: what the weight files take.
+        other_parameters: in embeddings, norms, head and biases; tied ones once.
+        other_bytes: what they take in the files.
+        head: the dtype of the output head, or how it is stored.
+    """
+
+    directory: str
+    kind: Literal["packed", "trained", "trained bf16"]
+    architecture: str
+    storage: str | None
+    activation_bits: list[int]
+    weights: list[WeightReport]
+    file_bytes: int
+    other_parameters: int
+    other_bytes: int
+    head: str
+
+    @property
+    def count(self) -> int:
+        return sum(report.count for report in self.weights)
+
+    @property
+    def zeros(self) -> float:
+        return self._mean([report.zeros for report in self.weights])
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight in the files."""
+        return self._mean([report.bits for report in self.weights])
+
+    @property
+    def least_bits(self) -> float:
+        """Bits a weight that any lossless code of ternary weights with these patterns needs."""
+        return self._mean([least_bits(Pattern.parse(report.met)) for report in self.weights])
+
+    @property
+    def float32_bytes(self) -> int:
+        return 4 * (self.count + self.other_parameters)
+
+    def _mean(self, values: list[float]) -> float:
+        pairs = zip(values, self.weights, strict=True)
+        return sum(value * report.count for value, report in pairs) / self.count
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: the attributes and the totals."""
+        totals = {
+            "count": self.count,
+            "zeros": self.zeros,
+            "bits": self.bits,
+            "least_bits": self.least_bits,
+            "float32_bytes": self.float32_bytes,
+        }
+        return dataclasses.asdict(self) | totals
+
+    def table(self) -> Table:
+        """One row a weight."""
+        table = Table("weight", "shape", "pattern", "met", "zeros", "bits", box=None)
+        table.columns[0].overflow = "fold"
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
+        for report in self.weights:
+            table.add_row(
+                report.name,
+                "×".join(map(str, report.shape)),
+                report.declared,
+                report.met,
+                f"{report.zeros:.1%}",
+                f"{report.bits:.2f}",
+            )
+        return table
+
+    def summary(self) -> str:
+        """The totals in lines for people."""
+        how = f"{self.kind}, {self.storage}" if self.storage else self.kind
+        lines = [
+            f"{self.directory}: {self.architecture}, {how}",
+            f"weights     {self.count:,} in {len(self.weights)} matrices, {self.zeros:.1%} zero, "
+            f"{self.bits:.2f} bits each in the files",
+            f"the rest    {self.other_parameters:,} parameters, "
+            f"{readable_bytes(self.other_bytes)}; the head is {self.head}",
+            f"files       {readable_bytes(self.file_bytes)}; in float32 the model takes "
+            f"{readable_bytes(self.float32_bytes)}",
+        ]
+        zero = [name for report in self.weights for name in report.zero_matrices]
+        if zero:
+            more = ", …" if len(zero) > 4 else ""
+            lines.append(f"all zero    {len(zero)} matrices: {', '.join(zero[:4])}{more}")
+        if self.activation_bits:
+            activations = " and ".join(f"int{bits}" for bits in self.activation_bits)
+            lines.insert(
+                2,
+                f"activations {activations}; any lossless code for the patterns met needs "
+                f"{self.least_bits:.3f} bits a weight",
+            )
+        return "\n".join(lines)
+
+
+def inspect(directory: str | Path) -> DirectoryReport:
+    """Measure a packed or trained directory. A packed one's checksums are verified on the way.
+
+    Raises:
+        PackedFormatError: if a packed directory is damaged, or breaks its own pattern.
+        CheckpointError: if it is neither packed nor a trained model.
+    """
+    directory = Path(directory)
+    model, _ = load_unfused(directory, device="cpu")
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedModule | DerivedModule)
+    }
+    weights: list[WeightReport] = []
+    inside: set[str] = set()
+    with progress("inspecting", len(modules)) as task:
+        for name, module in modules.items():
+            weights += _reports(name, module)
+            inside |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
+            task.advance()
+    others = {n: tensor for n, tensor in distinct_tensors(model).items() if n not in inside}
+    packed = [module for module in modules.values() if isinstance(module, PackedModule)]
+    ternary = all(
+        isinstance(m, PackedModule | SparseBitLinear | SparseBitExperts) for m in modules.values()
+    )
+    return DirectoryReport(
+        directory=str(directory),
+        kind="packed" if packed else "trained" if ternary else "trained bf16",
+        architecture=type(model).__name__,
+        storage=packed[0].spec.storage if packed else None,
+        activation_bits=sorted({_activation_bits(m) for m in modules.values()}) if ternary else [],
+        weights=weights,
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        other_parameters=sum(t.numel() for n, t in others.items() if not n.endswith("_scale")),
+        other_bytes=sum(tensor.nbytes for tensor in others.values()),
+        head=_head(model),
+    )
+
+
+def _head(model: Any) -> str:
+    head = model.get_output_embeddings()
+    tied = isinstance(head, TiedInt8Head) or head.weight is model.get_input_embeddings().weight
+    dtype = str(head.weight.dtype).removeprefix("torch.")
+    return f"{dtype}, shared with the embedding" if tied else dtype
+
+
+def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightReport]:
+    if isinstance(module, PackedModule):
+        reports = []
+        for key, shape in module.weight_shapes.items():
+            stored = module.get_buffer(key).nbytes + module.get_buffer(f"{key}_scale").nbytes
+            bits = 8 * stored / math.prod(shape)
+            reports.append(
+                _report(
+                    f"{name}.{key}",
+                    module.unpack(key),
+                    module.spec.pattern,
+                    bits,
+                    module.segments_of(key),
+                )
+            )
+        return reports
+    ternary = derived_ternary(module)
+    return [
+        _report(
+            f"{name}.{key}",
+            ternary[key][0] if ternary else _masked(weight, module, key),
+            module.pattern,
+            8 * weight.element_size(),
+            module.segments_of(key),
+        )
+        for key, weight in module.master_parameters().items()
+    ]
+
+
+def _report(
+    name: str, values: Tensor, declared: Pattern, bits: float, segments: tuple[int, ...]
+) -> WeightReport:
+    m = GROUP_WITHOUT_PATTERN if declared.is_dense else declared.m
+    met = "dense"
+    if values.shape[-1] % m == 0:
+        met = str(Pattern(max(1, worst_group(values, m)), m))
+    zeros = 1 - int(values.count_nonzero()) / values.numel()
+    zero = [name + index for index in zero_matrices(values, segments)]
+    return WeightReport(name, tuple(values.shape), str(declared), met, zeros, bits, zero)
+
+
+def _masked(weight: Tensor, module: DerivedModule, key: str) -> Tensor:
+    mask = method_mask(weight, module.pattern, module.method, module.segments_of(key))
+    return weight.detach() if mask is None else weight.detach() * mask
+
+
+def _activation_bits(module: PackedModule | DerivedModule) -> int:
+    if isinstance(module, PackedModule):
+        return module.spec.activation_bits
+    return module.method.activation_bits

@@ -1,0 +1,214 @@
+"""Packed and trained directories → models that run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparse_bitnet.core import ConfigError, PackedFormatError
+from sparse_bitnet.data.tokenizer import load_tokenizer
+from sparse_bitnet.files import refuse_special
+from sparse_bitnet.kernels.native.pages import use_large_pages
+from sparse_bitnet.kernels.platform import compile_options, usable_device
+from sparse_bitnet.modeling import build_decoder, unsupported
+from sparse_bitnet.nn import master_weights
+from sparse_bitnet.nn.int8_head import Int8Table
+from sparse_bitnet.nn.packed_module import prepare
+from sparse_bitnet.packed.config import QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
+from sparse_bitnet.packed.tensor_file import read_header
+from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
+from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
+from sparse_bitnet.train.export import load_trained
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def is_packed(directory: str | Path) -> bool:
+    """Does the directory's ``config.json`` say that it is one of ours?
+
+    Raises:
+        PackedFormatError: if there is a ``config.json`` and it is damaged.
+    """
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        return False
+    described = read_json(path).get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], SparseBitNetConfig]:
+    """A packed directory's ``config.json``, and what its quantization says.
+
+    Raises:
+        PackedFormatError: if it is missing, damaged, newer than this package, or foreign.
+    """
+    if not is_packed(directory):
+        raise PackedFormatError(
+            f"{directory}: there is no config.json of a packed Sparse-BitNet model; make one with: "
+            "sparse-bitnet pack"
+        )
+    config = read_json(directory / CONFIG)
+    return config, SparseBitNetConfig(**config["quantization_config"])
+
+
+def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a packed directory, with an error of ours for everything that is wrong with it.
+
+    ``AutoModelForCausalLM.from_pretrained(directory)`` does the same once this package is imported,
+    but a damaged ``config.json`` or index is then reported by transformers, in its own words.
+
+    Args:
+        directory: a packed directory.
+        options: for ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+    Raises:
+        PackedFormatError: naming the file, what is wrong with it and what to do.
+    """
+    directory = Path(directory)
+    config, _ = read_config(directory)
+    try:
+        refuse_special(*directory.iterdir())
+    except ValueError as error:
+        raise PackedFormatError(f"{error}; get the directory again") from None
+    tensors = sum(len(read_header(path).tensors) for path in weight_files(directory))
+    layers = config.get("num_hidden_layers", 0)
+    if type(layers) is not int or not 0 <= layers <= tensors:
+        # Checked here because transformers would first build that many layers.
+        raise PackedFormatError(
+            f"{directory / CONFIG}: num_hidden_layers is {str(layers)[:40]}, but there are "
+            f"{tensors} tensors in the weight files; the file was edited or damaged, get it again"
+        )
+    code = foreign_code(config)
+    if code:
+        raise PackedFormatError(f"{directory / CONFIG}: {code}; the file was edited, get it again")
+    try:
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(directory, **LOCAL | options)
+    except PackedFormatError:
+        raise
+    except Exception as error:  # whatever a damaged config.json makes transformers and torch raise
+        raise PackedFormatError(
+            f"{directory}: transformers cannot build this model: {str(error)[:500]}; its "
+            "config.json was edited or damaged, or is for another version of transformers (it was "
+            f"written with {str(config.get('transformers_version'))[:20]})"
+        ) from error
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseBitNetQuantizer):
+        raise PackedFormatError(f"{directory}: transformers did not recognise the packed weights")
+    return model
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: DType | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a packed or a trained directory to run it, and its tokenizer if it has one.
+
+    A packed model of the Llama family becomes
+    :class:`sparse_bitnet.modeling.DecoderForCausalLM`; others stay in transformers' own classes, as
+    ``AutoModelForCausalLM.from_pretrained`` gives all of them.
+
+    Args:
+        directory: as written by packing or by training.
+        dtype: to compute in; the stored one when left out.
+        device: where to put the model; the GPU when left out, if there is one.
+        compile: on a GPU, let ``generate`` decode with a static key-value cache, compiled, as one
+            CUDA graph. Compiling takes its time before the second token: it pays for long texts.
+
+    Raises:
+        PackedFormatError: if a packed directory is damaged, or its weights break their pattern.
+        CheckpointError: if it is neither packed nor a trained model.
+        ConfigError: if PyTorch cannot compute on that device here; for ``compile`` without an
+            NVIDIA GPU.
+    """
+    device = usable_device(device)
+    if compile and device.type != "cuda":
+        raise ConfigError(
+            f"compile needs the model on an NVIDIA GPU, it is on {device.type}; leave it out"
+        )
+    model, tokenizer = load_unfused(directory, dtype=dtype, device=device)
+    if is_packed(directory) and unsupported(model) is None:
+        model = build_decoder(model)
+    prepare(model)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, Int8Table):
+                use_large_pages(module.weight)
+    if compile:
+        assert model.generation_config is not None
+        model.generation_config.cache_implementation = "static"
+        options = {"triton.cudagraphs": True, **compile_options()}
+        # PyTorch takes a mode or options; these are what the mode "reduce-overhead" stands for.
+        config = CompileConfig(mode=None, options=options)  # type: ignore[arg-type]
+        model.generation_config.compile_config = config
+    return model, tokenizer
+
+
+def load_unfused(
+    directory: str | Path, *, dtype: DType | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """:func:`load` in transformers' own classes: module by module as stored, and can be saved.
+
+    Raises:
+        PackedFormatError, CheckpointError, ConfigError: as :func:`load`.
+    """
+    directory = Path(directory)
+    device = usable_device(device)
+    if not is_packed(directory):
+        model, tokenizer = load_trained(directory, device)
+        if dtype is not None:
+            _compute_in(model, getattr(torch, dtype))
+        return model, tokenizer
+    model = load_packed(directory, dtype="auto" if dtype is None else getattr(torch, dtype))
+    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = load_tokenizer(directory) if has_tokenizer else None
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise PackedFormatError(
+            f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
+        ) from error
+    return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Everything but master weights in another dtype, as a packed model would be loaded.
+
+    Master weights stay as they are: rounded, some would become other ternary weights. So do
+    buffers, such as the frequencies of the positions.
+    """
+    masters = {id(master.weight) for master in master_weights(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in masters and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def load_with_tokenizer(
+    directory: str | Path,
+    *,
+    dtype: DType | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """:func:`load`, for uses that need the tokenizer too.
+
+    Raises:
+        ConfigError: if the directory has no tokenizer.
+    """
+    model, tokenizer = load(directory, dtype=dtype, device=device, compile=compile)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{directory} has no tokenizer; copy its files there, or pack the model again with one"
+        )
+    return model, tokenizer

@@ -1,0 +1,163 @@
+"""Packed models in transformers: importing this module lets ``from_pretrained`` load them.
+
+transformers calls the quantizer twice: with the model on the meta device, where the named modules
+are swapped for packed ones and the files are checked against the result, and once the tensors are
+in. Buffers have the names of the stored tensors, so no conversion is needed in between.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError, WeightError
+from sparse_bitnet.files import write_text
+from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
+from sparse_bitnet.nn.pack import swap_packed
+from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.packed.config import HINT, QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.packed.tensor_file import checksum_metadata
+from sparse_bitnet.packed.verify import check_shard_name, is_outside, name_in, verify_files
+
+PLUGIN = '''\
+"""Lets transformers load this model with trust_remote_code=True.
+
+Needs: pip install sparse-bitnet. Importing the package is what makes the packed weights known;
+`import sparse_bitnet` before loading does the same without trusting any code from here.
+"""
+
+from sparse_bitnet.packed.quantizer import PackedModelConfig
+
+__all__ = ["PackedModelConfig"]
+'''
+PLUGIN_FILE = "hf_plugin.py"
+AUTO_MAP = {"AutoConfig": "hf_plugin.PackedModelConfig"}
+
+register_quantization_config(QUANT_METHOD)(SparseBitNetConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseBitNetQuantizer(HfQuantizer):
+    """Swaps packed modules in, refuses files that do not fit, writes checksums when saving."""
+
+    requires_calibration = True  # a model is packed by `sparse-bitnet pack`, not while loading
+    quantization_config: SparseBitNetConfig
+    saving_to: Path | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        names = {name for name, _ in model.named_modules()}
+
+        def here(name: str) -> str | None:
+            found = name_in(model, name, names)
+            if found is None and not is_outside(model, name):
+                raise _foreign(model, f"{name}: the model has no such module")
+            return found
+
+        specs: dict[str, PackedSpec] = {}
+        for name, spec in self.quantization_config.specs().items():
+            if (found := here(name)) is not None:
+                specs[found] = spec
+        int8 = [found for name in self.quantization_config.int8 if (found := here(name))]
+        try:
+            swap_packed(model, specs)
+            swap_int8(model, int8)
+        except (ConfigError, PatternError, WeightError) as error:
+            raise _foreign(model, str(error)) from None
+        if checkpoint_files:
+            verify_files(_inside(checkpoint_files, model), model)
+        ignored: Any = model._keys_to_ignore_on_load_unexpected
+        ignored.add(re.escape(HINT))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, PackedModule | Int8Table) and not any(
+                b.is_meta for b in module.buffers()
+            ):
+                module.check()
+        # Only a directory with the plugin file may point to it; the config alone writes none.
+        if getattr(model.config, "auto_map", None) == AUTO_MAP:
+            del model.config.auto_map
+        model.save_pretrained = MethodType(save_pretrained, model)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """None: stored names are the model's own, not those of some original checkpoint."""
+        return []
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if self.saving_to is not None:
+            write_text(self.saving_to / PLUGIN_FILE, PLUGIN)
+        state = model.state_dict() | {HINT: torch.empty(0, dtype=torch.uint8)}
+        return state, checksum_metadata(state)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def save_pretrained(
+    model: Any, save_directory: str | Path, is_main_process: bool = True, **options: Any
+) -> None:
+    """transformers' ``save_pretrained``, and the plugin file that the saved config.json points to.
+
+    The file is written when transformers asks the quantizer for the tensors: in between it notes
+    what was in the directory before and uploads what is new, if it was asked to.
+    """
+    quantizer = model.hf_quantizer
+    quantizer.saving_to = Path(save_directory) if is_main_process else None
+    model.config.auto_map = AUTO_MAP
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, **options)
+    finally:
+        quantizer.saving_to = None
+        del model.config.auto_map
+
+
+class PackedModelConfig(PreTrainedConfig):
+    """What ``hf_plugin.py`` names: by now this package is imported, so load the usual way."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # Not at the top: this file may be imported while transformers itself is.
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
+
+
+def _inside(files: list[str], model: Any) -> list[Path]:
+    """Refuse weight files that an edited index put elsewhere."""
+    root = Path(getattr(model.config, "name_or_path", ""))
+    for file in files:
+        path = Path(file)
+        check_shard_name(path.name, path.parent)
+        outside = not path.is_relative_to(root) or ".." in path.relative_to(root).parts
+        if root.is_dir() and outside:
+            check_shard_name(file, root)
+    return [Path(file) for file in files]
+
+
+def _foreign(model: nn.Module, reason: str) -> PackedFormatError:
+    return PackedFormatError(
+        f"config.json does not describe this {type(model).__name__}: {reason}; its "
+        "quantization_config and the rest are of different models, pack the model again"
+    )

@@ -1,0 +1,114 @@
+"""The verbs ``pack``, ``inspect`` and ``evaluate`` of the command line.
+
+What a verb returns is its result, which the command line prints; what it prints itself has to
+come earlier, or in another form.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparse_bitnet.console import out, say
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.evaluate import Measurements, Report, measure
+from sparse_bitnet.formats import StorageName
+from sparse_bitnet.packed import inspect as inspecting
+from sparse_bitnet.packed import write
+from sparse_bitnet.packed.head_effect import head_effect
+from sparse_bitnet.packed.load import DType, load_with_tokenizer
+from sparse_bitnet.packed.write import HeadName, PackResult
+
+AsJson = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")]
+DEFAULT_MEASUREMENTS = Measurements()
+
+
+def pack(
+    source: Path,
+    directory: Path,
+    *,
+    storage: StorageName = "two-bit",
+    head: HeadName = "float",
+    dtype: DType | None = None,
+    tokenizer: Path | None = None,
+    shards: Path | None = None,
+    text: str | None = None,
+    window: int | None = None,
+    limit: int | None = None,
+    check: bool = True,
+) -> PackResult:
+    """Write a trained model as a packed directory that transformers loads.
+
+    Args:
+        source: directory of the trained model (model/ of a run).
+        directory: the packed directory to write.
+        storage: two-bit is fastest to unpack; trits takes 1.6 bits a weight.
+        head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight.
+        dtype: of embeddings, norms, head and biases; the model's own when left out.
+        tokenizer: directory of another tokenizer than the source's.
+        shards: token shards on which to measure what the int8 head changes.
+        text: text on which to measure it: a source such as text:PATH or jsonl:PATH.
+        window: tokens the model reads at once when measuring.
+        limit: measure on at most this many tokens.
+        check: run a few tokens through the trained model, and compare each layer's result with
+            that of its packed form, before anything is written.
+    """
+    measures = shards is not None or text is not None
+    if measures and head != "int8":
+        raise ConfigError(
+            "pack: shards and text measure what an int8 head changes; add --head int8"
+        )
+    started = time.perf_counter()
+    result = write.pack(
+        source,
+        directory,
+        storage=storage,
+        head=head,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        check=check,
+    )
+    say(f"packed in {time.perf_counter() - started:.1f} s")
+    if measures:
+        wanted = Measurements(shards=shards, text=text, window=window, limit=limit)
+        out.print(str(head_effect(source, directory, wanted)), markup=False)
+    return result
+
+
+def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str:
+    """What a packed or trained directory holds, measured: patterns, zeros, bits, sizes.
+
+    Args:
+        directory: of the model.
+        as_json: print JSON instead of a table.
+    """
+    report = inspecting.inspect(directory)
+    if as_json:
+        return report.as_dict()
+    out.print(report.table())
+    return f"\n{report.summary()}"
+
+
+def evaluate(
+    directory: Path,
+    *,
+    measurements: tyro.conf.OmitArgPrefixes[Measurements] = DEFAULT_MEASUREMENTS,
+    dtype: DType | None = None,
+    device: str | None = None,
+    as_json: AsJson = False,
+) -> Report | dict[str, Any]:
+    """Perplexity, cloze accuracy and lm-eval tasks of a packed or trained model.
+
+    Args:
+        directory: of the model.
+        measurements: what to measure, and how.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+        as_json: print JSON instead of lines.
+    """
+    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
+    report = measure(model, tokenizer, measurements)
+    return report.as_dict() if as_json else report

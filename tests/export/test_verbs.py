@@ -1,0 +1,72 @@
+"""The verbs as the command line calls them."""
+
+import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sparse_bitnet.cli import main
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.tokenizer import train_bpe
+from sparse_bitnet.export.verbs import export
+from sparse_bitnet.nn import convert
+from sparse_bitnet.train import SparsityConfig, save_trained
+
+TEXT = "def main():\n    return the name of the file\n"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    tokenizer = train_bpe([TEXT] * 20, 300)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=320,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    convert(model, "6:8")
+    out = tmp_path_factory.mktemp("model") / "trained"
+    return save_trained(model, tokenizer, out, SparsityConfig(pattern="6:8"))
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def test_gguf(directory, tmp_path, capsys):
+    out = tmp_path / "m.gguf"
+    with pytest.raises(SystemExit, match="2"):
+        run("export", directory, out)
+    assert "--odd-rows f16" in capsys.readouterr().err
+    run("export", directory, out, "--odd-rows", "f16", "--linears", "tq1_0")
+    text = capsys.readouterr().out
+    assert f"{out}: GGUF TQ1_0, 442,368 ternary weights" in text
+    assert "each γ is rounded to fp16" in text and "NFC" in text
+    run("export", directory, tmp_path / "other", "--to", "gguf", "--odd-rows", "f16")
+    assert (tmp_path / "other").is_file()
+
+
+def test_bitnet_and_back(directory, tmp_path, capsys):
+    run("export", directory, tmp_path / "hf", "--to", "bitnet", "--linear-class", "autobitlinear")
+    assert "bitnet (autobitlinear)" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text(TEXT * 10)
+    text = f"text:{tmp_path / 'text.txt'}"
+    options = ("--pattern", "2:4", "--text", text, "--window", "32", "--limit", "60")
+    run("import", tmp_path / "hf", tmp_path / "back", *options)
+    shown = capsys.readouterr().out
+    assert "Qwen2ForCausalLM from bitnet (autobitlinear, offline), 7 layers" in shown
+    assert "with 2:4 in one shot (60 tokens)" in shown
+    run("inspect", tmp_path / "back", "--json")
+    assert capsys.readouterr().out.count('"met": "2:4"') == 7
+
+
+def test_options_of_the_other_format(directory, tmp_path):
+    with pytest.raises(ConfigError, match="--to gguf or --to bitnet"):
+        export(directory, tmp_path / "out")
+    with pytest.raises(ConfigError, match="--linear-class is no option of --to gguf"):
+        export(directory, tmp_path / "m.gguf", linear_class="bitlinear")
+    with pytest.raises(ConfigError, match="--odd-rows is no option of --to bitnet"):
+        export(directory, tmp_path / "m", to="bitnet", odd_rows="f16")

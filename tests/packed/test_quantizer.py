@@ -1,0 +1,113 @@
+"""The plugin in fresh processes: package imported, trusted, or neither."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sparse_bitnet.nn.packed_linear import PackedLinear
+from sparse_bitnet.packed.config import HINT, SparseBitNetConfig
+from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
+
+REGISTER = "import sparse_bitnet"
+SLOW = pytest.mark.slow  # seconds of imports each
+LOAD = """
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, **OPTIONS)
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+def run(script, directory, options=None, modules=None):
+    text = script.replace("DIRECTORY", repr(str(directory))).replace("OPTIONS", repr(options or {}))
+    environment = {"HF_MODULES_CACHE": str(modules or directory), "PATH": "/usr/bin:/bin"}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    return subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        f"{REGISTER}\nimport sys\nassert not {{'torch', 'transformers'}} & set(sys.modules)",
+        f"import transformers.modeling_utils\n{REGISTER}",
+        pytest.param(f"{REGISTER}\nimport transformers.modeling_utils\n{REGISTER}", marks=SLOW),
+        pytest.param("import sparse_bitnet.packed.quantizer", marks=SLOW),
+    ],
+    ids=["hook", "transformers first", "modeling first", "direct"],
+)
+def test_imported(pristine, before):
+    result = run(before + LOAD, pristine / "trits")
+    assert result.stdout == "PackedLinear\n", result.stderr
+
+
+def test_trusted_without_import(pristine, tmp_path):
+    result = run(LOAD, pristine / "two-bit", {"trust_remote_code": True}, tmp_path)
+    assert result.stdout == "PackedLinear\n", result.stderr
+
+
+def test_trusted_as_version_0_1_packed_it(packed, tmp_path):
+    plugin = packed() / "hf_plugin.py"
+    old = "from sparse_bitnet.deploy.hf_quantizer import PackedModelConfig"
+    text = plugin.read_text()
+    assert text.count("from sparse_bitnet.packed.quantizer import PackedModelConfig") == 1
+    plugin.write_text(
+        text.replace("from sparse_bitnet.packed.quantizer import PackedModelConfig", old)
+    )
+    result = run(LOAD, plugin.parent, {"trust_remote_code": True}, tmp_path / "modules")
+    assert result.stdout == "PackedLinear\n", result.stderr
+
+
+def test_trusted_without_the_package(pristine, tmp_path):
+    hide = "import sys\nsys.modules['sparse_bitnet'] = None\n"
+    result = run(hide + LOAD, pristine / "two-bit", {"trust_remote_code": True}, tmp_path)
+    assert result.returncode != 0 and result.stdout == ""
+    assert "sparse_bitnet" in result.stderr.splitlines()[-1]
+
+
+def test_saved_again_it_is_still_trusted_and_has_the_hint(pristine, tmp_path):
+    Qwen2ForCausalLM.from_pretrained(pristine / "two-bit").save_pretrained(tmp_path / "again")
+    result = run(LOAD, tmp_path / "again", {"trust_remote_code": True}, tmp_path / "modules")
+    assert result.stdout == "PackedLinear\n", result.stderr
+    assert "LOAD REPORT" not in result.stderr
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert HINT in file.keys()  # noqa: SIM118  # not a mapping
+
+
+def test_neither_is_an_error_and_not_a_random_model(pristine):
+    result = run(LOAD, pristine / "two-bit")
+    assert result.returncode != 0 and result.stdout == ""
+    assert "Unknown quantization type, got sparse_bitnet" in result.stderr
+    report = result.stderr.index("to load this model: pip install sparse-bitnet, then import spar")
+    assert report < result.stderr.index("For details look at the above report!")
+
+
+def test_a_dense_model_cannot_be_quantized_while_loading(tmp_path, build):
+    build("qwen2").save_pretrained(tmp_path)
+    config = SparseBitNetConfig({"model.layers.0.mlp.up_proj": {"pattern": "6:8"}}, "trits", 1)
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_state_dict_instead_of_files(pristine, build):
+    """What other loaders do: the configuration's modules, the tensors from elsewhere."""
+    packed = Qwen2ForCausalLM.from_pretrained(pristine / "two-bit")
+    config = Qwen2Config.from_pretrained(pristine / "two-bit")
+    state = packed.state_dict()
+    model = Qwen2ForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
+    assert torch.equal(model(torch.tensor([[1, 2]])).logits, packed(torch.tensor([[1, 2]])).logits)
+
+
+def test_a_packed_model_says_what_it_is(pristine):
+    model = Qwen2ForCausalLM.from_pretrained(pristine / "two-bit")
+    assert isinstance(model.hf_quantizer, SparseBitNetQuantizer)
+    assert model.is_quantized and model.quantization_method == "sparse_bitnet"
+    assert not model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
+    assert model.config.quantization_config.storage == "two-bit"
+    assert all(not name.endswith("proj.weight") for name, _ in model.named_parameters())

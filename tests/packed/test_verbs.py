@@ -1,0 +1,55 @@
+"""The verbs as the command line calls them: through tyro, required arguments by position."""
+
+import json
+
+import pytest
+import tyro
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.packed import verbs
+from sparse_bitnet.serve.verbs import generate
+from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.export import save_trained
+
+
+def call(verb, *arguments):
+    config = (tyro.conf.PositionalRequiredArgs,)
+    function = generate if verb == "generate" else getattr(verbs, verb)
+    return tyro.cli(function, args=[str(a) for a in arguments], config=config)
+
+
+def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):
+    model = trained("qwen2")
+    save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
+    packed = tmp_path / "packed"
+    result = call("pack", tmp_path / "trained", packed, "--storage", "trits", "--dtype", "bfloat16")
+    assert "14 modules with 15,360 weights packed at" in str(result)
+    capsys.readouterr()
+
+    text = call("inspect", packed)
+    assert "packed, trits" in text
+    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
+    assert json.dumps(call("inspect", packed, "--json")).count('"met": "6:8"') == 14
+    assert capsys.readouterr().out == ""
+
+    call("generate", packed, "def main():", "--max-new-tokens", "8", "--temperature", "0.5")
+    assert capsys.readouterr().out.startswith("def main():")
+
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        call("generate", packed, "def main():", "--max-new-tokens", "0")
+    assert capsys.readouterr().out == ""
+
+    (tmp_path / "text.txt").write_text("def main():\n    return the name of the file\n" * 8)
+    options = ("--text", f"text:{tmp_path / 'text.txt'}", "--window", "32")
+    report = call("evaluate", packed, *options)
+    assert report.text.tokens > 0
+    assert call("evaluate", packed, *options, "--json")["text"]["tokens"] == report.text.tokens
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        call("evaluate", packed)
+
+
+def test_help_names_the_choices(capsys):
+    for verb in ("pack", "inspect", "generate", "evaluate"):
+        with pytest.raises(SystemExit):
+            call(verb, "--help")
+    assert "{two-bit,trits}" in capsys.readouterr().out

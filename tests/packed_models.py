@@ -1,0 +1,210 @@
+"""Fixtures: tiny models, trained and packed directories. Nothing here is really trained."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from sparse_bitnet.nn import convert
+from sparse_bitnet.packed.write import pack
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+def build_model(architecture):
+    """A model of that architecture with random weights, biases and norms, not yet converted."""
+    torch.manual_seed(0)
+    model = {
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **SMALL)),
+        "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **SMALL)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
+        "mixtral": lambda: MixtralForCausalLM(
+            MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **SMALL)
+        ),
+        "qwen2-moe": lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=24,
+                shared_expert_intermediate_size=40,
+                **SMALL,
+            )
+        ),
+    }[architecture]()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases of zero and norms of one would hide a mistake
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model.eval()
+
+
+def trained_model(architecture, pattern="6:8", **options):
+    model = build_model(architecture)
+    convert(model, pattern, **options)
+    return model
+
+
+@torch.no_grad()
+def model_logits(model, rows=2, length=20):
+    torch.manual_seed(1)
+    return model(torch.randint(0, 300, (rows, length))).logits
+
+
+def make_tokenizer():
+    """A byte-level BPE of 300 tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(["def main():\n    return the name of the file\n"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+
+
+def read_tensor_header(path):
+    """The JSON header of a safetensors file, and the bytes behind it."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write_tensor_header(path, header, data):
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def edit_json_file(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# Loads what it is told to, without this package. Not compiled: that takes longer than it saves.
+STOCK = """
+import os, sys
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import torch
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    directory, out = line.split()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        torch.save(model(torch.randint(0, 300, (2, 20))).logits, out)
+    assert "sparse_bitnet" not in sys.modules
+    print("done", flush=True)
+"""
+
+
+# Test modules cannot import this file, so its functions are fixtures.
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """Logits that stock transformers computes from a directory, in a process of its own."""
+    out = tmp_path_factory.mktemp("stock") / "logits.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(directory):
+        process.stdin.write(f"{directory} {out}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+        return torch.load(out, weights_only=True)
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def build():
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def trained():
+    return trained_model
+
+
+@pytest.fixture(scope="session")
+def logits():
+    return model_logits
+
+
+@pytest.fixture(scope="session")
+def read_header():
+    return read_tensor_header
+
+
+@pytest.fixture(scope="session")
+def write_header():
+    return write_tensor_header
+
+
+@pytest.fixture(scope="session")
+def edit_json():
+    return edit_json_file
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory, tokenizer):
+    """Packed directories that no test may change: two-bit, trits, and one of two shards."""
+    root = tmp_path_factory.mktemp("packed")
+    model = trained_model("qwen2")
+    pack(model, root / "two-bit", tokenizer=tokenizer)
+    pack(model, root / "trits", storage="trits", tokenizer=tokenizer)
+    pack(model, root / "sharded", tokenizer=tokenizer, shard_bytes=40_000)
+    return root
+
+
+@pytest.fixture
+def packed(pristine, tmp_path):
+    """A copy of a packed directory that a test may damage."""
+
+    def copy(name="two-bit"):
+        target = tmp_path / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(pristine / name, target)
+        return target
+
+    return copy

@@ -1,0 +1,249 @@
+"""Private and version-sensitive names of other libraries that this package uses.
+
+Each has its own test, whose name says what has moved. What only a GPU build has is skipped
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import tomllib
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from transformers import ContinuousBatchingConfig
+
+from sparse_bitnet.kernels.matmul import cusparselt
+
+ROOT = Path(__file__).parents[1]
+
+BATCHING = "transformers.generation.continuous_batching"
+PROCESSORS = f"{BATCHING}.cb_logits_processors.ContinuousBatchingLogitsProcessorList"
+MANAGER = f"{BATCHING}.ContinuousBatchingManager"
+QUANTIZER = "transformers.quantizers.base.HfQuantizer"
+H11 = "uvicorn.protocols.http.h11_impl"
+
+NAMES = [
+    # PyTorch: private, or without a promise to stay.
+    "torch._int_mm",
+    "torch._scaled_mm",
+    "torch._foreach_norm",
+    "torch._C.parse_schema",
+    "torch._dynamo.config.recompile_limit",
+    "torch._dynamo.reset",
+    "torch._inductor.config.combo_kernels",
+    "torch.nn.Module._apply",
+    "torch.distributed.fsdp.fully_shard",
+    # transformers: outside of its documented interface.
+    "transformers.activations.ACT2FN",
+    "transformers.cache_utils.DynamicLayer.lazy_initialization",
+    "transformers.cache_utils.DynamicLayer.crop",
+    "transformers.masking_utils.create_masks_for_generate",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
+    "transformers.models.auto.tokenization_auto.get_tokenizer_config",
+    "transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX",
+    "transformers.models.llama.modeling_llama.eager_attention_forward",
+    "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+    "transformers.quantizers.auto.register_quantizer",
+    "transformers.quantizers.auto.register_quantization_config",
+    "transformers.quantizers.base.get_keys_to_not_convert",
+    "transformers.quantizers.quantizers_utils.should_convert_module",
+    "transformers.utils.quantization_config.QuantizationConfigMixin",
+    "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected",
+    "transformers.PreTrainedModel._tied_weights_keys",
+    "transformers.PreTrainedConfig._attn_implementation",
+    f"{QUANTIZER}._process_model_before_weight_loading",
+    f"{QUANTIZER}._process_model_after_weight_loading",
+    f"{QUANTIZER}.update_weight_conversions",
+    f"{QUANTIZER}.get_state_dict_and_metadata",
+    *(
+        f"{MANAGER}.{name}"
+        for name in ("start", "stop", "destroy", "pause", "cancel_request", "get_result")
+    ),
+    f"{MANAGER}.__iter__",
+    # uvicorn: one connection, whose time and number the server bounds.
+    *(
+        f"{H11}.H11Protocol.{name}"
+        for name in ("connection_made", "data_received", "on_response_complete", "connection_lost")
+    ),
+]
+# Documented, only imported from the module that defines it.
+PUBLIC = {
+    "transformers.configuration_utils.PreTrainedConfig",
+    "transformers.modeling_outputs.BaseModelOutputWithPast",
+    "transformers.modeling_outputs.CausalLMOutputWithPast",
+    "transformers.utils.logging",
+}
+TRITON_NAMES = [
+    "triton.language.inline_asm_elementwise",
+    "triton.language.extra.cuda.gdc_wait",
+    "triton.language.extra.cuda.gdc_launch_dependents",
+    "triton.runtime.errors.OutOfResources",
+    "triton.tools.tensor_descriptor.TensorDescriptor",
+]
+PARAMETERS = {
+    "torch._C._cuda_getCurrentRawStream": None,  # a builtin of CUDA builds
+    f"{MANAGER}.add_request": {"input_ids", "request_id", "max_new_tokens", "eos_token_id"},
+    "transformers.GenerationMixin.init_continuous_batching": {
+        "generation_config",
+        "continuous_batching_config",
+    },
+    f"{PROCESSORS}.prepare_tensor_args": {"requests_in_batch", "arg_storage"},
+    f"{PROCESSORS}.__call__": {"input_ids", "scores", "logits_processor_args"},
+    "transformers.masking_utils.create_masks_for_generate": {
+        "config",
+        "inputs_embeds",
+        "attention_mask",
+        "past_key_values",
+        "position_ids",
+    },
+    "transformers.models.llama.modeling_llama.eager_attention_forward": {
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "scaling",
+        "dropout",
+    },
+    "transformers.cache_utils.StaticLayer.__init__": {"max_cache_len"},
+    "transformers.cache_utils.Cache.__init__": {"layers"},
+    f"{QUANTIZER}._process_model_before_weight_loading": {"model"},
+}
+# Attributes that a constructor sets, which a class alone does not show.
+ATTRIBUTES = {
+    f"{MANAGER}.__init__": ("logit_processor",),
+    f"{H11}.RequestResponseCycle.__init__": ("self.more_body", "self.response_complete"),
+    "transformers.cache_utils.StaticLayer.__init__": ("self.cumulative_length",),
+    "transformers.cache_utils.StaticLayer.lazy_initialization": ("self.is_initialized = True",),
+}
+
+
+def resolve(name: str) -> Any:
+    """The object of a dotted name: modules as far as they go, then attributes."""
+    parts = name.split(".")
+    found: Any = import_module(parts[0])
+    for index, part in enumerate(parts[1:], 1):
+        if not hasattr(found, part) and inspect.ismodule(found):
+            import_module(".".join(parts[: index + 1]))
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name(name: str) -> None:
+    resolve(name)
+
+
+@pytest.mark.parametrize("name", TRITON_NAMES)
+def test_triton_name(name: str) -> None:
+    pytest.importorskip("triton")
+    resolve(name)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    wanted = PARAMETERS[name]
+    if wanted is None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA build of PyTorch")
+        assert callable(resolve(name))
+    else:
+        assert wanted <= set(inspect.signature(resolve(name)).parameters)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(name: str) -> None:
+    source = inspect.getsource(resolve(name))
+    assert [text for text in ATTRIBUTES[name] if text not in source] == []
+
+
+def test_continuous_batching_settings() -> None:
+    wanted = {"page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"}
+    wanted |= {"use_cuda_graph", "use_async_batching", "allow_block_sharing"}
+    wanted |= {"auto_switch_to_flash"}
+    assert wanted <= set(inspect.signature(ContinuousBatchingConfig).parameters)
+
+
+CUSPARSELT = [
+    "cusparseLtGetErrorString",
+    "cusparseLtInit",
+    "cusparseLtGetVersion",
+    "cusparseLtDenseDescriptorInit",
+    "cusparseLtStructuredDescriptorInit",
+    "cusparseLtMatDescriptorDestroy",
+    "cusparseLtSpMMACompressedSize2",
+    "cusparseLtSpMMACompress2",
+    "cusparseLtMatmul",
+    "cusparseLtMatmulAlgGetAttribute",
+    "cusparseLtMatmulAlgSelectionInit",
+    "cusparseLtMatmulAlgSetAttribute",
+    "cusparseLtMatmulDescriptorInit",
+    "cusparseLtMatmulDescSetAttribute",
+    "cusparseLtMatmulGetWorkspace",
+    "cusparseLtMatmulPlanDestroy",
+    "cusparseLtMatmulPlanInit",
+]
+
+
+@pytest.mark.parametrize("name", CUSPARSELT)
+def test_cusparselt_function(name: str) -> None:
+    library = cusparselt._library()
+    if library is None:
+        pytest.skip("needs cuSPARSELt")
+    getattr(library, name)
+
+
+def test_every_cusparselt_function_is_listed() -> None:
+    source = Path(cusparselt.__file__).read_text()
+    used = {word.strip('"') for word in source.split('"') if word.startswith("cusparseLt")}
+    assert used <= set(CUSPARSELT)
+
+
+def requirements() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [one for some in project["optional-dependencies"].values() for one in some]
+    return {one.name: one for one in map(Requirement, project["dependencies"] + extras)}
+
+
+def test_installed_versions_are_in_the_declared_ranges() -> None:
+    for name, wanted in requirements().items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue  # of an extra
+        assert wanted.specifier.contains(installed, prereleases=True), f"{wanted}: {installed}"
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "uvicorn", "starlette", "tyro"])
+def test_ranges_end_where_nothing_is_known(name: str) -> None:
+    wanted = requirements()[name]
+    assert any(one.operator == "<" for one in wanted.specifier), wanted
+
+
+def test_every_such_name_in_the_source_is_listed() -> None:
+    """``torch._…`` in code, and what is imported from inside transformers, Triton and uvicorn."""
+    listed = {*NAMES, *TRITON_NAMES, *PARAMETERS, *ATTRIBUTES}
+    missing = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            used: list[str] = []
+            if isinstance(node, ast.Attribute):
+                used = re.findall(r"^torch\._(?!_)[\w.]*", ast.unparse(node))
+            elif isinstance(node, ast.ImportFrom):
+                inside = re.match(r"(transformers|triton|uvicorn)\.", node.module or "")
+                used = [f"{node.module}.{one.name}" for one in node.names if inside]
+            missing |= {
+                f"{path.name}: {name}"
+                for name in used
+                if name not in PUBLIC
+                and not any(f"{one}.".startswith(f"{name}.") for one in listed)
+            }
+    assert not missing
