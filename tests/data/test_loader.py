@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 from collections import Counter
 from itertools import combinations
@@ -22,7 +23,8 @@ def write_shards(path: Path, tokens: np.ndarray, cut: int = 1000) -> TokenShards
     for number, start in enumerate(range(0, len(tokens), cut)):
         piece = tokens[start : start + cut].astype("<u4")
         piece.tofile(path / f"{number:05d}.bin")
-        shards.append(Shard(f"{number:05d}.bin", len(piece), 1, 1, "0" * 64))
+        digest = hashlib.sha256(piece.tobytes()).hexdigest()
+        shards.append(Shard(f"{number:05d}.bin", len(piece), 1, 1, digest))
     text = index_text(shards, tokenizer_hash="a" * 64, vocab_size=1 << 20, eos_id=0)
     (path / "index.json").write_text(text)
     return TokenShards(path)

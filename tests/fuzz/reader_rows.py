@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.study import plots, report
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 
@@ -54,3 +55,5 @@ def read(directory: Path, mutation: Any) -> None:
     if any(not row.diverged for row in rows):
         sections = report.build(rows, problems)
         report.render("title", [], sections)
+    if problems:  # the report says them instead of stopping
+        raise ConfigError("; ".join(map(str, problems))[:500])

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_bitnet.kernels import matmul, quantize_activations
+from sparse_bitnet.kernels import (
+    matmul,
+    quantize_activations,
+    training,  # noqa: F401  (registers the operator)
+)
 from sparse_bitnet.kernels import platform as kernels_platform
 from sparse_bitnet.kernels.backward import fp8, gradients
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
-from sparse_bitnet.nn.sparse_bit_linear import BitProduct
 
 TOKENS, OUT, IN = 64, 32, 48
 
@@ -49,14 +52,10 @@ def test_gradients(fake_gpu: FakeTensorMode, use_fp8: bool, one_scale: bool) -> 
 
 @pytest.mark.parametrize("group", [0, 8])
 def test_sparse_forward(fake_gpu: FakeTensorMode, group: int) -> None:
-    x = torch.empty(TOKENS, IN, device="cuda")
-    weight, bias = torch.empty(OUT, IN, device="cuda"), torch.empty(OUT, device="cuda")
+    x_q = torch.empty(TOKENS, IN * 3 // 2 if group else IN, dtype=torch.int8, device="cuda")
     ternary = torch.empty(OUT, IN, dtype=torch.int8, device="cuda")
-    structured = torch.empty(1000, dtype=torch.uint8, device="cuda")
     scale = torch.empty(OUT, device="cuda")
-    tail = (None, 8, torch.bfloat16, True, True, structured, group)
-    with torch.no_grad():
-        y = BitProduct.apply(x, weight, bias, ternary, scale, *tail)
+    y = torch.ops.sparse_bitnet.sparse_matmul(x_q, ternary, group, scale)
     assert (y.shape, y.dtype, y.device.type) == ((TOKENS, OUT), torch.bfloat16, "cuda")
 
 

@@ -20,6 +20,7 @@ import requests
 import torch
 
 from sparse_bitnet.core import ConfigError, MissingExtraError
+from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve import serve as serving
@@ -550,9 +551,7 @@ def test_a_failure_inside_is_status_500_and_no_more(client, monkeypatch):
 
 
 def test_a_failure_in_the_batch_fails_what_is_there_and_nothing_after(client, monkeypatch):
-    from transformers import Qwen2ForCausalLM
-
-    forward = Qwen2ForCausalLM.forward
+    forward = DecoderForCausalLM.forward
 
     def breaks(model, *arguments, **options):
         if "past_key_values" not in options:  # the batch has a cache of its own
@@ -560,7 +559,7 @@ def test_a_failure_in_the_batch_fails_what_is_there_and_nothing_after(client, mo
         return forward(model, *arguments, **options)
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
-        patch.setattr(Qwen2ForCausalLM, "forward", breaks)
+        patch.setattr(DecoderForCausalLM, "forward", breaks)
         answers = [pool.submit(refused, lambda: complete(client, n=2), 500, "") for _ in range(4)]
         for answer in answers:
             answer.result()
