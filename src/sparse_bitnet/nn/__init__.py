@@ -1,5 +1,6 @@
 """The method as PyTorch modules, and the swap that puts them into a model."""
 
+from sparse_bitnet.nn.blend import set_quantization
 from sparse_bitnet.nn.convert import (
     Conversion,
     MasterWeight,
@@ -28,5 +29,6 @@ __all__ = [
     "frozen",
     "master_weights",
     "set_pattern",
+    "set_quantization",
     "use_products",
 ]

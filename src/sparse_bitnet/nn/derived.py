@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class DerivedModule(nn.Module, ABC):
 
     pattern: Pattern
     method: Method
+    is_ternary: ClassVar[bool]
+    """Whether it quantizes, or only masks as the full-precision baseline does."""
+    blend: Tensor | None
+    """λ of a ternary module between full precision (0) and integers; None at 1, and by default."""
 
     def _configure(self, pattern: Pattern, method: Method | None) -> None:
         """Last line of a constructor: pattern, method and the dtype of the master weights."""
@@ -44,6 +48,7 @@ class DerivedModule(nn.Module, ABC):
         # schedule's own pattern.
         self.own_pattern: Pattern | None = None
         self._frozen: dict[str, Derived] | None = None
+        self.register_buffer("blend", None, persistent=False)
         self._use(pattern)
         self._remember_dtype()
 

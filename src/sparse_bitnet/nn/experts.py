@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bitnet.core import DENSE, Method, Pattern, check_row, row_scale
+from sparse_bitnet.nn.blend import blended_linear
 from sparse_bitnet.nn.derived import Derived, DerivedModule
 from sparse_bitnet.nn.sparse_bit_linear import BitProduct, derive_ternary, output_dtype
 from sparse_bitnet.nn.sparse_linear import derive_mask, masked_weight
@@ -119,6 +120,8 @@ class SparseBitExperts(_Experts):
         PatternError: if M does not divide the hidden or the intermediate size.
     """
 
+    is_ternary = True
+
     def derive(self, name: str) -> Derived:
         """As of :class:`SparseBitLinear`, with a leading dimension of experts."""
         return derive_ternary(self, name)
@@ -138,9 +141,14 @@ class SparseBitExperts(_Experts):
         ternary, scale, kept = self.derived(name)
         assert ternary is not None and scale is not None
         rows = row_scale(scale, self.segments_of(name), weight.shape[-2])
-        masters = weight.unbind(0)
+        bits, blend = self.method.activation_bits, self.blend
+        masters = (weight if blend is None else masked_weight(self, weight, kept)).unbind(0)
 
         def product(index: int, x: Tensor) -> Tensor:
+            if blend is not None:
+                return blended_linear(
+                    x, masters[index], None, ternary[index], rows[index], bits, blend
+                )
             return BitProduct.apply(
                 x,
                 masters[index],
@@ -148,7 +156,7 @@ class SparseBitExperts(_Experts):
                 ternary[index],
                 rows[index],
                 None if kept is None else kept[index],
-                self.method.activation_bits,
+                bits,
                 output_dtype(x),
                 scale.shape[-1] < 2,
                 self.method.backward == "fp8",
@@ -159,6 +167,8 @@ class SparseBitExperts(_Experts):
 
 class SparseExperts(_Experts):
     """The BF16 baseline of :class:`SparseBitExperts`: masked, not quantized."""
+
+    is_ternary = False
 
     def derive(self, name: str) -> Derived:
         """The mask, bool of the parameter's shape; None if dense."""

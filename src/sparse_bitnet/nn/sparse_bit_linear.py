@@ -23,7 +23,9 @@ from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul
 from sparse_bitnet.kernels.backward import gradients
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
 from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
+from sparse_bitnet.nn.blend import blended_linear
 from sparse_bitnet.nn.derived import Derived, DerivedModule
+from sparse_bitnet.nn.sparse_linear import masked_weight
 
 
 class BitProduct(torch.autograd.Function):
@@ -129,10 +131,11 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 
 def derive_ternary(module: DerivedModule, name: str) -> Derived:
-    """Ternary weight, γ, and the mask where the method masks gradients with it."""
+    """Ternary weight, γ, and the mask where gradients, or weights in a blend, are masked with it."""
     weight, segments = module.master_parameters()[name], module.segments_of(name)
     kept = None
-    if module.method.gradient == "masked":
+    blends = module.blend is not None and not module.is_dense
+    if blends or module.method.gradient == "masked":
         kept = kept_weights(weight, module.n_and_m, module.method, segments)
     return *ternarize_traced(weight, module.n_and_m, module.method, segments), kept
 
@@ -155,6 +158,8 @@ class SparseBitLinear(DerivedModule, nn.Linear):
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
+
+    is_ternary = True
 
     def __init__(
         self,
@@ -183,7 +188,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
 
     def derive(self, name: str) -> Derived:
         """The ternary weight (int8 ``[out, in]``), γ (float32 ``[segments]``) and, if the method
-        masks gradients, which weights are kept (bool ``[out, in]``)."""
+        masks gradients or λ is below 1, which weights are kept (bool ``[out, in]``)."""
         return derive_ternary(self, name)
 
     def use(self, product: str) -> None:
@@ -209,15 +214,20 @@ class SparseBitLinear(DerivedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         ternary, scale, kept = self.derived()
         assert ternary is not None and scale is not None
+        rows, bits = row_scale(scale, self.segments, self.out_features), self.method.activation_bits
+        dtype = output_dtype(x)
+        if self.blend is not None:
+            weight = masked_weight(self, self.weight, kept)
+            return blended_linear(x, weight, self.bias, ternary, rows, bits, self.blend)
         return BitProduct.apply(
             x,
             self.weight,
             self.bias,
             ternary,
-            row_scale(scale, self.segments, self.out_features),
+            rows,
             kept,
-            self.method.activation_bits,
-            output_dtype(x),
+            bits,
+            dtype,
             len(self.segments) < 2,
             self.method.backward == "fp8",
             self.group,

@@ -35,6 +35,8 @@ class SparseLinear(DerivedModule, nn.Linear):
     ``gradient`` matter here, and ``segments`` only to that source and to statistics.
     """
 
+    is_ternary = False
+
     def __init__(
         self,
         linear: nn.Linear,

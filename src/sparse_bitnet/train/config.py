@@ -36,6 +36,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """How quantization comes in: λ, from full precision (0) to ternary weights and integer
+    activations (1). For a start from pretrained weights, which do not survive it at once."""
+
+    until: float = 0.0
+    """Fraction of training at which λ reaches 1; 0: quantized from the first step. The pattern has
+    a schedule of its own, sparsity.until."""
+    shape: Literal["linear", "sigmoid"] = "linear"
+    """How λ rises."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "sparsity.quantization")
+        _check_range("sparsity.quantization.until", self.until, 0, 1)
+
+
+@dataclass(frozen=True)
 class SparsityConfig:
     """What the linears become."""
 
@@ -48,13 +64,18 @@ class SparsityConfig:
     rules: dict[str, str] = field(default_factory=dict)
     """Module names (regular expressions) that get their own pattern, or "skip"."""
     until: dict[float, str] = field(default_factory=dict)
-    """The schedule: patterns in force until a fraction of training, before the final one. Empty:
-    sparse from step 0. {0.5: dense}: dense for the first half. {0.33: dense, 0.66: "6:8"} with
-    pattern "4:8": a staircase."""
+    """The schedule of the mask: patterns in force until a fraction of training, before the final
+    one. Empty: masked from step 0. {0.5: dense}: no mask in the first half. {0.33: dense, 0.66:
+    "6:8"} with pattern "4:8": a staircase."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """The schedule of the quantization (kind bitnet)."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "sparsity")
         Pattern.parse(self.pattern)
+        quantized = self.kind == "bitnet" or not self.quantization.until
+        wanted = "0 for kind bf16, which has no quantization"
+        _check(quantized, "sparsity.quantization.until", self.quantization.until, wanted)
         for fraction, pattern in self.until.items():
             wanted = "a fraction of training between 0 and 1"
             _check(0 < fraction < 1, "sparsity.until", fraction, wanted)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
-from sparse_bitnet.nn import choose_products, set_pattern, use_products
+from sparse_bitnet.nn import choose_products, set_pattern, set_quantization, use_products
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
@@ -29,7 +29,12 @@ from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
 from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
 from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
-from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
+from sparse_bitnet.train.schedule import (
+    learning_rate,
+    pattern_at,
+    quantization_at,
+    weight_decay,
+)
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
 OnStep = Callable[[int, PreTrainedModel], None]
@@ -115,6 +120,7 @@ class _Run:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
+        quantized = 1.0
         with maskless_attention(self.model), self._history() as history, self._progress() as bar:
             clock = _Clock(self.config.data.batch_size * self.config.data.sequence_length)
             for step in range(self.first_step, steps):
@@ -125,6 +131,10 @@ class _Run:
                     self._use_fastest_products()
                     if self.graph:
                         self.graph.reset()
+                before, quantized = quantized, self._quantization(step)
+                set_quantization(self.model, quantized)
+                if self.graph and before < quantized == 1:  # other operators from now on
+                    self.graph.reset()
                 rates = self._set_rates(step)
                 loss = self._backward(step)
                 norm = clip_gradients(self.parameters, self.config.optimizer.clip)
@@ -139,6 +149,7 @@ class _Run:
                         "gradient_norm": norm.item(),
                         "pattern": str(pattern),
                         **rates,
+                        **({"quantization": quantized} if self._blends else {}),
                         **_figures(reading, done, run.log_every * run.layers_every),
                         **clock.read(),
                     }
@@ -157,6 +168,15 @@ class _Run:
                     self._leave(done, history, stop)
             figures = self._last_figures(history)
         return self._conclude(figures)
+
+    @property
+    def _blends(self) -> bool:
+        return self.config.sparsity.quantization.until > 0
+
+    def _quantization(self, step: int) -> float:
+        return quantization_at(
+            step, self.config.schedule.steps, self.config.sparsity.quantization
+        )
 
     def _use_fastest_products(self) -> None:
         """Dense or sparse forward products, the main process's choice: all ranks compute alike."""

@@ -41,7 +41,7 @@ from sparse_bitnet.core import (
     row_scale,
 )
 from sparse_bitnet.files import write_text
-from sparse_bitnet.nn import MasterWeight, SparseBitExperts, SparseBitLinear, master_weights
+from sparse_bitnet.nn import MasterWeight, master_weights
 from sparse_bitnet.nn.derived import whole
 
 ELEMENTS_AT_ONCE = 2**26
@@ -207,8 +207,8 @@ def _batches(model: nn.Module) -> Iterator[tuple[_Batch, Tensor]]:
     """Master weights stacked ``[count, …, out, in]`` where shape, pattern and method are equal."""
     groups: dict[Any, list[MasterWeight]] = {}
     for weight in master_weights(model):
-        ternary = isinstance(weight.module, SparseBitLinear | SparseBitExperts)
-        key = (weight.pattern, weight.module.method, weight.segments, ternary)
+        module = weight.module
+        key = (weight.pattern, module.method, weight.segments, module.is_ternary)
         groups.setdefault((weight.weight.shape, key), []).append(weight)
     for (shape, key), members in groups.items():
         count = max(1, ELEMENTS_AT_ONCE // max(1, shape.numel()))

@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and pattern as pure functions of the step.
+"""Learning rate, weight decay, pattern and quantization as pure functions of the step.
 
 ``step`` counts from 0: the values are those that step number ``step`` is taken with.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 
 from sparse_bitnet.core import Pattern
-from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
+from sparse_bitnet.train.config import QuantizationConfig, ScheduleConfig, SparsityConfig
+
+STEEPNESS = 5.0  # of the sigmoid: it begins and ends at 2.7 % of its steepest slope
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, peak: float) -> float:
@@ -43,3 +45,14 @@ def pattern_at(step: int, steps: int, sparsity: SparsityConfig) -> Pattern:
         if step < fraction * steps:
             return Pattern.parse(sparsity.until[fraction])
     return Pattern.parse(sparsity.pattern)
+
+
+def quantization_at(step: int, steps: int, quantization: QuantizationConfig) -> float:
+    """λ: above 0 in the first step, 1 from ``until`` on and always in the last.
+
+    The sigmoid is a logistic curve, steepest at half the way, stretched to pass from 0 to 1.
+    """
+    done = min(1.0, (step + 1) / max(1, round(quantization.until * steps)))
+    if quantization.shape == "linear":
+        return done
+    return (1 + math.tanh(STEEPNESS * (done - 0.5)) / math.tanh(STEEPNESS / 2)) / 2
