@@ -438,3 +438,36 @@ def test_compiled_blocks_train_the_same(recipe: Any, first_gradient: Any) -> Non
     train(recipe("other", schedule={"steps": 3}, run={"compile": "on"}, sparsity=sparsity))
     assert counters["frames"]["ok"] == frames
     assert not counters["graph_break"]
+
+
+def test_quantization_comes_in_gradually(recipe: Any, tmp_path: Path) -> None:
+    sparsity = {"quantization": {"until": 0.5}, "until": {0.25: "dense"}}
+    result = train(recipe("whole", sparsity=sparsity))
+    assert [row["quantization"] for row in rows(result) if "loss" in row] == pytest.approx(
+        [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1] * 7]
+    )
+    assert [row["pattern"] for row in rows(result) if "loss" in row] == ["dense"] * 3 + ["6:8"] * 9
+    model, _ = load_trained(result.model_directory)
+    tokens = torch.arange(32).view(1, 32)
+    assert torch.equal(model(tokens).logits, result.model(tokens).logits)
+    # Stopped between full precision and integers.
+    config = recipe("stopped", sparsity=sparsity)
+    with pytest.raises(TrainingInterruptedError):
+        train(config, stop_at(4))
+    assert losses(train(config)) == losses(result)
+
+
+def test_a_pretrained_start_survives_only_gradual_quantization(recipe: Any) -> None:
+    dense = train(recipe("dense", sparsity={"kind": "bf16", "pattern": "dense"}))
+    source = {"source": str(dense.model_directory)}
+    first = {}
+    for name, until in (("at once", 0.0), ("gradual", 1.0)):
+        sparsity = {"quantization": {"until": until}}
+        first[name] = losses(train(recipe(name, model=source, sparsity=sparsity)))[0]
+    assert first["gradual"] < first["at once"]
+    assert first["gradual"] == pytest.approx(dense.validation_loss, abs=0.2)
+
+
+def test_the_baseline_is_not_quantized(recipe: Any) -> None:
+    with pytest.raises(ConfigError, match="0 for kind bf16, which has no quantization"):
+        recipe(sparsity={"kind": "bf16", "quantization": {"until": 0.5}})

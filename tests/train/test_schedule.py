@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_bitnet.core import DENSE, Pattern
-from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
-from sparse_bitnet.train.schedule import learning_rate, pattern_at, weight_decay
+from sparse_bitnet.train.config import QuantizationConfig, ScheduleConfig, SparsityConfig
+from sparse_bitnet.train.schedule import (
+    learning_rate,
+    pattern_at,
+    quantization_at,
+    weight_decay,
+)
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -64,3 +70,28 @@ def test_patterns_by_step() -> None:
     assert [p.is_dense for p in staircase] == [True] * 4 + [False] * 6
     assert staircase[4:] == [six] * 3 + [four] * 3
     assert run({0.01: "dense"})[0].is_dense
+
+
+@pytest.mark.parametrize("shape", ["linear", "sigmoid"])
+@pytest.mark.parametrize("until", [0.0, 0.01, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+def test_quantization_rises_to_one_and_is_there_at_the_end(
+    shape: Any, until: float, steps: int
+) -> None:
+    blend = QuantizationConfig(until, shape)
+    parts = [quantization_at(step, steps, blend) for step in range(steps)]
+    assert parts == sorted(parts)
+    assert 0 < parts[0]
+    assert parts[-1] == 1.0
+    below = sum(part < 1 for part in parts)
+    assert below == max(0, round(until * steps) - 1)
+
+
+def test_quantization_by_step() -> None:
+    linear = [quantization_at(step, 8, QuantizationConfig(0.5)) for step in range(8)]
+    assert linear == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    sigmoid = [quantization_at(step, 8, QuantizationConfig(0.5, "sigmoid")) for step in range(8)]
+    logistic = [1 / (1 + math.exp(-10 * (x - 0.5))) for x in (0.0, 0.25, 0.5, 0.75)]
+    low = logistic[0]
+    expected = [(value - low) / (1 - 2 * low) for value in logistic[1:]]
+    assert sigmoid == pytest.approx([*expected, 1, 1, 1, 1, 1])

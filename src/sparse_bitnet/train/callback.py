@@ -16,26 +16,28 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_bitnet.core import ConfigError, Pattern
-from sparse_bitnet.nn import converted_modules, set_pattern
+from sparse_bitnet.nn import converted_modules, set_pattern, set_quantization
 from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.convert import patterns_of_modules
-from sparse_bitnet.train.config import ScheduleConfig, SparsityConfig
+from sparse_bitnet.train.config import QuantizationConfig, ScheduleConfig, SparsityConfig
 from sparse_bitnet.train.monitor import Monitor, Reading
-from sparse_bitnet.train.schedule import pattern_at, weight_decay
+from sparse_bitnet.train.schedule import pattern_at, quantization_at, weight_decay
 
 
 class SparseBitNetCallback(TrainerCallback):
     """Pattern schedule, weight-decay schedule, flip rate and zeros for a converted model.
 
     Adds to every row that has a training loss: ``flip_rate`` (a fraction of all masked weights;
-    absent while dense), ``zeros`` (a fraction of all converted weights), ``density`` (the N/M in
-    force) and, to every hundredth, ``dead`` (see :mod:`sparse_bitnet.train.monitor`). They are
+    absent without a mask), ``zeros`` (a fraction of all converted weights), ``density`` (the N/M in
+    force), ``quantization`` (λ, where it has a schedule) and, to every hundredth, ``dead`` (see :mod:`sparse_bitnet.train.monitor`). They are
     measured every ``logging_steps``, so ``logging_strategy`` must be "steps".
 
     Args:
         pattern: the one training ends with.
         until: patterns in force until a fraction of training, as ``sparsity.until`` of a recipe:
             ``{0.5: "dense"}``.
+        quantization: how quantization comes in, as ``sparsity.quantization`` of a recipe; quantized
+            from the first step when left out.
         weight_decay_until: let the decay of ``TrainingArguments.weight_decay`` fall to 0 by a
             cosine until this fraction of training; None leaves it constant.
 
@@ -49,8 +51,11 @@ class SparseBitNetCallback(TrainerCallback):
         pattern: str = "6:8",
         until: dict[float, str] | None = None,
         weight_decay_until: float | None = None,
+        quantization: QuantizationConfig | None = None,
     ) -> None:
-        self._sparsity = SparsityConfig(pattern=pattern, until=until or {})
+        self._sparsity = SparsityConfig(
+            pattern=pattern, until=until or {}, quantization=quantization or QuantizationConfig()
+        )
         self._decay_until = weight_decay_until
         self._monitor: Monitor | None = None
         self._reading: Reading | None = None
@@ -85,6 +90,7 @@ class SparseBitNetCallback(TrainerCallback):
     ) -> None:
         # Each module looks whether its pattern changes: nothing happens in most steps.
         set_pattern(kwargs["model"], self._pattern_of(state.global_step, state))
+        set_quantization(kwargs["model"], self._quantization_of(state.global_step, state))
         if self._decay_until is not None:
             schedule = ScheduleConfig(
                 state.max_steps, weight_decay="cosine", weight_decay_until=self._decay_until
@@ -128,6 +134,8 @@ class SparseBitNetCallback(TrainerCallback):
             "zeros": self._reading.zeros,
             "density": self._pattern_of(state.global_step - 1, state).density,
         }
+        if self._sparsity.quantization.until:
+            figures["quantization"] = self._quantization_of(state.global_step - 1, state)
         for name in ("flip_rate", "dead"):
             if (value := getattr(self._reading, name)) is not None:
                 figures[name] = value
@@ -137,6 +145,9 @@ class SparseBitNetCallback(TrainerCallback):
 
     def _pattern_of(self, step: int, state: TrainerState) -> Pattern:
         return pattern_at(step, state.max_steps, self._sparsity)
+
+    def _quantization_of(self, step: int, state: TrainerState) -> float:
+        return quantization_at(step, state.max_steps, self._sparsity.quantization)
 
     @staticmethod
     def _will_be_logged(args: TrainingArguments, state: TrainerState) -> bool:

@@ -120,7 +120,7 @@ class _Run:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
-        quantized = 1.0
+        quantized, blend = 1.0, self.config.sparsity.quantization
         with maskless_attention(self.model), self._history() as history, self._progress() as bar:
             clock = _Clock(self.config.data.batch_size * self.config.data.sequence_length)
             for step in range(self.first_step, steps):
@@ -131,7 +131,7 @@ class _Run:
                     self._use_fastest_products()
                     if self.graph:
                         self.graph.reset()
-                before, quantized = quantized, self._quantization(step)
+                before, quantized = quantized, quantization_at(step, steps, blend)
                 set_quantization(self.model, quantized)
                 if self.graph and before < quantized == 1:  # other operators from now on
                     self.graph.reset()
@@ -149,7 +149,7 @@ class _Run:
                         "gradient_norm": norm.item(),
                         "pattern": str(pattern),
                         **rates,
-                        **({"quantization": quantized} if self._blends else {}),
+                        **({"quantization": quantized} if blend.until else {}),
                         **_figures(reading, done, run.log_every * run.layers_every),
                         **clock.read(),
                     }
@@ -168,15 +168,6 @@ class _Run:
                     self._leave(done, history, stop)
             figures = self._last_figures(history)
         return self._conclude(figures)
-
-    @property
-    def _blends(self) -> bool:
-        return self.config.sparsity.quantization.until > 0
-
-    def _quantization(self, step: int) -> float:
-        return quantization_at(
-            step, self.config.schedule.steps, self.config.sparsity.quantization
-        )
 
     def _use_fastest_products(self) -> None:
         """Dense or sparse forward products, the main process's choice: all ranks compute alike."""
