@@ -144,7 +144,7 @@ class Bench:
 
         mark()
         with torch.autocast(self.setting.device.type, torch.bfloat16):
-            loss: Tensor = candidate.loss_of(self.tokens)
+            loss: Tensor = candidate.loss_of(self.tokens)[0]
         mark()
         loss.backward()
         mark()

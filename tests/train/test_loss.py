@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, Qwen2Config
 
 from sparse_bitnet.train import loss as loss_module
-from sparse_bitnet.train.loss import CausalLoss, chunked_cross_entropy
+from sparse_bitnet.train.loss import (
+    CausalLoss,
+    Targets,
+    Weighing,
+    chunked_cross_entropy,
+    chunked_loss,
+)
 from sparse_bitnet.train.presets import preset_config
 
 
@@ -47,18 +53,19 @@ def test_value_and_gradients_in_float64(
 
 @pytest.mark.parametrize("tokens", [1, 7, 16384, 20480, 16385, 98304])
 def test_chunks_are_equal_where_they_can_be(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = torch.empty(151936, 1)
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 2**29)
-    chunk = loss_module._chunk(tokens, head)
-    assert 1 <= chunk * head.shape[0] <= 2**29
-    assert 2 * chunk * head.shape[0] > min(2**29, tokens * head.shape[0])
+    chunk = loss_module._chunk(tokens, 151936, "cpu")
+    assert 1 <= chunk * 151936 <= 2**29
+    assert 2 * chunk * 151936 > min(2**29, tokens * 151936)
     assert tokens % chunk == 0 or tokens == 16385
 
 
-def test_the_form_for_fusion_is_the_same() -> None:
+@pytest.mark.parametrize("how", [None, Weighing(2.0, 0.5, 3.0)])
+def test_the_form_for_fusion_is_the_same(how: Weighing | None) -> None:
     logits, labels = torch.randn(7, 11, dtype=torch.bfloat16), torch.randint(11, (7,))
-    ours = loss_module._loss_and_slope_for_fusion(logits.clone(), labels)
-    theirs = loss_module._loss_and_slope(logits.clone(), labels)
+    teacher = None if how is None else torch.randn(7, 11, dtype=torch.bfloat16)
+    ours = loss_module._loss_and_slope_for_fusion(logits.clone(), labels, teacher, how)
+    theirs = loss_module._loss_and_slope(logits.clone(), labels, teacher, how)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
@@ -136,7 +143,8 @@ def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
     loss_of = CausalLoss(model)
     assert loss_of.chunked
     tokens = torch.randint(50, (3, 17))
-    loss = loss_of(tokens)
+    loss, parts = loss_of(tokens)
+    assert torch.equal(parts, loss.detach().view(1))
     loss.backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -165,7 +173,7 @@ def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> No
     assert not loss_of.chunked
     assert model.training, "asking does not change the mode"
     tokens = torch.randint(50, (2, 9))
-    torch.testing.assert_close(loss_of(tokens), model(tokens, labels=tokens).loss)
+    torch.testing.assert_close(loss_of(tokens)[0], model(tokens, labels=tokens).loss)
 
 
 def test_a_head_with_a_bias_learns_it() -> None:
@@ -178,5 +186,101 @@ def test_a_head_with_a_bias_learns_it() -> None:
     )
     model = AutoModelForCausalLM.from_config(shape)
     assert not model.lm_head.bias.any(), "at first it changes no logit"
-    CausalLoss(model)(torch.randint(50, (2, 9))).backward()
+    CausalLoss(model)(torch.randint(50, (2, 9)))[0].backward()
     assert model.lm_head.bias.grad.any()
+
+
+def distillation(student: Tensor, teacher: Tensor, labels: Tensor, how: Weighing) -> list[Tensor]:
+    """The definition over full logits: the loss, the cross-entropy, and T²·KL."""
+    t = how.temperature
+    p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
+    divergence = t**2 * (p * (p.log() - q.log())).sum(-1).mean()
+    entropy = F.cross_entropy(student, labels)
+    return [how.cross_entropy * entropy + how.divergence * divergence, entropy, divergence]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(1, 11),
+    chunk=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+    divergence=st.sampled_from([0.0, 1.0, 2.5]),
+    entropy=st.sampled_from([0.0, 1.0, 0.3]),
+    temperature=st.sampled_from([0.5, 1.0, 5.0]),
+    heads=st.tuples(st.booleans(), st.booleans()),
+)
+def test_distillation_in_float64(
+    tokens: int,
+    vocabulary: int,
+    chunk: int,
+    seed: int,
+    divergence: float,
+    entropy: float,
+    temperature: float,
+    heads: tuple[bool, bool],
+) -> None:
+    """Student and teacher with or without a head; of other widths."""
+    torch.manual_seed(seed)
+
+    def last(has_head: bool, width: int) -> tuple[Tensor, Tensor | None]:
+        hidden = torch.randn(1, tokens, width if has_head else vocabulary, dtype=torch.float64)
+        head = torch.randn(vocabulary, width, dtype=torch.float64) if has_head else None
+        return hidden, head
+
+    hidden, head = last(heads[0], 5)
+    theirs, their_head = last(heads[1], 3)
+    labels = torch.randint(vocabulary, (1, tokens))
+    how = Weighing(divergence, entropy, temperature)
+    leaves = [hidden.requires_grad_(), *([] if head is None else [head.requires_grad_()])]
+    loss, parts = chunked_loss(hidden, head, labels, chunk, Targets(theirs, their_head, how))
+    got = torch.autograd.grad(3.0 * loss, leaves)
+    assert not parts.requires_grad
+    student = (hidden if head is None else hidden @ head.T).flatten(0, -2)
+    teacher = (theirs if their_head is None else theirs @ their_head.T).flatten(0, -2)
+    reference, *of_it = distillation(student, teacher, labels.flatten(), how)
+    expected = torch.autograd.grad(3.0 * reference, leaves)
+    torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts, torch.stack(of_it).detach(), rtol=1e-12, atol=1e-12)
+    for ours, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
+    hidden, head = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
+    labels = torch.randint(7, (9,))
+    targets = Targets(hidden.detach(), head, Weighing(1.0, 0.0, 2.0))
+    loss, parts = chunked_loss(hidden, head, labels, 4, targets)
+    loss.backward()
+    assert loss.item() == parts[1].item() == 0
+    assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_large_and_small_logits_stay_finite(scale: float) -> None:
+    hidden, head = (torch.randn(9, 4) * scale).requires_grad_(), torch.randn(7, 4)
+    targets = Targets(torch.randn(9, 4) * scale, head, Weighing(1.0, 1.0, 0.5))
+    loss, parts = chunked_loss(hidden, head, torch.randint(7, (9,)), 4, targets)
+    loss.backward()
+    assert parts.isfinite().all()
+    assert hidden.grad.isfinite().all()
+
+
+def test_two_full_logits_are_never_there() -> None:
+    tokens, vocabulary, chunk = 256, 1000, 8
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    head = torch.randn(vocabulary, 4, requires_grad=True)
+    targets = Targets(torch.randn(tokens, 6), torch.randn(vocabulary, 6), Weighing())
+    labels = torch.randint(vocabulary, (tokens,))
+    with _Largest() as largest:
+        chunked_loss(hidden, head, labels, chunk, targets)[0].backward()
+    assert largest.elements == chunk * vocabulary
+
+
+def test_a_teacher_halves_the_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 8000)
+    hidden, head = torch.randn(8, 2, requires_grad=True), torch.randn(1000, 2)
+    targets = Targets(torch.randn(8, 2), head, Weighing())
+    with _Largest() as largest:
+        chunked_loss(hidden, head, torch.zeros(8, dtype=torch.int64), None, targets)
+    assert largest.elements == 4 * 1000

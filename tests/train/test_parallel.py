@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.checkpoint import MANIFEST
 from sparse_bitnet.train.parallel import Ranks, blocks, ranks
+from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import config_from_dict
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -87,6 +89,26 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
     model, _ = load_trained(Path(two["run"]["directory"]) / "model")
     for p, q in zip(model.parameters(), one.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> None:
+    """Every rank has the whole teacher; λ blends what FSDP2 has gathered."""
+    torch.manual_seed(7)
+    teacher = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    teacher.save_pretrained(tmp_path / "teacher")
+    values = recipes_in(tmp_path).values(
+        "two",
+        teacher={"source": str(tmp_path / "teacher"), "temperature": 2.0},
+        sparsity={"quantization": {"until": 0.7}},
+        schedule={"steps": 6},
+        data={"micro_batch_size": 4},
+    )
+    torchrun(values, tmp_path)
+    one = train(config_from_dict(as_one(values, "one"), "test"))
+    ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
+    assert len(ours) == 8
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5), a["step"]
 
 
 @pytest.mark.gpu

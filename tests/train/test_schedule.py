@@ -81,7 +81,7 @@ def test_quantization_rises_to_one_and_is_there_at_the_end(
     blend = QuantizationConfig(until, shape)
     parts = [quantization_at(step, steps, blend) for step in range(steps)]
     assert parts == sorted(parts)
-    assert 0 < parts[0]
+    assert parts[0] > 0
     assert parts[-1] == 1.0
     below = sum(part < 1 for part in parts)
     assert below == max(0, round(until * steps) - 1)

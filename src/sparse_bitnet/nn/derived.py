@@ -44,8 +44,8 @@ class DerivedModule(nn.Module, ABC):
     def _configure(self, pattern: Pattern, method: Method | None) -> None:
         """Last line of a constructor: pattern, method and the dtype of the master weights."""
         self.method = method or Method()
-        # The pattern to return to when a schedule goes from dense to sparse; None follows the
-        # schedule's own pattern.
+        # The pattern to return to when a schedule brings the mask in; None follows the schedule's
+        # own pattern.
         self.own_pattern: Pattern | None = None
         self._frozen: dict[str, Derived] | None = None
         self.register_buffer("blend", None, persistent=False)

@@ -131,7 +131,7 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 
 def derive_ternary(module: DerivedModule, name: str) -> Derived:
-    """Ternary weight, γ, and the mask where gradients, or weights in a blend, are masked with it."""
+    """Ternary weight, γ, and the mask if gradients or the weights of a blend need it."""
     weight, segments = module.master_parameters()[name], module.segments_of(name)
     kept = None
     blends = module.blend is not None and not module.is_dense

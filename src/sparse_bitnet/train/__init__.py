@@ -8,6 +8,7 @@ from sparse_bitnet.train.config import (
     RunConfig,
     ScheduleConfig,
     SparsityConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from sparse_bitnet.train.export import load_trained, save_trained
@@ -24,6 +25,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SparsityConfig",
+    "TeacherConfig",
     "TrainConfig",
     "TrainResult",
     "TrainingInterruptedError",

@@ -29,8 +29,9 @@ class SparseBitNetCallback(TrainerCallback):
 
     Adds to every row that has a training loss: ``flip_rate`` (a fraction of all masked weights;
     absent without a mask), ``zeros`` (a fraction of all converted weights), ``density`` (the N/M in
-    force), ``quantization`` (λ, where it has a schedule) and, to every hundredth, ``dead`` (see :mod:`sparse_bitnet.train.monitor`). They are
-    measured every ``logging_steps``, so ``logging_strategy`` must be "steps".
+    force), ``quantization`` (λ, where it has a schedule) and, to every hundredth, ``dead`` (see
+    :mod:`sparse_bitnet.train.monitor`). They are measured every ``logging_steps``, so
+    ``logging_strategy`` must be "steps".
 
     Args:
         pattern: the one training ends with.

@@ -86,6 +86,31 @@ class SparsityConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A model whose logits the student learns beside the text: the loss is cross_entropy·CE +
+    weight·T²·KL(teacher ‖ student)."""
+
+    source: str = ""
+    """A Hugging Face directory with the student's vocabulary and the data's tokenizer; empty: no
+    teacher. `--teacher DIRECTORY` is short for it."""
+    weight: float = 1.0
+    """Of the teacher's term."""
+    cross_entropy: float = 1.0
+    """Weight of the ordinary loss beside it."""
+    temperature: float = 1.0
+    """T, by which both models' logits are divided in the teacher's term."""
+    device: str = ""
+    """Where it computes, cuda:1 for example; empty: where the student does."""
+
+    def __post_init__(self) -> None:
+        _check_range("teacher.weight", self.weight, 0, math.inf)
+        _check_range("teacher.cross_entropy", self.cross_entropy, 0, math.inf)
+        _check_range("teacher.temperature", self.temperature, 0, math.inf, open_left=True)
+        some = self.weight + self.cross_entropy > 0
+        _check(some, "teacher.weight", self.weight, "above 0 where teacher.cross_entropy is 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The tokens, and how many a step takes."""
 
@@ -212,6 +237,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)

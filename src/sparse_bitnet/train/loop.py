@@ -24,7 +24,7 @@ from sparse_bitnet.train.export import save_trained
 from sparse_bitnet.train.graph import GraphedBackward
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import build_model, convert_model, maskless_attention
-from sparse_bitnet.train.monitor import History, Monitor, Reading
+from sparse_bitnet.train.monitor import Clock, History, Monitor, Reading
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
 from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
 from sparse_bitnet.train.recipe import load_recipe
@@ -36,6 +36,7 @@ from sparse_bitnet.train.schedule import (
     weight_decay,
 )
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
+from sparse_bitnet.train.teacher import Teacher
 
 OnStep = Callable[[int, PreTrainedModel], None]
 
@@ -100,10 +101,13 @@ class _Run:
         self.linear_weights = conversion.weights
         self._say(str(conversion))
         self.loss_of = CausalLoss(self.model)
+        self.teacher = self._load_teacher() if config.teacher.source else None
         on_cuda = here.device.type == "cuda"
         self.precision = _choose(config.run.precision, "bf16" if on_cuda else "fp32")
         if _choose(config.run.compile, "on" if on_cuda else "off") == "on":
             compile_blocks(self.model)
+            if self.teacher is not None:
+                compile_blocks(self.teacher.model)
         if here.is_distributed:
             shard(self.loss_of, here)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -116,13 +120,24 @@ class _Run:
         self.first_step, self.rows_before = self._resume()
         self.monitor = Monitor(self.model, self.first_step // config.run.log_every)
 
+    def _load_teacher(self) -> Teacher:
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        tokenizer = self.batches.fingerprint["tokenizer"]
+        return Teacher(self.config.teacher, self.here.device, rows, tokenizer)
+
     def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
         quantized, blend = 1.0, self.config.sparsity.quantization
-        with maskless_attention(self.model), self._history() as history, self._progress() as bar:
-            clock = _Clock(self.config.data.batch_size * self.config.data.sequence_length)
+        with contextlib.ExitStack() as open_ones:
+            for model in (self.model, *([self.teacher.model] if self.teacher else ())):
+                open_ones.enter_context(maskless_attention(model))
+            history = open_ones.enter_context(self._history())
+            bar = open_ones.enter_context(self._progress())
+            if self.teacher is not None and self.first_step == 0:
+                self._measure_teacher(self.teacher, history)
+            clock = Clock(self.config.data.batch_size * self.config.data.sequence_length)
             for step in range(self.first_step, steps):
                 done = step + 1
                 logged = done % run.log_every == 0 or done == steps
@@ -136,16 +151,16 @@ class _Run:
                 if self.graph and before < quantized == 1:  # other operators from now on
                     self.graph.reset()
                 rates = self._set_rates(step)
-                loss = self._backward(step)
+                losses = self._backward(step)
                 norm = clip_gradients(self.parameters, self.config.optimizer.clip)
                 reading = self._step(measure=logged)
-                self._watch(done, loss, norm)
+                self._watch(done, losses.sum(), norm)
                 clock.tick()
                 if logged:
                     self._stop_if_not_finite()
                     row = {
                         "step": done,
-                        "loss": loss.item(),
+                        **dict(zip(("loss", "teacher_loss"), losses.tolist(), strict=False)),
                         "gradient_norm": norm.item(),
                         "pattern": str(pattern),
                         **rates,
@@ -191,22 +206,25 @@ class _Run:
         return {"learning_rate": rate, "weight_decay": decay}
 
     def _backward(self, step: int) -> Tensor:
-        """Gradients of one batch, micro-batch by micro-batch; its mean loss over all ranks."""
+        """Gradients of one batch, micro-batch by micro-batch; the means of its losses over all
+        ranks: cross-entropy, and the teacher's where there is one."""
         # Dropout, where a model has it, is a function of the step too: a resumed run repeats it.
         torch.manual_seed(self.config.run.seed * 1_000_003 + step * 1009 + self.here.rank)
         backward = self.graph or self._accumulate
         return self.here.mean(backward(self.batches.train(step)))
 
     def _accumulate(self, micro_batches: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=self.here.device)
+        total = torch.zeros(2 if self.teacher else 1, device=self.here.device)
         for tokens in micro_batches:
             with self._autocast():
-                loss = self.loss_of(tokens) / len(micro_batches)
-            loss.backward()
-            total += loss.detach()
+                loss, parts = self.loss_of(tokens, self.teacher)
+            (loss / len(micro_batches)).backward()
+            total += parts / len(micro_batches)
         return total
 
     def _graph(self) -> GraphedBackward:
+        if self.config.teacher.device:
+            raise ConfigError("run.cuda_graph holds one device: leave teacher.device out")
         if self.here.device.type != "cuda" or self.here.is_distributed:
             raise ConfigError(
                 "run.cuda_graph needs one process on CUDA; this run has "
@@ -260,9 +278,18 @@ class _Run:
         losses = []
         for tokens in self.batches.validation():
             with self._autocast():
-                losses.append(self.loss_of(tokens).float())
+                losses.append(self.loss_of(tokens)[0].float())
         self.loss_of.train()
         return self.here.mean(torch.stack(losses).mean()).item() if losses else None
+
+    def _measure_teacher(self, teacher: Teacher, history: History) -> None:
+        """Its own validation loss, which the student's is to come near."""
+        losses = [teacher.loss(tokens).float() for tokens in self.batches.validation()]
+        if losses:
+            loss = self.here.mean(torch.stack(losses).mean()).item()
+            if not history.rows:  # a run that was stopped before its first checkpoint has it
+                history.add({"step": 0, "teacher_validation_loss": loss})
+            self._say(f"teacher {self.config.teacher.source}: validation loss {loss:.4f}")
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         enabled = self.precision == "bf16"
@@ -349,31 +376,6 @@ class _Run:
     def _say(self, message: str) -> None:
         if self.here.is_main:
             say(message)
-
-
-class _Clock:
-    """Tokens a second between two readings, without validation and saving."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._started = self._last = time.perf_counter()
-        self._paused, self._steps = 0.0, 0
-
-    def tick(self) -> None:
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        now = time.perf_counter()
-        busy = max(1e-9, now - self._last - self._paused)
-        rate = self._steps * self._tokens_per_step / busy
-        self._last, self._paused, self._steps = now, 0.0, 0
-        return {"tokens_per_second": rate, "seconds": now - self._started}
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
 
 
 def _choose(wanted: str, automatic: str) -> str:

@@ -1,9 +1,10 @@
-"""Cross-entropy over hidden states, without ever holding all the logits.
+"""Cross-entropy and distillation over hidden states, without ever holding all the logits.
 
 At a vocabulary of 151,936 the logits of 16,384 tokens take 10 GB in float32, and their gradient as
-much again. Here one chunk of tokens at a time is multiplied by the head, and its gradient is taken
-in the same breath, while the logits are there: three matrix products, none repeated, and memory for
-one chunk. PyTorch 2.13 has ``linear_cross_entropy`` for this; 2.11 has not.
+much again; a teacher's as much as the student's. Here one chunk of tokens at a time is multiplied
+by the head (and the teacher's by its own), and the gradient is taken in the same breath, while the
+logits are there: three matrix products, none repeated, and memory for one chunk. PyTorch 2.13 has
+``linear_cross_entropy`` for the student alone; 2.11 has not.
 
 The products run in autocast's dtype, logarithms and sums in float32 (float64 for float64 inputs).
 The head's gradient is summed over chunks inside its product, which on CUDA adds to float32 as it
@@ -13,6 +14,7 @@ stores. Every chunk passes over that gradient once, so few large chunks are fast
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,28 +28,83 @@ from sparse_bitnet.nn.head import has_plain_head
 LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**27}  # 1 GB in bf16, 512 MB in float32
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """How much labels and a teacher count.
+
+    The loss is ``cross_entropy``·CE + ``divergence``·T²·KL(teacher ‖ student), where both
+    distributions are softened by the temperature T; T² keeps the size of the gradient (Hinton,
+    Vinyals, Dean, arXiv 1503.02531).
+    """
+
+    divergence: float = 1.0
+    cross_entropy: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's logits of some tokens, before they are made.
+
+    Attributes:
+        hidden: ``[..., features]`` of the teacher, or its logits where ``head`` is None.
+        head: ``[vocabulary, features]``, the teacher's output head, on the student's device.
+        how: what they count.
+    """
+
+    hidden: Tensor
+    head: Tensor | None
+    how: Weighing
+
+    def logits(self, tokens: slice) -> Tensor:
+        """Of some tokens, as if all sequences were one."""
+        hidden = self.hidden.flatten(0, -2)[tokens]
+        return hidden if self.head is None else hidden @ self.head.T
+
+
 def chunked_cross_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, chunk: int | None = None
 ) -> Tensor:
     """Mean cross-entropy of ``hidden @ head.T`` against ``labels``, in nats a token.
 
+    :func:`chunked_loss` without a teacher.
+    """
+    return chunked_loss(hidden, head, labels, chunk)[0]
+
+
+def chunked_loss(
+    hidden: Tensor,
+    head: Tensor | None,
+    labels: Tensor,
+    chunk: int | None = None,
+    targets: Targets | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of ``hidden @ head.T`` against ``labels``, and against a teacher if there is one.
+
     Args:
-        hidden: ``[..., features]``.
+        hidden: ``[..., features]``; the logits themselves where ``head`` is None.
         head: ``[vocabulary, features]``, the output head's weight.
         labels: ``[...]``, int64 token ids.
-        chunk: tokens at a time; by default as many as make 2²⁹ logits on CUDA, else 2²⁷.
+        chunk: tokens at a time; by default as many as make 2²⁹ logits on CUDA, else 2²⁷, those of
+            the teacher included.
+        targets: the teacher's, for the same tokens.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs), differentiable in ``hidden`` and ``head``.
+        The loss, a scalar, differentiable in ``hidden`` and ``head``; and its parts without
+        gradient: ``[1]``, the cross-entropy in nats a token, or ``[2]``, and T²·KL. Both float32
+        (float64 for float64 inputs).
     """
-    tokens = chunk or _chunk(labels.numel(), head)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), tokens)
-    return loss
+    vocabulary = hidden.shape[-1] if head is None else head.shape[0]
+    if targets is not None:
+        vocabulary *= 2
+    tokens = chunk or _chunk(labels.numel(), vocabulary, hidden.device.type)
+    loss, parts = _ChunkedLoss.apply(hidden.flatten(0, -2), head, labels.flatten(), tokens, targets)
+    return loss, parts
 
 
-def _chunk(tokens: int, head: Tensor) -> int:
+def _chunk(tokens: int, vocabulary: int, device: str) -> int:
     """Tokens at a time: equal parts where that is possible, so that one shape is compiled."""
-    most = max(1, LOGITS_AT_ONCE.get(head.device.type, 2**27) // head.shape[0])
+    most = max(1, LOGITS_AT_ONCE.get(device, 2**27) // vocabulary)
     fewest = max(1, -(-tokens // most))
     parts = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
     return max(1, -(-tokens // parts))
@@ -62,57 +119,105 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a.T @ b
 
 
-def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and its derivative by the logits: softmax, less one at the label."""
+def _loss_and_slope(
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: Weighing | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the loss's parts, and the derivative of the loss by the logits.
+
+    That of cross-entropy is the softmax, less one at the label; that of T²·KL is T times the
+    difference of the softened distributions.
+
+    Args:
+        teacher: its logits, of the shape of the student's.
+        how: the weights and the temperature.
+    """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows = labels.unsqueeze(-1)
     log_p = exact.log_softmax(-1)
     loss = -log_p.gather(-1, rows).sum()
     slope = log_p.exp_().scatter_add_(-1, rows, -torch.ones_like(rows, dtype=exact.dtype))
-    return loss, slope.to(logits.dtype)
+    if teacher is None or how is None:
+        return loss.unsqueeze(0), slope.to(logits.dtype)
+    divergence, slope_of_it = _divergence(exact, teacher.to(exact.dtype), how.temperature)
+    slope = how.cross_entropy * slope + how.divergence * slope_of_it
+    return torch.stack([loss, divergence]), slope.to(logits.dtype)
 
 
-def _loss_and_slope_for_fusion(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_slope_for_fusion(
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: Weighing | None = None
+) -> tuple[Tensor, Tensor]:
     """The same without a scatter, so that a compiler makes two passes over the logits of it."""
     log_p = logits.float().log_softmax(-1)
     is_label = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
     loss = -torch.where(is_label, log_p, 0.0).sum()
-    return loss, (log_p.exp() - is_label.float()).to(logits.dtype)
+    slope = log_p.exp() - is_label.float()
+    if teacher is None or how is None:
+        return loss.unsqueeze(0), slope.to(logits.dtype)
+    divergence, slope_of_it = _divergence(logits.float(), teacher.float(), how.temperature)
+    slope = how.cross_entropy * slope + how.divergence * slope_of_it
+    return torch.stack([loss, divergence]), slope.to(logits.dtype)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T²·KL(teacher ‖ student) summed over tokens, and its derivative by the student's logits."""
+    log_p = (teacher / temperature).log_softmax(-1)
+    log_q = (student / temperature).log_softmax(-1)
+    p = log_p.exp()
+    total = temperature**2 * (p * (log_p - log_q)).sum()
+    return total, temperature * (log_q.exp() - p)
 
 
 @cache
-def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
     """Compiled once for all runs of a process."""
     return torch.compile(_loss_and_slope_for_fusion, dynamic=False)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, tokens: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor | None,
+        labels: Tensor,
+        tokens: int,
+        targets: Targets | None,
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         compute = hidden.dtype
-        if torch.is_autocast_enabled(device):
+        if head is not None and torch.is_autocast_enabled(device):
             compute = torch.get_autocast_dtype(device)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        sums = torch.zeros(1 if targets is None else 2, dtype=exact, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_head = torch.zeros_like(head, dtype=exact) if needs_head else None
-        rows = head.to(compute)
+        d_head = None
+        if head is not None and needs_head:
+            d_head = torch.zeros_like(head, dtype=exact)
+        rows = None if head is None else head.to(compute)
         evaluate = _fused() if hidden.is_cuda else _loss_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, labels.numel(), tokens):
                 part = slice(start, start + tokens)
                 x = hidden[part].to(compute)
-                loss, slope = evaluate(x @ rows.T, labels[part])
-                total += loss
+                logits = x if rows is None else x @ rows.T
+                if targets is None:
+                    more, slope = evaluate(logits, labels[part])
+                else:
+                    more, slope = evaluate(logits, labels[part], targets.logits(part), targets.how)
+                sums += more
                 if d_hidden is not None:
-                    d_hidden[part] = slope @ rows
+                    d_hidden[part] = slope if rows is None else slope @ rows
                 if d_head is not None:
                     _add_product(d_head, slope, x)
         ctx.save_for_backward(d_hidden, d_head)
-        ctx.head_dtype, ctx.count = head.dtype, labels.numel()
-        return total / labels.numel()
+        ctx.head_dtype, ctx.count = None if head is None else head.dtype, labels.numel()
+        parts = sums / labels.numel()
+        ctx.mark_non_differentiable(parts)
+        if targets is None:
+            return parts[0].clone(), parts
+        how = targets.how
+        return how.cross_entropy * parts[0] + how.divergence * parts[1], parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -122,7 +227,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden * upstream
         if d_head is not None:
             d_head = (d_head * upstream).to(ctx.head_dtype)
-        return d_hidden, d_head, None, None
+        return d_hidden, d_head, None, None, None
 
 
 class CausalLoss(nn.Module):
@@ -131,8 +236,8 @@ class CausalLoss(nn.Module):
     The loss is computed inside this module's forward, where FSDP2 has gathered the head (it stays
     in the root's group); outside, the head is a shard.
 
-    Most architectures' logits are ``hidden @ head.T``, and get the chunked loss. Those that scale,
-    cap or bias them (Gemma, Granite, Phi) get the ordinary one, over full logits: decided once.
+    Most architectures' logits are ``hidden @ head.T``, which are made chunk by chunk. Those that
+    scale, cap or bias them (Gemma, Granite, Phi) make them whole: decided once.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -142,11 +247,25 @@ class CausalLoss(nn.Module):
         plain = isinstance(head, nn.Linear) and not isinstance(head, DerivedModule)
         self.chunked = plain and head.bias is None and has_plain_head(model)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mean loss in nats a token over ``[sequences, length + 1]`` token ids."""
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    def last_hidden(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last hidden state and the head's weight; or the logits, and None."""
         if not self.chunked:
-            logits = self.model(input_ids=inputs, use_cache=False).logits
-            return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+            return self.model(input_ids=inputs, use_cache=False).logits, None
         hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        return chunked_cross_entropy(hidden, self.model.get_output_embeddings().weight, labels)
+        return hidden, self.model.get_output_embeddings().weight
+
+    def forward(
+        self, tokens: Tensor, teacher: Callable[[Tensor], Targets] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss over ``[sequences, length + 1]`` token ids, and its parts.
+
+        Args:
+            teacher: gives the targets of ``[sequences, length]`` token ids.
+
+        Returns:
+            As :func:`chunked_loss`.
+        """
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        # Before the student keeps its activations.
+        targets = None if teacher is None else teacher(inputs)
+        return chunked_loss(*self.last_hidden(inputs), labels, targets=targets)

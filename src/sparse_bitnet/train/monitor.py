@@ -18,8 +18,10 @@ resumed run has not seen from its beginning is not reported.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +282,31 @@ class History:
     def _count(self, row: dict[str, Any]) -> None:
         self.rows += 1
         self.last = (self.last if self.last.get("step") == row["step"] else {}) | row
+
+
+class Clock:
+    """Tokens a second between two readings, without validation and saving."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._started = self._last = time.perf_counter()
+        self._paused, self._steps = 0.0, 0
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        busy = max(1e-9, now - self._last - self._paused)
+        rate = self._steps * self._tokens_per_step / busy
+        self._last, self._paused, self._steps = now, 0.0, 0
+        return {"tokens_per_second": rate, "seconds": now - self._started}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

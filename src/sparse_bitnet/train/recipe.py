@@ -32,7 +32,7 @@ from sparse_bitnet.train.config import DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
 # Of the section `run` that is all but these.
-FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing"}
+FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing", "teacher.device"}
 DECIDES_WEIGHTS = {"run.seed", "run.precision"}
 PROGRAM = "sparse-bitnet train RECIPE.yaml"
 
@@ -59,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe and lay command-line arguments over it.
 
     Args:
-        path: a YAML file of sections ``model``, ``sparsity``, ``data``, ``optimizer``,
+        path: a YAML file of sections ``model``, ``sparsity``, ``teacher``, ``data``, ``optimizer``,
             ``schedule`` and ``run``; a field left out has its default.
         overrides: ``["--optimizer.learning-rate", "1e-3", "--run.no-export", ...]``. A mapping is
             written in YAML: ``--sparsity.until '{0.5: dense}'``.
@@ -120,6 +120,7 @@ def options_help() -> str:
 def _parse_arguments(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_mappings_are_yaml)
+    arguments = [re.sub(r"^--teacher(?=$|=)", "--teacher.source", one) for one in arguments]
     return tyro.cli(TrainConfig, args=arguments, default=default, prog=PROGRAM, registry=registry)
 
 

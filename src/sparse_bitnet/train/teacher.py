@@ -1,0 +1,90 @@
+"""A frozen model whose logits a student learns: knowledge distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
+from sparse_bitnet.kernels.platform import usable_device
+from sparse_bitnet.train.config import TeacherConfig
+from sparse_bitnet.train.dense import SIDE_FILE, read_dense
+from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
+
+
+class Teacher:
+    """A causal language model in evaluation mode, without gradients.
+
+    In bfloat16 on CUDA and in float32 on a CPU; a model that this package trained keeps its float32
+    master weights and multiplies as in training. Every rank has the whole of it. It is no module of
+    the student, so neither an optimizer, FSDP2 nor a checkpoint sees it.
+
+    Args:
+        config: where it is, where it computes, and what it counts.
+        device: the student's.
+        vocabulary: rows of the student's output head.
+        tokenizer: the hash of the data's.
+
+    Raises:
+        ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, or
+            there is no such device.
+        CheckpointError: if it is damaged.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, device: torch.device, vocabulary: int, tokenizer: str
+    ) -> None:
+        directory = Path(config.source)
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
+            )
+        _check_tokenizer(directory, tokenizer)
+        trained = (directory / SIDE_FILE).is_file()
+        model = load_trained(directory)[0] if trained else read_dense(directory)
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows != vocabulary:
+            raise ConfigError(
+                f"teacher.source {config.source} has a vocabulary of {rows}, the student one of "
+                f"{vocabulary}: a teacher must have the student's vocabulary"
+            )
+        self.device = usable_device(config.device) if config.device else device
+        halved = self.device.type == "cuda" and not trained
+        model = model.to(self.device, torch.bfloat16 if halved else None)  # type: ignore[arg-type]
+        self.model = model.requires_grad_(False).eval()
+        self._loss_of = CausalLoss(self.model).eval()
+        self._how = Weighing(config.weight, config.cross_entropy, config.temperature)
+        head = self.model.get_output_embeddings().weight
+        self._head = head.to(device) if self._loss_of.chunked else None
+        self._home = device
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Targets:
+        """Targets on the student's device for ``[sequences, length]`` token ids."""
+        with self._autocast():
+            hidden, _ = self._loss_of.last_hidden(inputs.to(self.device))
+        return Targets(hidden.to(self._home), self._head, self._how)
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Its own cross-entropy on ``[sequences, length + 1]`` token ids, nats a token."""
+        with self._autocast():
+            return self._loss_of(tokens.to(self.device))[0].to(self._home)
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def _check_tokenizer(directory: Path, expected: str) -> None:
+    if not (directory / "tokenizer_config.json").is_file():
+        return
+    if tokenizer_hash(load_tokenizer(directory)) != expected:
+        raise ConfigError(
+            f"teacher.source {directory} has another tokenizer than the data: prepare the data "
+            f"with the teacher's (data prepare --tokenizer {directory})"
+        )

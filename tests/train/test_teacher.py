@@ -1,0 +1,231 @@
+"""Runs with a teacher: what it changes, what it must not, and which teachers are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
+
+from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.data.tokenizer import tokenizer_hash, train_bpe
+from sparse_bitnet.nn import convert
+from sparse_bitnet.train import TrainingInterruptedError, save_trained, train
+from sparse_bitnet.train.config import SparsityConfig, TeacherConfig
+from sparse_bitnet.train.loss import CausalLoss
+from sparse_bitnet.train.presets import preset_config
+from sparse_bitnet.train.recipe import load_recipe
+from sparse_bitnet.train.teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+def rows(result: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(result.history).read_text().splitlines()]
+
+
+def series(result: Any, name: str) -> list[float]:
+    return [row[name] for row in rows(result) if name in row]
+
+
+def dense(seed: int, vocabulary: int = 64, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape = preset_config("tiny", vocabulary)
+    for name, value in changes.items():
+        setattr(shape, name, value)
+    return AutoModelForCausalLM.from_config(shape)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """An untrained teacher, wider than the student."""
+    dense(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def gemma() -> PreTrainedModel:
+    """Caps its logits, so they are no plain product of the head."""
+    torch.manual_seed(0)
+    shape = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
+    return AutoModelForCausalLM.from_config(shape)
+
+
+@pytest.mark.parametrize("teacher_is", ["plain", "capped"])
+@pytest.mark.parametrize("student_is", ["plain", "capped"])
+def test_the_loss_of_a_model_with_a_teacher(
+    tmp_path: Path, student_is: str, teacher_is: str
+) -> None:
+    """Against full logits of both, gradients included."""
+    models = {"plain": lambda: dense(7), "capped": gemma}
+    models[teacher_is]().save_pretrained(tmp_path)
+    student = models[student_is]().train()
+    convert(student, "6:8")
+    config = TeacherConfig(str(tmp_path), weight=2.0, cross_entropy=0.5, temperature=3.0)
+    teacher = Teacher(config, CPU, 64, "any")
+    tokens = torch.randint(64, (3, 17))
+    loss, parts = CausalLoss(student)(tokens, teacher)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens[:, :-1]).logits.detach()
+    logits = student(tokens[:, :-1]).logits
+    log_q, p = (logits / 3).log_softmax(-1), (theirs / 3).softmax(-1)
+    divergence = 9 * F.kl_div(log_q, p, reduction="none").sum(-1).mean()
+    entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(parts, torch.stack([entropy, divergence]).detach())
+    (0.5 * entropy + 2 * divergence).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+    assert not teacher.model.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_run_with_a_teacher(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher has learned the data: its student comes nearer to it, and so to the data."""
+    dense_one = {"kind": "bf16", "pattern": "dense"}
+    taught = train(recipe("teacher", sparsity=dense_one, schedule={"steps": 80}))
+    teacher = {"source": str(taught.model_directory), "cross_entropy": 0.0}
+    result = train(recipe("student", teacher=teacher, schedule={"steps": 60}))
+    assert rows(result)[0].keys() == {"step", "teacher_validation_loss"}
+    loss = rows(result)[0]["teacher_validation_loss"]
+    assert loss == pytest.approx(taught.validation_loss, abs=1e-6)
+    assert f"validation loss {loss:.4f}" in capsys.readouterr().err
+    distances = series(result, "teacher_loss")
+    assert len(distances) == 60
+    assert distances[-1] < 0.5 * distances[0]
+    # The loss is the student's cross-entropy, so that runs can be compared.
+    assert series(result, "loss")[0] == pytest.approx(4.16, abs=0.1)
+    assert result.loss == series(result, "loss")[-1] < 3.5
+
+
+def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe: Any, directory: Path) -> None:
+    alone = train(recipe("alone"))
+    with_one = train(recipe("with", teacher={"source": str(directory), "weight": 0.0}))
+    assert series(with_one, "loss") == series(alone, "loss")
+
+
+def test_micro_batches_checkpointing_and_compilation_change_nothing(
+    recipe: Any, directory: Path
+) -> None:
+    teacher = {"source": str(directory), "temperature": 2.0}
+    steps = {"steps": 4}
+    plain = train(recipe("plain", teacher=teacher, schedule=steps))
+    for name, sections in {
+        "micro": {"data": {"micro_batch_size": 2}},
+        "recomputed": {"model": {"activation_checkpointing": True}},
+    }.items():
+        other = train(recipe(name, teacher=teacher, schedule=steps, **sections))
+        for column in ("loss", "teacher_loss"):
+            assert series(other, column) == pytest.approx(series(plain, column), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks(recipe: Any, directory: Path) -> None:
+    teacher, steps = {"source": str(directory)}, {"steps": 4}
+    plain = train(recipe("plain", teacher=teacher, schedule=steps))
+    other = train(recipe("compiled", teacher=teacher, schedule=steps, run={"compile": "on"}))
+    for column in ("loss", "teacher_loss"):
+        assert series(other, column) == pytest.approx(series(plain, column), abs=1e-3)
+
+
+def test_resumed_equals_uninterrupted(recipe: Any, directory: Path) -> None:
+    sections: dict[str, Any] = {
+        "teacher": {"source": str(directory)},
+        "sparsity": {"quantization": {"until": 0.7, "shape": "sigmoid"}},
+    }
+    whole = train(recipe("whole", **sections))
+
+    def stop(step: int, _model: object) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = recipe("stopped", **sections)
+    with pytest.raises(TrainingInterruptedError):
+        train(config, stop)
+    resumed = train(config)
+    for column in ("loss", "teacher_loss", "quantization", "teacher_validation_loss"):
+        assert series(resumed, column) == series(whole, column)
+    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
+    model = dense(3)
+    convert(model, "6:8")
+    tokens = torch.randint(64, (2, 9))
+    expected = model.eval()(tokens).logits
+    save_trained(model, None, tmp_path / "model", SparsityConfig())
+    targets = Teacher(TeacherConfig(str(tmp_path / "model")), CPU, 64, "any")(tokens)
+    assert torch.equal(targets.logits(slice(None)).view_as(expected), expected)
+
+
+class TestRefusals:
+    def test_no_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no Hugging Face directory"):
+            Teacher(TeacherConfig(str(tmp_path / "none")), CPU, 64, "any")
+
+    def test_another_vocabulary(self, recipe: Any, tmp_path: Path) -> None:
+        dense(0, vocabulary=72).save_pretrained(tmp_path / "teacher")
+        with pytest.raises(ConfigError, match="has a vocabulary of 72, the student one of 64"):
+            train(recipe(teacher={"source": str(tmp_path / "teacher")}))
+
+    def test_another_tokenizer(self, directory: Path) -> None:
+        tokenizer = train_bpe(["some text, some more text"], 260)
+        tokenizer.save_pretrained(directory)
+        config = TeacherConfig(str(directory))
+        Teacher(config, CPU, 64, tokenizer_hash(tokenizer))
+        with pytest.raises(ConfigError, match="another tokenizer than the data"):
+            Teacher(config, CPU, 64, "0" * 64)
+
+    def test_damaged_weights(self, directory: Path) -> None:
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            Teacher(TeacherConfig(str(directory)), CPU, 64, "any")
+
+    def test_no_such_device(self, directory: Path) -> None:
+        with pytest.raises(ConfigError, match="nonsense"):
+            Teacher(TeacherConfig(str(directory), device="nonsense"), CPU, 64, "any")
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"temperature": 0}, "teacher.temperature is 0.0: it must be above 0"),
+            ({"weight": -1}, "teacher.weight is -1.0: it must be at least 0"),
+            ({"weight": 0, "cross_entropy": 0}, "above 0 where teacher.cross_entropy is 0"),
+        ],
+    )
+    def test_values(self, recipe: Any, values: dict[str, float], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            recipe(teacher=values)
+
+
+def test_teacher_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {path: somewhere}\n")
+    for arguments in (["--teacher", "there"], ["--teacher=there"], ["--teacher.source", "there"]):
+        config = load_recipe(path, [*arguments, "--teacher.temperature", "5"])
+        assert config.teacher == TeacherConfig("there", temperature=5.0)
+
+
+def test_another_teacher_is_another_run(recipe: Any, directory: Path, tmp_path: Path) -> None:
+    train(recipe(teacher={"source": str(directory)}, schedule={"steps": 2}))
+    shutil.copytree(directory, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"teacher\.source is"):
+        train(recipe(teacher={"source": str(tmp_path / "other")}, schedule={"steps": 2}))
