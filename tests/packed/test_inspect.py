@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from sparse_bitnet.core import CheckpointError, PackedFormatError, worst_group
 from sparse_bitnet.packed.inspect import inspect
@@ -83,11 +85,24 @@ def test_for_people_and_for_programs(pristine):
     assert values["least_bits"] == pytest.approx(1.5458, abs=1e-4)
 
 
-def test_refusals(tmp_path, build, packed):
-    build("qwen2").save_pretrained(tmp_path / "plain")
-    for directory in (tmp_path / "plain", tmp_path / "nothing"):
-        with pytest.raises(CheckpointError, match="not a trained model"):
-            inspect(directory)
+def test_an_ordinary_directory(tmp_path, build):
+    model = build("qwen2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    report = inspect(tmp_path)
+    assert report.kind == "ordinary" and report.activation_bits == []
+    assert "Qwen2ForCausalLM, ordinary" in report.summary()
+    linears = {n: m.weight for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
+    assert {weight.name for weight in report.weights} == {f"model.{n}.weight" for n in linears}
+    assert {weight.bits for weight in report.weights} == {16}
+    for weight in report.weights:
+        values = linears[weight.name.removeprefix("model.").removesuffix(".weight")]
+        assert weight.declared == "dense" and weight.shape == tuple(values.shape)
+        assert weight.zeros == pytest.approx((values == 0).float().mean().item())
+
+
+def test_refusals(tmp_path, packed):
+    with pytest.raises(CheckpointError, match="holds no model"):
+        inspect(tmp_path / "nothing")
     file = packed() / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(PackedFormatError, match="truncated"):

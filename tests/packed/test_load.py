@@ -123,13 +123,22 @@ def test_trained_and_packed_compute_the_same_in_any_dtype(
     assert torch.equal(logits(model), logits(packed))
 
 
-def test_load_takes_packed_and_trained_directories_only(pristine, tmp_path, build):
+def test_load_takes_packed_trained_and_ordinary_directories(
+    pristine, tmp_path, build, capsys, logits
+):
     model, tokenizer = load(pristine / "two-bit", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and tokenizer is not None
-    build("qwen2").save_pretrained(tmp_path / "plain")
+    build("qwen2").to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     assert is_packed(pristine / "two-bit") and not is_packed(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="plain is not a trained model"):
-        load(tmp_path / "plain")
+    capsys.readouterr()
+    model, tokenizer = load(tmp_path / "plain", device="cpu")
+    assert "plain: an ordinary Qwen2ForCausalLM in bfloat16" in capsys.readouterr().err
+    assert model.dtype == torch.bfloat16 and tokenizer is None
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    assert torch.equal(logits(model), logits(expected))
+    assert load(tmp_path / "plain", dtype="float32", device="cpu")[0].dtype == torch.float32
+    with pytest.raises(CheckpointError, match="nothing holds no model: there is no config"):
+        load(tmp_path / "nothing")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):
         load_packed(tmp_path / "plain")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):

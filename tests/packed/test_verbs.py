@@ -48,6 +48,22 @@ def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):
         call("evaluate", packed)
 
 
+def test_evaluate_two(tmp_path, build, trained, tokenizer):
+    """A trained model against the ordinary one of a directory, with figures of each alone."""
+    save_trained(trained("qwen2"), tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
+    build("qwen2").save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("def main():\n    return the name of the file\n" * 8)
+    options = ("--text", f"text:{tmp_path / 'text.txt'}", "--window", "32")
+    alone = [call("evaluate", tmp_path / n, *options).text.loss for n in ("trained", "plain")]
+    both = call("evaluate", tmp_path / "trained", tmp_path / "plain", *options)
+    assert [report.text.loss for report in both.reports.values()] == alone
+    assert both.differences == {"text: nats a token": pytest.approx(alone[0] - alone[1])}
+    assert f"text: nats a token {alone[0] - alone[1]:+.4f}" in str(both)
+    values = call("evaluate", tmp_path / "trained", tmp_path / "plain", *options, "--json")
+    assert json.loads(json.dumps(values))["differences"] == both.differences
+
+
 def test_help_names_the_choices(capsys):
     for verb in ("pack", "inspect", "generate", "evaluate"):
         with pytest.raises(SystemExit):

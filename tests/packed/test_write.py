@@ -275,3 +275,12 @@ def test_refuses_directories_that_are_no_trained_model(tmp_path, pristine, build
             pack(source, tmp_path / "out")
     shutil.rmtree(tmp_path / "plain")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_save_pretrained_wrote_of_a_converted_model(tmp_path, trained, logits):
+    """As Trainer leaves it: packed it computes the same, and no longer calls itself trained."""
+    model = trained("qwen2")
+    model.save_pretrained(tmp_path / "saved")
+    pack(tmp_path / "saved", tmp_path / "packed")
+    assert "sparse_bitnet" not in json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert torch.equal(logits(load_packed(tmp_path / "packed")), logits(model))

@@ -78,6 +78,51 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two reports of the same measurements, and how far the first model is from the second.
+
+    ``str()`` is a few lines for people, :meth:`as_dict` is what JSON can hold.
+
+    Attributes:
+        reports: by the models' names, in order.
+    """
+
+    reports: dict[str, Report]
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """The first model's figure less the second's: losses in nats a token, or in bits a byte
+        where the two cut the text into other tokens, and accuracies."""
+        ours, theirs = self.reports.values()
+        found: dict[str, float] = {}
+        for name in ("shards", "text"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            if a is None or b is None:
+                continue
+            if a.tokens == b.tokens:
+                found[f"{name}: nats a token"] = a.loss - b.loss
+            elif a.bits_per_byte is not None and b.bits_per_byte is not None:
+                found[f"{name}: bits a byte"] = a.bits_per_byte - b.bits_per_byte
+        if ours.cloze is not None and theirs.cloze is not None:
+            found["cloze accuracy"] = ours.cloze.accuracy - theirs.cloze.accuracy
+        for task, metrics in ours.tasks.items():
+            for metric, value in metrics.items():
+                if "_stderr" not in metric and metric in theirs.tasks.get(task, {}):
+                    found[f"{task}: {metric}"] = value - theirs.tasks[task][metric]
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        models = {name: report.as_dict() for name, report in self.reports.items()}
+        return {"models": models, "differences": self.differences}
+
+    def __str__(self) -> str:
+        lines = [f"{name}\n{report}" for name, report in self.reports.items()]
+        lines.append("the first less the second")
+        lines += [f"{name} {value:+.4f}" for name, value in self.differences.items()]
+        return "\n".join(lines)
+
+
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Measurements
 ) -> Report:

@@ -85,6 +85,10 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
     model, tokenizer = load_unfused(directory, device="cpu")
     modules: dict[str, nn.Module] = dict(converted_modules(model))
     modules |= {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
+    if not modules:
+        raise ConfigError(
+            f"{directory}: nothing in it is ternary; {target} takes a packed or a trained model"
+        )
     shapes = {name: _shape(name, module, target) for name, module in modules.items()}
 
     def linear(name: str) -> TernaryLinear:

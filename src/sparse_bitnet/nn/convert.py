@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_ex
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
+RECORD = "sparse_bitnet"  # of a transformers configuration, what convert did
 Kind = Literal["bitnet", "bf16"]
 LINEAR = {"bitnet": SparseBitLinear, "bf16": SparseLinear}
 EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
@@ -110,8 +112,10 @@ def convert(
 
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
     modules, so an optimizer made before still holds them; those of another dtype become float32,
-    because master weights are. The state dict keeps its keys. A model that is on the meta device as
-    a whole gets modules without values; they come with ``to_empty`` and ``load_state_dict``.
+    because master weights are. The state dict keeps its keys, and ``model.config.sparse_bitnet``
+    records what was done, so that a directory of ``save_pretrained`` can be loaded as it was. A
+    model that is on the meta device as a whole gets modules without values; they come with
+    ``to_empty`` and ``load_state_dict``.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -188,6 +192,7 @@ def convert(
         for name in names[module]:
             model.set_submodule(name, new)
         report.modules += 1
+    _record(model, default, kind, method or Method(), rules or {})
     report.zero = [
         master.name + index
         for master in master_weights(model)
@@ -215,6 +220,20 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
     """
     for module, one in patterns_of_modules(model, pattern):
         module.set_pattern(one)
+    recorded = getattr(getattr(model, "config", None), RECORD, None)
+    if recorded is not None:
+        recorded["pattern"] = str(Pattern.parse(pattern))
+
+
+def _record(
+    model: nn.Module, pattern: Pattern, kind: Kind, method: Method, rules: dict[str, str]
+) -> None:
+    """Write down in a transformers configuration what the linears became: ``save_pretrained`` then
+    stores it in ``config.json``, and this package converts the model again when it loads it."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        values = {"pattern": str(pattern), "kind": kind, "method": asdict(method), "rules": rules}
+        setattr(config, RECORD, {**values, "version": version("sparse-bitnet")})
 
 
 def patterns_of_modules(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_bitnet.console import progress
 from sparse_bitnet.core import Pattern, method_mask, worst_group, zero_matrices
-from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear
+from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear, convert
 from sparse_bitnet.nn.int8_head import TiedInt8Head
 from sparse_bitnet.nn.pack import derived_ternary
 from sparse_bitnet.nn.packed_module import PackedModule
@@ -53,15 +53,16 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class DirectoryReport:
-    """A packed or trained model directory.
+    """A model directory.
 
     Attributes:
         directory: what was inspected.
         kind: ``packed``; ``trained`` for master weights with ternary linears, ``trained bf16`` for
-            the BF16 baseline.
+            the BF16 baseline; ``ordinary`` for any other model, whose linears are the
+            weights that ``convert`` would take.
         architecture: the model's class.
         storage: format of a packed directory's bytes.
-        activation_bits: those in use; none for the BF16 baseline.
+        activation_bits: those in use; none in full precision.
         weights: one report a weight.
         file_bytes: what the weight files take.
         other_parameters: in embeddings, norms, head and biases; tied ones once.
@@ -70,7 +71,7 @@ class DirectoryReport:
     """
 
     directory: str
-    kind: Literal["packed", "trained", "trained bf16"]
+    kind: Literal["packed", "trained", "trained bf16", "ordinary"]
     architecture: str
     storage: str | None
     activation_bits: list[int]
@@ -161,14 +162,19 @@ class DirectoryReport:
 
 
 def inspect(directory: str | Path) -> DirectoryReport:
-    """Measure a packed or trained directory. A packed one's checksums are verified on the way.
+    """Measure a model directory. A packed one's checksums are verified on the way.
 
     Raises:
         PackedFormatError: if a packed directory is damaged, or breaks its own pattern.
-        CheckpointError: if it is neither packed nor a trained model.
+        CheckpointError: if another one is damaged, or there is no model.
+        ConfigError: if it is an ordinary model without linears to convert.
     """
     directory = Path(directory)
     model, _ = load_unfused(directory, device="cpu")
+    stored_bytes = model.dtype.itemsize
+    ordinary = not any(isinstance(m, PackedModule | DerivedModule) for m in model.modules())
+    if ordinary:
+        convert(model, "dense", kind="bf16")
     modules = {
         name: module
         for name, module in model.named_modules()
@@ -178,7 +184,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
     inside: set[str] = set()
     with progress("inspecting", len(modules)) as task:
         for name, module in modules.items():
-            weights += _reports(name, module)
+            weights += _reports(name, module, stored_bytes if ordinary else None)
             inside |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
             task.advance()
     others = {n: tensor for n, tensor in distinct_tensors(model).items() if n not in inside}
@@ -188,7 +194,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
     )
     return DirectoryReport(
         directory=str(directory),
-        kind="packed" if packed else "trained" if ternary else "trained bf16",
+        kind=_kind(ordinary, bool(packed), ternary),
         architecture=type(model).__name__,
         storage=packed[0].spec.storage if packed else None,
         activation_bits=sorted({_activation_bits(m) for m in modules.values()}) if ternary else [],
@@ -200,6 +206,14 @@ def inspect(directory: str | Path) -> DirectoryReport:
     )
 
 
+def _kind(
+    ordinary: bool, packed: bool, ternary: bool
+) -> Literal["packed", "trained", "trained bf16", "ordinary"]:
+    if ordinary:
+        return "ordinary"
+    return "packed" if packed else "trained" if ternary else "trained bf16"
+
+
 def _head(model: Any) -> str:
     head = model.get_output_embeddings()
     tied = isinstance(head, TiedInt8Head) or head.weight is model.get_input_embeddings().weight
@@ -207,7 +221,9 @@ def _head(model: Any) -> str:
     return f"{dtype}, shared with the embedding" if tied else dtype
 
 
-def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightReport]:
+def _reports(
+    name: str, module: PackedModule | DerivedModule, stored_bytes: int | None
+) -> list[WeightReport]:
     if isinstance(module, PackedModule):
         reports = []
         for key, shape in module.weight_shapes.items():
@@ -229,7 +245,7 @@ def _reports(name: str, module: PackedModule | DerivedModule) -> list[WeightRepo
             f"{name}.{key}",
             ternary[key][0] if ternary else _masked(weight, module, key),
             module.pattern,
-            8 * weight.element_size(),
+            8 * (stored_bytes or weight.element_size()),
             module.segments_of(key),
         )
         for key, weight in module.master_parameters().items()

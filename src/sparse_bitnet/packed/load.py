@@ -1,4 +1,4 @@
-"""Packed and trained directories → models that run."""
+"""Packed, trained and ordinary directories → models that run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparse_bitnet.core import ConfigError, PackedFormatError
+from sparse_bitnet.console import say
+from sparse_bitnet.core import CheckpointError, ConfigError, PackedFormatError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import refuse_special
 from sparse_bitnet.kernels.native.pages import use_large_pages
@@ -26,8 +27,8 @@ from sparse_bitnet.packed.config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
 from sparse_bitnet.packed.tensor_file import read_header
 from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
-from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars
-from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars, read_dense, read_shape
+from sparse_bitnet.train.export import is_trained, load_trained, own_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -113,14 +114,15 @@ def load(
     device: str | torch.device | None = None,
     compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a packed or a trained directory to run it, and its tokenizer if it has one.
+    """Load a model directory to run it, and its tokenizer if it has one: a packed one, a trained
+    one, or an ordinary one of Hugging Face, which computes as transformers does.
 
     A packed model of the Llama family becomes
     :class:`sparse_bitnet.modeling.DecoderForCausalLM`; others stay in transformers' own classes, as
     ``AutoModelForCausalLM.from_pretrained`` gives all of them.
 
     Args:
-        directory: as written by packing or by training.
+        directory: as written by packing, by training, or by ``save_pretrained``.
         dtype: to compute in; the stored one when left out.
         device: where to put the model; the GPU when left out, if there is one.
         compile: on a GPU, let ``generate`` decode with a static key-value cache, compiled, as one
@@ -128,7 +130,7 @@ def load(
 
     Raises:
         PackedFormatError: if a packed directory is damaged, or its weights break their pattern.
-        CheckpointError: if it is neither packed nor a trained model.
+        CheckpointError: if another one is damaged, or there is no model.
         ConfigError: if PyTorch cannot compute on that device here; for ``compile`` without an
             NVIDIA GPU.
     """
@@ -166,7 +168,10 @@ def load_unfused(
     directory = Path(directory)
     device = usable_device(device)
     if not is_packed(directory):
-        model, tokenizer = load_trained(directory, device)
+        if is_trained(directory):
+            model, tokenizer = load_trained(directory, device)
+        else:
+            model, tokenizer = _load_ordinary(directory, device), own_tokenizer(directory)
         if dtype is not None:
             _compute_in(model, getattr(torch, dtype))
         return model, tokenizer
@@ -179,6 +184,17 @@ def load_unfused(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"
         ) from error
     return model.to(device), tokenizer  # type: ignore[arg-type]  # wrapped nn.Module.to
+
+
+def _load_ordinary(directory: Path, device: torch.device) -> PreTrainedModel:
+    """A model that is not ours, in its own dtype; the person is told which it is."""
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} holds no model: there is no config.json")
+    model = read_dense(directory)
+    dtype = getattr(read_shape(directory), "dtype", None) or torch.float32
+    say(f"{directory}: an ordinary {type(model).__name__} in {str(dtype).removeprefix('torch.')}")
+    _compute_in(model, dtype)
+    return model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import tyro
 
 from sparse_bitnet.console import out, say
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.evaluate import Measurements, Report, measure
+from sparse_bitnet.evaluate import Comparison, Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.packed import inspect as inspecting
 from sparse_bitnet.packed import write
@@ -79,7 +79,7 @@ def pack(
 
 
 def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str:
-    """What a packed or trained directory holds, measured: patterns, zeros, bits, sizes.
+    """What a packed, trained or ordinary directory holds, measured: patterns, zeros, bits, sizes.
 
     Args:
         directory: of the model.
@@ -94,21 +94,26 @@ def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str
 
 def evaluate(
     directory: Path,
+    baseline: tyro.conf.Positional[Path | None] = None,
     *,
     measurements: tyro.conf.OmitArgPrefixes[Measurements] = DEFAULT_MEASUREMENTS,
     dtype: DType | None = None,
     device: str | None = None,
     as_json: AsJson = False,
-) -> Report | dict[str, Any]:
-    """Perplexity, cloze accuracy and lm-eval tasks of a packed or trained model.
+) -> Report | Comparison | dict[str, Any]:
+    """Perplexity, cloze accuracy and lm-eval tasks of a model: packed, trained or ordinary.
 
     Args:
         directory: of the model.
+        baseline: another model's, measured likewise and compared with.
         measurements: what to measure, and how.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
         as_json: print JSON instead of lines.
     """
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    report = measure(model, tokenizer, measurements)
-    return report.as_dict() if as_json else report
+    reports = {}
+    for one in (directory, *([] if baseline is None else [baseline])):  # one at a time in memory
+        loaded = load_with_tokenizer(one, dtype=dtype, device=device)
+        reports[str(one)] = measure(*loaded, measurements)
+    found = Comparison(reports) if len(reports) == 2 else reports[str(directory)]
+    return found.as_dict() if as_json else found

@@ -33,7 +33,7 @@ from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
 from sparse_bitnet.nn import convert, converted_modules
 from sparse_bitnet.nn.check import check_packed
-from sparse_bitnet.nn.convert import warn_of_zeros
+from sparse_bitnet.nn.convert import RECORD, warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.packed.config import HINT, SparseBitNetConfig
@@ -232,6 +232,8 @@ class _Plan:
 
     def write_config(self, directory: Path) -> None:
         config = copy.deepcopy(self.model.config)
+        if hasattr(config, RECORD):
+            delattr(config, RECORD)  # of master weights, which are not stored
         config.quantization_config = SparseBitNetConfig.of(self.specs, self.int8)
         config.auto_map = AUTO_MAP
         config.architectures = [type(self.model).__name__]

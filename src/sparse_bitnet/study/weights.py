@@ -23,7 +23,7 @@ from sparse_bitnet.files import read_json, refuse_special
 from sparse_bitnet.nn import convert, master_weights
 from sparse_bitnet.train.checkpoint import MANIFEST
 from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.export import SIDE_FILE, read_trained
+from sparse_bitnet.train.export import is_trained, read_trained
 from sparse_bitnet.train.recipe import config_from_dict
 
 # What linears are not, by name, if no configuration tells: lookup tables, head, norms, routers.
@@ -171,7 +171,7 @@ def model_directory(path: Path) -> Path:
 def trained_as(directory: Path) -> tuple[SparsityConfig | None, str]:
     """What the linears of a model trained here became, None for any other; and the model's source
     where that is not the directory itself."""
-    if (directory / SIDE_FILE).is_file():
+    if is_trained(directory):
         return read_trained(directory).sparsity, ""
     manifest = directory / MANIFEST
     if not manifest.is_file():

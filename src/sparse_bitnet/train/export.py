@@ -8,6 +8,7 @@ file) is another package: ``packed``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
+from sparse_bitnet.nn.convert import RECORD
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import SIDE_FILE, no_bars, read_dense
@@ -103,15 +105,36 @@ def check_target(directory: Path) -> None:
         )
 
 
+def is_trained(directory: str | Path) -> bool:
+    """Whether a directory holds a converted model's master weights, written by :func:`save_trained`
+    or by ``save_pretrained``."""
+    return (Path(directory) / SIDE_FILE).is_file() or _recorded(Path(directory)) is not None
+
+
+def _recorded(directory: Path) -> Any:
+    """What ``convert`` wrote into the configuration, or None; also of a damaged one, which whoever
+    loads the model will name."""
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(directory / "config.json")
+        if isinstance(config, dict) and "quantization_config" not in config:
+            return config.get(RECORD)
+    return None
+
+
 def read_trained(directory: str | Path) -> Trained:
-    """The contents of a directory's ``sparse_bitnet.json``.
+    """What a directory's ``sparse_bitnet.json`` says, or without one its ``config.json``.
 
     Raises:
-        CheckpointError: if it is missing or not one of ours.
+        CheckpointError: if there is none or it is not one of ours.
     """
-    path = Path(directory) / SIDE_FILE
+    directory = Path(directory)
+    path = directory / SIDE_FILE
     try:
-        values = read_json(path)
+        if not path.is_file() and (recorded := _recorded(directory)) is not None:
+            path = directory / "config.json"
+            values = {**recorded, "format": FORMAT, "run": {}}
+        else:
+            values = read_json(path)
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {values['format']!r}; this version reads format {FORMAT}"
@@ -125,8 +148,8 @@ def read_trained(directory: str | Path) -> Trained:
         return Trained(sparsity, values["run"])
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory} is not a trained model: it has no {SIDE_FILE}; give the model/ directory "
-            "of a run"
+            f"{directory} is not a trained model: it has no {SIDE_FILE}, and its config.json does "
+            "not say that it was converted; give the model/ directory of a run"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or foreign: {error}") from error
@@ -135,7 +158,8 @@ def read_trained(directory: str | Path) -> Trained:
 def load_trained(
     directory: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Read a directory that :func:`save_trained` wrote and convert the model as it was.
+    """Read a directory of :func:`save_trained`, or of ``save_pretrained`` of a converted model, and
+    convert the model as it was.
 
     Returns:
         The converted model in evaluation mode, float32 master weights, on ``device``; and the
@@ -155,7 +179,7 @@ def load_trained(
 def load_master(
     directory: str | Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, SparsityConfig]:
-    """Read a directory that :func:`save_trained` wrote as the dense model of its master weights.
+    """Read such a directory as the dense model of its master weights.
 
     Returns:
         The model on the CPU, float32, in evaluation mode, not converted; the tokenizer, or None if
@@ -167,9 +191,20 @@ def load_master(
     directory = Path(directory)
     sparsity = read_trained(directory).sparsity
     model = read_dense(directory, exact=True, use_safetensors=True)
-    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    if hasattr(model.config, RECORD):
+        delattr(model.config, RECORD)  # it is dense until it is converted again
+    return model, own_tokenizer(directory), sparsity
+
+
+def own_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's directory; None if it has none.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    if not (Path(directory) / "tokenizer_config.json").is_file():
+        return None
     try:
-        tokenizer = load_tokenizer(directory) if has_tokenizer else None
+        return load_tokenizer(directory)
     except DataError as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-    return model, tokenizer, sparsity

@@ -11,8 +11,8 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
-from sparse_bitnet.train.dense import SIDE_FILE, read_dense
-from sparse_bitnet.train.export import load_trained
+from sparse_bitnet.train.dense import read_dense
+from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
 
 
@@ -44,7 +44,7 @@ class Teacher:
                 f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
             )
         _check_tokenizer(directory, tokenizer)
-        trained = (directory / SIDE_FILE).is_file()
+        trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
         rows = model.get_output_embeddings().weight.shape[0]
         if rows != vocabulary:
