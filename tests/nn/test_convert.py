@@ -183,7 +183,7 @@ class TestReport:
         model = nn.Sequential(nn.Linear(8, 8), Special(8, 8), nn.Conv1d(8, 8, 3))
         report = convert(model)
         assert report.skipped["1"] == "it is a Special, not a plain nn.Linear"
-        assert "2" in report.skipped
+        assert report.skipped["2"] == "convolutions stay in full precision"
 
 
 class TestSharing:

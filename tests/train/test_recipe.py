@@ -99,6 +99,7 @@ def test_yaml_1_2_numbers(file: Path) -> None:
         (["stray"], "Unrecognized options: stray"),
         (["--sparsity.until", "{0.5: ["], "is not YAML"),
         (["--sparsity.until", "{half: dense}"], "is 'half': it must be a number"),
+        (["--sparsity.until", "0.25:dense"], "must be a mapping such as '{0.5: dense}'"),
         (["--sparsity.pattern", "6of8"], "6of8"),
     ],
 )

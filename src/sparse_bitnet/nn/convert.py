@@ -352,6 +352,8 @@ def _why_not(
         return "a rule skips it"
     if isinstance(module, nn.Linear) and module.weight in embeddings:
         return "the output head stays in full precision"
+    if isinstance(module, nn.Conv1d):
+        return "convolutions stay in full precision"
     if is_experts:
         return why_not_experts(module)
     if type(module) is not nn.Linear:

@@ -224,6 +224,11 @@ def _value(hint: Any, value: Any, key: str, place: str) -> Any:
         return str(value)  # a directory named 2024, say
     elif isinstance(hint, type) and type(value) is hint:
         return value
+    if origin is dict:
+        form = "{0.5: dense}" if inner == (float, str) else "{name: value}"
+        raise ConfigError(
+            f"{place}: {key} is {shown(value)}: it must be a mapping such as '{form}'"
+        )
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     expected = wanted.get(hint, str(hint).replace("typing.", ""))
     raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")
