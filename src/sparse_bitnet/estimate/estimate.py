@@ -86,6 +86,7 @@ class Linear:
         masters = list(module.master_parameters().values())
         pattern = module.pattern
         self.weights = sum(weight.numel() for weight in masters)
+        self.rows = sum(weight.numel() // weight.shape[-1] for weight in masters)
         self.experts = masters[0].dim() == 3
         self.active = shape.active_experts if self.experts else 1.0  # the part that a token meets
         self.pairs = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0  # fits 2:4
@@ -199,7 +200,7 @@ def estimate(
     def cost(packed: bool) -> Cost:
         prefill, prefill_bound, _ = roofline(batch * prompt, prompt, packed)
         decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
-        ternary = sum(linear.weights * linear.bytes_a_weight(device) for linear in linears)
+        ternary = sum(x.weights * x.bytes_a_weight(device) + 4 * x.rows for x in linears)
         files = sizes.file_bytes if packed else 2 * dense_parameters
         return Cost(
             file_bytes=files,
