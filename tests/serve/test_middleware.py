@@ -1,4 +1,4 @@
-"""The server's door over raw sockets, with a small application in the place of the engine."""
+"""The server's middleware over raw sockets, with a small application in the place of the engine."""
 
 import asyncio
 import json
