@@ -1,4 +1,4 @@
-"""The method in plain PyTorch: the judge of every faster implementation."""
+"""The method in plain PyTorch: the reference implementation."""
 
 from sparse_bitnet.core.activation import quantize_activations, quantize_int4, quantize_int8
 from sparse_bitnet.core.errors import (

@@ -118,7 +118,7 @@ def method_mask(
 
 
 def zero_matrices(weight: Tensor, segments: tuple[int, ...] = ()) -> list[str]:
-    """Which logical matrices of a weight have no non-zero ternary weight, as indices to its name.
+    """Logical matrices whose ternary weights are all zero, as indices to the weight's name.
 
     That is |W| ≤ γ/2 everywhere, which only the smallest γ allows. One pass, one synchronisation.
 
@@ -170,7 +170,7 @@ def check_row(in_features: int, where: str = "weight") -> None:
 
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:
-    """Refuse NaN and infinity. Costs a device synchronisation, so it stands at the doors.
+    """Refuse NaN and infinity. Costs a device synchronisation: only for input from outside.
 
     Raises:
         WeightError: naming ``where`` and how many values are not finite.

@@ -35,7 +35,7 @@ KEPT = {"bitnet": (26.25, 7.0, 4.0, 36.0), "bf16": (30.25, 8.0, 4.0, 8.0)}
 
 
 class DecoderShape:
-    """What a decoder's configuration says beside its linears."""
+    """Dimensions of a decoder beside its linears."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
@@ -61,11 +61,11 @@ class DecoderShape:
         ]
 
     def kv_lengths(self, context: int) -> list[int]:
-        """Tokens that each layer keeps of that many."""
+        """Tokens in each layer's key-value cache for a sequence of that length."""
         return [context if window is None else min(context, window) for window in self.windows]
 
     def kv_bytes(self, context: int) -> int:
-        """Of one sequence: keys and values in bfloat16."""
+        """Bytes of one sequence's key-value cache in bfloat16."""
         return sum(2 * 2 * self.kv_width * length for length in self.kv_lengths(context))
 
     def kept_bytes(self, kind: str) -> float:
@@ -157,7 +157,7 @@ def estimate(
     vocab_size: int | None = None,
     price: float | None = None,
 ) -> Estimate:
-    """Memory, arithmetic and best possible times of a model, before anyone trains it.
+    """Memory, arithmetic and best possible times of a model before training.
 
     Args:
         model: a preset such as qwen2.5-1.5b, or a directory with a Hugging Face config.json.

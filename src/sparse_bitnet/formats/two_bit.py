@@ -1,4 +1,4 @@
-"""Four weights in a byte: the storage that is fastest to unpack, 2 bits a weight.
+"""Four weights in a byte, 2 bits a weight: the fastest storage to unpack.
 
 A weight w is the code w + 1 (0, 1 or 2; 3 is not used). A row's weights follow each other from the
 low bits of its first byte:

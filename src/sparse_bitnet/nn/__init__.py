@@ -1,4 +1,4 @@
-"""The method as PyTorch modules, and the swap that puts them into a model."""
+"""The method as PyTorch modules, and ``convert``, which swaps them into a model."""
 
 from sparse_bitnet.nn.convert import (
     Conversion,

@@ -1,4 +1,4 @@
-"""The method as one layer: mask, quantize, multiply, learn."""
+"""SparseBitLinear: the method as one linear layer and its autograd function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed and trained directories → models that run."""
+"""Load packed and trained directories."""
 
 from __future__ import annotations
 
