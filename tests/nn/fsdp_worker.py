@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.nn import convert, master_weights, set_pattern
+from sparse_bitnet.nn import shard as fsdp
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -88,8 +89,8 @@ def shard(model: PreTrainedModel, scenario: Scenario) -> None:
     for block in model.model.layers:
         if scenario.compile is not None:
             block.compile(**scenario.compile)
-        fully_shard(block)
-    fully_shard(model)
+        fsdp(block)
+    fsdp(model)
     if scenario.meta:
         full = build(Scenario(scenario.architecture, scenario.kind)).state_dict()
         model.to_empty(device="cpu")

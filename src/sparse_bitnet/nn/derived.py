@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparse_bitnet.core import ConfigError, Method, Pattern, WeightError
+from sparse_bitnet.nn.gathered import GatheredTernary
 
 Derived = tuple[Tensor | None, ...]
 
@@ -69,7 +70,9 @@ class DerivedModule(nn.Module, ABC):
         """What a product uses in the place of that parameter, from its present values."""
 
     def derived(self, name: str = "weight") -> Derived:
-        """:meth:`derive`, or what :func:`frozen` keeps of it.
+        """:meth:`derive`, or what :func:`frozen` keeps of it, or what FSDP2 gathered of it.
+
+        A ternary weight that was gathered has two bits a weight, ``formats.two_bit``.
 
         Raises:
             ConfigError: if the parameter is sharded, or arrives in another dtype than it is kept
@@ -83,6 +86,8 @@ class DerivedModule(nn.Module, ABC):
                 f"{name} {tuple(weight.shape)} of a converted module is sharded here: run the "
                 "module that fully_shard was called on, or gather the model first"
             )
+        if isinstance(weight, GatheredTernary):
+            return weight.packed, weight.scale, None
         if weight.dtype != self._dtypes[name]:
             raise ConfigError(
                 f"{name} {tuple(weight.shape)} of a converted module was {self._dtypes[name]} and "
@@ -97,9 +102,15 @@ class DerivedModule(nn.Module, ABC):
 
         Raises:
             PatternError: if M does not divide ``in``.
+            ConfigError: if the ternary weight of another pattern is gathered.
         """
         if pattern != self.pattern:
             for name, weight in self.master_parameters().items():
+                if isinstance(weight, GatheredTernary):
+                    raise ConfigError(
+                        f"{name} {tuple(weight.shape)} is gathered with pattern {self.pattern}: "
+                        "call reshard() of the module that was sharded, then set the pattern"
+                    )
                 pattern.check_divides(weight.shape[-1], name)
             self._use(pattern)
 
