@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from sparse_bitnet.core import method_mask, row_scale, scale_of, scale_sums
+from sparse_bitnet.core import ConfigError, method_mask, row_scale, scale_of, scale_sums
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels.ternarize import ternarize_with
 from sparse_bitnet.nn.derived import DerivedModule
@@ -40,24 +40,31 @@ aten = torch.ops.aten
 def shard(module: nn.Module, **options: Any) -> FSDPModule:
     """``fully_shard``, with the ternary weights of a converted module gathered as two bits.
 
-    Master weights that no ternary product stands for are gathered as they are: those of the
-    full-precision baseline, those shared between modules, and those of ``Method(gradient="masked")``,
-    whose backward needs the mask as well.
+    Master weights are gathered as they are where two bits do not do: those of the full-precision
+    baseline, those shared between modules, and those of ``Method(gradient="masked")``, whose
+    backward needs the mask as well.
 
     Args:
         module: as of ``fully_shard``; sharded modules in it keep their own groups.
         options: of ``fully_shard``.
+
+    Raises:
+        ConfigError: for ``shard_placement_fn``.
     """
+    if options.get("shard_placement_fn") is not None:
+        raise ConfigError(
+            "shard: shard_placement_fn may cut groups of M apart; leave it out, so that every "
+            "weight is cut along its first dimension"
+        )
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    ignored = options.get("ignored_params") or set()
     group = _Group()
     for one in module.modules():
-        if (
-            not isinstance(one, SparseBitLinear | SparseBitExperts)
-            or one.method.gradient != "dense"
-        ):
+        ternary = isinstance(one, SparseBitLinear | SparseBitExperts)
+        if not ternary or one.method.gradient != "dense":
             continue
         for name, weight in one.master_parameters().items():
-            if isinstance(weight, DTensor) or uses[id(weight)] > 1:
+            if isinstance(weight, DTensor) or uses[id(weight)] > 1 or weight in ignored:
                 continue
             master = MasterShard(weight.detach(), _Source(one, name, weight.shape, group))
             setattr(one, name, nn.Parameter(master, weight.requires_grad))
@@ -132,7 +139,7 @@ class _Group:
         self.members: list[_Source] = []
         self.scales: dict[_Source, Tensor] = {}
 
-    def scale(self, source: _Source, mesh: DeviceMesh) -> Tensor:
+    def scale(self, source: _Source, mesh: DeviceMesh, device: torch.device) -> Tensor:
         """γ ``[(experts,) segments]`` from the shards as they are now.
 
         FSDP2 asks for every weight of a group once in each gathering. The first to ask computes for
@@ -140,7 +147,7 @@ class _Group:
         """
         if source not in self.scales:
             sums = [member.sums(mesh) for member in self.members]
-            flat = torch.cat([one.flatten() for one in sums])
+            flat = torch.cat([one.flatten() for one in sums]).to(device)
             dist.all_reduce(flat, group=mesh.get_group())
             parts = flat.split([one.numel() for one in sums])
             for member, part, one in zip(self.members, parts, sums, strict=True):
@@ -187,11 +194,11 @@ class MasterShard(Tensor):
         return made
 
     # FSDP2 checks shapes of uneven shards against the float parameter's in its other signature.
-    def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
+    def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], Tensor]:
         """This rank's rows in two bits, as many as of the first rank, and γ."""
         source = self.source
         module, values, segments = source.module, self.rows, source.segments(mesh)
-        scale = source.group.scale(source, mesh)
+        scale = source.group.scale(source, mesh, values.device)
         length, first = source.place(mesh)
         own = scale[first : first + len(values)] if values.ndim == 3 else scale
         rows = row_scale(own, segments, values.shape[-2])
@@ -200,22 +207,25 @@ class MasterShard(Tensor):
         missing = length - len(packed)
         if missing:
             packed = functional.pad(packed, [0, 0] * (packed.ndim - 1) + [0, missing])
-        return (packed, scale.unsqueeze(0)), None
+        return (packed, scale.unsqueeze(0)), scale
 
     def fsdp_post_all_gather(
         self,
         outputs: tuple[Tensor, ...],
-        metadata: None,
+        metadata: Tensor,
         param_dtype: torch.dtype,
         *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The gathered weight; later gatherings fill the same memory."""
-        if out is not None:
+        packed, *scales = outputs
+        # Where a group has one rank, FSDP2 passes on only the first of what there is to gather.
+        scale = scales[0][0] if scales else metadata
+        if isinstance(out, GatheredTernary):
+            out.scale = scale
             return None
-        packed, scale = outputs
         shape = self.source.shape
-        return GatheredTernary(packed[: shape[0]], scale[0], shape, param_dtype), ()
+        return GatheredTernary(packed[: shape[0]], scale, shape, param_dtype), ()
 
 
 def _values(value: Any) -> Any:

@@ -103,7 +103,7 @@ class BitProduct(torch.autograd.Function):
 
 
 def _unpacked(ternary: Tensor, length: int) -> Tensor:
-    """int8 ``[out, in]``, of two bits a weight too: only the bits are kept from forward to backward."""
+    """int8 ``[out, in]``, also of two bits a weight, which is what a product keeps for backward."""
     return two_bit.unpack_rows(ternary, length) if ternary.dtype == torch.uint8 else ternary
 
 
