@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparse_bitnet.core import ConfigError, ternarize
+from sparse_bitnet.core import ConfigError, Method, ternarize
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.nn import (
     SparseBitExperts,
@@ -72,8 +72,9 @@ class Scenario:
         evaluate: bool = False,
         sizes: dict[str, Any] | None = None,
         replicas: int = 1,
+        method: Method | None = None,
     ) -> None:
-        self.replicas = replicas
+        self.replicas, self.method = replicas, method
         self.sizes = SIZES | (sizes or {})
         self.architecture, self.kind, self.compile = architecture, kind, compile
         self.checkpointed, self.accumulate = checkpointed, accumulate
@@ -92,6 +93,8 @@ SCENARIOS = {
     "experts": Scenario("mixtral"),
     "checkpointed": Scenario(checkpointed=True),
     "replicated": Scenario(replicas=2),
+    "masked first": Scenario("phi3", method=Method(order="mask-then-quant")),
+    "mask of gradients": Scenario(method=Method(gradient="masked")),  # gathered whole
     "accumulated": Scenario(accumulate=2),
     "staircase": Scenario(staircase=True),
     "evaluated": Scenario(evaluate=True),
@@ -109,7 +112,7 @@ def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
     config = AutoConfig.for_model(scenario.architecture, **scenario.sizes)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    convert(model, "6:8", kind=scenario.kind)
+    convert(model, "6:8", kind=scenario.kind, method=scenario.method)
     return model
 
 
@@ -182,7 +185,8 @@ class Seen:
         for parameter, weight in module.master_parameters().items():
             if isinstance(module, SparseBitLinear | SparseBitExperts):
                 ternary, scale, _ = module.derived(parameter)
-                assert dist.is_initialized() == isinstance(weight, GatheredTernary)
+                two_bits = dist.is_initialized() and module.method.gradient == "dense"
+                assert two_bits == isinstance(weight, GatheredTernary)
                 if isinstance(weight, GatheredTernary):
                     ternary = two_bit.unpack(ternary, weight.shape[-1])
                 self.given[f"{name}.{parameter}"] = ternary, scale.clone()
