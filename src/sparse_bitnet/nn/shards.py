@@ -60,8 +60,9 @@ def shard(module: nn.Module, **options: Any) -> FSDPModule:
     ignored = options.get("ignored_params") or set()
     group = _Group()
     for one in module.modules():
-        ternary = isinstance(one, SparseBitLinear | SparseBitExperts)
-        if not ternary or one.method.gradient != "dense":
+        if not isinstance(one, SparseBitLinear | SparseBitExperts):
+            continue
+        if one.method.gradient != "dense":
             continue
         for name, weight in one.master_parameters().items():
             if isinstance(weight, DTensor) or uses[id(weight)] > 1 or weight in ignored:
