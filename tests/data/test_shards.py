@@ -63,9 +63,7 @@ def test_reading_beyond_the_end(prepared: Path) -> None:
     shards = TokenShards(prepared / "train")
     total = shards.total_tokens
     for start, count in ((total, 1), (-1, 2), (0, total + 1), (total - 2, 3)):
-        with pytest.raises(
-            DataError, match=f"tokens {start} to {start + count} asked of {total}"
-        ):
+        with pytest.raises(DataError, match=f"tokens {start} to {start + count} asked of {total}"):
             shards.tokens(start, count)
 
 

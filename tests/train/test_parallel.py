@@ -23,16 +23,16 @@ from sparse_bitnet.train.recipe import config_from_dict
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def command(values: dict[str, Any], directory: Path, *mode: str) -> list[str]:
+def command(values: dict[str, Any], directory: Path, *mode: str, processes: int = 2) -> list[str]:
     path = directory / f"{Path(values['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node=2", str(WORKER), str(path), *mode]
+    return [*launcher, f"--nproc-per-node={processes}", str(WORKER), str(path), *mode]
 
 
-def torchrun(values: dict[str, Any], directory: Path) -> None:
+def torchrun(values: dict[str, Any], directory: Path, processes: int = 2) -> None:
     done = subprocess.run(
-        command(values, directory),
+        command(values, directory, processes=processes),
         capture_output=True,
         text=True,
         timeout=240,
@@ -145,6 +145,33 @@ def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
     torchrun(values, tmp_path)
     for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
+    values = recipes_in(tmp_path).values(
+        "whole", run={"checkpoint_every": 6, "keep": 3}, data={"micro_batch_size": 2}
+    )
+    torchrun(values, tmp_path)
+    whole = Path(values["run"]["directory"])
+    cut = as_one(values, "cut")
+    directory = Path(cut["run"]["directory"])
+    name = "step-00000006"
+    shutil.copytree(whole / "checkpoints" / name, directory / "checkpoints" / name)
+
+    def stop(done: int, _model: object) -> None:
+        if done == 9:
+            os.kill(os.getpid(), 15)
+
+    with pytest.raises(TrainingInterruptedError):
+        train(config_from_dict(cut, "test"), stop)
+    torchrun(cut, tmp_path, processes=4)
+    late = [row for row in rows(whole) if row["step"] > 6]
+    found = rows(directory)
+    assert len(found) == len(late)
+    for a, b in zip(found, late, strict=True):
+        for key in ("loss", "flip_rate", "zeros", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from sparse_bitnet.nn.convert import (
 from sparse_bitnet.nn.derived import DerivedModule, frozen
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
 from sparse_bitnet.nn.products import choose_products, use_products
+from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
@@ -28,5 +29,6 @@ __all__ = [
     "frozen",
     "master_weights",
     "set_pattern",
+    "shard",
     "use_products",
 ]
