@@ -40,6 +40,7 @@ NAMES = [
     "torch._dynamo.reset",
     "torch._inductor.config.combo_kernels",
     "torch.nn.Module._apply",
+    "torch.Tensor._make_wrapper_subclass",
     "torch.distributed.fsdp.fully_shard",
     # transformers: outside of its documented interface.
     "transformers.activations.ACT2FN",

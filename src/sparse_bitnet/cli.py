@@ -1,7 +1,7 @@
-"""The command line: parsing only, one sub-command a verb.
+"""Command line: parsing only, one sub-command a verb.
 
 Each verb is a function with typed arguments; tyro turns its signature and docstring into options,
-required ones positional. Only the verb that was asked for is imported, so that an overview or a
+required ones positional. Only the given verb is imported, so that an overview or a
 typing error is answered at once.
 """
 

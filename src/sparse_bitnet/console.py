@@ -1,4 +1,4 @@
-"""What a person sees: rich progress on a terminal, plain lines elsewhere, all on standard error.
+"""Progress bars and messages on standard error: rich on a terminal, plain lines elsewhere.
 
 Results that a program may want to read (tables, generated text) go to standard output.
 """
@@ -26,7 +26,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal (standard error, no markup)."""
+    """Print one line to standard error, without markup."""
     err.print(message, markup=False)
 
 
@@ -50,7 +50,7 @@ class Task:
             self._print_line()
 
     def finish(self) -> None:
-        """Say where it ended, if it took long enough to have said anything."""
+        """Print the final state, if anything was printed before."""
         long = time.monotonic() - self._started >= PLAIN_LINE_SECONDS
         if self._bar is None and long and self._said != (self._done, self._detail):
             self._print_line()

@@ -1,4 +1,4 @@
-"""The main job told from end to end: text in, a ternary N:M model trained, measured, packed, run.
+"""The verb ``demo``: train, measure, pack and run a small ternary N:M model, from text on.
 
 The text is one that every machine has: the sources of Python's own standard library. Everything is
 written below one directory, and a second run reuses what the first one finished.

@@ -1,4 +1,4 @@
-"""The method once more, as slow and obvious loops over Python numbers: the judge of core."""
+"""The method once more, as slow and obvious loops over Python numbers: the reference for core."""
 
 from __future__ import annotations
 

@@ -18,17 +18,20 @@ from sparse_bitnet.core import (
     absmean,
     check_finite,
     method_mask,
+    nm_mask,
     round_ternary,
     row_scale,
+    scale_of,
+    scale_sums,
     ternarize,
+    ternarize_with,
     worst_group,
     zero_matrices,
 )
 
 PATTERNS = st.sampled_from([Pattern(*p) for p in [(6, 8), (2, 4), (1, 2), (1, 8), (7, 8), (3, 5)]])
-METHODS = st.sampled_from(
-    [Method(), Method(mask_source="quantized"), Method(order="mask-then-quant")]
-)
+ABLATIONS = [Method(), Method(mask_source="quantized"), Method(order="mask-then-quant")]
+METHODS = st.sampled_from(ABLATIONS)
 
 
 def compare(
@@ -174,6 +177,28 @@ def test_empty(shape: tuple[int, ...], method: Method) -> None:
     assert ternary.shape == shape
     assert scale.shape == (*shape[:-2], 1)
     assert (scale == 1e-5).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("method", ABLATIONS)
+def test_shards_of_rows_add_up_to_the_matrix(ranks: int, method: Method) -> None:
+    """Sums of shards are added, and each shard then needs γ of its rows alone."""
+    torch.manual_seed(0)
+    weight, segments, pattern = torch.randn(17, 16), (9, 1, 7), Pattern(6, 8)
+    expected, scale = ternarize(weight, pattern, method, segments)
+    owner = torch.arange(3).repeat_interleave(torch.tensor(segments))
+    length = -(-17 // ranks)
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for rows, own in zip(weight.split(length), owner.split(length), strict=True):
+        here = tuple(int((own == segment).sum()) for segment in range(3))
+        mask = nm_mask(rows, pattern) if method.order == "mask-then-quant" else None
+        sums += scale_sums(rows, here, mask)
+    assert torch.equal(scale_of(sums), scale)
+    parts = [
+        ternarize_with(rows, scale[own], pattern, method)
+        for rows, own in zip(weight.split(length), owner.split(length), strict=True)
+    ]
+    assert torch.equal(torch.cat(parts), expected)
 
 
 def test_views_without_contiguous_memory() -> None:

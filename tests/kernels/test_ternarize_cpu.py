@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparse_bitnet.core import DENSE, Method, Pattern, PatternError
+from sparse_bitnet.core import DENSE, Method, Pattern, PatternError, row_scale
 from sparse_bitnet.core import ternarize as reference
 from sparse_bitnet.kernels import native, ternarize
-from sparse_bitnet.kernels.ternarize import cpu
+from sparse_bitnet.kernels.ternarize import cpu, ternarize_with
 
 
 @pytest.fixture(params=native.available(), autouse=True)
@@ -40,6 +40,8 @@ def test_equals_the_reference(shape, segments, pattern, dtype):
     expected, expected_scale = reference(weight, pattern, None, segments)
     assert ternary.dtype == torch.int8 and torch.equal(ternary, expected)
     assert torch.equal(scale, expected_scale)
+    rows = row_scale(scale, segments, shape[-2])
+    assert torch.equal(ternarize_with(weight, rows, pattern, Method()), expected)
 
 
 def test_halves_round_to_even():

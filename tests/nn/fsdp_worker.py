@@ -5,8 +5,10 @@ Usage: fsdp_worker.py RANK WORLD_SIZE STORE RESULT
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,26 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparse_bitnet.core import ConfigError
-from sparse_bitnet.nn import convert, master_weights, set_pattern
+from sparse_bitnet.core import ConfigError, Method, ternarize
+from sparse_bitnet.formats import two_bit
+from sparse_bitnet.nn import (
+    SparseBitExperts,
+    SparseBitLinear,
+    convert,
+    converted_modules,
+    master_weights,
+    set_pattern,
+    set_quantization,
+)
+from sparse_bitnet.nn import shard as fsdp
+from sparse_bitnet.nn.derived import whole
+from sparse_bitnet.nn.gathered import GatheredTernary
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -39,6 +55,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 STEPS = 4
+QUANTIZED = (0.3, 0.7, 1, 1)  # λ of each step, where it has a schedule
+UNEVEN = {"hidden_size": 40, "num_key_value_heads": 1, "head_dim": 6}
 
 
 class Scenario:
@@ -54,7 +72,13 @@ class Scenario:
         meta: bool = False,
         staircase: bool = False,
         evaluate: bool = False,
+        sizes: dict[str, Any] | None = None,
+        replicas: int = 1,
+        method: Method | None = None,
+        blends: bool = False,
     ) -> None:
+        self.replicas, self.method, self.blends = replicas, method, blends
+        self.sizes = SIZES | (sizes or {})
         self.architecture, self.kind, self.compile = architecture, kind, compile
         self.checkpointed, self.accumulate = checkpointed, accumulate
         self.meta, self.staircase, self.evaluate = meta, staircase, evaluate
@@ -63,8 +87,19 @@ class Scenario:
 SCENARIOS = {
     "eager": Scenario(),
     "twin": Scenario(kind="bf16"),
+    "fused": Scenario("phi3"),  # q, k and v in one matrix, gate and up in another
+    # Of four ranks, three have two of the six rows of k, and the last has none.
+    "uneven": Scenario("llama", sizes=UNEVEN),
+    # Nine of 24 + 6 + 6 rows each: one rank has rows of q and k, one of k and v.
+    "uneven fused": Scenario("phi3", sizes=UNEVEN),
+    "three experts": Scenario("mixtral", sizes={"num_local_experts": 3}),
     "experts": Scenario("mixtral"),
     "checkpointed": Scenario(checkpointed=True),
+    "replicated": Scenario(replicas=2),
+    "masked first": Scenario("phi3", method=Method(order="mask-then-quant")),
+    "mask of gradients": Scenario(method=Method(gradient="masked")),  # gathered whole
+    "blended": Scenario(blends=True),  # gathered whole
+    "blended experts": Scenario("mixtral", blends=True),
     "accumulated": Scenario(accumulate=2),
     "staircase": Scenario(staircase=True),
     "evaluated": Scenario(evaluate=True),
@@ -73,23 +108,28 @@ SCENARIOS = {
         meta=True, staircase=True, compile={"fullgraph": True, "backend": "aot_eager"}
     ),
 }
+# What another number of ranks may change, and what only four can show.
+OF_FOUR = ("eager", "fused", "uneven", "uneven fused", "three experts", "replicated", "staircase")
 
 
 def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(scenario.architecture, **SIZES)
+    config = AutoConfig.for_model(scenario.architecture, **scenario.sizes)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    convert(model, "6:8", kind=scenario.kind)
+    convert(model, "6:8", kind=scenario.kind, method=scenario.method)
     return model
 
 
 def shard(model: PreTrainedModel, scenario: Scenario) -> None:
+    shards = dist.get_world_size() // scenario.replicas
+    sizes = (scenario.replicas, shards) if scenario.replicas > 1 else (shards,)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
     for block in model.model.layers:
         if scenario.compile is not None:
             block.compile(**scenario.compile)
-        fully_shard(block)
-    fully_shard(model)
+        fsdp(block, mesh=mesh)
+    fsdp(model, mesh=mesh)
     if scenario.meta:
         full = build(Scenario(scenario.architecture, scenario.kind)).state_dict()
         model.to_empty(device="cpu")
@@ -108,19 +148,25 @@ def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
     model = build(scenario, "meta" if scenario.meta and world > 1 else "cpu")
     if scenario.checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if scenario.blends:
+        set_quantization(model, QUANTIZED[0])
     if world > 1:
         shard(model, scenario)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
+    losses, seen = [], Seen(model, scenario) if scenario.compile is None else None
     model.train()
     for step in range(STEPS):
         if scenario.staircase:
             set_pattern(model, ("dense", "6:8", "4:8", "2:8")[step])
+        if scenario.blends:
+            set_quantization(model, QUANTIZED[step])
         total = torch.zeros(())
         for part in batch(step).chunk(world)[rank].chunk(scenario.accumulate):
             loss = model(input_ids=part, labels=part).loss / scenario.accumulate
             loss.backward()
             total += loss.detach().float()
+        if seen:
+            seen.check()
         optimizer.step()
         optimizer.zero_grad()
         if scenario.evaluate:
@@ -131,7 +177,86 @@ def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
             dist.all_reduce(total)
         losses.append(total.item() / world)
     assert all(isinstance(w.weight, DTensor) for w in master_weights(model)) == (world > 1)
-    return {"losses": losses}
+    return {"losses": losses, "ternary": seen.digests if seen else []}
+
+
+class Seen:
+    """Ternary weights that products were given, which must be those of the whole master."""
+
+    def __init__(self, model: PreTrainedModel, scenario: Scenario) -> None:
+        self.model = model
+        method = scenario.method or Method()
+        self.whole = method.gradient != "dense" or scenario.blends
+        self.given: dict[str, tuple[Tensor, Tensor]] = {}
+        self.digests: list[str] = []  # of all ternary weights of a step
+        for name, module in converted_modules(model):
+            module.register_forward_pre_hook(lambda module, _, n=name: self._keep(n, module))
+
+    def _keep(self, name: str, module: Any) -> None:
+        for parameter, weight in module.master_parameters().items():
+            if isinstance(module, SparseBitLinear | SparseBitExperts):
+                ternary, scale, _ = module.derived(parameter)
+                two_bits = dist.is_initialized() and not self.whole
+                assert two_bits == isinstance(weight, GatheredTernary)
+                if isinstance(weight, GatheredTernary):
+                    ternary = two_bit.unpack(ternary, weight.shape[-1])
+                self.given[f"{name}.{parameter}"] = ternary, scale.clone()
+
+    def check(self) -> None:
+        digest = hashlib.sha256()
+        for one in master_weights(self.model):
+            full = whole(one.weight.detach())
+            if one.name in self.given:
+                method, pattern = one.module.method, one.pattern
+                expected = ternarize(full, pattern, method, one.segments)
+                assert all(map(torch.equal, self.given[one.name], expected)), one.name
+                digest.update(expected[0].numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+        self.given.clear()
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that a rank receives, by operation and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            self.bytes[f"{func._opname} {tensor.dtype}"] += tensor.numel() * tensor.itemsize
+        return func(*args, **(kwargs or {}))
+
+
+def counted() -> dict[str, Any]:
+    """What a step gathers for two blocks, and what stays of them between forward and backward."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_key_value_heads": 4,
+        "vocab_size": 72,
+    }
+    scenario = Scenario("llama", sizes=sizes)
+    model = build(scenario)
+    weights = sum(w.weight.numel() for w in master_weights(model))
+    shapes = {tuple(w.weight.shape) for w in master_weights(model)}
+    shard(model, scenario)
+    gathered: list[Tensor] = []
+    for _, module in converted_modules(model):
+        module.register_forward_pre_hook(lambda m, _: gathered.append(m.weight.packed))
+    kept: list[str] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) in shapes and not isinstance(tensor, GatheredTernary):
+            kept.append(f"{tensor.dtype} {tuple(tensor.shape)}")
+        return tensor
+
+    with Collectives() as step, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(input_ids=batch(0), labels=batch(0)).loss
+        held = [packed.untyped_storage().size() for packed in gathered]
+        loss.backward()
+    return {"weights": weights, "bytes": step.bytes, "kept": kept, "held": held}
 
 
 def edited() -> dict[str, Any]:
@@ -150,7 +275,7 @@ def edited() -> dict[str, Any]:
 
 
 def refused() -> dict[str, str]:
-    """What a forward says when masters are gathered in bf16, and a module by itself in shards."""
+    """What a forward says: masters gathered in bf16, a module in shards, λ below 1 too late."""
     model = build(Scenario())
     for block in model.model.layers:
         fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
@@ -164,6 +289,13 @@ def refused() -> dict[str, str]:
                 run()
             except ConfigError as error:
                 messages[name] = str(error)
+    model = build(Scenario())
+    shard(model, Scenario())
+    set_quantization(model, 0.5)
+    try:
+        model(input_ids=batch(0))
+    except ConfigError as error:
+        messages["blended late"] = str(error)
     return messages
 
 
@@ -183,12 +315,14 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     results: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
+    for name in SCENARIOS if world == 2 else OF_FOUR:
+        scenario = SCENARIOS[name]
         torch._dynamo.reset()
         results[name] = run(scenario, rank, world)
     results["state dict"] = state_round_trip()
     results["edited"] = edited()
     results["refused"] = refused()
+    results["counted"] = counted()
     if rank == 0:
         Path(result).write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes trains as one process does."""
+"""FSDP2 on two and four processes trains as one process does, and gathers two bits a weight."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+from sparse_bitnet import nn
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.formats import two_bit
+from sparse_bitnet.nn.gathered import GatheredTernary
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
-RANKS = 2
 
 
 def load_worker() -> Any:
@@ -30,16 +36,24 @@ worker = load_worker()
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of every scenario, from one pair of processes: their start takes longest."""
-    directory = tmp_path_factory.mktemp("fsdp")
+    return run_ranks(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_ranks(4, tmp_path_factory.mktemp("four"))
+
+
+def run_ranks(ranks: int, directory: Path) -> dict[str, Any]:
     result = directory / "result.json"
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(RANKS), directory / "store", result],
+            [sys.executable, WORKER, str(rank), str(ranks), directory / "store", result],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     try:
         output = [process.communicate(timeout=240)[0] for process in processes]
@@ -53,11 +67,54 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", worker.SCENARIOS)
-def test_same_losses_as_one_process(two_ranks: dict[str, Any], name: str, threads: None) -> None:
-    scenario = worker.SCENARIOS[name]
-    expected = worker.run(scenario, 0, 1)
+def test_two_ranks_train_as_one_process(
+    two_ranks: dict[str, Any], name: str, threads: None
+) -> None:
+    expected = worker.run(worker.SCENARIOS[name], 0, 1)
     found = two_ranks[name]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["ternary"] == expected["ternary"]  # at every step, to the bit
+
+
+@pytest.mark.parametrize("name", worker.OF_FOUR)
+def test_four_ranks_train_as_one_process(
+    four_ranks: dict[str, Any], name: str, threads: None
+) -> None:
+    expected = worker.run(worker.SCENARIOS[name], 0, 1)
+    assert four_ranks[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert four_ranks[name]["ternary"] == expected["ternary"]
+
+
+def test_two_bits_travel(two_ranks: dict[str, Any], four_ranks: dict[str, Any]) -> None:
+    """Forward and backward each gather a quarter of a byte a weight, γ and the norms of a block."""
+    for found in (two_ranks["counted"], four_ranks["counted"]):
+        received = found["bytes"]["_allgather_base_ torch.uint8"]  # with what no weight is: norms
+        assert 0.5 < received / found["weights"] < 0.6
+        head = 2 * 72 * 64 * 4 + 64 * 4  # the root's: embeddings, head and last norm, once
+        assert received + head == sum(
+            size for name, size in found["bytes"].items() if name.startswith("_allgather")
+        )
+
+
+def test_nothing_whole_outlives_its_layer(two_ranks: dict[str, Any]) -> None:
+    counted = two_ranks["counted"]
+    assert counted["kept"] == []  # for backward, of the shape of a weight
+    assert counted["held"] == [0] * 14  # bytes of what was gathered, between forward and backward
+
+
+def test_shards_cut_otherwise_are_refused() -> None:
+    module = torch.nn.Linear(8, 8)
+    with pytest.raises(ConfigError, match="leave it out"):
+        nn.shard(module, shard_placement_fn=lambda p: Shard(1))
+
+
+def test_gathered_weights_have_no_values() -> None:
+    ternary = torch.tensor([[1, 0, -1, 0, 1]], dtype=torch.int8)
+    weight = GatheredTernary(two_bit.pack(ternary), torch.ones(1), ternary.shape, torch.float32)
+    assert (weight.dtype, weight.shape) == (torch.float32, (1, 5))
+    assert torch.equal(torch.zeros_like(weight), torch.zeros(1, 5))
+    with pytest.raises(ConfigError, match="only the ternary weight is gathered"):
+        weight + 1
 
 
 def test_edits_of_shards_are_seen(two_ranks: dict[str, Any], threads: None) -> None:
@@ -69,6 +126,7 @@ def test_edits_of_shards_are_seen(two_ranks: dict[str, Any], threads: None) -> N
 def test_weights_that_a_forward_cannot_use_are_refused(two_ranks: dict[str, Any]) -> None:
     assert "was torch.float32 and is torch.bfloat16 in this forward" in two_ranks["refused"]["bf16"]
     assert "is sharded here" in two_ranks["refused"]["alone"]
+    assert "call set_quantization before" in two_ranks["refused"]["blended late"]
 
 
 def test_state_dict_is_that_of_the_dense_model(two_ranks: dict[str, Any]) -> None:

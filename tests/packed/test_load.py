@@ -1,4 +1,4 @@
-"""Loading packed directories: what comes back, in which dtype, by which door."""
+"""Loading packed directories: what comes back, in which dtype, by which middleware."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Damaged, edited and foreign packed directories: our door refuses them, and transformers' too."""
+"""Damaged, edited and foreign packed directories: refused by our ``load``, and by transformers'."""
 
 import shutil
 

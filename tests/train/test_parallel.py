@@ -25,16 +25,16 @@ from sparse_bitnet.train.recipe import config_from_dict
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def command(values: dict[str, Any], directory: Path, *mode: str) -> list[str]:
+def command(values: dict[str, Any], directory: Path, *mode: str, processes: int = 2) -> list[str]:
     path = directory / f"{Path(values['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node=2", str(WORKER), str(path), *mode]
+    return [*launcher, f"--nproc-per-node={processes}", str(WORKER), str(path), *mode]
 
 
-def torchrun(values: dict[str, Any], directory: Path) -> None:
+def torchrun(values: dict[str, Any], directory: Path, processes: int = 2) -> None:
     done = subprocess.run(
-        command(values, directory),
+        command(values, directory, processes=processes),
         capture_output=True,
         text=True,
         timeout=240,
@@ -92,7 +92,10 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
 
 
 def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> None:
-    """Every rank has the whole teacher; λ blends what FSDP2 has gathered."""
+    """Every rank has the whole teacher; λ blends what FSDP2 has gathered.
+
+    A run that is resumed at λ = 1 gathers two bits where the first one gathered float32.
+    """
     torch.manual_seed(7)
     teacher = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
     teacher.save_pretrained(tmp_path / "teacher")
@@ -101,6 +104,7 @@ def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> 
         teacher={"source": str(tmp_path / "teacher"), "temperature": 2.0},
         sparsity={"quantization": {"until": 0.7}},
         schedule={"steps": 6},
+        run={"checkpoint_every": 4, "keep": 2},
         data={"micro_batch_size": 4},
     )
     torchrun(values, tmp_path)
@@ -108,6 +112,15 @@ def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> 
     ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
     assert len(ours) == 8
     for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5), a["step"]
+    resumed = as_one(values, "resumed")
+    source = Path(values["run"]["directory"]) / "checkpoints" / "step-00000004"
+    checkpoints = Path(resumed["run"]["directory"]) / "checkpoints"
+    shutil.copytree(source, checkpoints / source.name)
+    torchrun(resumed, tmp_path)
+    late = [row for row in theirs if row["step"] > 4]
+    assert late[0]["quantization"] == 1
+    for a, b in zip(rows(resumed["run"]["directory"]), late, strict=True):
         assert a == pytest.approx(b, abs=1e-5), a["step"]
 
 
@@ -167,6 +180,33 @@ def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
     torchrun(values, tmp_path)
     for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
+    values = recipes_in(tmp_path).values(
+        "whole", run={"checkpoint_every": 6, "keep": 3}, data={"micro_batch_size": 2}
+    )
+    torchrun(values, tmp_path)
+    whole = Path(values["run"]["directory"])
+    cut = as_one(values, "cut")
+    directory = Path(cut["run"]["directory"])
+    name = "step-00000006"
+    shutil.copytree(whole / "checkpoints" / name, directory / "checkpoints" / name)
+
+    def stop(done: int, _model: object) -> None:
+        if done == 9:
+            os.kill(os.getpid(), 15)
+
+    with pytest.raises(TrainingInterruptedError):
+        train(config_from_dict(cut, "test"), stop)
+    torchrun(cut, tmp_path, processes=4)
+    late = [row for row in rows(whole) if row["step"] > 6]
+    found = rows(directory)
+    assert len(found) == len(late)
+    for a, b in zip(found, late, strict=True):
+        for key in ("loss", "flip_rate", "zeros", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The method in plain PyTorch: the judge of every faster implementation."""
+"""The method in plain PyTorch: the reference implementation."""
 
 from sparse_bitnet.core.activation import quantize_activations, quantize_int4, quantize_int8
 from sparse_bitnet.core.errors import (
@@ -31,7 +31,10 @@ from sparse_bitnet.core.ternary import (
     method_mask,
     round_ternary,
     row_scale,
+    scale_of,
+    scale_sums,
     ternarize,
+    ternarize_with,
     zero_matrices,
 )
 
@@ -64,8 +67,11 @@ __all__ = [
     "quantize_int8",
     "round_ternary",
     "row_scale",
+    "scale_of",
+    "scale_sums",
     "shown",
     "ternarize",
+    "ternarize_with",
     "worst_group",
     "zero_fraction",
     "zero_matrices",

@@ -1,4 +1,4 @@
-"""Activations as integers, one scale a token: X ≈ scale · Xq."""
+"""Activation quantization: integers with one scale a token: X ≈ scale · Xq."""
 
 from __future__ import annotations
 

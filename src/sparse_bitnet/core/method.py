@@ -1,4 +1,4 @@
-"""What is published, and the ablations that it was compared with."""
+"""The published method and its ablations as one configuration."""
 
 from __future__ import annotations
 

@@ -36,20 +36,33 @@ def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None 
         WeightError: if the segments do not sum to ``out``.
     """
     check_segments(segments, weight.shape[-2])
+    return scale_of(scale_sums(weight, segments, mask))
+
+
+def scale_sums(
+    weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None = None
+) -> Tensor:
+    """What γ is the quotient of: Σ|W| and how many, float64 ``[2, ..., max(1, len(segments))]``.
+
+    Of a shard of the rows, each rank's are added; segments may then have no rows here.
+    """
     magnitude = weight.detach().abs()
     if mask is None:
         counts = [rows * weight.shape[-1] for rows in segments or weight.shape[-2:-1]]
-        means = [t / max(1, n) for t, n in zip(_sums(magnitude, segments), counts, strict=True)]
-    else:
-        kept = _sums(mask, segments)
-        totals = _sums(magnitude * mask, segments)
-        means = [t / n.clamp(min=1) for t, n in zip(totals, kept, strict=True)]
-    return torch.stack(means, dim=-1).float().clamp(min=SMALLEST_SCALE)
+        totals = _sums(magnitude, segments)
+        return torch.stack([totals, totals.new_tensor(counts).expand_as(totals)])
+    return torch.stack([_sums(magnitude * mask, segments), _sums(mask, segments)])
 
 
-def _sums(values: Tensor, segments: tuple[int, ...]) -> list[Tensor]:
+def scale_of(sums: Tensor) -> Tensor:
+    """γ from :func:`scale_sums`, at least 1e-5: float32 ``[..., max(1, len(segments))]``."""
+    totals, counts = sums
+    return (totals / counts.clamp(min=1)).float().clamp(min=SMALLEST_SCALE)
+
+
+def _sums(values: Tensor, segments: tuple[int, ...]) -> Tensor:
     parts = values.split(list(segments) or values.shape[-2], dim=-2)
-    return [part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts]
+    return torch.stack([part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts], dim=-1)
 
 
 def row_scale(scale: Tensor, segments: tuple[int, ...], out_features: int) -> Tensor:
@@ -94,11 +107,25 @@ def ternarize(
     Source: "quant-then-mask", section 3 of arXiv 2603.05168.
     """
     method = method or Method()
-    mask = method_mask(weight, pattern, method, segments)
-    scale = absmean(weight, segments, mask if method.order == "mask-then-quant" else None)
-    rows = row_scale(scale, segments, weight.shape[-2]).unsqueeze(-1)
-    ternary = round_ternary(weight, rows)
-    return (ternary if mask is None else ternary * mask), scale
+    first = method.order == "mask-then-quant"
+    mask = method_mask(weight, pattern, method, segments) if first else None
+    scale = absmean(weight, segments, mask)
+    rows = row_scale(scale, segments, weight.shape[-2])
+    return ternarize_with(weight, rows, pattern, method), scale
+
+
+def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern, method: Method) -> Tensor:
+    """The ternary weight of :func:`ternarize` from γ of every row, float32 ``[..., out]``.
+
+    A row needs no other row but for its γ, so the rows may be a shard of a matrix.
+
+    Raises:
+        PatternError: if M does not divide ``in``.
+    """
+    ternary = round_ternary(weight, scale.unsqueeze(-1))
+    if pattern.is_dense:
+        return ternary
+    return ternary * nm_mask(ternary if method.mask_source == "quantized" else weight, pattern)
 
 
 def method_mask(
@@ -118,7 +145,7 @@ def method_mask(
 
 
 def zero_matrices(weight: Tensor, segments: tuple[int, ...] = ()) -> list[str]:
-    """Which logical matrices of a weight have no non-zero ternary weight, as indices to its name.
+    """Logical matrices whose ternary weights are all zero, as indices to the weight's name.
 
     That is |W| ≤ γ/2 everywhere, which only the smallest γ allows. One pass, one synchronisation.
 
@@ -170,7 +197,7 @@ def check_row(in_features: int, where: str = "weight") -> None:
 
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:
-    """Refuse NaN and infinity. Costs a device synchronisation, so it stands at the doors.
+    """Refuse NaN and infinity. Costs a device synchronisation: only for input from outside.
 
     Raises:
         WeightError: naming ``where`` and how many values are not finite.

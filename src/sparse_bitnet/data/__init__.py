@@ -1,4 +1,4 @@
-"""Text in, token batches out."""
+"""Data pipeline: text sources, tokenized shards, batches."""
 
 from sparse_bitnet.data.loader import Loader
 from sparse_bitnet.data.prepare import prepare

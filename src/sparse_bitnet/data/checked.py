@@ -48,7 +48,7 @@ def recall(directory: Path) -> dict[str, File]:
 
 
 def remember(directory: Path, files: dict[str, File]) -> None:
-    """Write them to the first place that takes it."""
+    """Write them to the first writable place."""
     text = json.dumps(files, indent=1) + "\n"
     for path in _places(directory):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Documents to shard files, in parallel, in parts that do not depend on who encodes them.
+"""Parallel tokenization into shard files; the result does not depend on the worker count.
 
 Parallelism is threads: the tokenizer releases the interpreter's lock, so two threads measured twice
 the speed of one, without the start-up, the pickling and the copies of processes.

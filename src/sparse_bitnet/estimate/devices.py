@@ -17,13 +17,12 @@ SECONDS = 0.3  # of measuring each figure of this CPU
 
 @dataclass(frozen=True)
 class Device:
-    """A processor's peak rates: dense ``bf16`` TFLOPS and ``int8`` TOPS, how many times faster 2:4
-    ``sparse`` products are, memory ``bandwidth`` in GB/s, ``memory`` in GB (0 where unknown)."""
+    """A processor's peak rates: ``bf16`` TFLOPS and ``int8`` TOPS of dense products, memory
+    ``bandwidth`` in GB/s, ``memory`` in GB (0 where unknown)."""
 
     name: str
     bf16: float
     int8: float
-    sparse: float
     bandwidth: float
     memory: float
     source: str
@@ -35,7 +34,7 @@ class Device:
 
 # Dense figures; the datasheets' headline figures are with sparsity, twice these.
 GPUS = {
-    short: Device(name, bf16, int8, 2.0, bandwidth, memory, f"NVIDIA {source}")
+    short: Device(name, bf16, int8, bandwidth, memory, f"NVIDIA {source}")
     for short, name, bf16, int8, bandwidth, memory, source in (
         (
             "a100",
@@ -82,7 +81,6 @@ def measure_cpu() -> Device:
         name=f"this CPU, {threads} thread{'s' if threads > 1 else ''}",
         bf16=tera / _seconds(lambda: a @ b),
         int8=tera / int8,
-        sparse=1.0,
         bandwidth=large.nbytes / _seconds(large.sum) / 1e9,
         memory=0.0,
         source="measured now: the faster of torch's and this package's products",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
-from sparse_bitnet.formats import StorageName, windows
+from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import DerivedModule, convert, converted_modules
 from sparse_bitnet.packed.load import DType
@@ -28,8 +28,6 @@ from sparse_bitnet.packed.write import HeadName, packed_sizes
 from sparse_bitnet.train.dense import read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
-MOST_PACKED_TOKENS = 32  # at once read from two-bit rows; beyond, from the tensor cores' layouts
-COMPRESSED = 0.625  # bytes a lane of 2:4 compressed int8: half the values, two bits to place each
 SIX_BIT = 1.5 / 8  # bytes a weight of 2:4 on a CPU
 # What autograd keeps of a decoder layer in an eager step under bf16 autocast, bytes a token:
 # a·hidden + b·intermediate + c·key-value width + d, counted with saved-tensor hooks.
@@ -37,7 +35,7 @@ KEPT = {"bitnet": (26.25, 7.0, 4.0, 36.0), "bf16": (30.25, 8.0, 4.0, 8.0)}
 
 
 class DecoderShape:
-    """What a decoder's configuration says beside its linears."""
+    """Dimensions of a decoder beside its linears."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
@@ -63,11 +61,11 @@ class DecoderShape:
         ]
 
     def kv_lengths(self, context: int) -> list[int]:
-        """Tokens that each layer keeps of that many."""
+        """Tokens in each layer's key-value cache for a sequence of that length."""
         return [context if window is None else min(context, window) for window in self.windows]
 
     def kv_bytes(self, context: int) -> int:
-        """Of one sequence: keys and values in bfloat16."""
+        """Bytes of one sequence's key-value cache in bfloat16."""
         return sum(2 * 2 * self.kv_width * length for length in self.kv_lengths(context))
 
     def kept_bytes(self, kind: str) -> float:
@@ -86,34 +84,20 @@ class Linear:
 
     def __init__(self, shape: DecoderShape, module: DerivedModule) -> None:
         masters = list(module.master_parameters().values())
-        pattern, columns = module.pattern, masters[0].shape[-1]
+        pattern = module.pattern
         self.weights = sum(weight.numel() for weight in masters)
+        self.rows = sum(weight.numel() // weight.shape[-1] for weight in masters)
         self.experts = masters[0].dim() == 3
         self.active = shape.active_experts if self.experts else 1.0  # the part that a token meets
         self.pairs = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0  # fits 2:4
-        group = None if pattern.is_dense else windows.group_for(pattern, columns)
-        # Compressed 2:4 lanes a weight: 1 for 2:4, 1.5 for 6:8 (SlideSparse); None if neither.
-        self.lanes = 1.0 if self.pairs else (2 * group - 4) / group if group else None
 
-    def layouts(self, device: Device, tokens: int) -> list[tuple[float, float]]:
-        """``(bytes a weight, arithmetic relative to dense int8)`` of what could be read."""
-        if self.experts or (not device.is_gpu and native.path() == native.REFERENCE):
-            return [(1.0, 1.0)]
-        if not device.is_gpu:
-            return [(SIX_BIT if self.pairs and native.reads_six_bit() else 0.25, 1.0)]
-        found = [(1.0, 1.0)]
-        if tokens <= MOST_PACKED_TOKENS:
-            found.append((0.25, 1.0))
-        if self.lanes is not None:
-            found.append((COMPRESSED * self.lanes, self.lanes / device.sparse))
-        return found
-
-    def device_bytes(self, device: Device, storage: StorageName) -> float:
-        """Beside the stored bytes: all layouts; a CPU reads two-bit bytes as they are stored."""
-        layouts = self.layouts(device, 1)
-        if not device.is_gpu and storage == "two-bit" and layouts[0][0] == 0.25:
-            return 0.0
-        return self.weights * sum(size for size, _ in layouts)
+    def bytes_a_weight(self, device: Device) -> float:
+        """Of the one layout that the device keeps and its product reads."""
+        if device.is_gpu:
+            return 0.25
+        if native.path() == native.REFERENCE:
+            return 1.0
+        return SIX_BIT if self.pairs and native.reads_six_bit() else 0.25
 
 
 @dataclass(frozen=True)
@@ -173,7 +157,7 @@ def estimate(
     vocab_size: int | None = None,
     price: float | None = None,
 ) -> Estimate:
-    """Memory, arithmetic and best possible times of a model, before anyone trains it.
+    """Memory, arithmetic and best possible times of a model before training.
 
     Args:
         model: a preset such as qwen2.5-1.5b, or a directory with a Hugging Face config.json.
@@ -216,11 +200,11 @@ def estimate(
     def cost(packed: bool) -> Cost:
         prefill, prefill_bound, _ = roofline(batch * prompt, prompt, packed)
         decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
-        layouts = sum(linear.device_bytes(device, storage) for linear in linears)
+        ternary = sum(x.weights * x.bytes_a_weight(device) + 4 * x.rows for x in linears)
         files = sizes.file_bytes if packed else 2 * dense_parameters
         return Cost(
             file_bytes=files,
-            device_bytes=int(sizes.packed_bytes + sizes.other_bytes + layouts) if packed else files,
+            device_bytes=int(ternary + sizes.other_bytes) if packed else files,
             prefill_seconds=prefill,
             decode_seconds=decode,
             prefill_bound=prefill_bound,
@@ -251,11 +235,10 @@ def estimate(
             operations = 2 * linear.weights * linear.active * tokens
             # Of experts, every token may meet others, up to all of them.
             read = linear.weights * min(1.0, linear.active * tokens)
-            choices = [(operations, 0.0, 2 * read)]
             if packed:
-                layouts = linear.layouts(device, tokens)
-                choices = [(0.0, operations * factor, size * read) for size, factor in layouts]
-            products.append(min(choices, key=lambda product: max(_limits(device, product))))
+                products.append((0.0, operations, linear.bytes_a_weight(device) * read))
+            else:
+                products.append((operations, 0.0, 2 * read))
         limits = [_limits(device, product) for product in products]
         arithmetic, memory = map(sum, zip(*limits, strict=True))
         bound = "arithmetic" if arithmetic > memory else "memory"
@@ -329,14 +312,11 @@ def _assumptions(device: Device, pattern: Pattern, has_experts: bool) -> list[st
     ]
     if device.is_gpu:
         lines += [
-            "whole 7B models measured on an H200 gain less, as kernels reach 0.7 of the bf16 peak, "
-            "0.6 of the int8 one and 0.5 of the sparse one: prefill 1.7× at 6:8 and 2.2× at 2:4, "
-            "decode 3.4× for one sequence and 2.3× for sixteen",
-            "up to 32 tokens two-bit rows are read, beyond tensor cores' layouts, and all of them "
-            "are kept in memory",
+            "whole 7B models measured on an H200 gain less, as kernels reach 0.7 of the bf16 peak "
+            "and 0.6 of the int8 one: prefill 1.7×, decode 3.4× for one sequence and 2.3× for "
+            "sixteen",
+            "a weight is kept once, at two bits, whatever its pattern",
         ]
-        if not pattern.is_dense:
-            lines.append("sparse tensor cores multiply twice as fast as dense ones")
     lines += [
         "the BF16 baseline runs the same products in bf16; attention and KV cache are bf16 in both",
         "training: float32 masters, gradients and two Adam moments, 16 bytes a parameter; "

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, cloze accuracy, tasks of lm-eval.
+"""Evaluation: perplexity, cloze accuracy, tasks of lm-eval.
 
 Every function takes a loaded model and its tokenizer; loading is the business of other rooms.
 """

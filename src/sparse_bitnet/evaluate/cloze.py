@@ -1,4 +1,4 @@
-"""Cloze accuracy: which of four words ends the paragraph?
+"""Cloze accuracy: the last word of a paragraph among four candidates.
 
 A downstream measure that needs nothing but held-out documents. An item is a paragraph without its
 last word; the candidates are that word and three others of the same document. The model chooses the

@@ -32,7 +32,7 @@ def evaluate_tasks(
     window: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks on a loaded model, where it is.
+    """Run lm-eval tasks on a loaded model, on its device.
 
     Args:
         tasks: names of tasks, groups or tags.

@@ -1,4 +1,4 @@
-"""What an export reads: the ternary layers of a packed or a trained directory, one at a time."""
+"""Input of every export: the ternary layers of a packed or trained directory, one at a time."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _spec(name: str, module: PackedLinear | SparseBitLinear) -> PackedSpec:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote. ``str()`` says it, and what the format loses, in lines.
+    """What an export wrote. ``str()`` reports it, and what the format loses.
 
     Attributes:
         path: the file or directory.

@@ -1,4 +1,4 @@
-"""The verbs ``export`` and ``import``: from and to the formats of others."""
+"""The verbs ``export`` and ``import``."""
 
 from __future__ import annotations
 

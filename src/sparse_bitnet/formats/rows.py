@@ -1,4 +1,4 @@
-"""What the formats share: rows are worked on a chunk at a time, and wrong ones are refused.
+"""Helpers of the formats: chunked processing of rows, and checks of their values.
 
 On the CPU a chunk fits the cache and is below the size from which PyTorch hands an operation to its
 threads, so the handful of passes that a format takes over its bytes cost neither memory traffic nor

@@ -1,4 +1,4 @@
-"""Five weights in a byte: the smallest storage that is still cut at bytes, 1.6 bits a weight.
+"""Five weights in a byte (base 3), 1.6 bits a weight: the smallest storage by whole bytes.
 
 Ternary weights carry at most log2(3) = 1.585 bits, and 3⁵ = 243 fits a byte. A weight w is the
 digit w + 1, and a byte holds five of them in base three, the first one lowest:

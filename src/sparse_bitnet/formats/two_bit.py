@@ -1,4 +1,4 @@
-"""Four weights in a byte: the storage that is fastest to unpack, 2 bits a weight.
+"""Four weights in a byte, 2 bits a weight: the fastest storage to unpack.
 
 A weight w is the code w + 1 (0, 1 or 2; 3 is not used). A row's weights follow each other from the
 low bits of its first byte:
@@ -36,7 +36,7 @@ def pack(ternary: Tensor, where: str = "weight") -> Tensor:
     """
     check_ternary(ternary, where)
     out_shape = (*ternary.shape[:-1], packed_length(ternary.shape[-1]))
-    return map_rows(_pack_rows, ternary, ternary.new_empty(out_shape, dtype=torch.uint8))
+    return map_rows(pack_rows, ternary, ternary.new_empty(out_shape, dtype=torch.uint8))
 
 
 def unpack(packed: Tensor, length: int, where: str = "weight") -> Tensor:
@@ -47,7 +47,7 @@ def unpack(packed: Tensor, length: int, where: str = "weight") -> Tensor:
     """
     check(packed, length, where)
     out = packed.new_empty((*packed.shape[:-1], length), dtype=torch.int8)
-    return map_rows(lambda rows: _unpack_rows(rows)[:, :length], packed, out)
+    return map_rows(lambda rows: unpack_rows(rows, length), packed, out)
 
 
 def check(packed: Tensor, length: int, where: str = "weight") -> None:
@@ -68,12 +68,14 @@ def check(packed: Tensor, length: int, where: str = "weight") -> None:
     check_bytes(packed, length, packed_length(length), bad, where)
 
 
-def _pack_rows(rows: Tensor) -> Tensor:
+def pack_rows(rows: Tensor) -> Tensor:
+    """:func:`pack` without a check of what is packed, which a GPU would have to wait for."""
     padded = F.pad(rows, (0, -rows.shape[-1] % PER_BYTE))
     lanes = (padded + 1).view(torch.uint8).unflatten(-1, (-1, PER_BYTE))
     return lanes[..., 0] | lanes[..., 1] << 2 | lanes[..., 2] << 4 | lanes[..., 3] << 6
 
 
-def _unpack_rows(rows: Tensor) -> Tensor:
+def unpack_rows(rows: Tensor, length: int) -> Tensor:
+    """:func:`unpack` without a check of what is unpacked."""
     codes = torch.stack([(rows >> shift) & 3 for shift in SHIFTS], dim=-1)
-    return codes.flatten(-2).view(torch.int8) - 1
+    return codes.flatten(-2)[..., :length].view(torch.int8) - 1

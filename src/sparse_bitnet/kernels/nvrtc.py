@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from sparse_bitnet.core.errors import BackendError
 
 @cache
 def has_nvrtc() -> bool:
-    """True where the compiler's bindings can be imported; CUDA builds of PyTorch bring them."""
+    """True where the compiler and its bindings are; CUDA builds of PyTorch bring both."""
     try:
-        return find_spec("cuda.bindings.nvrtc") is not None
-    except ModuleNotFoundError:
+        from cuda.bindings import nvrtc
+
+        return int(nvrtc.nvrtcVersion()[0]) == 0
+    except (ImportError, RuntimeError, OSError):
         return False
 
 

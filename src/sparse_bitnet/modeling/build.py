@@ -1,4 +1,4 @@
-"""From a model of transformers over packed linears to the decoder: its modules, fused."""
+"""Build the fused decoder from a transformers model over packed linears."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of the decoder's classes."""
+    """Base class of the decoder's models for transformers."""
 
     base_model_prefix = "model"
     _supports_flash_attn = True

@@ -1,4 +1,4 @@
-"""A layer of the decoder: attention and gated MLP, from the products that they are given."""
+"""Decoder layer: attention and gated MLP over fused linears."""
 
 from __future__ import annotations
 

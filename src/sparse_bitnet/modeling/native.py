@@ -88,7 +88,7 @@ class NativeLayers:
         return y
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        """Make the call anew if anything is not what it was made from."""
+        """Rebuild the call if any of its inputs has changed."""
         linears = [linear for layer in self._layers for linear in layer.linears()]
         weights = [linear.layout("weight") for linear in linears]
         norms = [norm for layer in self._layers for norm in _norms(layer)]

@@ -1,4 +1,4 @@
-"""The method as PyTorch modules, and the swap that puts them into a model."""
+"""The method as PyTorch modules, and ``convert``, which swaps them into a model."""
 
 from sparse_bitnet.nn.blend import set_quantization
 from sparse_bitnet.nn.convert import (
@@ -12,6 +12,7 @@ from sparse_bitnet.nn.convert import (
 from sparse_bitnet.nn.derived import DerivedModule, frozen
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
 from sparse_bitnet.nn.products import choose_products, use_products
+from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 
@@ -30,5 +31,6 @@ __all__ = [
     "master_weights",
     "set_pattern",
     "set_quantization",
+    "shard",
     "use_products",
 ]

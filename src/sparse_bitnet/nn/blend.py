@@ -71,7 +71,8 @@ def set_quantization(model: nn.Module, part: float) -> None:
     """Let all ternary modules compute at λ = ``part`` from now on; full-precision ones have none.
 
     λ lives in a tensor that later calls write to, so neither compiled code nor a CUDA graph is made
-    anew for another value, except when λ reaches or leaves 1.
+    anew for another value, except when λ reaches or leaves 1. Under FSDP2, call it once before
+    :func:`sparse_bitnet.nn.shard`: what is sharded at 1 has to stay there.
 
     Args:
         part: 0 (full precision, masked) to 1 (the published method).

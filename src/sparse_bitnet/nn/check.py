@@ -1,4 +1,4 @@
-"""Whether a model really computes with its converted modules: a forward pass of a few tokens.
+"""Check by a forward pass of a few tokens that a model computes with its converted modules.
 
 Some architectures multiply by a layer's weight without calling the layer: Mamba's ``dt_proj``
 always, its ``out_proj`` where a fused kernel takes the weight. Converted, such a layer would train

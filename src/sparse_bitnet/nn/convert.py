@@ -44,7 +44,7 @@ FUSED_ATTENTION = ("Phi3Attention",)
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did. ``str()`` says it in a line.
+    """Result of :func:`convert`. ``str()`` gives it in a line.
 
     Attributes:
         kind, pattern: as asked.
@@ -204,7 +204,7 @@ def convert(
 
 
 def warn_of_zeros(names: list[str]) -> None:
-    """Tell the person about matrices that are all zero: seldom what anybody wanted."""
+    """Warn about matrices that are all zero."""
     if names:
         say(f"warning: {len(names)} matrices are all zero: {_some(names)}")
 
@@ -380,7 +380,7 @@ def _compile_rules(rules: dict[str, str]) -> list[tuple[re.Pattern[str], str]]:
 def _check_rules_used(
     decided: dict[str, list[str]], converted: list[str], skipped: dict[str, str]
 ) -> None:
-    """A rule that changes nothing is a mistake that would go unnoticed."""
+    """Refuse rules that match no module."""
     for rule, names in decided.items():
         if names:
             continue

@@ -1,4 +1,4 @@
-"""Mixture-of-experts weights: three dimensions, one γ for each logical matrix of each expert.
+"""Mixture-of-experts modules: 3-D weights, one γ for each logical matrix of each expert.
 
 transformers 5 keeps all experts of a layer in two parameters, ``gate_up_proj`` ``[E, 2I, H]`` and
 ``down_proj`` ``[E, H, I]``, and routes tokens through them in the module that owns them. The
@@ -76,7 +76,7 @@ def route(
 
 
 class _Experts(DerivedModule):
-    """What both kinds share: the parameters taken over, and the routing."""
+    """Base of both kinds: the parameters taken over, and the routing."""
 
     act_fn: Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Whether a model's logits are the output head's product and nothing else."""
+"""Check that a model's logits are the output head's product and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained modules → packed ones, and the swap that puts packed modules into a model."""
+"""Pack trained modules, and swap packed modules into a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 
 def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> PackedSpec:
-    """What the packed form of a trained module has to know.
+    """The :class:`PackedSpec` of a trained module.
 
     Raises:
         ConfigError: for a module that is not ternary.

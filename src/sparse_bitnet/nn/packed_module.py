@@ -1,4 +1,4 @@
-"""What packed modules share: bytes as stored, and the layout to compute with, derived from them.
+"""Base of the packed modules: stored bytes, and the compute layout prepared from them.
 
 A packed module's state dict is what a packed directory stores: for each ternary weight the bytes
 of a storage format, under the name that the master weight had, and ``<name>_scale`` in float32.
@@ -29,7 +29,7 @@ from sparse_bitnet.kernels.registry import TernaryWeight
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """What has to be known about a packed module beside its shapes.
+    """Storage, pattern and activation bits of a packed module.
 
     Attributes:
         storage: name of the format of the bytes.

@@ -1,4 +1,4 @@
-"""Dense or sparse forward products in training, for all layers of a model."""
+"""Kernel selection for training: dense or sparse forward products of each layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 
 def choose_products(model: nn.Module, tokens: int) -> dict[str, str]:
-    """What serves each layer best with its present pattern; nothing is changed.
+    """The fastest product of each layer for its present pattern; nothing is changed.
 
     Measured once a shape on the layers' own device and remembered
     (:func:`sparse_bitnet.kernels.training.choose`).

@@ -1,4 +1,4 @@
-"""The method as one layer: mask, quantize, multiply, learn."""
+"""SparseBitLinear: the method as one linear layer and its autograd function."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sparse_bitnet.core import (
     quantize_int8,
     row_scale,
 )
+from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul, training
 from sparse_bitnet.kernels.backward import gradients
 from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
@@ -60,6 +61,7 @@ class BitProduct(torch.autograd.Function):
         fp8: bool = False,
         group: int | None = None,
     ) -> Tensor:
+        codes = _unpacked(ternary, x.shape[-1])
         sparse = group is not None and bits == 8 and out_dtype == torch.bfloat16
         if sparse and group:
             x_q, operand, x_scale = quantize_with_lifted(x, group)
@@ -71,8 +73,8 @@ class BitProduct(torch.autograd.Function):
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if sparse and group is not None:
-            return training.sparse_matmul(operand, x_scale, ternary, group, w_scale, bias)
-        return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
+            return training.sparse_matmul(operand, x_scale, codes, group, w_scale, bias)
+        return ternary_matmul(x_q, x_scale, codes, w_scale, bias, out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -84,7 +86,7 @@ class BitProduct(torch.autograd.Function):
             dy,
             x_q,
             x_scale,
-            ternary,
+            _unpacked(ternary, x_q.shape[-1]),
             w_scale,
             one_scale=ctx.one_scale,
             use_fp8=ctx.fp8,
@@ -100,6 +102,11 @@ class BitProduct(torch.autograd.Function):
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
         return dx, dw, dbias, *[None] * 8
+
+
+def _unpacked(ternary: Tensor, length: int) -> Tensor:
+    """int8 ``[out, in]``, also of two bits a weight, which is what a product keeps for backward."""
+    return two_bit.unpack_rows(ternary, length) if ternary.dtype == torch.uint8 else ternary
 
 
 def quantized(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

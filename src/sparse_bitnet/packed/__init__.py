@@ -1,1 +1,1 @@
-"""The packed directory: its files written, checked, loaded and inspected."""
+"""The packed directory: write, verify, load, inspect."""

@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a packed model: the ``quantization_config`` that transformers reads.
+"""The ``quantization_config`` of a packed model in ``config.json``.
 
     {"quant_method": "sparse_bitnet", "format_version": 1, "storage": "two-bit",
      "modules": {"model.layers.0.self_attn.q_proj": {"pattern": "6:8", "activation_bits": 8}, …}}

@@ -1,4 +1,4 @@
-"""What an int8 head changes: the perplexity of one packed model with it and with the float head."""
+"""Perplexity of a packed model with its int8 head and with the float head."""
 
 from __future__ import annotations
 

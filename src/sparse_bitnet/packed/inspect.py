@@ -1,4 +1,4 @@
-"""What a model directory holds, measured from its weights and not believed from its config."""
+"""Contents of a model directory, measured from its weights instead of its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed, trained and ordinary directories → models that run."""
+"""Load packed, trained and ordinary directories."""
 
 from __future__ import annotations
 

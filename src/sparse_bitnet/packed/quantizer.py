@@ -134,7 +134,7 @@ def save_pretrained(
 
 
 class PackedModelConfig(PreTrainedConfig):
-    """What ``hf_plugin.py`` names: by now this package is imported, so load the usual way."""
+    """Config class that ``hf_plugin.py`` names; importing it has registered the quantizer."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

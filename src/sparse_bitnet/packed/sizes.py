@@ -1,4 +1,4 @@
-"""Sizes: of bits a weight, and for people to read."""
+"""Bits a weight, and sizes as text."""
 
 from __future__ import annotations
 

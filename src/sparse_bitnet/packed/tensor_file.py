@@ -1,4 +1,4 @@
-"""Safetensors files with a checksum for every tensor: written as a stream, read with suspicion.
+"""Safetensors files with a checksum for every tensor: written as a stream, verified when read.
 
 A file is eight bytes (the header's length), a JSON header (name → dtype, shape, offsets) and the
 tensors' bytes. Ours carry in the header's metadata, beside ``format: pt`` that transformers wants,
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself; ``data`` is where the tensors' bytes begin."""
+    """Header of a file; ``data`` is the offset of the tensors' bytes."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]

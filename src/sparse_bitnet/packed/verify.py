@@ -1,4 +1,4 @@
-"""Is a packed directory whole, unchanged, and made for this model? Asked before it is loaded.
+"""Verification of a packed directory before loading: complete, unchanged, made for this model.
 
 transformers leaves tensors that it does not find random and prints a table; here everything that
 does not fit is an error.

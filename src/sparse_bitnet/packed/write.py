@@ -1,4 +1,4 @@
-"""Trained model → packed directory.
+"""Write a trained model as a packed directory.
 
 A packed directory is an ordinary Hugging Face one whose linear weights are stored in ternary:
 
@@ -51,7 +51,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class PackResult:
-    """What :func:`pack` wrote. ``str()`` says it in a line.
+    """Result of :func:`pack`. ``str()`` gives it in a line.
 
     Attributes:
         directory: where it is.
@@ -181,7 +181,7 @@ def packed_sizes(
 
 
 class _Plan:
-    """What will be written, known from shapes alone, and how to make each part of it."""
+    """Plan of the files, made from shapes alone, and how to compute each tensor."""
 
     def __init__(
         self,

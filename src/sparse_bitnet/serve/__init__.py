@@ -1,1 +1,1 @@
-"""A model directory at work: one text, a conversation, an HTTP server."""
+"""Inference from a model directory: generate, chat, an HTTP server."""

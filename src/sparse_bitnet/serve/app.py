@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.core.errors import shown
-from sparse_bitnet.serve.door import error_body, error_event
 from sparse_bitnet.serve.engine import BusyError, Engine, Generation, GenerationError
 from sparse_bitnet.serve.generate import encode_chat, encode_text
 from sparse_bitnet.serve.metrics import Metrics
+from sparse_bitnet.serve.middleware import error_body, error_event
 from sparse_bitnet.serve.requests import (
     InvalidRequest,
     check_chat,

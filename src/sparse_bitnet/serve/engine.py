@@ -1,4 +1,4 @@
-"""Many generations at once: transformers' continuous batching, and a direct path for one alone.
+"""Inference engine: transformers' continuous batching, and a direct path for a single sequence.
 
 transformers' manager runs all the time in a thread of its own and batches whatever is there. Of its
 public interface are used ``init_continuous_batching``, ``add_request``, ``cancel_request``,

@@ -1,4 +1,4 @@
-"""Text from a model directory, token by token as it comes."""
+"""Text generation from a model directory, streamed token by token."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def check_text(text: str) -> None:
 
 
 class _Writer(TextStreamer):
-    """Hands on text as soon as it cannot change any more."""
+    """Streamer that passes text on as soon as it is final."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Checks of what clients of the HTTP server ask for, before anything is computed.
+"""Validation of HTTP request bodies.
 
 Each field is checked by name; what the server cannot do is refused rather than left out of the
 answer.

@@ -1,4 +1,4 @@
-"""The next token of one sequence, the same wherever its logits were computed.
+"""Sampling of the next token, reproducible wherever the logits were computed.
 
 Each sequence draws from a generator of its own, so that a seed repeats beside other requests. What
 can differ is the last bit of a logit: float sums depend on how many sequences are computed at once.

@@ -1,7 +1,7 @@
 """The verb ``serve``: a model behind OpenAI's HTTP routes.
 
-engine.py computes many answers at once, app.py speaks HTTP, requests.py checks what is asked, and
-door.py keeps out what no application should see.
+engine.py computes many answers at once, app.py speaks HTTP, requests.py validates bodies, and
+middleware.py limits hosts, keys, sizes and times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
-from sparse_bitnet.serve import door
+from sparse_bitnet.serve import middleware
 from sparse_bitnet.serve.engine import MOST_RUNNING, MOST_WAITING, Engine
 
 BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
@@ -125,23 +125,23 @@ def build_server(
 
     if not 0 <= port < 2**16:
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
-    hosts, key = door.allowed_hosts(host, allowed_hosts), door.read_key(api_key)
+    hosts, key = middleware.allowed_hosts(host, allowed_hosts), middleware.read_key(api_key)
     _check_free(host, port)
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
     engine = Engine(model, cache_tokens, max_running, max_waiting)
     name = name or Path(directory).resolve().name
     app: Any = build_app(engine, tokenizer, name, int(Path(directory).stat().st_mtime))
     most_bytes = BYTES + BYTES_PER_TOKEN * min(engine.context, 2**20)
-    app = door.guard(app, hosts=hosts, key=key, most_bytes=most_bytes)
+    app = middleware.guard(app, hosts=hosts, key=key, most_bytes=most_bytes)
     if cors_origins:
         app = CORSMiddleware(app, cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=door.connections(),
+        http=middleware.connections(),
         ws="none",
-        limit_concurrency=door.MOST_CONNECTIONS + 1,  # when not one of them only waits
+        limit_concurrency=middleware.MOST_CONNECTIONS + 1,  # when not one of them only waits
         timeout_graceful_shutdown=SECONDS_TO_FINISH,
         server_header=False,
         log_level="error",

@@ -1,4 +1,4 @@
-"""Tokens of an answer → its text, piece by piece, up to a stop string."""
+"""Incremental detokenization of an answer, up to a stop string."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TextStream:
         return self._release(self._new_text(final=False), final=False)
 
     def end(self) -> str:
-        """What was held back."""
+        """The text held back so far."""
         return "" if self.has_stopped else self._release(self._new_text(final=True), final=True)
 
     def _new_text(self, final: bool) -> str:

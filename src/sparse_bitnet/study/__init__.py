@@ -1,1 +1,1 @@
-"""Experiments over many runs, and what they show."""
+"""Experiments over many runs: sweep, rows, report, polarization."""

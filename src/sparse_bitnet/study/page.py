@@ -1,4 +1,4 @@
-"""A self-contained HTML page: text, tables and pictures in one file, nothing fetched."""
+"""Self-contained HTML page: text, tables and pictures in one file."""
 
 from __future__ import annotations
 

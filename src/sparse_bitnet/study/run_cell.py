@@ -1,4 +1,4 @@
-"""One cell of a sweep: train, measure, and everything that a row must hold."""
+"""Run one cell of a sweep: train, measure, make its row."""
 
 from __future__ import annotations
 

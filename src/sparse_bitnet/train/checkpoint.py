@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
+from sparse_bitnet.nn.shards import plain
 from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
@@ -221,7 +222,7 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
             seen.add(id(value))
-            tensors[f"model.{name}"] = value.detach()
+            tensors[f"model.{name}"] = plain(value.detach())
     for name, p in model.named_parameters():
         for moment in MOMENTS:
             if p in optimizer.state:

@@ -108,14 +108,16 @@ class _Run:
             compile_blocks(self.model)
             if self.teacher is not None:
                 compile_blocks(self.teacher.model)
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
+        )
         if here.is_distributed:
+            # Weights are gathered whole or as two bits by the λ that they are sharded at.
+            set_quantization(self.model, self._quantization_at(self.checkpoints.latest() or 0))
             shard(self.loss_of, here)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.graph = self._graph() if config.run.cuda_graph else None
-        self.checkpoints = Checkpoints(
-            self.directory / "checkpoints", config.run.keep, config, self.batches.fingerprint, here
-        )
         self.first_bad = torch.full((), math.inf, device=here.device)
         self.first_step, self.rows_before = self._resume()
         self.monitor = Monitor(self.model, self.first_step // config.run.log_every)
@@ -146,7 +148,7 @@ class _Run:
                     self._use_fastest_products()
                     if self.graph:
                         self.graph.reset()
-                before, quantized = quantized, quantization_at(step, steps, blend)
+                before, quantized = quantized, self._quantization_at(step)
                 set_quantization(self.model, quantized)
                 if self.graph and before < quantized == 1:  # other operators from now on
                     self.graph.reset()
@@ -195,6 +197,10 @@ class _Run:
             tokens = at_once * data.sequence_length
             products = choose_products(self.model, tokens)
         use_products(self.model, self.here.from_main(products))
+
+    def _quantization_at(self, step: int) -> float:
+        config = self.config
+        return quantization_at(step, config.schedule.steps, config.sparsity.quantization)
 
     def _set_rates(self, step: int) -> dict[str, float]:
         config = self.config

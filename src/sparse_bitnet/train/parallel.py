@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.kernels import compiled
 from sparse_bitnet.nn import SparseBitLinear
+from sparse_bitnet.nn import shard as shard_module
 from sparse_bitnet.train.loss import CausalLoss
 
 T = TypeVar("T")
@@ -162,8 +162,8 @@ def uncompile_blocks(model: PreTrainedModel) -> None:
 
 
 def shard(model: CausalLoss, where: Ranks) -> None:
-    """Cut a model over all ranks with FSDP2, in place."""
+    """Cut a model over all ranks with FSDP2, in place; ternary weights are gathered as two bits."""
     mesh = init_device_mesh(where.device.type, (where.world_size,))
     for block in blocks(model.model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        shard_module(block, mesh=mesh)
+    shard_module(model, mesh=mesh)

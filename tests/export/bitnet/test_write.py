@@ -1,4 +1,4 @@
-"""Exports in the bitnet format, judged by stock transformers in a process without us."""
+"""Exports in the bitnet format, read by stock transformers in a process without this package."""
 
 import json
 

@@ -1,1 +1,1 @@
-"""The format that transformers itself calls ``bitnet``, written and read."""
+"""transformers' ``bitnet`` format: export and import."""

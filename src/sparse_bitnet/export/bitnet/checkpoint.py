@@ -1,4 +1,4 @@
-"""A ``bitnet`` checkpoint of transformers, found to be whole, as float32 master weights.
+"""Verified ``bitnet`` checkpoint of transformers, read as float32 master weights.
 
 The files are somebody else's, so nothing in them is believed or run: JSON and safetensors headers
 are read with limits, code beside the model (``auto_map``) is ignored, pickled weights are not read,
@@ -51,7 +51,7 @@ DERIVED_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older checkpoints
 
 
 class BitNetCheckpoint:
-    """A directory that was found to be whole and to mean one thing.
+    """A verified checkpoint directory.
 
     Attributes:
         format: linear class and quantization mode.
@@ -112,7 +112,7 @@ class BitNetCheckpoint:
         return model.eval()
 
     def _build(self) -> PreTrainedModel:
-        """The model without its weights: whatever sizes are claimed, no memory is taken for them.
+        """The model on the meta device, so that no size in the config takes memory.
 
         Layers take time to build, so a model may not claim more of them than there are tensors.
         """
@@ -138,7 +138,7 @@ class BitNetCheckpoint:
         return model
 
     def _check(self) -> None:
-        """Every tensor of the model is in the files, in its shape and kind, and no other."""
+        """Check that the files hold every tensor of the model as it should be, and no other."""
         where = self.directory
         found = set()
         for name, (path, entry) in self._entries.items():

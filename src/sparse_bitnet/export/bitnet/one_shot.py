@@ -1,4 +1,4 @@
-"""N:M in one shot: mask a model that was trained without, and say what that costs."""
+"""One-shot N:M pruning of a model trained without a mask, and its cost in perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ``bitnet`` checkpoint of transformers → a trained directory of ours."""
+"""Import of transformers' ``bitnet`` checkpoints as trained directories."""
 
 from __future__ import annotations
 

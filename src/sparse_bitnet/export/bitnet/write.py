@@ -1,4 +1,4 @@
-"""Ternary model → the format that transformers itself calls ``bitnet``, for readers without us.
+"""Export to transformers' ``bitnet`` format, which needs no package of ours to read.
 
 Both of its layers multiply int8 activations (by token, as here) with ternary weights and one scale:
 

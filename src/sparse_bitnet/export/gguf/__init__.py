@@ -1,1 +1,1 @@
-"""Ternary model → one GGUF file for llama.cpp: tensors, hyper-parameters, tokenizer."""
+"""Export to GGUF for llama.cpp: tensors, hyper-parameters, tokenizer."""

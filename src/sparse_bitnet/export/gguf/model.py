@@ -117,7 +117,7 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
 
 
 def reorder_rows(model: PreTrainedModel, name: str) -> Tensor | None:
-    """In which order the rows of a layer (and its bias) stand in the file; None as they are.
+    """Row order of a layer (and its bias) in the file; None for the model's own.
 
     Rows of one head are ``[2, half]`` here and ``[half, 2]`` there.
     """

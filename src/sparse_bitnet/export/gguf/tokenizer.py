@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the keys from which llama.cpp rebuilds it.
+"""Hugging Face tokenizer → ``tokenizer.ggml`` keys of a GGUF file.
 
 llama.cpp holds the splitting of words as code under a name, ``tokenizer.ggml.pre``; a file names
 it. Its own converter finds the name by the hash of a long text's ids, which knows published
@@ -179,7 +179,7 @@ def _pre_name(state: dict[str, Any], lost: list[str]) -> str:
 
 
 def _step(step: dict[str, Any]) -> tuple[object, ...]:
-    """What of a pre-tokenizer decides where words are cut."""
+    """The part of a pre-tokenizer that decides where words are split."""
     kind = step["type"]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return ("bytes", bool(step.get("use_regex", True)))

@@ -1,4 +1,4 @@
-"""Ternary model → one GGUF file that stock llama.cpp loads.
+"""Writer of GGUF files that stock llama.cpp loads.
 
 llama.cpp has two formats for ternary weights, both in blocks of 256 of a row with one fp16 scale:
 TQ2_0 (66 bytes a block, 2.06 bits a weight, fast) and TQ1_0 (54 bytes, 1.69 bits). Stored are the
@@ -115,7 +115,7 @@ def export_gguf(
 
 
 class _Tensors:
-    """What stands in the file: planned from shapes alone, read one after the other."""
+    """Tensors of the file: planned from shapes alone, read one after the other."""
 
     def __init__(
         self, source: Exportable, kind: str, linears: str, embeddings: str, odd_rows: OddRows

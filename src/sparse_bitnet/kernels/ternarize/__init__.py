@@ -13,7 +13,7 @@ from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.ternarize import cpu, reference
 
-__all__ = ["kept_weights", "ternarize", "ternarize_traced"]
+__all__ = ["kept_weights", "ternarize", "ternarize_traced", "ternarize_with"]
 
 PUBLISHED = Method()
 
@@ -40,6 +40,21 @@ def ternarize(
     check_segments(segments, weight.shape[-2])
     with torch.cuda.device_of(weight):
         return triton.ternarize(weight.detach(), pattern, segments)
+
+
+def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern, method: Method) -> Tensor:
+    """The ternary weight alone, from γ of every row: ``core.ternarize_with``, by a kernel."""
+    if not (_published(method) and weight.numel()):
+        return reference.ternarize_with(weight, scale, pattern, method)
+    if cpu.serves(weight):
+        return cpu.ternarize_with(weight, scale, pattern)
+    if not runs_triton(weight):
+        return reference.ternarize_with(weight, scale, pattern, method)
+    from sparse_bitnet.kernels.ternarize import triton
+
+    pattern.check_divides(weight.shape[-1])
+    with torch.cuda.device_of(weight):
+        return triton.ternarize_with(weight.detach().contiguous(), scale, pattern)
 
 
 def ternarize_traced(

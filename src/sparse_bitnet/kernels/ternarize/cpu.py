@@ -35,5 +35,12 @@ def ternarize(
     sums = native.row_sums(rows).view(*experts, out).split(lengths, dim=-1)
     means = [s.sum(-1) / max(1, n * columns) for s, n in zip(sums, lengths, strict=True)]
     scale = torch.stack(means, dim=-1).float().clamp(min=SMALLEST_SCALE)
-    scales = row_scale(scale, segments, out).contiguous()
-    return native.ternarize_rows(rows, scales, pattern.n, pattern.m).view(weight.shape), scale
+    return ternarize_with(weight, row_scale(scale, segments, out), pattern), scale
+
+
+def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern) -> Tensor:
+    """The published method with γ of every row given, as ``core.ternarize_with``."""
+    pattern.check_divides(weight.shape[-1])
+    rows = weight.detach().float().reshape(-1, weight.shape[-1]).contiguous()
+    scales = scale.reshape(-1).contiguous()
+    return native.ternarize_rows(rows, scales, pattern.n, pattern.m).view(weight.shape)

@@ -208,10 +208,9 @@ def ternarize(
     count = math.prod(experts)
     parts = segments or (out,)
     device = weight.device
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty((*experts, len(parts)), dtype=torch.float32, device=device)
     if weight.numel() == 0:
-        return codes, scale.fill_(SMALLEST_SCALE)
+        return weight.to(torch.int8), scale.fill_(SMALLEST_SCALE)
     row_scale = torch.empty(count * out, dtype=torch.float32, device=device)
     sums = torch.empty(count * out, dtype=torch.float64, device=device)
     chunk = min(1024, triton.next_power_of_2(columns))
@@ -234,12 +233,20 @@ def ternarize(
             num_warps=8,
         )
         first += rows
+    return ternarize_with(weight, row_scale, pattern), scale
+
+
+def ternarize_with(weight: Tensor, row_scale: Tensor, pattern: Pattern) -> Tensor:
+    """Launch the second pass on contiguous ``[..., out, in]``, with γ of every row."""
+    columns = weight.shape[-1]
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    row_scale = row_scale.reshape(-1).contiguous()
     n, m = (1, 1) if pattern.is_dense else (pattern.n, pattern.m)
     high, low = network(n, m) if m > RANKED.value else ((), ())
     unit = _unit(m, columns)
     units = max(32, min(TILE // unit, triton.next_power_of_2(columns // unit)))
     units = 1 << (units.bit_length() - 1)
-    _ternarize_kernel[(count * out, triton.cdiv(columns // unit, units))](
+    _ternarize_kernel[(weight.numel() // columns, triton.cdiv(columns // unit, units))](
         weight,
         row_scale,
         codes,
@@ -254,4 +261,4 @@ def ternarize(
         LOW=low,
         num_warps=max(1, min(4, units // 32)),
     )
-    return codes, scale
+    return codes

@@ -1,4 +1,4 @@
-"""The door of the HTTP server: what is refused or ended before and around the application.
+"""ASGI middleware of the HTTP server: hosts, API key, body sizes, connection limits.
 
 Plain ASGI, so that it knows nothing of the engine behind it. From outside to inside:
 
@@ -7,7 +7,7 @@ Plain ASGI, so that it knows nothing of the engine behind it. From outside to in
   a request makes room, so that idle connections lock nobody out;
 - starlette's TrustedHostMiddleware refuses host names that nobody allowed (DNS rebinding);
 - :class:`ApiKey` compares the key in constant time;
-- :class:`Door` counts a body's bytes as they arrive, turns failures into OpenAI's error form, and
+- :class:`Limits` counts a body's bytes as they arrive, turns failures into OpenAI's error form, and
   ends a broken or interrupted stream by an error event.
 """
 
@@ -35,12 +35,12 @@ LOG = logging.getLogger("uvicorn.error")
 
 
 def guard(app: Any, *, hosts: Sequence[str], key: str | None, most_bytes: int) -> Any:
-    """The ASGI application behind its door."""
+    """The ASGI application behind all middleware."""
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     if key is not None:
         app = ApiKey(app, key)
-    return TrustedHostMiddleware(Door(app, most_bytes), hosts, www_redirect=False)
+    return TrustedHostMiddleware(Limits(app, most_bytes), hosts, www_redirect=False)
 
 
 def allowed_hosts(host: str, more: Sequence[str]) -> list[str]:
@@ -109,7 +109,7 @@ class ApiKey:
         await _answer(send, HTTPStatus.UNAUTHORIZED, body, [(b"www-authenticate", b"Bearer")])
 
 
-class Door:
+class Limits:
     """ASGI middleware: bodies of bounded size, and answers that end in order.
 
     The body is read whole before the application is called. A client that hangs up cancels nothing

@@ -1,4 +1,4 @@
-"""The server's door over raw sockets, with a small application in the place of the engine."""
+"""The server's middleware over raw sockets, with a small application in the place of the engine."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.serve import door
+from sparse_bitnet.serve import middleware
 
 MOST_BYTES = 1 << 16
 KEY = "a-secret"
@@ -41,13 +41,15 @@ async def application(scope, receive, send):
 
 
 @contextmanager
-def serving(key=None, hosts=(), most=door.MOST_CONNECTIONS, seconds=door.SECONDS_TO_ARRIVE):
-    names = door.allowed_hosts("0.0.0.0", hosts)
+def serving(
+    key=None, hosts=(), most=middleware.MOST_CONNECTIONS, seconds=middleware.SECONDS_TO_ARRIVE
+):
+    names = middleware.allowed_hosts("0.0.0.0", hosts)
     server = uvicorn.Server(
         uvicorn.Config(
-            door.guard(application, hosts=names, key=key, most_bytes=MOST_BYTES),
+            middleware.guard(application, hosts=names, key=key, most_bytes=MOST_BYTES),
             port=0,
-            http=door.connections(most, seconds),
+            http=middleware.connections(most, seconds),
             limit_concurrency=most + 1,
             lifespan="off",
             log_level="critical",
@@ -148,11 +150,11 @@ def test_hosts_that_the_user_names():
         for host in ("gpu.example", "a.lab.example", "localhost"):
             assert ask(port, f"GET / HTTP/1.1\r\nHost: {host}")[0] == 200
         assert ask(port, "GET / HTTP/1.1\r\nHost: lab.example")[0] == 400
-    assert door.allowed_hosts("192.168.0.2", ()) == [*door.LOCAL_NAMES, "192.168.0.2"]
-    assert door.allowed_hosts("fe80::1", ())[-1] == "[fe80::1]"
+    assert middleware.allowed_hosts("192.168.0.2", ()) == [*middleware.LOCAL_NAMES, "192.168.0.2"]
+    assert middleware.allowed_hosts("fe80::1", ())[-1] == "[fe80::1]"
     for wrong in ("", "a*", "*a", "*.a.*"):
         with pytest.raises(ConfigError, match="is no host name"):
-            door.allowed_hosts("localhost", [wrong])
+            middleware.allowed_hosts("localhost", [wrong])
 
 
 def test_a_key():
@@ -170,19 +172,19 @@ def test_a_key():
 
 
 def test_where_the_key_comes_from(tmp_path, monkeypatch):
-    monkeypatch.delenv(door.KEY_VARIABLE, raising=False)
-    assert door.read_key(None) is None
-    monkeypatch.setenv(door.KEY_VARIABLE, "from-the-environment")
-    assert door.read_key(None) == "from-the-environment"
+    monkeypatch.delenv(middleware.KEY_VARIABLE, raising=False)
+    assert middleware.read_key(None) is None
+    monkeypatch.setenv(middleware.KEY_VARIABLE, "from-the-environment")
+    assert middleware.read_key(None) == "from-the-environment"
     path = tmp_path / "key"
     path.write_text("from-a-file\n")
-    assert door.read_key(path) == "from-a-file"
+    assert middleware.read_key(path) == "from-a-file"
     for wrong in ("", " \n", "two words", "ключ"):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="has to be printable ASCII"):
-            door.read_key(path)
+            middleware.read_key(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        door.read_key(tmp_path / "missing")
+        middleware.read_key(tmp_path / "missing")
 
 
 def test_failures(port):
