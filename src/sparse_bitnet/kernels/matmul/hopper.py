@@ -320,8 +320,8 @@ def matmul(
     row_blocks, k_blocks, _ = packed.shape
     if not 0 < columns < LONGEST_ROW:
         raise BackendError(
-            f"two-bit product: {columns} input features; it takes 1 to {LONGEST_ROW - 1}, whose sums "
-            "fit int32"
+            f"two-bit product: {columns} input features; it takes 1 to {LONGEST_ROW - 1}, whose "
+            "sums fit int32"
         )
     y = torch.empty((tokens, out), dtype=out_dtype, device=x_q.device)
     if y.numel() == 0:
