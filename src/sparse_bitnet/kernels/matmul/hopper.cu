@@ -6,7 +6,7 @@
 // and makes the four registers of its fragment of it, two instructions each. Tokens are B, int8 in
 // shared memory as the copy engine (TMA) left them. Sums are int32 and exact, whatever the order.
 //
-// Weights in memory (formats/wgmma_tiles.py makes them):
+// Weights in memory (tiles.py makes them):
 //
 //     [row block of 64][k block of 128][thread of 128][4 words]        2048 bytes a block, 2 bits a weight
 //
@@ -20,8 +20,8 @@
 // so (word << 2i) & 0xC0C0C0C0 is register i with values {−64, 0, 64}. The sums are 64 times too large,
 // which the token scale takes out exactly: 64 is a power of two.
 //
-// Two kernels, one row of warps each: consumer warpgroups of 64 rows that share the tokens of a stage,
-// and one producer warp that drives the copy engine through a ring of stages.
+// Two kernels. In both, consumer warpgroups of 64 rows each share the tokens of a stage, and one
+// producer warp drives the copy engine through a ring of stages.
 //
 //   few   One tile a CTA, one wave. Where rows are too few to fill the GPU, K is cut into `splits`
 //         slices, one CTA each, which form a cluster and add their sums through distributed shared
@@ -31,11 +31,17 @@
 //         (stream-K): int32 partial sums through global memory, and a flag. A CTA waits only for CTAs
 //         of lower index, which were started before it, so it cannot wait for one that has no room.
 //
-// Macros: TOKENS (wgmma's N), WARPGROUPS, BLOCKS (k blocks a stage), STAGES, CTAS (an SM), PRODUCERS
-// (threads: one warp, or a warpgroup where consumers need more registers than their equal share:
-// then CONSUMER_REGISTERS and PRODUCER_REGISTERS are moved between them),
-// AHEAD (stages whose weights are asked for before the kernel ahead has ended) and OUTPUT (0 bf16, 1 fp16, 2 fp32, 3 int32: the bare sums). `wgmma()` comes from hopper.py, whose N it
-// depends on. Compiled at run time; nothing is included, so no CUDA headers are needed.
+// Macros, which hopper.py sets:
+//   FEW or MANY          the kernel
+//   TOKENS, WARPGROUPS   wgmma's N, and consumer warpgroups: the tile is 64 · WARPGROUPS rows × TOKENS
+//   BLOCKS, STAGES       k blocks of a stage, stages of the ring
+//   CTAS                 that share a multiprocessor
+//   PRODUCERS            threads: one warp, or a warpgroup where consumers need more registers than
+//                        their equal share; then PRODUCER_ and CONSUMER_REGISTERS say what each gets
+//   AHEAD                stages whose weights are asked for before the kernel ahead has ended
+//   OUTPUT               0 bf16, 1 fp16, 2 fp32, 3 int32: the bare sums
+// `wgmma()` comes from hopper.py too: its operands are as many as N asks for. Compiled at run time;
+// nothing is included, so no CUDA headers are needed.
 
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;

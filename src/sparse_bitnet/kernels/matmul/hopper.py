@@ -313,15 +313,15 @@ def matmul(
         ``[tokens, out]``.
 
     Raises:
-        BackendError: if rows are too long for exact sums.
+        BackendError: if rows are empty, or too long for exact sums.
     """
     tokens, columns = x_q.shape
     out = w_scale.shape[0]
     row_blocks, k_blocks, _ = packed.shape
-    if columns >= LONGEST_ROW:
+    if not 0 < columns < LONGEST_ROW:
         raise BackendError(
-            f"two-bit product: {columns} input features would leave int32 (the limit is "
-            f"{LONGEST_ROW - 1}); use another backend"
+            f"two-bit product: {columns} input features; it takes 1 to {LONGEST_ROW - 1}, whose "
+            "sums fit int32"
         )
     y = torch.empty((tokens, out), dtype=out_dtype, device=x_q.device)
     if y.numel() == 0:
