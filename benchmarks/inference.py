@@ -18,7 +18,7 @@ import torch
 
 from gpu_common import write
 from sparse_bitnet.bench.harness import capture, compile_parts, random_decoder
-from sparse_bitnet.bench.inference import KINDS, Case, call_of, choose_backends, measure
+from sparse_bitnet.bench.inference import KINDS, Case, call_of, measure
 from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels.environment import gpu_state
 
@@ -33,7 +33,6 @@ def profile(preset: str, case: Case, kinds: list[str]) -> None:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
         decoder = random_decoder(preset, pattern, head="bf16" if kind == "bf16" else case.head)
         compile_parts(decoder)
-        choose_backends(decoder, case)
         call = call_of(decoder, case)
         for _ in range(3):
             call()
@@ -54,7 +53,6 @@ def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
         pattern = None if kind == "bf16" else Pattern.parse(kind)
         decoder = random_decoder(preset, pattern)
         compile_parts(decoder)
-        choose_backends(decoder, case)
         graph = capture([call_of(decoder, case)])
         times: list[float] = []
         states: list[dict[str, Any]] = []
