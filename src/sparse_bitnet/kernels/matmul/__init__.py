@@ -1,8 +1,8 @@
 """int8 activations × ternary weights, scaled once.
 
-Packed weights are multiplied by the backends (:mod:`sparse_bitnet.kernels.registry`), registered
-here in the order in which they are asked. Weights that change at every step (training) and experts
-are int8: :func:`ternary_matmul`.
+Packed weights, experts' too, are multiplied by the backends of
+:mod:`sparse_bitnet.kernels.registry`, whose files register themselves when imported here.
+Weights that change at every step of training are int8: :func:`ternary_matmul`.
 """
 
 from __future__ import annotations
