@@ -1,10 +1,12 @@
 """Costs of the Hopper product's tiles: measured on a GPU, fitted anywhere.
 
 python benchmarks/gpu_tiles.py measure   every tile and split that serves a shape, cold weights
-python benchmarks/gpu_tiles.py fit       costs for the table in kernels/matmul/hopper.py
+python benchmarks/gpu_tiles.py fit       costs for the table in kernels/matmul/hopper_plan.py
 
-The costs are weights of the linear model in ``hopper.estimate``, at least zero, fitted for each
-tile to the least relative error. ``fit`` also prints how much slower the chosen tile is than the
+``measure --sparse`` takes weights that keep 2:4, stored for sparse tensor cores.
+
+The costs are weights of the linear model in ``hopper_plan.estimate``, at least zero, fitted for
+each tile to the least relative error. ``fit`` also prints how much slower the chosen tile is than the
 best that was measured.
 """
 
@@ -25,7 +27,7 @@ from scipy.optimize import nnls
 
 from gpu_common import RESULTS, copies_beyond_cache, interleaved, write
 from sparse_bitnet.kernels.matmul import hopper, tiles
-from sparse_bitnet.kernels.matmul.hopper import SPLITS, TILES, Plan, Tile
+from sparse_bitnet.kernels.matmul.hopper_plan import FALLBACK, SPLITS, TILES, Plan, Tile, estimate
 
 SHAPES = {
     "7B": {"gate_up": (37888, 3584), "down": (3584, 18944), "qkv": (4608, 3584), "o": (3584, 3584)},
@@ -47,12 +49,12 @@ def name(tile: Tile) -> str:
 
 
 def candidates(tokens: int, out: int, columns: int) -> list[Plan]:
-    """What :func:`hopper.cheapest` chooses among."""
+    """What :func:`cheapest` chooses among."""
     row_blocks, k_blocks = tiles.blocks(out, columns)
     plans = []
     for tile in TILES:
         count = -(-row_blocks // tile.warpgroups) * -(-tokens // tile.tokens)
-        if tile.tokens >= 2 * max(tokens, TILES[0].tokens) and tile is not hopper.FALLBACK:
+        if tile.tokens >= 2 * max(tokens, TILES[0].tokens) and tile is not FALLBACK:
             continue
         for splits in SPLITS if tile.kind == "few" else (1,):
             fits = tile.kind == "many" or (
@@ -64,13 +66,17 @@ def candidates(tokens: int, out: int, columns: int) -> list[Plan]:
     return plans
 
 
-def measure(models: list[str], repeats: int) -> None:
+def measure(
+    models: list[str], counts: list[int], repeats: int, sparse: bool, folder: Path | None
+) -> None:
     rows: list[dict[str, Any]] = []
-    for tokens in TOKENS:
+    for tokens in counts:
         for model in models:
             for layer, (out, columns) in SHAPES[model].items():
                 ternary = torch.randint(-1, 2, (out, columns), dtype=torch.int8, device="cuda")
-                packed = tiles.pack(ternary)
+                if sparse:
+                    ternary[:, ::2] = 0  # where the zeros are does not matter
+                packed = tiles.pack(ternary, sparse)
                 weights = [packed.clone() for _ in range(copies_beyond_cache(packed.numel()))]
                 x = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, device="cuda")
                 x_scale, w_scale = torch.rand(tokens).cuda() + 0.1, torch.rand(out).cuda() + 0.1
@@ -78,7 +84,15 @@ def measure(models: list[str], repeats: int) -> None:
                 calls = {
                     str(plan): [
                         partial(
-                            hopper.matmul, x, x_scale, w, w_scale, None, torch.bfloat16, how=plan
+                            hopper.matmul,
+                            x,
+                            x_scale,
+                            w,
+                            w_scale,
+                            None,
+                            torch.bfloat16,
+                            sparse=sparse,
+                            how=plan,
                         )
                         for w in weights
                     ]
@@ -96,7 +110,7 @@ def measure(models: list[str], repeats: int) -> None:
                             "microseconds": round(statistics.median(times), 3),
                         }
                     )
-        write("matmul_tiles", rows)
+        write("matmul_tiles_sparse" if sparse else "matmul_tiles", rows, folder)
 
 
 def fit(file: Path) -> None:
@@ -113,7 +127,7 @@ def fit(file: Path) -> None:
         features = np.array(
             [
                 [
-                    hopper.estimate(
+                    estimate(
                         replace(tile, costs=tuple(unit[i])),
                         row["splits"],
                         row["tokens"],
@@ -139,7 +153,7 @@ def fit(file: Path) -> None:
     for row in rows:
         tile = next(t for t in TILES if name(t) == row["tile"])
         tile = replace(tile, costs=tuple(fitted[row["tile"]]))
-        guess = hopper.estimate(tile, row["splits"], row["tokens"], *row["shape"], MULTIPROCESSORS)
+        guess = estimate(tile, row["splits"], row["tokens"], *row["shape"], MULTIPROCESSORS)
         chosen[row["layer"], row["tokens"]].append((guess, row["microseconds"]))
     losses = [min(c)[1] / min(time for _, time in c) for c in chosen.values()]
     print(f"chosen over best: mean {np.mean(losses):.3f}, 95 % {np.percentile(losses, 95):.3f}")
@@ -149,11 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "fit"))
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     if options.what == "measure":
-        measure(options.models, options.repeats)
+        measure(options.models, options.tokens, options.repeats, options.sparse, options.out)
     else:
         fit(options.file)
 

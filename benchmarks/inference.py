@@ -19,19 +19,17 @@ import torch
 from gpu_common import write
 from sparse_bitnet.bench.harness import capture, compile_parts, random_decoder
 from sparse_bitnet.bench.inference import KINDS, Case, call_of, measure
-from sparse_bitnet.core import Pattern
 from sparse_bitnet.kernels.environment import gpu_state
 
 PREFILL = ((1, 512), (1, 2048), (4, 4096), (1, 16384), (16, 4096))
-DECODE = (1, 2, 4, 8, 16, 32, 64, 128)
+DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT = 512
 
 
 def profile(preset: str, case: Case, kinds: list[str]) -> None:
     """Print the device time of every kernel of one pass."""
     for kind in kinds:
-        pattern = None if kind == "bf16" else Pattern.parse(kind)
-        decoder = random_decoder(preset, pattern, head="bf16" if kind == "bf16" else case.head)
+        decoder = random_decoder(preset, kind, head=case.head)
         compile_parts(decoder)
         call = call_of(decoder, case)
         for _ in range(3):
@@ -50,8 +48,7 @@ def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
     """Milliseconds, SM clock and power of each kind running alone, after a second of it."""
     rows: list[dict[str, Any]] = []
     for kind in kinds:
-        pattern = None if kind == "bf16" else Pattern.parse(kind)
-        decoder = random_decoder(preset, pattern)
+        decoder = random_decoder(preset, kind)
         compile_parts(decoder)
         graph = capture([call_of(decoder, case)])
         times: list[float] = []
@@ -85,7 +82,7 @@ def power(preset: str, case: Case, kinds: list[str], out: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["qwen2.5-7b", "qwen2.5-3b"])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=["bf16", "fp8", *KINDS[1:]])
     parser.add_argument("--prefill", nargs="*", default=[f"{b}x{n}" for b, n in PREFILL])
     parser.add_argument("--decode", nargs="*", type=int, default=list(DECODE))
     parser.add_argument("--int8-head", nargs="*", type=int, default=[1], help="decode batches too")

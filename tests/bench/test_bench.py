@@ -22,18 +22,16 @@ from sparse_bitnet.bench.inference import (
     call_of,
     measure,
 )
-from sparse_bitnet.core import ConfigError, Pattern
+from sparse_bitnet.core import ConfigError
 
 SMALL: dict[str, Any] = {"vocabulary": 64, "device": "cpu", "dtype": torch.float32}
 
 
-@pytest.mark.parametrize("pattern", [None, Pattern(6, 8)])
+@pytest.mark.parametrize("kind", ["bf16", "6:8"])
 @pytest.mark.parametrize("head", ["bf16", "int8"])
-def test_a_step_is_timed_over_the_same_cache_again_and_again(
-    pattern: Pattern | None, head: str
-) -> None:
+def test_a_step_is_timed_over_the_same_cache_again_and_again(kind: str, head: str) -> None:
     torch.manual_seed(0)
-    decoder = random_decoder("tiny", pattern, head=head, **SMALL)
+    decoder = random_decoder("tiny", kind, head=head, **SMALL)
     with torch.no_grad():
         prefill = call_of(decoder, Case("prefill", 2, 7))
         step = call_of(decoder, Case("decode", 2, 7))
@@ -47,7 +45,7 @@ def test_a_step_is_timed_over_the_same_cache_again_and_again(
 
 
 def test_static_and_growing_caches_give_the_same_step() -> None:
-    decoder = random_decoder("tiny", Pattern(6, 8), **SMALL)
+    decoder = random_decoder("tiny", "6:8", **SMALL)
     case, tokens = Case("decode", 2, 7), torch.randint(0, 64, (2, 1))
     static, growing = _static_cache(decoder, case), _cache(decoder, case)
     for one, other in zip(static.layers, growing.layers, strict=True):
@@ -58,7 +56,7 @@ def test_static_and_growing_caches_give_the_same_step() -> None:
 
 
 def test_layers_are_copies_in_their_own_memory() -> None:
-    decoder = random_decoder("tiny", Pattern(2, 4), layers=3, **SMALL)
+    decoder = random_decoder("tiny", "2:4", layers=3, **SMALL)
     first, second, third = decoder.model.layers
     one, other = (layer.mlp.down_proj for layer in (first, second))
     assert torch.equal(one.unpack("weight"), other.unpack("weight"))
@@ -72,7 +70,7 @@ def test_layers_are_copies_in_their_own_memory() -> None:
 def test_a_preset_that_is_not_there() -> None:
     for vocabulary in (None, 64):
         with pytest.raises(ConfigError, match="preset 'gpt-5' is unknown"):
-            random_decoder("gpt-5", None, vocabulary=vocabulary, device="cpu")
+            random_decoder("gpt-5", "bf16", vocabulary=vocabulary, device="cpu")
 
 
 def test_candidates_take_turns() -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparse_bitnet.kernels.matmul import hopper, reference, tiles
-from sparse_bitnet.kernels.matmul.hopper import TILES, Plan
+from sparse_bitnet.kernels.matmul.hopper_plan import TILES, Plan
+from sparse_bitnet.kernels.registry import BACKENDS, integer_linear, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +17,7 @@ SHAPES = [(640, 1024), (333, 400), (130, 80), (64, 2048)]
 
 @pytest.fixture(autouse=True)
 def on_hopper():
-    if not torch.cuda.is_available() or not hopper.serves(torch.device("cuda", 0)):
+    if not torch.cuda.is_available() or not BACKENDS["hopper"].serves(torch.device("cuda", 0)):
         pytest.skip("needs a Hopper GPU with NVRTC")
     torch.manual_seed(0)
     # PyTorch then fills memory that it hands out with NaN (or the largest integer).
@@ -25,8 +26,11 @@ def on_hopper():
     torch.use_deterministic_algorithms(False)
 
 
-def operands(tokens, out, columns):
+def operands(tokens, out, columns, sparse=False):
     ternary = torch.randint(-1, 2, (out, columns), dtype=torch.int8, device="cuda")
+    if sparse:
+        fours = ternary.view(out, -1, 4)
+        fours.scatter_(-1, torch.rand(fours.shape, device="cuda").argsort(-1)[..., :2], 0)
     x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8, device="cuda")
     return ternary, x, torch.rand(tokens, device="cuda") + 0.01, torch.rand(out, device="cuda")
 
@@ -47,29 +51,38 @@ def name(plan):
     return f"{tile.kind}-{tile.rows}x{tile.tokens}-{plan.splits}-{plan.cut_waves}"
 
 
-@pytest.mark.parametrize("plan", plans(), ids=name)
-def test_every_plan_is_exact(plan):
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("plan", list(plans()), ids=name)
+def test_every_plan_is_exact(plan, sparse):
     for out, columns in SHAPES:
         if -(-columns // tiles.COLUMNS) < plan.splits * plan.tile.blocks:
             continue
         for tokens in (1, plan.tile.tokens - 1, plan.tile.tokens, 3 * plan.tile.tokens + 5):
-            ternary, x, x_scale, w_scale = operands(tokens, out, columns)
-            packed = tiles.pack(ternary)
+            ternary, x, x_scale, w_scale = operands(tokens, out, columns, sparse)
+            packed = tiles.pack(ternary, sparse)
             bias = torch.randn(out, device="cuda").bfloat16()
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 for residual in (None, torch.randn(tokens, out, device="cuda").to(dtype)):
-                    y = hopper.matmul(x, x_scale, packed, w_scale, bias, dtype, residual, how=plan)
+                    y = hopper.matmul(
+                        x, x_scale, packed, w_scale, bias, dtype, residual, sparse, plan
+                    )
                     want = expected(x, x_scale, ternary, w_scale, bias, dtype, residual)
                     assert torch.equal(y, want), (out, columns, tokens, dtype)
-            sums = hopper.matmul(x, x_scale, packed, w_scale, None, torch.int32, how=plan)
+            sums = hopper.matmul(
+                x, x_scale, packed, w_scale, None, torch.int32, sparse=sparse, how=plan
+            )
             assert torch.equal(sums, reference.integer_matmul(x, ternary))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 17, 64, 100, 256, 1000, 5000])
 @pytest.mark.parametrize("shape", [(4608, 3584), (3584, 18944)])
-def test_the_chosen_plan_is_exact(shape, tokens):
-    ternary, x, x_scale, w_scale = operands(tokens, *shape)
-    y = hopper.matmul(x, x_scale, tiles.pack(ternary), w_scale, None, torch.bfloat16)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_chosen_plan_is_exact(shape, tokens, sparse):
+    ternary, x, x_scale, w_scale = operands(tokens, *shape, sparse)
+    weight = prepare(ternary, w_scale)
+    assert weight.layout == ("sparse tiles" if sparse else "tiles")
+    assert torch.equal(weight.unpack(), ternary)
+    y = integer_linear(x, x_scale[:, None], weight, None, torch.bfloat16)
     assert torch.equal(y, expected(x, x_scale, ternary, w_scale, None, torch.bfloat16, None))
 
 

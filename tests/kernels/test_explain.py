@@ -8,6 +8,7 @@ from sparse_bitnet.kernels import explain as module
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.explain import explain
 from sparse_bitnet.kernels.matmul import hopper
+from sparse_bitnet.kernels.matmul.hopper_plan import Plan, cheapest
 from sparse_bitnet.kernels.registry import backend_of
 
 
@@ -25,8 +26,8 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 def test_plans_of_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(tokens: int, out: int, columns: int, _: int) -> hopper.Plan:
-        return hopper.cheapest(tokens, out, columns, 132, lambda tile, splits, n: n * splits < 500)
+    def plan(tokens: int, out: int, columns: int, _: int) -> Plan:
+        return cheapest(tokens, out, columns, 132, lambda tile, splits, n: n * splits < 500)
 
     monkeypatch.setattr(hopper, "plan", plan)
     lines = module._plans(0)

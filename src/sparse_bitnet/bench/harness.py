@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sparse_bitnet.core import Pattern
@@ -21,7 +21,8 @@ from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.train.presets import preset_config
 
-FULL = "bf16"
+FULL, FP8 = "bf16", "fp8"
+FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 MOST_REPLAYS, TURN_MICROSECONDS = 16, 20_000.0
 # From so many microseconds on a graph takes longer than its launch by the host, so that launches of
 # several hide behind their work; shorter ones hold many calls instead.
@@ -30,9 +31,38 @@ WHOLE_PASS = 500.0
 Calls = Sequence[Callable[[], object]]
 
 
+class Fp8Linear(nn.Module):
+    """What servers run in fp8: e4m3, a scale for each row of the weight and for each token."""
+
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.float().abs().amax(-1, keepdim=True) / FP8_LARGEST
+        self.register_buffer("weight", (weight / scale).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", scale.t().contiguous())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` in bfloat16 → ``[..., out]``."""
+        rows = x.flatten(0, -2)
+        scale = rows.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_LARGEST
+        y = torch._scaled_mm(
+            (rows.float() / scale).to(torch.float8_e4m3fn),
+            self.get_buffer("weight").t(),
+            scale_a=scale,
+            scale_b=self.get_buffer("scale"),
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
 def random_decoder(
     preset: str,
-    pattern: Pattern | None,
+    kind: str,
     *,
     head: str = FULL,
     layers: int | None = None,
@@ -47,8 +77,8 @@ def random_decoder(
 
     Args:
         preset: a key of :data:`sparse_bitnet.train.presets.PRESETS`.
-        pattern: of ternary linears; None leaves them in full precision.
-        head: ``bf16`` or ``int8``.
+        kind: ``bf16``, ``fp8`` (on a GPU) or the pattern of ternary linears.
+        head: ``bf16`` or ``int8``; in full precision for the first two kinds.
         layers: how many; those of the preset if left out.
         vocabulary: of small shapes, which publish none.
 
@@ -56,18 +86,20 @@ def random_decoder(
         ConfigError: for an unknown preset.
         PatternError: if M does not divide a layer's input features.
     """
+    is_ternary = kind not in (FULL, FP8)
     config = preset_config(preset, vocabulary)
     count = layers or config.num_hidden_layers
     config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.requires_grad_(False)
-    if pattern is not None:
+    if is_ternary:
+        pattern = Pattern.parse(kind)
         for name, linear in list(model.model.layers.named_modules()):
             if type(linear) is nn.Linear:
                 trained = SparseBitLinear(linear, pattern)
                 model.model.layers.set_submodule(name, pack_module(trained, "two-bit", name))
-    if head == "int8":
+    if is_ternary and head == "int8":
         rows, width = model.lm_head.weight.shape
         int8 = Int8Head(rows, width, device=device, dtype=dtype)
         int8.weight, int8.weight_scale = quantize_rows(model.lm_head.weight)
@@ -75,6 +107,10 @@ def random_decoder(
     one = build_decoder(model)
     prepare(one)
     body = one.model
+    if kind == FP8:
+        for name, linear in list(body.layers.named_modules()):
+            if type(linear) is nn.Linear:
+                body.layers.set_submodule(name, Fp8Linear(linear))
     config.num_hidden_layers, config.layer_types = count, ["full_attention"] * count
     first: Any = body.layers[0]
     stack = [first, *(copy.deepcopy(first, {id(config): config}) for _ in range(count - 1))]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparse_bitnet import console, files
 from sparse_bitnet.bench.harness import FULL, Calls, compile_parts, interleaved, random_decoder
-from sparse_bitnet.core import ConfigError, Pattern
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.environment import cpu_name, measured_on
 from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, StaticKeyValueCache
@@ -140,7 +140,7 @@ def bench(
         prefill: SEQUENCESxTOKENS; 1x512 and 4x4096 on a GPU, 1x128 without one.
         decode: batch sizes; 1, 8 and 32 on a GPU, 1 without one.
         context: tokens in the cache while decoding.
-        kinds: bf16 and patterns.
+        kinds: bf16, fp8 (on a GPU) and patterns.
         head: bf16 or int8, of the ternary models.
         repeats: of every kind, in turns.
         out: write all repeats to this JSON file too, with versions, commit, driver and clocks.
@@ -212,7 +212,7 @@ def measure(
     """Time the cases of one model shape; a row for each as soon as it is measured.
 
     Args:
-        kinds: ``bf16``, and patterns of ternary models.
+        kinds: ``bf16``, ``fp8`` (on a GPU), and patterns of ternary models.
         repeats: of every kind, in turns.
         layers, vocabulary: for a smaller model than the preset's.
         compiled: compile the layers; without, everything around the products runs eagerly.
@@ -229,8 +229,8 @@ def measure(
             for kind in kinds:
                 decoders[kind] = random_decoder(
                     preset,
-                    None if kind == FULL else Pattern.parse(kind),
-                    head=FULL if kind == FULL else head,
+                    kind,
+                    head=head,
                     layers=layers,
                     vocabulary=vocabulary,
                     device=device,

@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ class Kernel:
         from cuda.bindings import driver
 
         function = self.load()
-        config = self._config(blocks, cluster, dependent)
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _config(self.threads, self.shared_bytes, blocks, cluster, dependent, stream)
         pointers = (ctypes.c_void_p * len(arguments))(*arguments)
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
 
@@ -145,29 +145,35 @@ class Kernel:
         """Clusters of that many blocks that run on the current device at the same time."""
         from cuda.bindings import driver
 
-        config = self._config(cluster, cluster, dependent=False)
+        config = _config(self.threads, self.shared_bytes, cluster, cluster, False, 0)
         return int(check(driver.cuOccupancyMaxActiveClusters(self.load(), config)))
 
-    def _config(self, blocks: int, cluster: int, dependent: bool) -> Any:
-        from cuda.bindings import driver
 
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes = self.shared_bytes
-        kinds = driver.CUlaunchAttributeID
-        size = driver.CUlaunchAttribute()
-        size.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        dimension = size.value.clusterDim
-        dimension.x, dimension.y, dimension.z = cluster, 1, 1
-        attributes = [size]
-        if dependent:
-            early = driver.CUlaunchAttribute()
-            early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            early.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(early)
-        config.attrs, config.numAttrs = attributes, len(attributes)
-        return config
+@lru_cache(maxsize=4096)
+def _config(
+    threads: int, shared_bytes: int, blocks: int, cluster: int, dependent: bool, stream: int
+) -> Any:
+    """The driver's description of a launch; making it takes longer than the launch."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(stream)
+    kinds = driver.CUlaunchAttributeID
+    size = driver.CUlaunchAttribute()
+    size.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dimension = size.value.clusterDim
+    dimension.x, dimension.y, dimension.z = cluster, 1, 1
+    attributes = [size]
+    if dependent:
+        pdl = driver.CUlaunchAttribute()
+        pdl.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        pdl.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(pdl)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 def check(result: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from sparse_bitnet.kernels import nvrtc
 from sparse_bitnet.kernels.matmul import hopper
-from sparse_bitnet.kernels.matmul.hopper import TILES
+from sparse_bitnet.kernels.matmul.hopper_plan import TILES, cheapest
 
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024  # of a block; a multiprocessor has 228 KB, and each block takes 1 KB
@@ -27,10 +27,11 @@ def name(tile):
 
 @pytest.mark.skipif(not nvrtc.has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, cuda-bindings)")
 @pytest.mark.parametrize("output", hopper.OUTPUTS.values())
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("tile", TILES, ids=name)
-def test_every_tile_compiles(tile, output, tmp_path, monkeypatch):
+def test_every_tile_compiles(tile, output, sparse, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSE_BITNET_CACHE", str(tmp_path))
-    kernel = hopper.kernel(tile, output)
+    kernel = hopper.kernel(tile, output, sparse)
     code = nvrtc.compile_source(kernel.source, kernel.macros, kernel.architecture)
     assert code[:4] == b"\x7fELF"
     (kept,) = tmp_path.glob("*.cubin")
@@ -78,7 +79,7 @@ SHAPES = [(37888, 3584), (3584, 18944), (4608, 3584), (1536, 8960), (576, 1536),
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 200, 256, 1000, 4096, 65536])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plan_serves_what_it_is_asked_for(shape, tokens):
-    plan = hopper.cheapest(tokens, *shape, MULTIPROCESSORS, roomy)
+    plan = cheapest(tokens, *shape, MULTIPROCESSORS, roomy)
     k_blocks = -(-shape[1] // 128)
     row_tiles, token_tiles = -(-shape[0] // plan.tile.rows), -(-tokens // plan.tile.tokens)
     assert plan.splits * plan.tile.blocks <= max(k_blocks, plan.tile.blocks)
@@ -93,7 +94,7 @@ def test_plans_of_an_h200():
     """The choices that the measurements of its table ask for."""
 
     def plan(tokens, out, columns):
-        return hopper.cheapest(tokens, out, columns, MULTIPROCESSORS, roomy)
+        return cheapest(tokens, out, columns, MULTIPROCESSORS, roomy)
 
     assert plan(1, 37888, 3584).tile.tokens == 8
     assert plan(16, 37888, 3584).tile.tokens == 16
@@ -104,5 +105,5 @@ def test_plans_of_an_h200():
 
 
 def test_a_result_that_fits_no_wave_is_cut_along_k():
-    plan = hopper.cheapest(4096, 3584, 18944, MULTIPROCESSORS, roomy)
+    plan = cheapest(4096, 3584, 18944, MULTIPROCESSORS, roomy)
     assert plan.cut_waves

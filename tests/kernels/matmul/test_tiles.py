@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_bitnet.core import WeightError
 from sparse_bitnet.kernels.matmul import tiles
 
 
@@ -52,3 +53,60 @@ def test_fragments_are_those_of_ptx():
         column = 32 * step + 4 * (thread % 4) + byte + 16 * (register // 2)
         expected = int(padded[64 * row_block + row, 128 * k_block + column])
         assert value == 64 * expected & 0xFF
+
+
+def keeping_2_4(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+    ternary = random_ternary(out, columns, seed)
+    fours = ternary.view(out, -1, 4)
+    generator = torch.Generator().manual_seed(seed)
+    gone = torch.rand(fours.shape, generator=generator).argsort(-1)[..., :2]
+    fours.scatter_(-1, gone, 0)
+    return ternary
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (1, 4), (65, 132), (300, 260), (128, 640)])
+def test_unpack_inverts_pack_of_the_sparse_form(shape):
+    ternary = keeping_2_4(*shape)
+    packed = tiles.pack(ternary, sparse=True)
+    assert packed.shape == (*tiles.blocks(*shape), tiles.BLOCK_BYTES)
+    assert torch.equal(tiles.unpack(packed, *shape, sparse=True), ternary)
+
+
+def test_the_sparse_form_drops_nothing():
+    with pytest.raises(WeightError, match="3 non-zeros in four lanes"):
+        tiles.pack(torch.tensor([[1, 0, -1, 1]], dtype=torch.int8), sparse=True)
+
+
+def test_sparse_fragments_and_metadata_are_those_of_ptx():
+    """PTX ISA, wgmma.sp m64nNk64, 8-bit A: kept values as the dense k32 fragment's, of half of K.
+
+    Metadata: thread 4g + 2h + u of a warp holds, for row g + 8u, the eight fours of columns
+    32h … 32h + 31 of the step, four bits each: the lanes of its two kept values, ascending.
+    """
+    ternary = keeping_2_4(130, 300, seed=3)
+    words = tiles.pack(ternary, sparse=True).view(torch.int32).view(*tiles.blocks(130, 300), 128, 4)
+    padded = torch.zeros(192, 384, dtype=torch.int8)
+    padded[:130, :300] = ternary
+    generator = torch.Generator().manual_seed(1)
+
+    def word(row_block: int, k_block: int, thread: int, index: int) -> int:
+        return int(words[row_block, k_block, thread, index]) & 0xFFFFFFFF
+
+    for _ in range(500):
+        row_block, k_block, warp, row, step, kept = (
+            int(torch.randint(n, (), generator=generator)) for n in (3, 3, 4, 16, 2, 32)
+        )
+        g, upper = row % 8, row // 8
+        # The kept value: its thread, register and byte in the fragment of k32.
+        thread = 32 * warp + 4 * g + kept % 16 // 4
+        register = upper + 2 * (kept // 16)
+        codes = word(row_block, k_block, thread, 2 * step) << 2 * register & 0xC0C0C0C0
+        value = codes >> 8 * (kept % 4) & 0xFF
+        # Its lane in its four.
+        four = kept // 2
+        holder = 32 * warp + 4 * g + 2 * (four // 8) + upper
+        nibble = word(row_block, k_block, holder, 2 * step + 1) >> 4 * (four % 8) & 15
+        lanes = nibble & 3, nibble >> 2
+        assert lanes[0] < lanes[1]
+        column = 128 * k_block + 64 * step + 4 * four + lanes[kept % 2]
+        assert value == 64 * int(padded[64 * row_block + 16 * warp + row, column]) & 0xFF

@@ -24,13 +24,13 @@ from torch import Tensor
 from sparse_bitnet.kernels import early
 from sparse_bitnet.kernels.early import fetch, fetch_where, wait
 
-BLOCK = 64  # keys at once
-WARPS = 4
-PROGRAMS = 264  # wanted in flight: two for each multiprocessor of an H100 or H200
+JOIN_WARPS = 4
+SCANNED = 1024  # flags looked at once for the first and the last key that is seen
+ONE_WAVE = 264  # two programs for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
 LINE = 128  # bytes
-LEAST = tl.constexpr(-1e30)  # finite, below every score; a share that sees nothing has −∞
+LEAST = tl.constexpr(-1e30)  # finite, below every score; a share that sees nothing keeps it
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def _share_kernel(
     k_ptr,
     v_ptr,
     seen_ptr,
+    out_ptr,
     y_ptr,
     m_ptr,
     l_ptr,
@@ -84,6 +85,9 @@ def _share_kernel(
     BLOCK: tl.constexpr,
     LINES: tl.constexpr,
     MASKED: tl.constexpr,
+    ALONE: tl.constexpr,
+    SCANNED: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -104,31 +108,52 @@ def _share_kernel(
     wait(EARLY)
     q_at = q_ptr + batch * q_batch + (key_head * GROUP + rows[:, None]) * q_head + lanes[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (lanes[None, :] < width), other=0.0)
-    largest = tl.full((ROWS,), -float("inf"), tl.float32)
+    begin = number * share
+    end = tl.minimum(length, begin + share)
+    if MASKED:
+        # The blocks between the first and the last key that is seen; most caches are longer than
+        # what is in them.
+        first = end
+        last = begin
+        for start in range(begin, end, SCANNED):
+            keys = start + tl.arange(0, SCANNED)
+            flags = tl.load(seen_ptr + batch * seen_batch + keys, mask=keys < end, other=0) != 0
+            first = tl.minimum(first, tl.min(tl.where(flags, keys, end)))
+            last = tl.maximum(last, tl.max(tl.where(flags, keys + 1, begin)))
+        begin += (first - begin) // BLOCK * BLOCK
+        end = last
+    largest = tl.full((ROWS,), LEAST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     y = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in range(number * share, min(length, (number + 1) * share), BLOCK):
-        keys = first + tl.arange(0, BLOCK)
-        seen = (keys < length) & (keys < (number + 1) * share)
+    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        keys = block + tl.arange(0, BLOCK)
+        seen = keys < end
+        inside = seen[:, None] & (lanes[None, :] < width)
+        at = keys.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + at * k_key + lanes[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + at * v_key + lanes[None, :], mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if MASKED:
-            seen = seen & (tl.load(seen_ptr + batch * seen_batch + keys, mask=seen, other=0) != 0)
-        if tl.max(seen.to(tl.int32)) > 0:
-            inside = seen[:, None] & (lanes[None, :] < width)
-            at = keys.to(tl.int64)[:, None]
-            k = tl.load(k_ptr + at * k_key + lanes[None, :], mask=inside, other=0.0)
-            v = tl.load(v_ptr + at * v_key + lanes[None, :], mask=inside, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            scores = tl.where(seen[None, :], scores, -float("inf"))
-            new = tl.maximum(largest, tl.max(scores, 1))
-            weights = tl.exp(scores - new[:, None])
-            shrink = tl.exp(largest - new)
-            total = total * shrink + tl.sum(weights, 1)
-            y = y * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-            largest = new
-    part = (head * shares + number).to(tl.int64) * ROWS + rows
-    tl.store(m_ptr + part, largest)
-    tl.store(l_ptr + part, total)
-    tl.store(y_ptr + part[:, None] * WIDTH + lanes[None, :], y)
+            flags = tl.load(seen_ptr + batch * seen_batch + keys, mask=seen, other=0)
+            seen = seen & (flags != 0)
+            v = tl.where(seen[:, None], v, 0.0)  # what is not seen may be anything, even NaN
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp(scores - new[:, None])
+        shrink = tl.exp(largest - new)
+        total = total * shrink + tl.sum(weights, 1)
+        y = y * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        largest = new
+    real = rows[:, None] < GROUP
+    if ALONE:
+        at = (head.to(tl.int64) * GROUP + rows[:, None]) * width + lanes[None, :]
+        y = (y / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, y, mask=real & (lanes[None, :] < width))
+    else:
+        part = (head * shares + number).to(tl.int64) * ROWS + rows
+        tl.store(m_ptr + part, largest)
+        tl.store(l_ptr + part, total)
+        tl.store(y_ptr + part[:, None] * WIDTH + lanes[None, :], y, mask=real)
 
 
 @triton.jit
@@ -172,6 +197,17 @@ def _join_kernel(
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=lanes < width)
 
 
+def _shape(heads: int, length: int) -> tuple[int, int, int, int]:
+    """Keys at once, warps, blocks of keys under way, and programs wanted; measured on an H200.
+
+    Where all blocks are under way at the same time, what counts is how soon one is done: four warps
+    share it. Otherwise it is how many bytes are asked for ahead, and few warps wait for each other.
+    """
+    if heads * triton.cdiv(length, 64) <= 2 * ONE_WAVE:
+        return 64, 4, 1, 2 * ONE_WAVE
+    return 32, 2, 3, ONE_WAVE
+
+
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
 ) -> Tensor:
@@ -184,17 +220,20 @@ def attend(
     group = heads // key_heads
     rows = max(FEWEST_ROWS, triton.next_power_of_2(group))
     padded = triton.next_power_of_2(max(16, width))
-    blocks = triton.cdiv(length, BLOCK)
-    shares = max(1, min(blocks, triton.cdiv(PROGRAMS, max(1, batch * key_heads))))
-    share = triton.cdiv(blocks, shares) * BLOCK
-    shares = triton.cdiv(length, share)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    parts = batch * key_heads * shares * rows
-    y = torch.empty((parts, padded), dtype=torch.float32, device=query.device)
-    m = torch.empty((parts,), dtype=torch.float32, device=query.device)
-    total = torch.empty((parts,), dtype=torch.float32, device=query.device)
+    block, warps, stages, programs = _shape(batch * key_heads, length)
+    blocks = triton.cdiv(length, block)
+    shares = max(1, min(blocks, triton.cdiv(programs, batch * key_heads)))
+    share = triton.cdiv(blocks, shares) * block
+    shares = triton.cdiv(length, share)
+    y = m = total = out  # a placeholder where nothing has to be joined
+    if shares > 1:
+        parts = batch * key_heads * shares * rows
+        y = torch.empty((parts, padded), dtype=torch.float32, device=query.device)
+        m = torch.empty((parts,), dtype=torch.float32, device=query.device)
+        total = torch.empty((parts,), dtype=torch.float32, device=query.device)
     seen_batch = 0
     if seen is not None:
         seen = seen.reshape(seen.shape[0], length).contiguous().view(torch.uint8)
@@ -205,6 +244,7 @@ def attend(
         keys,
         values,
         seen,
+        out,
         y,
         m,
         total,
@@ -226,13 +266,18 @@ def attend(
         GROUP=group,
         ROWS=rows,
         WIDTH=padded,
-        BLOCK=BLOCK,
+        BLOCK=block,
         LINES=max(1, padded * keys.element_size() // LINE),
         MASKED=seen is not None,
+        ALONE=shares == 1,
+        SCANNED=SCANNED,
+        STAGES=stages,
         PRECISION=precision,
-        num_warps=WARPS,
+        num_warps=warps,
         **early.launch_options(query),
     )
+    if shares == 1:
+        return out
     _join_kernel[(batch * heads,)](
         y,
         m,
@@ -243,8 +288,8 @@ def attend(
         GROUP=group,
         ROWS=rows,
         WIDTH=padded,
-        JOINED=JOINED,
-        num_warps=WARPS,
+        JOINED=min(JOINED, triton.next_power_of_2(shares)),
+        num_warps=JOIN_WARPS,
         **early.launch_options(query),
     )
     return out

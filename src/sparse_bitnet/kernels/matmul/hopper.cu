@@ -20,6 +20,11 @@
 // so (word << 2i) & 0xC0C0C0C0 is register i with values {−64, 0, 64}. The sums are 64 times too large,
 // which the token scale takes out exactly: 64 is a power of two.
 //
+// A weight that keeps 2:4 can be stored for wgmma.sp, which multiplies k64 in the time of k32, also in
+// two bits a weight: the kept halves of two k64 steps are words 0 and 2, laid out as above, and
+// words 1 and 3 say where they came from, four bits for each four columns (PTX's metadata: thread
+// 2h + u of four has row g + 8u, columns 32h … 32h+31 of the step). Ring, walk and epilogue are the same.
+//
 // Two kernels. In both, consumer warpgroups of 64 rows each share the tokens of a stage, and one
 // producer warp drives the copy engine through a ring of stages.
 //
@@ -33,6 +38,7 @@
 //
 // Macros, which hopper.py sets:
 //   FEW or MANY          the kernel
+//   SPARSE               weights are stored for wgmma.sp
 //   TOKENS, WARPGROUPS   wgmma's N, and consumer warpgroups: the tile is 64 · WARPGROUPS rows × TOKENS
 //   BLOCKS, STAGES       k blocks of a stage, stages of the ring
 //   CTAS                 that share a multiprocessor
@@ -182,12 +188,12 @@ __device__ __forceinline__ void init_ring(uint32_t full, uint32_t empty) {
   __syncthreads();
 }
 
-// sum += weights × tokens over the next `steps` stages. A unit is two k32 steps; two units are in
-// flight, in two sets of A registers. A stage goes back to the producer once the first unit of the
-// next one has been issued, which waits for the last of its own.
-constexpr int UNIT = 2, SETS = 2;
+// sum += weights × tokens over the next `steps` stages. A unit is two k32 steps, or one k64 step of
+// wgmma.sp; two units are in flight, in two sets of A registers. A stage goes back to the producer
+// once the first unit of the next one has been issued, which waits for the last of its own.
+constexpr int UNIT = SPARSE ? 1 : 2, UNITS = 2, SETS = 2, STEP_BYTES = SPARSE ? 64 : 32;
 __device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], int steps, Ring& ring, int lane) {
-  uint32_t a[SETS][4 * UNIT];
+  uint32_t a[SETS][4 * UNIT], from[SETS];
   int last = -1;
 #pragma unroll 1
   for (; steps > 0; steps--) {
@@ -198,20 +204,22 @@ __device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], int steps, Ring
       const uint4 w = load_shared(ring.weights + ring.stage * WEIGHT_BYTES + kb * 2048);
       const uint32_t words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-      for (int h = 0; h < 4 / UNIT; h++) {
+      for (int h = 0; h < UNITS; h++) {
         uint32_t(&set)[4 * UNIT] = a[h % SETS];
 #pragma unroll
         for (int j = 0; j < UNIT; j++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) set[4 * j + i] = (words[h * UNIT + j] << (2 * i)) & 0xC0C0C0C0u;
+          for (int i = 0; i < 4; i++) set[4 * j + i] = (words[2 * h + j] << (2 * i)) & 0xC0C0C0C0u;
+        from[h % SETS] = words[2 * h + 1];
         // Unpacked before the fence, not after it: else the assembler adds fences of its own.
 #pragma unroll
         for (int i = 0; i < 4 * UNIT; i++) asm volatile("" : "+r"(set[i]));
+        if (SPARSE) asm volatile("" : "+r"(from[h % SETS]));
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < UNIT; j++)
           wgmma(sum, set[4 * j], set[4 * j + 1], set[4 * j + 2], set[4 * j + 3],
-                tokens + ((kb * TOKENS * 128 + (h * UNIT + j) * 32) >> 4));
+                tokens + ((kb * TOKENS * 128 + (h * UNIT + j) * STEP_BYTES) >> 4), from[h % SETS]);
         wgmma_commit();
         wgmma_wait<SETS - 1>();
         if (kb == 0 && h == 0 && last >= 0 && lane == 0) barrier_arrive(ring.empty + 8 * last);

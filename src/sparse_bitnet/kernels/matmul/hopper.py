@@ -1,205 +1,43 @@
-"""int8 tokens × two-bit ternary weights on Hopper: shapes of tiles, their choice, the launch.
-
-``hopper.cu`` has the kernels and their reasons. A product is cut into tiles of rows × tokens. Which
-shape is best follows from how evenly the tiles fill the GPU and what a step of each costs, so it is
-computed, not measured: :data:`TILES` holds each shape's costs, fitted once to measurements on an
-H200 (``benchmarks/gpu_matmul.py``), and :func:`plan` takes the cheapest.
-"""
+"""int8 tokens × two-bit ternary weights on Hopper: the launch of ``hopper.cu``, and the backend."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet.core.errors import BackendError
+from sparse_bitnet.formats import sparse24
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.matmul import tiles
+from sparse_bitnet.kernels.matmul.hopper_plan import Plan, Tile, cheapest
 from sparse_bitnet.kernels.nvrtc import Kernel, check, has_nvrtc
 from sparse_bitnet.kernels.platform import capability
 from sparse_bitnet.kernels.registry import Backend, TernaryWeight, register_backend
 
 CAPABILITY = (9, 0)
+SPARSE = "sparse tiles"  # the layout of weights that keep 2:4
 SOURCE = Path(__file__).with_name("hopper.cu")
 OUTPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LONGEST_ROW = 2**18
 """Sums carry a factor of 64 and reach 128 · 64 a column: from here on they would leave int32."""
-SPLITS = (1, 2, 4, 8)
-CUT_MICROSECONDS = 5.0
-"""What it costs to cut the last waves of ``many`` along K: idle time below this stays idle."""
-WARPGROUP_REGISTERS = 65536 // 128
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A shape of tile, ``64 · warpgroups`` rows × ``tokens``, and what it costs.
-
-    Attributes:
-        kind: the kernel: ``few`` or ``many``.
-        tokens, warpgroups, blocks, stages, ctas, ahead: macros of ``hopper.cu``.
-        costs: microseconds: see :func:`estimate`.
-    """
-
-    kind: Literal["few", "many"]
-    tokens: int
-    warpgroups: int
-    blocks: int
-    stages: int
-    ctas: int
-    ahead: int
-    costs: tuple[float, float, float, float, float, float, float]
-
-    @property
-    def rows(self) -> int:
-        return tiles.ROWS * self.warpgroups
-
-    @property
-    def producers(self) -> int:
-        """Threads: one warp; a warpgroup where registers have to be moved to the consumers."""
-        return 128 if self.tokens >= 128 else 32
-
-    @property
-    def threads(self) -> int:
-        return self.warpgroups * 128 + self.producers
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a consumer's and of a producer's thread, once they have been moved."""
-        groups = self.warpgroups + 1
-        share = WARPGROUP_REGISTERS // (groups * self.ctas) // 8 * 8
-        producer = 32 if self.warpgroups > 2 or self.ctas > 1 else 40
-        return min(240, (share * groups - producer) // self.warpgroups // 8 * 8), producer
-
-    @property
-    def shared_bytes(self) -> int:
-        ring = self.stages * self.blocks * (self.warpgroups * tiles.BLOCK_BYTES + self.tokens * 128)
-        if self.kind == "few":
-            sums = self.tokens * (self.rows + 4) * 4
-            scales = (self.tokens + 2 * self.rows) * 4
-            return 1024 + max(ring, sums) + scales + 16 * self.stages
-        results = self.warpgroups * (self.tokens * 128 + (self.tokens + 64) * 4)
-        return 1024 + ring + results + 16 * self.stages
-
-    def macros(self, output: int) -> dict[str, int]:
-        return {
-            self.kind.upper(): 1,
-            "TOKENS": self.tokens,
-            "WARPGROUPS": self.warpgroups,
-            "BLOCKS": self.blocks,
-            "STAGES": self.stages,
-            "CTAS": self.ctas,
-            "AHEAD": self.ahead,
-            "PRODUCERS": self.producers,
-            "CONSUMER_REGISTERS": self.registers[0],
-            "PRODUCER_REGISTERS": self.registers[1],
-            "OUTPUT": output,
-        }
-
-
-TILES = (
-    Tile("few", 8, 1, 2, 6, 5, 99, (1.625, 0.035, 0.066, 0.0, 0.149, 5.62, 0.141)),
-    Tile("few", 16, 1, 2, 5, 5, 99, (1.494, 0.044, 0.062, 0.0, 0.119, 3.426, 0.157)),
-    Tile("few", 32, 1, 2, 3, 5, 99, (1.809, 0.044, 0.094, 0.0, 0.168, 2.194, 0.135)),
-    Tile("few", 32, 2, 2, 4, 3, 2, (1.866, 0.095, 0.083, 0.0, 0.105, 1.433, 0.182)),
-    Tile("few", 64, 1, 1, 7, 3, 99, (2.112, 0.062, 0.138, 0.0, 0.172, 1.531, 0.1)),
-    Tile("few", 64, 2, 2, 4, 2, 99, (2.691, 0.132, 0.059, 0.0, 0.11, 0.902, 0.19)),
-    Tile("few", 128, 2, 1, 9, 1, 3, (0.0, 0.308, 0.0, 4.322, 0.04, 0.545, 0.0)),
-    Tile("few", 128, 3, 1, 9, 1, 3, (0.0, 0.447, 0.0, 4.757, 0.078, 0.393, 0.096)),
-    Tile("many", 64, 5, 1, 9, 1, 4, (0.515, 0.57, 0.0, 1.646, 0.067, 0.0, 0.0)),
-    Tile("many", 128, 2, 1, 8, 1, 99, (1.106, 0.315, 0.0, 1.556, 0.073, 0.0, 0.0)),
-    Tile("many", 128, 3, 1, 7, 1, 3, (1.236, 0.427, 0.0, 1.949, 0.088, 0.0, 0.0)),
-    Tile("many", 128, 4, 1, 6, 1, 99, (1.057, 0.565, 0.0, 2.736, 0.123, 0.0, 0.0)),
-    Tile("many", 256, 2, 1, 4, 1, 2, (1.602, 0.571, 0.0, 3.228, 0.114, 0.0, 0.0)),
-)
-FALLBACK = next(tile for tile in TILES if tile.kind == "many")
-"""Serves every shape, whatever of it is padding."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one product is computed.
-
-    Attributes:
-        splits: slices of K of a tile in ``few``.
-        cut_waves: in ``many``, how many of the last waves are cut along K between neighbours if
-            they do not fill the GPU; 0 for none.
-    """
-
-    tile: Tile
-    splits: int = 1
-    cut_waves: int = 0
 
 
 @lru_cache(maxsize=4096)
-def plan(tokens: int, out: int, columns: int, device_index: int) -> Plan:
+def plan(tokens: int, out: int, columns: int, device_index: int, sparse: bool = False) -> Plan:
     """The cheapest way to multiply ``tokens`` by a weight ``[out, columns]``."""
     count = torch.cuda.get_device_properties(device_index).multi_processor_count
 
     def fits(tile: Tile, splits: int, tiles_: int) -> bool:
         return tiles_ <= _clusters(tile, splits, device_index)
 
-    return cheapest(tokens, out, columns, count, fits)
-
-
-def cheapest(
-    tokens: int,
-    out: int,
-    columns: int,
-    multiprocessors: int,
-    fits: Callable[[Tile, int, int], bool],
-) -> Plan:
-    """The plan of the least :func:`estimate`.
-
-    Args:
-        multiprocessors: of the GPU.
-        fits: whether so many tiles of ``few``, cut into so many slices, run at the same time.
-    """
-    row_blocks, k_blocks = tiles.blocks(out, columns)
-    best: tuple[float, Plan] | None = None
-    for tile in TILES:
-        count = -(-row_blocks // tile.warpgroups) * -(-tokens // tile.tokens)
-        if tile.tokens >= 2 * max(tokens, TILES[0].tokens) and tile is not FALLBACK:
-            continue  # half of it would be padding: a narrower one does the same
-        for splits in SPLITS if tile.kind == "few" else (1,):
-            if tile.kind == "few" and (
-                k_blocks < splits * tile.blocks or not fits(tile, splits, count)
-            ):
-                continue
-            time = estimate(tile, splits, tokens, out, columns, multiprocessors)
-            if best is None or time < best[0]:
-                idle = -(-count // multiprocessors) - count / multiprocessors
-                cut = tile.kind == "many" and idle * k_blocks * tile.costs[1] > CUT_MICROSECONDS
-                best = time, Plan(tile, splits, cut_waves=2 if cut else 0)
-    assert best is not None  # the fallback serves everything
-    return best[1]
-
-
-def estimate(
-    tile: Tile, splits: int, tokens: int, out: int, columns: int, multiprocessors: int
-) -> float:
-    """Microseconds of a product: a linear model whose weights were fitted for each tile.
-
-    launch + load · (steps · step + results) + steps · latency + megabytes · memory
-    + [splits > 1] · load · area · sum + (splits − 1) · slice, where the load is the most tiles that
-    a multiprocessor computes, and a step one k block.
-    """
-    row_blocks, k_blocks = tiles.blocks(out, columns)
-    count = -(-row_blocks // tile.warpgroups) * -(-tokens // tile.tokens) * splits
-    launch, step, latency, results, memory, add, slices = tile.costs
-    load = -(-count // multiprocessors)
-    steps = k_blocks / splits
-    time = launch + load * (steps * step + results) + steps * latency
-    time += out * columns / 4e6 * memory
-    if splits > 1:
-        time += load * tile.rows * min(tokens, tile.tokens) / 1e4 * add + (splits - 1) * slices
-    return time
+    return cheapest(tokens, out, columns, count, fits, sparse)
 
 
 @cache
@@ -235,25 +73,29 @@ class Arguments(ctypes.Structure):
 
 
 @cache
-def kernel(tile: Tile, output: int) -> Kernel:
+def kernel(tile: Tile, output: int, sparse: bool = False) -> Kernel:
     """The tile's kernel for a result of ``OUTPUTS``, compiled at its first launch."""
-    source = _wgmma(tile.tokens) + SOURCE.read_text(encoding="utf-8")
-    macros = tile.macros(output)
+    source = _wgmma(tile.tokens, sparse) + SOURCE.read_text(encoding="utf-8")
+    macros = tile.macros(output, sparse)
     return Kernel(source, macros, tile.kind, tile.threads, tile.shared_bytes, "sm_90a")
 
 
-def _wgmma(tokens: int) -> str:
-    """The instruction of one k32 step, which has as many operands as its N asks for."""
+def _wgmma(tokens: int, sparse: bool) -> str:
+    """The instruction of one step, which has as many operands as its N asks for."""
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
     a = ", ".join(f"%{count + i}" for i in range(4))
+    name = (
+        f"wgmma.mma_async{'.sp' if sparse else ''}.sync.aligned.m64n{tokens}k{64 if sparse else 32}"
+    )
+    lanes = f"%{count + 5}, 0, " if sparse else ""
     return (
         f"__device__ __forceinline__ void wgmma(int (&d)[{count}], unsigned a0, unsigned a1, "
-        "unsigned a2, unsigned a3, unsigned long long b) {\n"
-        f'  asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 '
-        f'{{{sums}}}, {{{a}}}, %{count + 4}, 1;" : {outputs} '
-        ': "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));\n}\n'
+        "unsigned a2, unsigned a3, unsigned long long b, unsigned lanes) {\n"
+        f'  asm volatile("{name}.s32.s8.s8 '
+        f'{{{sums}}}, {{{a}}}, %{count + 4}, {lanes}1;" : {outputs} '
+        ': "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(lanes));\n}\n'
     )
 
 
@@ -295,6 +137,7 @@ def matmul(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     residual: Tensor | None = None,
+    sparse: bool = False,
     how: Plan | None = None,
 ) -> Tensor:
     """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias [+ residual]; int32 gives the bare sums.
@@ -307,6 +150,7 @@ def matmul(
         bias: ``[out]``, bfloat16, float16 or float32.
         out_dtype: bfloat16, float16, float32 or int32.
         residual: ``[tokens, out]`` of ``out_dtype``, added to Y once Y has been rounded.
+        sparse: ``packed`` is stored for wgmma.sp.
         how: instead of :func:`plan`'s.
 
     Returns:
@@ -326,10 +170,10 @@ def matmul(
     y = torch.empty((tokens, out), dtype=out_dtype, device=x_q.device)
     if y.numel() == 0:
         return y
-    how = how or plan(tokens, out, columns, x_q.device.index)
+    how = how or plan(tokens, out, columns, x_q.device.index, sparse)
     tile = how.tile
     if residual is not None and tile.kind == "many":
-        y = matmul(x_q, x_scale, packed, w_scale, bias, out_dtype, how=how)
+        y = matmul(x_q, x_scale, packed, w_scale, bias, out_dtype, sparse=sparse, how=how)
         return y.add_(residual)
     x_q = _aligned(x_q)
     values = Arguments()
@@ -347,7 +191,7 @@ def matmul(
     addresses = [ctypes.addressof(values), x_map.getPtr()]
     row_tiles = -(-row_blocks // tile.warpgroups)
     count = row_tiles * -(-tokens // tile.tokens)
-    code = kernel(tile, OUTPUTS[out_dtype])
+    code = kernel(tile, OUTPUTS[out_dtype], sparse)
     if tile.kind == "few":
         code.launch(count * how.splits, addresses, cluster=how.splits)
         return y
@@ -383,15 +227,17 @@ def _matmul(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     residual: Tensor | None,
+    sparse: bool,
 ) -> Tensor:
     rows = x_q.reshape(-1, x_q.shape[-1])
-    if bias is not None and not bias.is_contiguous():
+    if bias is not None and not (bias.dtype in FLOATS and bias.is_contiguous()):
         # The kernel reads it before the kernel ahead has ended, which its copy must not be.
-        bias = bias.contiguous()
+        bias = bias.float().contiguous()
         rows = rows.clone()
     if residual is not None:
         residual = residual.reshape(-1, w_scale.shape[0]).contiguous()
-    y = matmul(rows, x_scale.reshape(-1).contiguous(), packed, w_scale, bias, out_dtype, residual)
+    x_scale = x_scale.reshape(-1).contiguous()
+    y = matmul(rows, x_scale, packed, w_scale, bias, out_dtype, residual, sparse)
     return y.view(*x_q.shape[:-1], w_scale.shape[0])
 
 
@@ -403,20 +249,21 @@ def _fake(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     residual: Tensor | None,
+    sparse: bool,
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
 
 
 register(
     "hopper_matmul(Tensor x_q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
-    "ScalarType out_dtype, Tensor? residual) -> Tensor",
+    "ScalarType out_dtype, Tensor? residual, bool sparse) -> Tensor",
     _matmul,
     _fake,
 )
 
 
 class Hopper(Backend):
-    """Two bits in the order of wgmma's fragments."""
+    """Two bits in the order of wgmma's fragments; of wgmma.sp's where a weight keeps 2:4."""
 
     name = "hopper"
     rank = 0
@@ -428,10 +275,12 @@ class Hopper(Backend):
         return "Hopper's tensor cores read two-bit weights at every token count"
 
     def pack(self, ternary: Tensor, stored: Tensor | None) -> tuple[Tensor, str]:
-        return tiles.pack(ternary), "tiles"
+        sparse = sparse24.fits(ternary)
+        return tiles.pack(ternary, sparse), SPARSE if sparse else "tiles"
 
     def unpack(self, weight: TernaryWeight) -> Tensor:
-        return tiles.unpack(weight.packed, weight.out_features, weight.in_features)
+        sparse = weight.layout == SPARSE
+        return tiles.unpack(weight.packed, weight.out_features, weight.in_features, sparse)
 
     def multiply(
         self,
@@ -443,7 +292,14 @@ class Hopper(Backend):
         residual: Tensor | None,
     ) -> Tensor:
         y: Tensor = torch.ops.sparse_bitnet.hopper_matmul(
-            x_q, x_scale, weight.packed, weight.w_scale, bias, out_dtype, residual
+            x_q,
+            x_scale,
+            weight.packed,
+            weight.w_scale,
+            bias,
+            out_dtype,
+            residual,
+            weight.layout == SPARSE,
         )
         return y
 
