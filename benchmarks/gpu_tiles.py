@@ -6,8 +6,8 @@ python benchmarks/gpu_tiles.py fit       costs for the table in kernels/matmul/h
 ``measure --sparse`` takes weights that keep 2:4, stored for sparse tensor cores.
 
 The costs are weights of the linear model in ``hopper_plan.estimate``, at least zero, fitted for
-each tile to the least relative error. ``fit`` also prints how much slower the chosen tile is than the
-best that was measured.
+each tile to the least relative error. ``fit`` also prints how much slower the chosen tile is than
+the best that was measured.
 """
 
 from __future__ import annotations
