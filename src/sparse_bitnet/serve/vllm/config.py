@@ -15,7 +15,10 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
 from sparse_bitnet.core import ConfigError
@@ -43,7 +46,7 @@ class PackedConfig(QuantizationConfig):
     def __init__(self, described: SparseBitNetConfig) -> None:
         super().__init__()
         self.specs = described.specs()
-        self.int8 = described.int8
+        self.int8 = described.int8  # the head, or a tied embedding and the head
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
@@ -75,7 +78,6 @@ class PackedConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
-        self.int8 = hf_to_vllm_mapper.apply_list(self.int8)
 
     def maybe_update_config(
         self, model_name: str, hf_config: object = None, revision: str | None = None
@@ -94,7 +96,9 @@ class PackedConfig(QuantizationConfig):
             ConfigError: for a layer of which a part is packed and another is not.
         """
         if isinstance(layer, VocabParallelEmbedding):
-            return Int8TableMethod(prefix) if prefix in self.int8 else None
+            # Not by name: Llama's embedding is given none.
+            is_int8 = len(self.int8) > (0 if isinstance(layer, ParallelLMHead) else 1)
+            return Int8TableMethod(prefix) if is_int8 else None
         if not isinstance(layer, LinearBase):
             return None
         spec = self._spec(prefix)
@@ -105,9 +109,7 @@ class PackedConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         names = [prefix]
         if prefix not in self.specs:
-            names = [
-                f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])
-            ]
+            names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])]
         kinds = {
             None if spec is None else (spec.storage, spec.activation_bits)
             for spec in map(self.specs.get, names)

@@ -110,7 +110,7 @@ class PackedLinearMethod(LinearMethodBase):
             )
         target.copy_(loaded)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and pack it for the device.
 
         Raises:
@@ -141,7 +141,7 @@ class PackedLinearMethod(LinearMethodBase):
             x = torch.zeros(tokens, self.columns, dtype=self.dtype, device=self.weight.device)
             self._compute(x, None)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._compute(x, bias)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ class Int8TableMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Register ``weight`` (int8 ``[rows, width]``) and ``weight_scale`` (float32 ``[rows]``)."""
+        """Register ``weight``, int8 ``[rows, width]``, and ``weight_scale``, float32 ``[rows]``."""
         self.dtype = params_dtype
         rows = sum(output_partition_sizes)
         weight = torch.zeros(rows, input_size_per_partition, dtype=torch.int8)
@@ -43,11 +43,11 @@ class Int8TableMethod(QuantizeMethodBase):
             set_weight_attrs(parameter, {"output_dim": 0, **extra})
             layer.register_parameter(name, parameter)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         layer.weight, layer.weight_scale = embed_tokens.weight, embed_tokens.weight_scale
         return layer
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """
         Raises:
             PackedFormatError: if scales are missing or are none that packing writes.
@@ -59,8 +59,8 @@ class Int8TableMethod(QuantizeMethodBase):
                 "directory again, or pack the model again"
             )
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         return (layer.weight[ids] * layer.weight_scale[ids].unsqueeze(-1)).to(self.dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return int8_linear(x, layer.weight, layer.weight_scale, bias)
