@@ -3,14 +3,11 @@
 Microseconds that Python and the launch take, not the device: few calls in a row, timed on the host
 while the device lags behind. ``x + x`` and a bf16 ``F.linear`` are the yardstick of the host at
 hand. Products get activations that are quantized already, ``layer`` quantizes them itself.
-
-Nothing is measured to choose tiles or algorithms (SPARSE_BITNET_MEASURE=0): the host does not care.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -99,7 +96,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    os.environ["SPARSE_BITNET_MEASURE"] = "0"
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     with torch.no_grad():

@@ -62,14 +62,9 @@ def quantize_cases(tokens: int, columns: int) -> dict[str, tuple[Any, float]]:
     cases: dict[str, tuple[Any, float]] = {
         "compiled reference": ([partial(compiled, x) for x in xs], 3 * size)
     }
-    for group, written in ((0, 1.0), (8, 1.5)):
-        label = " lifted" if group else ""
-        plain = [partial(quantize_fused, x, group=group) for x in xs]
-        normed = [partial(quantize_fused, x, norm, 1e-6, group=group) for x in xs]
-        gated = [partial(quantize_fused, x, swiglu=True, group=group) for x in pairs]
-        cases[f"plain{label}"] = (plain, (2 + written) * size)
-        cases[f"norm{label}"] = (normed, (2 + written) * size)
-        cases[f"swiglu{label}"] = (gated, (4 + written) * size)
+    cases["plain"] = ([partial(quantize_fused, x) for x in xs], 3 * size)
+    cases["norm"] = ([partial(quantize_fused, x, norm, 1e-6) for x in xs], 3 * size)
+    cases["swiglu"] = ([partial(quantize_fused, x, swiglu=True) for x in pairs], 5 * size)
     return cases
 
 

@@ -7,7 +7,6 @@ turns there.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import Method, Pattern
-from sparse_bitnet.nn import choose_products, convert, use_products
+from sparse_bitnet.nn import convert
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks, compile_blocks
 from sparse_bitnet.train.presets import preset_config
 
 FAKE = "fake-quant"
 FULL = "bf16"
-PRODUCTS = ("sparse-forward", "dense-forward")
 PLAIN = "plain-compile"
 
 
@@ -35,8 +33,6 @@ class Row:
     pattern: str
     kind: str
     method: Method = field(default_factory=Method)
-    product: str | None = None
-    """The forward product, "dense" or "sparse"; None for the package's own choice."""
     options: bool = True
     """Compile with the package's options for ternary layers."""
 
@@ -52,17 +48,12 @@ class Row:
             return Row(name, "dense", FULL)
         if first == FAKE and len(words) == 1:
             return Row(name, str(Pattern.parse(words[0])), FAKE)
-        products = [word for word in words if word in PRODUCTS]
-        if len(products) > 1 or set(words) - {"fp8", PLAIN, *PRODUCTS}:
-            forms = (
-                "bf16, fake-quant N:M, and N:M or dense [sparse-forward|dense-forward] [fp8] "
-                "[plain-compile]"
-            )
+        if set(words) - {"fp8", PLAIN}:
+            forms = "bf16, fake-quant N:M, and N:M or dense [fp8] [plain-compile]"
             raise ValueError(f"row {name!r} is none of: {forms}")
         method = Method(backward="fp8" if "fp8" in words else "full")
-        product = products[0].removesuffix("-forward") if products else None
         pattern = str(Pattern.parse(first))
-        return Row(name, pattern, "ours", method, product, PLAIN not in words)
+        return Row(name, pattern, "ours", method, PLAIN not in words)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -110,19 +101,13 @@ def base_model(preset: str, vocabulary: int | None, device: torch.device) -> Pre
 class Candidate:
     """A row's model over the shared parameters."""
 
-    def __init__(self, row: Row, base: PreTrainedModel, tokens: int, compile: bool) -> None:
+    def __init__(self, row: Row, base: PreTrainedModel, compile: bool) -> None:
         self.row = row
-        self.products: dict[str, int] = {}
         # Its modules are its own, its tensors those of the base.
         tensors = [*base.parameters(), *base.buffers()]
         model: PreTrainedModel = copy.deepcopy(base, {id(t): t for t in tensors})
         if row.kind == "ours":
             convert(model, row.pattern, method=row.method)
-            products = choose_products(model, tokens)
-            if row.product is not None:
-                products = dict.fromkeys(products, row.product)
-            use_products(model, products)
-            self.products = dict(Counter(products.values()))
         elif row.kind == FAKE:
             for block in blocks(model):
                 for name, module in list(block.named_modules()):

@@ -9,9 +9,7 @@ the same micro-batch. Rows:
     fake-quant 6:8   weights and inputs quantized in floating point at every forward, bf16 products:
                      how the published code trains
     dense, 6:8 …     this package; with ``fp8`` its backward products are in e4m3, with
-                     ``sparse-forward`` or ``dense-forward`` the forward product is the one named
-                     instead of the measured choice, with ``plain-compile`` the compiler has its
-                     defaults
+                     ``plain-compile`` the compiler has its defaults
 
 Rows take turns, round by round, over one set of parameters and optimizer moments. Reported are
 medians over all timed steps, the peak of allocated memory, and model FLOPs utilization: 6 a
@@ -131,9 +129,7 @@ class Bench:
         self.candidates: dict[str, Candidate] = {}
 
     def add(self, name: str) -> None:
-        self.candidates[name] = Candidate(
-            Row.parse(name), self.base, self.setting.tokens, self.setting.compiled
-        )
+        self.candidates[name] = Candidate(Row.parse(name), self.base, self.setting.compiled)
 
     def step(self, candidate: Candidate, marks: Marks | None = None) -> Tensor:
         """One optimizer step; nothing in it waits for the device."""
@@ -184,7 +180,6 @@ def describe(setting: Setting, name: str, measured: Measured, bench: Bench) -> d
     return {
         "size": setting.preset,
         "row": name,
-        "forward_products": bench.candidates[name].products,
         "sequences": setting.sequences,
         "sequence": setting.sequence,
         "milliseconds": step,

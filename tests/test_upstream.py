@@ -20,8 +20,6 @@ import torch
 from packaging.requirements import Requirement
 from transformers import ContinuousBatchingConfig
 
-from sparse_bitnet.kernels.matmul import cusparselt
-
 ROOT = Path(__file__).parents[1]
 
 BATCHING = "transformers.generation.continuous_batching"
@@ -171,41 +169,6 @@ def test_continuous_batching_settings() -> None:
     wanted |= {"use_cuda_graph", "use_async_batching", "allow_block_sharing"}
     wanted |= {"auto_switch_to_flash"}
     assert wanted <= set(inspect.signature(ContinuousBatchingConfig).parameters)
-
-
-CUSPARSELT = [
-    "cusparseLtGetErrorString",
-    "cusparseLtInit",
-    "cusparseLtGetVersion",
-    "cusparseLtDenseDescriptorInit",
-    "cusparseLtStructuredDescriptorInit",
-    "cusparseLtMatDescriptorDestroy",
-    "cusparseLtSpMMACompressedSize2",
-    "cusparseLtSpMMACompress2",
-    "cusparseLtMatmul",
-    "cusparseLtMatmulAlgGetAttribute",
-    "cusparseLtMatmulAlgSelectionInit",
-    "cusparseLtMatmulAlgSetAttribute",
-    "cusparseLtMatmulDescriptorInit",
-    "cusparseLtMatmulDescSetAttribute",
-    "cusparseLtMatmulGetWorkspace",
-    "cusparseLtMatmulPlanDestroy",
-    "cusparseLtMatmulPlanInit",
-]
-
-
-@pytest.mark.parametrize("name", CUSPARSELT)
-def test_cusparselt_function(name: str) -> None:
-    library = cusparselt._library()
-    if library is None:
-        pytest.skip("needs cuSPARSELt")
-    getattr(library, name)
-
-
-def test_every_cusparselt_function_is_listed() -> None:
-    source = Path(cusparselt.__file__).read_text()
-    used = {word.strip('"') for word in source.split('"') if word.startswith("cusparseLt")}
-    assert used <= set(CUSPARSELT)
 
 
 def requirements() -> dict[str, Requirement]:

@@ -8,14 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_bitnet.kernels import (
-    matmul,
-    quantize_activations,
-    training,  # noqa: F401  (registers the operator)
-)
+from sparse_bitnet.kernels import matmul, quantize_activations
 from sparse_bitnet.kernels import platform as kernels_platform
 from sparse_bitnet.kernels.backward import fp8, gradients
-from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
 
 TOKENS, OUT, IN = 64, 32, 48
 
@@ -48,17 +43,3 @@ def test_gradients(fake_gpu: FakeTensorMode, use_fp8: bool, one_scale: bool) -> 
     assert dw is not None
     assert (dx.shape, dw.shape, dw.dtype) == (x.shape, ternary.shape, torch.float32)
     assert dw.device.type == "cuda"
-
-
-@pytest.mark.parametrize("group", [0, 8])
-def test_sparse_forward(fake_gpu: FakeTensorMode, group: int) -> None:
-    x_q = torch.empty(TOKENS, IN * 3 // 2 if group else IN, dtype=torch.int8, device="cuda")
-    ternary = torch.empty(OUT, IN, dtype=torch.int8, device="cuda")
-    scale = torch.empty(OUT, device="cuda")
-    y = torch.ops.sparse_bitnet.sparse_matmul(x_q, ternary, group, scale)
-    assert (y.shape, y.dtype, y.device.type) == ((TOKENS, OUT), torch.bfloat16, "cuda")
-
-
-def test_both_forms(fake_gpu: FakeTensorMode) -> None:
-    plain, lifted, scale = quantize_with_lifted(torch.empty(2, 3, IN, device="cuda"), 8)
-    assert [tuple(t.shape) for t in (plain, lifted, scale)] == [(2, 3, IN), (2, 3, 72), (2, 3, 1)]

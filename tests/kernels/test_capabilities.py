@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_bitnet.core import BackendError, Pattern, WeightError
-from sparse_bitnet.kernels import autotune, platform, ternarize
+from sparse_bitnet.core import Pattern, WeightError
+from sparse_bitnet.kernels import platform, ternarize
 from sparse_bitnet.kernels.backward import fp8
 
 Capability = tuple[int, int]
@@ -66,10 +66,8 @@ def test_descriptors_and_early_launches_begin_with_sm_90(
     early._serves.cache_clear()
     for rows in (1, 40, 100, 4096):
         tensor.shape, tensor.data_ptr = (rows, 4096), lambda: 4096
-        names = triton_dense.candidates(tensor, tensor)
-        assert names
-        tiles = [triton_dense.CANDIDATES[name] for name in names]
-        assert any(t.descriptors for t in tiles) == (newer and rows > 16)
+        tiles = triton_dense.tiles_for(tensor, tensor)
+        assert tiles.descriptors == (newer and rows > 16)
 
 
 @pytest.mark.parametrize("segments", [(3,), (3, 4), (0, 8)])
@@ -81,30 +79,3 @@ def test_segments_are_checked_before_a_kernel_runs(
     weight = torch.randn(8, 16)
     with pytest.raises(WeightError, match="sum to its 8 rows"):
         ternarize(weight, Pattern(6, 8), None, segments)
-
-
-def test_an_algorithm_that_is_refused_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_bitnet.kernels.matmul import cusparselt
-
-    memory = autotune.Memory(None)
-    monkeypatch.setattr(autotune, "memory", lambda index: memory)
-    monkeypatch.setattr(cusparselt, "version", lambda index: 800)
-    taken = {3, None}
-
-    def plan(index: int, tokens: int, out: int, inner: int, algorithm: int | None) -> Any:
-        if algorithm not in taken:
-            raise BackendError("cusparseLtMatmulPlanInit failed: not supported")
-        return algorithm
-
-    monkeypatch.setattr(cusparselt, "_plan", plan)
-    x: Any = SimpleNamespace(device=torch.device("cuda", 0), shape=(48, 64))
-    y: Any = SimpleNamespace(shape=(48, 32))
-    none: Any = None
-    key = "cusparselt 800 64x32x64"
-    for times, expected in (
-        ({"7": 1.0, "3": 2.0}, 3),
-        ({"7": 1.0}, None),
-        ({"damaged": 1.0, "3": 2.0}, 3),
-    ):
-        memory.put(key, times)
-        assert cusparselt._chosen(x, none, none, y) == expected

@@ -55,7 +55,7 @@ def test_all_of_it() -> None:
     assert told["torch"] == torch.__version__ and told["transformers"] != "not installed"
     assert told["sparse-bitnet"] and told["cpu"] and told["cores"]
     if not torch.cuda.is_available():
-        assert told["gpu"] == {} and told["cusparselt"] == 0 and told["cuda"] is None
+        assert told["gpu"] == {} and told["cuda"] is None
 
 
 def test_a_cpu_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

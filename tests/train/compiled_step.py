@@ -16,7 +16,9 @@ from sparse_bitnet.train.presets import preset_config
 
 def main(kind: str, precision: str) -> None:
     torch.manual_seed(0)
-    eager = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    config = preset_config("tiny", 64)
+    config.num_hidden_layers = 1  # all layers are compiled alike
+    eager = AutoModelForCausalLM.from_config(config)
     convert(eager, "6:8", kind=kind)
     compiled = copy.deepcopy(eager)
     compile_blocks(compiled)

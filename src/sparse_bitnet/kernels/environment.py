@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.kernels.platform import has_triton
-
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
 SMI_FIELDS = {
     "driver": "driver_version",
@@ -51,12 +49,10 @@ def measured_on() -> dict[str, Any]:
     """:func:`environment` and, as they are now, what changes the speed of the device.
 
     ``load_average`` is the system's, over a minute; ``gpu`` holds the fields of :func:`gpu_state`
-    and is empty without a GPU; ``cusparselt`` is the library's version, 800 for 0.8.0 and 0 without
-    it.
+    and is empty without a GPU.
     """
     return {
         **environment(),
-        "cusparselt": _cusparselt(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -127,11 +123,3 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _cusparselt() -> int:
-    if not (torch.cuda.is_available() and has_triton()):
-        return 0
-    from sparse_bitnet.kernels.matmul import cusparselt
-
-    return cusparselt.version(torch.cuda.current_device())

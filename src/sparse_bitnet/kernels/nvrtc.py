@@ -2,7 +2,7 @@
 
 Users need no CUDA toolkit: NVRTC and its Python bindings (``cuda-bindings``) come with CUDA builds
 of PyTorch. A kernel is compiled once for each set of macros and each architecture, in less than a
-second, and kept beside the measurements of :mod:`sparse_bitnet.kernels.autotune`.
+second, and kept in ``files.cache_folder()``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_bitnet.core.errors import ConfigError
 
 OLDEST_CAPABILITY = (8, 0)
-"""Triton's int8 products and cuSPARSELt begin here."""
+"""Triton's int8 products begin here."""
 
 
 @cache

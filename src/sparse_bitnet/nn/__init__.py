@@ -11,7 +11,6 @@ from sparse_bitnet.nn.convert import (
 )
 from sparse_bitnet.nn.derived import DerivedModule, frozen
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
-from sparse_bitnet.nn.products import choose_products, use_products
 from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
@@ -24,7 +23,6 @@ __all__ = [
     "SparseBitLinear",
     "SparseExperts",
     "SparseLinear",
-    "choose_products",
     "convert",
     "converted_modules",
     "frozen",
@@ -32,5 +30,4 @@ __all__ = [
     "set_pattern",
     "set_quantization",
     "shard",
-    "use_products",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,9 +19,8 @@ from sparse_bitnet.core import (
     row_scale,
 )
 from sparse_bitnet.formats import two_bit
-from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul, training
+from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul
 from sparse_bitnet.kernels.backward import gradients
-from sparse_bitnet.kernels.quantize_activations import quantize_with_lifted
 from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
 from sparse_bitnet.nn.blend import blended_linear
 from sparse_bitnet.nn.derived import Derived, DerivedModule
@@ -59,21 +57,13 @@ class BitProduct(torch.autograd.Function):
         out_dtype: torch.dtype,
         one_scale: bool = False,
         fp8: bool = False,
-        group: int | None = None,
     ) -> Tensor:
         codes = _unpacked(ternary, x.shape[-1])
-        sparse = group is not None and bits == 8 and out_dtype == torch.bfloat16
-        if sparse and group:
-            x_q, operand, x_scale = quantize_with_lifted(x, group)
-        else:
-            x_q, x_scale = quantized(x, bits)
-            operand = x_q
+        x_q, x_scale = quantized(x, bits)
         ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
         ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if sparse and group is not None:
-            return training.sparse_matmul(operand, x_scale, codes, group, w_scale, bias)
         return ternary_matmul(x_q, x_scale, codes, w_scale, bias, out_dtype)
 
     @staticmethod
@@ -101,7 +91,7 @@ class BitProduct(torch.autograd.Function):
         if needs_bias:
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
-        return dx, dw, dbias, *[None] * 8
+        return dx, dw, dbias, *[None] * 7
 
 
 def _unpacked(ternary: Tensor, length: int) -> Tensor:
@@ -182,8 +172,6 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.segments = segments
-        self.product: str = training.DENSE
-        self.group: int | None = None
         self._configure(pattern, method)
         self.train(linear.training)
 
@@ -197,26 +185,6 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         """The ternary weight (int8 ``[out, in]``), γ (float32 ``[segments]``) and, if the method
         masks gradients or λ is below 1, which weights are kept (bool ``[out, in]``)."""
         return derive_ternary(self, name)
-
-    def use(self, product: str) -> None:
-        """Multiply by "dense" int8 or "sparse" tensor cores from now on.
-
-        Sparse serves bf16 results of int8 activations on CUDA, where there is a layout for the
-        pattern and shape (:func:`sparse_bitnet.kernels.training.group_of`); else dense remains.
-        """
-        self.product = product
-        shape = (self.out_features, self.in_features)
-        sparse = product == training.SPARSE
-        self.group = training.group_of(self.pattern, self.weight.device, *shape) if sparse else None
-
-    def set_pattern(self, pattern: Pattern) -> None:
-        super().set_pattern(pattern)
-        self.use(self.product)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
-        super()._apply(fn, recurse)
-        self.use(self.product)  # another device may have no such product
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         ternary, scale, kept = self.derived()
@@ -237,7 +205,6 @@ class SparseBitLinear(DerivedModule, nn.Linear):
             dtype,
             len(self.segments) < 2,
             self.method.backward == "fp8",
-            self.group,
         )
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
-from sparse_bitnet.nn import choose_products, set_pattern, set_quantization, use_products
+from sparse_bitnet.nn import set_pattern, set_quantization
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
@@ -145,7 +145,6 @@ class _Run:
                 logged = done % run.log_every == 0 or done == steps
                 if pattern != (pattern := pattern_at(step, steps, self.config.sparsity)):
                     set_pattern(self.model, pattern)
-                    self._use_fastest_products()
                     if self.graph:
                         self.graph.reset()
                 before, quantized = quantized, self._quantization_at(step)
@@ -185,18 +184,6 @@ class _Run:
                     self._leave(done, history, stop)
             figures = self._last_figures(history)
         return self._conclude(figures)
-
-    def _use_fastest_products(self) -> None:
-        """Dense or sparse forward products, the main process's choice: all ranks compute alike."""
-        if self.here.device.type != "cuda" or self.precision != "bf16":
-            return
-        data = self.config.data
-        at_once = data.micro_batch_size or data.batch_size // self.here.world_size
-        products: dict[str, str] = {}
-        if self.here.is_main:
-            tokens = at_once * data.sequence_length
-            products = choose_products(self.model, tokens)
-        use_products(self.model, self.here.from_main(products))
 
     def _quantization_at(self, step: int) -> float:
         config = self.config

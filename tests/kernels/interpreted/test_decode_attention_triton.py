@@ -20,9 +20,9 @@ def plain(query, keys, values, seen, scale):
     [
         (1, 4, 2, 1, 16),
         (2, 7, 1, 65, 64),
-        (1, 28, 4, 200, 32),
+        (1, 14, 2, 200, 32),
         (3, 2, 2, 130, 24),
-        (1, 40, 2, 64, 16),
+        (1, 20, 1, 64, 16),
     ],
 )
 @pytest.mark.parametrize("masked", ["all", "one", "each"])

@@ -4,12 +4,8 @@ import mmap
 import pytest
 import torch
 
-from sparse_bitnet.kernels.matmul import (
-    triton_dense,
-    triton_finish,
-    triton_two_bit,
-    triton_two_bit_kernels,
-)
+from sparse_bitnet.kernels import matmul
+from sparse_bitnet.kernels.matmul import triton_dense, triton_two_bit, triton_two_bit_kernels
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.matmul.triton_dense import Tiles
 from sparse_bitnet.kernels.matmul.triton_two_bit import Tiles as TwoBitTiles
@@ -96,15 +92,6 @@ def test_largest_sums_fit() -> None:
     assert 64 * 128 * (triton_two_bit.LONGEST_ROW - 1) < 2**31
 
 
-def test_every_candidate_is_named_for_some_token_count() -> None:
-    x = torch.zeros(1, 32, dtype=torch.int8)
-    named = {
-        n for rows in (1, 40, 100, 999) for n in triton_dense.candidates(x.expand(rows, 32), x)
-    }
-    assert named <= set(triton_dense.CANDIDATES)
-    assert not any(triton_dense.CANDIDATES[n].descriptors for n in named)
-
-
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_matmul_entries(tokens: int) -> None:
     x, x_scale, weight, w_scale, bias = operands(tokens, 24, 64)
@@ -119,10 +106,17 @@ def test_matmul_entries(tokens: int) -> None:
         assert expected is None or torch.equal(y, expected)
 
 
-def test_finish_scales_tokens_in_place() -> None:
-    y = torch.randn(5, 2100).half()
-    x_scale, bias = torch.rand(5), torch.randn(2100)
-    expected = (y.float() * x_scale.unsqueeze(-1) + bias).half()
-    triton_finish.finish(y, x_scale, bias)
-    assert torch.equal(y, expected)
-    triton_finish.finish(torch.empty(0, 8), torch.empty(0), None)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_strides_of_products(tokens: int) -> None:
+    """Operands may begin anywhere and have any strides; every second lane is not to be read."""
+    x_q = torch.randint(-128, 128, (tokens, 130), dtype=torch.int8)
+    weight = torch.randint(-1, 2, (24, 130), dtype=torch.int8)
+    x_scale, w_scale, bias = torch.rand(2 * tokens)[::2], torch.rand(48)[::2], torch.randn(48)[::2]
+    x_scale = x_scale.unsqueeze(-1)
+    for x, rows in ((x_q[:, 1:65], weight[:, 1:65]), (x_q[:, ::2], weight[:, ::2])):
+        expected = ternary_matmul(x, x_scale, rows, w_scale, bias)
+        packed = triton_two_bit.pack_rows(rows)
+        dense = matmul._dense(x, x_scale, rows, w_scale, bias, torch.float32)
+        assert torch.equal(dense, expected)
+        few = triton_two_bit._matmul(x, x_scale, packed, w_scale, bias, torch.float32)
+        assert torch.equal(few, expected)

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from sparse_bitnet.core import quantize_int8
-from sparse_bitnet.formats.windows import lift
 from sparse_bitnet.kernels.quantize_activations import reference, triton
 
 
@@ -61,29 +60,12 @@ def test_a_nan_reaches_the_scale() -> None:
     assert scale[2].isinf()
 
 
-@pytest.mark.parametrize(
-    ("group", "columns"),
-    [
-        *[(4, 12), (6, 66), (6, 3606), (8, 8), (8, 4096), (10, 1000), (32, 96)],
-        # Groups with a vector of eight are longer than such rows.
-        *[(18, 18), (22, 44), (26, 52), (30, 30), (30, 600), (38, 38)],
-    ],
-)
-def test_lifts_in_window_order(group: int, columns: int) -> None:
-    x = torch.randn(3, columns)
-    quantized, scale = triton.quantize(x, group=group)
-    expected, step = quantize_int8(x)
-    assert torch.equal(quantized, lift(expected, group))
-    assert torch.equal(scale, step)
-
-
-@pytest.mark.parametrize("group", [0, 8])
 @pytest.mark.parametrize("columns", [64, 1160])
-def test_fuses_the_norm(columns: int, group: int) -> None:
+def test_fuses_the_norm(columns: int) -> None:
     x = torch.randn(4, columns).half()
     weight = torch.rand(columns).half()
-    quantized, scale = triton.quantize(x, weight, 1e-6, group=group)
-    expected, step = reference.quantize_fused(x, weight, 1e-6, group=group)
+    quantized, scale = triton.quantize(x, weight, 1e-6)
+    expected, step = reference.quantize_fused(x, weight, 1e-6)
     # Another order of the sum of squares may move a value across a rounding boundary of fp16.
     torch.testing.assert_close(scale, step, rtol=1e-3, atol=0)
     assert (quantized.int() - expected.int()).abs().max() <= 1
@@ -111,11 +93,10 @@ def test_adds_before_the_norm(rows: int, columns: int) -> None:
     assert (quantized != expected).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("group", [0, 8])
-def test_fuses_the_swiglu_product(group: int) -> None:
-    x, factor = torch.randn(4, 2 * 232), torch.rand(4, 1)
-    quantized, scale = triton.quantize(x, swiglu=True, group=group, factor=factor)
-    expected, step = reference.quantize_fused(x, swiglu=True, group=group, factor=factor)
+def test_fuses_the_swiglu_product() -> None:
+    x = torch.randn(4, 2 * 232)
+    quantized, scale = triton.quantize(x, swiglu=True)
+    expected, step = reference.quantize_fused(x, swiglu=True)
     torch.testing.assert_close(scale, step, rtol=1e-6, atol=0)
     assert (quantized.int() - expected.int()).abs().max() <= 1
     assert (quantized != expected).float().mean() < 0.01

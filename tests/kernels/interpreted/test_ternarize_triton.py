@@ -23,7 +23,7 @@ PATTERNS = [
 @pytest.mark.parametrize("name", PATTERNS)
 def test_equals_reference(name: str) -> None:
     pattern = Pattern.parse(name)
-    weight = torch.randn(6, 6 * max(pattern.m, 8) if pattern.m != 7 else 49) * 0.02
+    weight = torch.randn(3, 3 * max(pattern.m, 8) if pattern.m != 7 else 49) * 0.02
     for version in (weight, (weight * 100).round() / 100):  # the second is full of ties
         ternary, scale = triton.ternarize(version, pattern)
         expected, gamma = ternarize(version, pattern)
@@ -36,7 +36,7 @@ def test_equals_reference(name: str) -> None:
 def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
     """Groups larger than those that are ranked, with ties across, above and below the N-th."""
     pattern = Pattern.parse(name)
-    levels = torch.randint(-3, 4, (6, 2 * pattern.m)) * 0.25
+    levels = torch.randint(-3, 4, (4, 2 * pattern.m)) * 0.25
     levels[0] = 0.5  # nothing but ties
     levels[1] = 0.0
     levels[2] = torch.finfo(dtype).tiny / 4 * levels[3].sign()  # subnormal
@@ -61,8 +61,8 @@ def test_network_of_zeros_and_ones(m: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_experts_and_segments(dtype: torch.dtype) -> None:
-    weight = (torch.randn(3, 10, 72) * torch.tensor([1.0, 0.1, 3.0]).view(3, 1, 1)).to(dtype)
-    for segments in ((), (7, 3), (1, 8, 1)):
+    weight = (torch.randn(2, 5, 40) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
+    for segments in ((), (3, 2), (1, 3, 1)):
         ternary, scale = triton.ternarize(weight, Pattern(6, 8), segments)
         expected, gamma = ternarize(weight, Pattern(6, 8), None, segments)
         assert torch.equal(ternary, expected)
@@ -99,7 +99,7 @@ def test_one_row_one_group_zero_weight_and_empty() -> None:
 
 
 def test_strided_weight() -> None:
-    weight = torch.randn(16, 24).t()
+    weight = torch.randn(8, 6).t()
     assert torch.equal(
         triton.ternarize(weight, Pattern(2, 4))[0], ternarize(weight, Pattern(2, 4))[0]
     )

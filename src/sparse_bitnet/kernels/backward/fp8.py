@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_bitnet.kernels import autotune, compiled
+from sparse_bitnet.kernels import compiled
 from sparse_bitnet.kernels.backward import reference
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import capability, runs_triton
@@ -128,7 +128,7 @@ def _one(device: torch.device) -> Tensor:
     one = _ones.get(device)
     if one is None:
         one = torch.ones((), dtype=torch.float32, device=device)
-        if autotune.may_measure():  # memory of a captured graph stays its own
+        if not torch.cuda.is_current_stream_capturing():  # memory of a captured graph stays its own
             _ones[device] = one
     return one
 

@@ -20,7 +20,6 @@ __all__ = [
     "hopper",
     "integer_matmul",
     "reference",
-    "structured_matmul",
     "ternary_matmul",
     "triton_two_bit",
 ]
@@ -44,26 +43,6 @@ def ternary_matmul(
             return cpu.linear(x_q, ternary, "bytes", w_scale, bias, out_dtype, x_scale)
         return reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
     return torch.ops.sparse_bitnet.dense_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
-
-
-def structured_matmul(
-    x_q: Tensor,
-    x_scale: Tensor | None,
-    compressed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """The same in bf16 on sparse tensor cores, from ``cusparselt.compress``. CUDA.
-
-    The library rounds to bf16 before the token scale, which it cannot apply, so a result carries
-    two roundings. Without ``x_scale`` it is left to the caller (``quantize_fused`` takes it as
-    ``factor``); inside ``torch.compile`` it becomes part of whatever kernel reads Y.
-    """
-    if x_scale is not None and torch.compiler.is_compiling():
-        y = torch.ops.sparse_bitnet.structured_matmul(x_q, None, compressed, w_scale, None)
-        y = y.float() * x_scale
-        return (y if bias is None else y + bias.float()).to(torch.bfloat16)
-    return torch.ops.sparse_bitnet.structured_matmul(x_q, x_scale, compressed, w_scale, bias)
 
 
 def _rows(x_q: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,40 +84,9 @@ def _fake_matmul(
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
 
 
-def _structured(
-    x_q: Tensor,
-    x_scale: Tensor | None,
-    compressed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    from sparse_bitnet.kernels.matmul import cusparselt, triton_finish
-
-    y = cusparselt.matmul(x_q.reshape(-1, x_q.shape[-1]), compressed, w_scale.contiguous())
-    if x_scale is not None:
-        triton_finish.finish(y, x_scale.reshape(-1).contiguous(), _in_row(bias))
-    return y.view(*x_q.shape[:-1], w_scale.shape[0])
-
-
-def _fake_structured(
-    x_q: Tensor,
-    x_scale: Tensor | None,
-    compressed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.bfloat16)
-
-
 register(
     "dense_matmul(Tensor x_q, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, "
     "ScalarType out_dtype) -> Tensor",
     _dense,
     _fake_matmul,
-)
-register(
-    "structured_matmul(Tensor x_q, Tensor? x_scale, Tensor compressed, Tensor w_scale, "
-    "Tensor? bias) -> Tensor",
-    _structured,
-    _fake_structured,
 )

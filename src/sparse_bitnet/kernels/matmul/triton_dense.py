@@ -10,16 +10,13 @@ Tiles are visited in groups of rows, so that neighbouring programs share operand
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_bitnet.kernels import autotune
 from sparse_bitnet.kernels.platform import capability
 
 DESCRIPTOR_CAPABILITY = (9, 0)
@@ -39,17 +36,12 @@ class Tiles:
     group: int = 8
 
 
-CANDIDATES = {
-    "128x128 tma": Tiles(128, 128, 128, 4, 3, True, 16),
-    "128x128": Tiles(128, 128, 128, 4, 3, False, 16),
-    "128x256 tma": Tiles(128, 256, 128, 8, 4, True),
-    "256x128 tma": Tiles(256, 128, 128, 8, 4, True),
-    "64x128 tma": Tiles(64, 128, 128, 4, 4, True),
-    "64x128 tma 3": Tiles(64, 128, 128, 4, 3, True),
-    "64x64 tma": Tiles(64, 64, 128, 4, 4, True),
-    "16x128": Tiles(16, 128, 128, 4, 4),
-    "32x64": Tiles(32, 64, 256, 4, 3),
-}
+SIXTEEN_ROWS = Tiles(16, 128, 128, 4, 4)
+FEW_ROWS = Tiles(32, 64, 256, 4, 3)
+FEW_ROWS_TMA = Tiles(64, 64, 128, 4, 4, descriptors=True)
+SOME_ROWS_TMA = Tiles(64, 128, 128, 4, 4, descriptors=True)
+MANY_ROWS = Tiles(128, 128, 128, 4, 3, group=16)
+MANY_ROWS_TMA = Tiles(128, 128, 128, 4, 3, descriptors=True, group=16)
 
 
 @triton.jit
@@ -190,7 +182,7 @@ def run(
     y: Tensor,
     tiles: Tiles,
 ) -> None:
-    """Launch one candidate; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
+    """Launch with these tiles; every tensor contiguous, ``y`` ``[tokens, out]`` is overwritten."""
     rows, inner = x_q.shape
     columns = ternary.shape[0]
     tail = (y, x_scale, w_scale, bias, rows, columns, inner)
@@ -213,8 +205,8 @@ def run(
         _pointer_kernel[grid](x_q, ternary, *tail, EVEN=inner % tiles.k == 0, **constants)
 
 
-def candidates(x_q: Tensor, ternary: Tensor) -> list[str]:
-    """Names of the candidates that this device and these shapes can run, the usual best first."""
+def tiles_for(x_q: Tensor, ternary: Tensor) -> Tiles:
+    """Tiles by the number of rows, the fastest of those measured on an H200."""
     rows, inner = x_q.shape
     descriptors = (
         x_q.is_cuda
@@ -223,19 +215,12 @@ def candidates(x_q: Tensor, ternary: Tensor) -> list[str]:
         and x_q.data_ptr() % DESCRIPTOR_ALIGNMENT == ternary.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
     )
     if rows <= 16:
-        names = ["16x128", "32x64"]
-    elif rows <= 64:
-        names = ["64x64 tma", "64x128 tma 3", "32x64", "16x128"]
-    elif rows <= 512:
-        names = ["64x128 tma", "128x128 tma", "64x64 tma", "128x128"]
-    else:
-        names = ["128x128 tma", "128x128", "128x256 tma", "256x128 tma"]
-    kept = [name for name in names if descriptors or not CANDIDATES[name].descriptors]
-    return kept or ["128x128"]
-
-
-def memory_key(rows: int, columns: int, inner: int) -> str:
-    return f"dense {autotune.bucket(rows)}x{columns}x{inner}"
+        return SIXTEEN_ROWS
+    if rows <= 64:
+        return FEW_ROWS_TMA if descriptors else FEW_ROWS
+    if rows <= 512 and descriptors:
+        return SOME_ROWS_TMA
+    return MANY_ROWS_TMA if descriptors else MANY_ROWS
 
 
 def matmul(
@@ -246,37 +231,8 @@ def matmul(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Run the candidate remembered for this shape, else the usual best one."""
-    rows, inner = x_q.shape
-    y = torch.empty((rows, ternary.shape[0]), dtype=out_dtype, device=x_q.device)
-    if y.numel() == 0:
-        return y
-    names = candidates(x_q, ternary)
-    name = autotune.remembered(x_q, memory_key(rows, ternary.shape[0], inner), names)
-    run(x_q, x_scale, ternary, w_scale, bias, y, CANDIDATES[name])
+    """Y of contiguous operands; arguments and results of the reference."""
+    y = torch.empty((x_q.shape[0], ternary.shape[0]), dtype=out_dtype, device=x_q.device)
+    if y.numel():
+        run(x_q, x_scale, ternary, w_scale, bias, y, tiles_for(x_q, ternary))
     return y
-
-
-@torch.no_grad()
-def tune(x_q: Tensor, x_scale: Tensor, ternary: Tensor, w_scale: Tensor) -> None:
-    """Time the candidates for a shape under load, and remember them; nothing if that was done.
-
-    Args:
-        x_q, x_scale: int8 ``[tokens, in]`` and float32 ``[tokens]``.
-        ternary, w_scale: int8 ``[out, in]`` and float32 ``[out]``.
-    """
-    rows, inner = x_q.shape
-    memory = autotune.memory(x_q.device.index)
-    key = memory_key(rows, ternary.shape[0], inner)
-    if memory.get(key):
-        return
-    y = torch.empty((rows, ternary.shape[0]), dtype=torch.bfloat16, device=x_q.device)
-    calls, times = {}, {}
-    for name in candidates(x_q, ternary):
-        calls[name] = [partial(run, x_q, x_scale, ternary, w_scale, None, y, CANDIDATES[name])]
-        try:
-            times[name] = autotune.microseconds(calls[name])
-        except (RuntimeError, OutOfResources):
-            continue  # this GPU has too little shared memory for the tile, say
-    if times:
-        memory.put(key, autotune.under_load(calls, times))

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_bitnet.core.activation import quantize_activations, quantize_int8
-from sparse_bitnet.formats.windows import lift
 
 __all__ = ["quantize_activations", "quantize_fused"]
 
@@ -16,12 +15,8 @@ def quantize_fused(
     norm_weight: Tensor | None = None,
     epsilon: float = 0.0,
     swiglu: bool = False,
-    group: int = 0,
-    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[token factor] → [RMSNorm | SwiGLU product] → int8 → [lifting], step by step."""
-    if factor is not None:
-        x = (x.float() * factor).to(x.dtype)
+    """[RMSNorm | SwiGLU product] → int8, step by step."""
     if swiglu:
         gate, up = x.chunk(2, dim=-1)
         x = F.silu(gate) * up
@@ -29,5 +24,4 @@ def quantize_fused(
         full = x.float()
         inverse_rms = (full.square().mean(-1, keepdim=True) + epsilon).rsqrt()
         x = (full * inverse_rms).to(x.dtype) * norm_weight
-    quantized, scale = quantize_int8(x)
-    return (lift(quantized, group) if group else quantized), scale
+    return quantize_int8(x)
