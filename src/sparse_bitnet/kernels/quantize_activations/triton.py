@@ -25,8 +25,7 @@ SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 MOST_CHUNKS = 20
-FEW_ROWS = 32
-EARLY_ROWS = 32
+FEW_ROWS = 264  # two programs for each multiprocessor of an H100 or H200
 
 
 @triton.jit
@@ -161,7 +160,7 @@ def quantize(
     norm = None if norm_weight is None else norm_weight.contiguous()
     # Of many short rows each program would wait for nothing, at twice the time. A norm's weight is
     # read before the wait, so it must not have been copied just now.
-    begins_early = rows.shape[0] <= EARLY_ROWS and norm is norm_weight
+    begins_early = rows.shape[0] <= FEW_ROWS and norm is norm_weight
     options = early.launch_options(x) if begins_early else early.OFF
     _quantize_kernel[(rows.shape[0],)](
         rows,
