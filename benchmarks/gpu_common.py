@@ -14,9 +14,10 @@ from sparse_bitnet import console, files
 from sparse_bitnet.bench.harness import interleaved
 from sparse_bitnet.kernels.environment import measured_on
 
-__all__ = ["copies_beyond_cache", "interleaved", "report", "summary", "write"]
+__all__ = ["FEWEST_CALLS", "copies_beyond_cache", "interleaved", "report", "summary", "write"]
 
 RESULTS = Path(__file__).parent / "results"
+FEWEST_CALLS = 24  # of a kernel, in one CUDA graph
 
 
 def copies_beyond_cache(smallest_bytes: int) -> int:

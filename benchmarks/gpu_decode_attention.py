@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_common import copies_beyond_cache, interleaved, report, summary
+from gpu_common import FEWEST_CALLS, copies_beyond_cache, interleaved, report, summary
 from sparse_bitnet.kernels.decode_attention import decode_attention
 
 HEADS = {"qwen2.5-7b": (28, 4), "qwen2.5-3b": (16, 2)}  # of queries, of keys
@@ -62,7 +62,7 @@ def measure(model: str, batch: int, context: int, bandwidth: float) -> list[dict
         ],
     }
     rows = []
-    for name, times in interleaved(calls, 7).items():
+    for name, times in interleaved(calls, 7, FEWEST_CALLS).items():
         row = {"model": model, "batch": batch, "context": context, "name": name}
         part = used / statistics.median(times) * 1e6 / bandwidth
         rows.append(row | {"microseconds": summary(times), "cache_bandwidth": part})

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from gpu_common import RESULTS, copies_beyond_cache, interleaved, write
+from gpu_common import FEWEST_CALLS, RESULTS, copies_beyond_cache, interleaved, write
 from sparse_bitnet.kernels.matmul import hopper, tiles
 from sparse_bitnet.kernels.matmul.hopper_plan import FALLBACK, SPLITS, TILES, Plan, Tile, estimate
 
@@ -98,7 +98,7 @@ def measure(
                     ]
                     for plan in plans
                 }
-                measured = interleaved(calls, repeats)
+                measured = interleaved(calls, repeats, FEWEST_CALLS)
                 for plan in plans:
                     times = measured[str(plan)]
                     rows.append(

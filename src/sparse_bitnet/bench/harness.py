@@ -142,7 +142,7 @@ def capture(calls: Calls, rounds: int = 1) -> torch.cuda.CUDAGraph:
 
 
 def interleaved(
-    candidates: Mapping[str, Calls], repeats: int = 9, rounds: int = 1
+    candidates: Mapping[str, Calls], repeats: int = 9, fewest: int = 1
 ) -> dict[str, list[float]]:
     """Microseconds of one call of every candidate, all repeats, candidates taking turns.
 
@@ -150,6 +150,11 @@ def interleaved(
     calls (the same work on different memory, where caches would hold it); without a GPU the calls
     themselves take turns. Passes of few milliseconds are replayed several times a turn, as tokens
     are generated one after another: otherwise the host's launch of the first would be in the time.
+
+    Args:
+        candidates: name → the same work, on different memory.
+        repeats: of every candidate.
+        fewest: calls in a graph, so that its own start, some microseconds, does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     if not torch.cuda.is_available():
@@ -159,14 +164,15 @@ def interleaved(
             for name, calls in candidates.items():
                 times[name].append(_microseconds(calls) / len(calls))
         return times
-    graphs = {name: capture(calls, rounds) for name, calls in candidates.items()}
+    rounds = {name: -(-fewest // len(calls)) for name, calls in candidates.items()}
+    graphs = {name: capture(calls, rounds[name]) for name, calls in candidates.items()}
     shortest = min(replay_microseconds(graph, 1) for graph in graphs.values())
     replays = 1
     if shortest >= WHOLE_PASS:
         replays = min(MOST_REPLAYS, max(1, round(TURN_MICROSECONDS / shortest)))
     for _ in range(repeats):
         for name, graph in graphs.items():
-            count = replays * rounds * len(candidates[name])
+            count = replays * rounds[name] * len(candidates[name])
             times[name].append(replay_microseconds(graph, replays) / count)
     return times
 
