@@ -265,3 +265,23 @@ def test_configs_that_describe_no_model(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="transformers cannot build a model of this config"):
         estimate(str(tmp_path))
+
+
+def test_training_over_gpus_is_the_arithmetic_of_fsdp():
+    """By hand: 7B on 64 H200s. tests/nn/test_fsdp.py counts the bytes of small models."""
+    found = estimate("qwen2.5-7b", gpus=64, step=2**22)
+    one = found.sharding
+    weights, others = found.weights, found.other_parameters
+    assert one.shard_bytes == pytest.approx(16 * (weights + others) / 64)
+    assert one.gathered_bytes == pytest.approx(63 / 64 * (0.5 * weights + 4 * others))
+    assert one.reduced_bytes == pytest.approx(63 / 64 * 4 * (weights + others))
+    assert one.network_seconds == pytest.approx((one.gathered_bytes + one.reduced_bytes) / 50e9)
+    assert one.compute_seconds == pytest.approx(
+        6 * (weights + others) * 2**22 / 64 / (0.4 * 989.4e12)
+    )
+    assert "training on 64 GPUs" in str(found)
+    inside = estimate("qwen2.5-7b", gpus=8).sharding
+    assert inside.network_seconds < one.network_seconds
+    assert estimate("qwen2.5-7b").sharding is None
+    with pytest.raises(ConfigError, match="gpus is 0"):
+        estimate("qwen2.5-7b", gpus=0)

@@ -18,7 +18,7 @@ SECONDS = 0.3  # of measuring each figure of this CPU
 @dataclass(frozen=True)
 class Device:
     """A processor's peak rates: ``bf16`` TFLOPS and ``int8`` TOPS of dense products, memory
-    ``bandwidth`` in GB/s, ``memory`` in GB (0 where unknown)."""
+    ``bandwidth`` in GB/s, ``memory`` in GB (0 where unknown), ``link`` to each other in GB/s."""
 
     name: str
     bf16: float
@@ -26,15 +26,19 @@ class Device:
     bandwidth: float
     memory: float
     source: str
+    link: float = 32.0  # PCIe 4.0, 16 lanes, one direction
 
     @property
     def is_gpu(self) -> bool:
         return self in GPUS.values()
 
 
+NVLINK = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}  # one direction
 # Dense figures; the datasheets' headline figures are with sparsity, twice these.
 GPUS = {
-    short: Device(name, bf16, int8, bandwidth, memory, f"NVIDIA {source}")
+    short: Device(
+        name, bf16, int8, bandwidth, memory, f"NVIDIA {source}", NVLINK.get(short, Device.link)
+    )
     for short, name, bf16, int8, bandwidth, memory, source in (
         (
             "a100",

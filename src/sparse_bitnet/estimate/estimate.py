@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
+from sparse_bitnet.estimate.sharding import Sharding, sharding, tokens_that_hide
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import DerivedModule, convert, converted_modules
@@ -137,6 +138,7 @@ class Estimate:
     kv_bytes: int  # all sequences
     bf16: Cost
     packed: Cost
+    sharding: Sharding | None  # of training over several GPUs
     assumptions: list[str]
 
     def __str__(self) -> str:
@@ -156,6 +158,8 @@ def estimate(
     batch: int = 1,
     vocab_size: int | None = None,
     price: float | None = None,
+    gpus: int = 1,
+    step: int = 2**22,
 ) -> Estimate:
     """Memory, arithmetic and best possible times of a model before training.
 
@@ -171,12 +175,15 @@ def estimate(
         batch: sequences at once.
         vocab_size: rows of the embedding, where a preset leaves it to the data.
         price: of the device in any currency, an hour.
+        gpus: that train together; eight share a host.
+        step: tokens of a training step, all GPUs together.
 
     Raises:
         ConfigError: if the model cannot be found or built, or a number is out of range.
         PatternError: if the pattern is malformed or does not divide a weight.
     """
-    for name, value in (("prompt", prompt), ("context", context), ("batch", batch)):
+    counts = {"prompt": prompt, "context": context, "batch": batch, "gpus": gpus, "step": step}
+    for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"estimate: {name} is {value}; it has to be 1 or more")
     if price is not None and not 0 <= price < math.inf:
@@ -262,6 +269,9 @@ def estimate(
         kv_bytes=batch * shape.kv_bytes(context),
         bf16=cost(packed=False),
         packed=cost(packed=True),
+        sharding=None
+        if gpus == 1
+        else sharding(weights, shape.layers, dense_parameters - weights, device, gpus, step),
         assumptions=_assumptions(device, parsed, shape.active_experts < 1),
     )
 
@@ -372,6 +382,8 @@ def _page(found: Estimate) -> str:
     for name, taken in zip(("BF16", found.pattern), each("device_bytes"), strict=True):
         if memory and taken + found.kv_bytes > memory:
             lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
+    if found.sharding is not None:
+        lines += ["", *_sharded(found.sharding, found.device)]
     if found.price is not None:
         lines += ["", f"at {found.price:g} an hour, a million tokens cost at least"]
         for what, tokens in (("prefill", found.batch * found.prompt), ("decode", found.batch)):
@@ -379,3 +391,19 @@ def _page(found: Estimate) -> str:
             saved = f"  {1 - now / was:.0%} saved" if was else ""
             lines.append(row(f"  {what}", (f"{was:.4f}", f"{now:.4f}"), saved))
     return "\n".join([*lines, "", *[f"· {line}" for line in found.assumptions]])
+
+
+def _sharded(one: Sharding, device: Device) -> list[str]:
+    """Training over several GPUs, for people."""
+    kept = readable_bytes(one.shard_bytes), readable_bytes(one.whole_bytes)
+    sent = readable_bytes(one.gathered_bytes), readable_bytes(one.reduced_bytes)
+    hidden = tokens_that_hide(device, one.gpus)
+    return [
+        f"training on {one.gpus} GPUs, {one.tokens:,} tokens a step, sharded (FSDP2, two bits "
+        "gathered):",
+        f"  a GPU keeps {kept[0]} of shards and at most {kept[1]} whole, and activations",
+        f"  a GPU gathers {sent[0]} and reduces {sent[1]} a micro-batch",
+        f"  a step computes {one.compute_seconds:.3g} s and communicates at most "
+        f"{one.network_seconds:.3g} s ({one.float32_seconds:.3g} s with float32 gathered)",
+        f"  computing takes longer from {hidden:,} tokens a GPU and micro-batch on",
+    ]
