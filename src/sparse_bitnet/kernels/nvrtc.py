@@ -162,10 +162,10 @@ class Kernel:
         dimension.x, dimension.y, dimension.z = cluster, 1, 1
         attributes = [size]
         if dependent:
-            early = driver.CUlaunchAttribute()
-            early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            early.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(early)
+            pdl = driver.CUlaunchAttribute()
+            pdl.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            pdl.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(pdl)
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
