@@ -195,7 +195,7 @@ def section(kind: type[T], values: Any, place: str, prefix: str = "") -> T:
         raise ConfigError(
             f"{place}: {prefix.rstrip('.') or 'it'}: expected a mapping, found {shown(values)}"
         )
-    fields, made = _fields(kind), {}
+    fields, made = _fields(kind), {}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in fields:
             key = name if isinstance(name, str) else shown(name)
