@@ -41,7 +41,7 @@ def serves_triton(device_index: int | None) -> bool:
 def compile_options() -> dict[str, Any]:
     """``options`` of ``torch.compile`` for chains of short kernels, as far as it has them.
 
-    The compiler's own kernels are launched early too (:mod:`sparse_bitnet.kernels.early`), and
+    The compiler's own kernels use PDL too (:mod:`sparse_bitnet.kernels.pdl`), and
     those that do not need each other, such as rotations of queries and keys, become one.
     """
     import torch._inductor.config as inductor

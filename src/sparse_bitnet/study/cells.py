@@ -23,8 +23,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 from sparse_bitnet.core import ConfigError, Pattern, PatternError, SparseBitNetError, shown
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.presets import PRESETS
-from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml
+from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml, section, value_of
 
 # The method's names in recipes, rows and reports.
 METHODS: dict[str, dict[str, Any]] = {
@@ -86,35 +85,24 @@ class Cell:
         Raises:
             ConfigError: for an unknown name or value, naming ``place``.
         """
-        _check_names(values, [f.name for f in dataclasses.fields(cls)], place, "a cell")
-        values = {"pattern": cls.pattern, **values}
-        until = values.get("until") or {}
-        if not isinstance(until, dict):
-            raise ConfigError(f"{place}: until is {shown(until)}; write it as in {{0.5: dense}}")
+        given = dict(values)
+        until = value_of(dict[float, str], given.pop("until", None) or {}, "until", place)
+        cell = section(cls, given, place)
         try:
-            values["pattern"] = str(Pattern.parse(values["pattern"]))
-            values["until"] = tuple(
-                sorted(
-                    (_number(part, f"{place}: a fraction of until"), str(Pattern.parse(before)))
-                    for part, before in until.items()
-                )
-            )
+            pattern = str(Pattern.parse(cell.pattern))
+            schedule = tuple(sorted((part, str(Pattern.parse(p))) for part, p in until.items()))
         except PatternError as error:
             raise ConfigError(f"{place}: {error}") from error
-        for name in ("seed", "tokens_per_weight", "learning_rate"):
-            given = values.get(name, getattr(cls, name))
-            if given is not None or name != "learning_rate":
-                values[name] = _number(given, f"{place}: {name}", whole=name == "seed")
-        cell = cls(**values)
+        return dataclasses.replace(cell, pattern=pattern, until=schedule)
+
+    def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("size", tuple(PRESETS)), ("method", (*METHODS,))):
-            chosen = getattr(cell, name)
-            if chosen not in choices:
+            if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"{place}: {name} is {shown(chosen)}; choose among {', '.join(choices)}"
+                    f"{name} is {shown(getattr(self, name))}; choose among {', '.join(choices)}"
                 )
-        if not 0 < cell.tokens_per_weight < math.inf:
-            raise ConfigError(f"{place}: tokens_per_weight is {cell.tokens_per_weight}: above 0")
-        return cell
+        if not self.tokens_per_weight > 0:
+            raise ConfigError(f"tokens_per_weight is {self.tokens_per_weight}: above 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as a recipe and a row hold them."""
@@ -155,6 +143,34 @@ class Evaluation:
     cloze_text: str = ""
     cloze_questions: int = 1000
 
+    def __post_init__(self) -> None:
+        if min(self.window, self.validation_tokens, self.cloze_questions - 1) < 0:
+            raise ConfigError(
+                "evaluation: window and validation_tokens are 0 or more, cloze_questions 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe as it is written."""
+
+    name: str = ""
+    base: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kinds: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for kind, sections in {"base": self.base, **self.kinds}.items():
+            if kind not in ("base", *KINDS):
+                raise ConfigError(f"kinds: {kind} is none of {', '.join(KINDS)}")
+            for (part, name), remedy in SET_BY_CELLS.items():
+                if name in sections.get(part, {}):
+                    raise ConfigError(f"{kind}: {part}.{name} would have no effect; {remedy}")
+        if not self.blocks:
+            raise ConfigError("no cells; add blocks")
+
 
 @dataclass(frozen=True)
 class SweepRecipe:
@@ -174,10 +190,10 @@ class SweepRecipe:
             ConfigError: as :func:`sparse_bitnet.train.recipe.config_from_dict`.
         """
         values = _laid_over(self.base, self.kinds.get(cell.kind, {}))
-        section = {name: values.setdefault(name, {}) for name in ("model", "sparsity", "data")}
+        sections = {name: values.setdefault(name, {}) for name in ("model", "sparsity", "data")}
         schedule, run = values.setdefault("schedule", {}), values.setdefault("run", {})
-        section["model"]["source"] = cell.size
-        section["sparsity"] |= {
+        sections["model"]["source"] = cell.size
+        sections["sparsity"] |= {
             "kind": cell.kind,
             "pattern": cell.pattern,
             "method": METHODS[cell.method],
@@ -201,25 +217,6 @@ class SweepRecipe:
         return _key(self.config(cell), self.evaluation, data_fingerprint)
 
 
-def _check_names(values: dict[Any, Any], known: Sequence[str], place: str, what: str) -> None:
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{place}: {shown(name)} is unknown; {what} has {', '.join(known)}")
-
-
-def _number(value: Any, what: str, whole: bool = False) -> float:
-    """A number of a recipe; YAML reads 3e-3 as text."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{what} is {shown(value)}; it should be a number") from None
-    if not whole:
-        return number
-    if not number.is_integer():
-        raise ConfigError(f"{what} is {shown(value)}; it should be a whole number")
-    return int(number)
-
-
 def read_sweep(path: str | Path) -> SweepRecipe:
     """Read a sweep recipe.
 
@@ -227,37 +224,15 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         ConfigError: for a file that cannot be read, an unknown key, a value out of range.
     """
     path = Path(path)
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
-    known = ("name", "base", "kinds", "defaults", "evaluation", "blocks")
-    _check_names(values, known, str(path), "a sweep")
-    kinds, defaults, evaluation = (
-        _mapping(values.get(name), f"{path}: {name}")
-        for name in ("kinds", "defaults", "evaluation")
-    )
-    _check_names(kinds, KINDS, f"{path}: kinds", "it")
+    file = section(_File, read_yaml(path) or {}, str(path))
     blocks: dict[Cell, list[str]] = {}
-    listed = values.get("blocks") or []
-    if not isinstance(listed, list):
-        raise ConfigError(f"{path}: blocks: expected a list, found {shown(listed)}")
-    for index, block in enumerate(listed):
-        if not isinstance(block, dict):
-            raise ConfigError(f"{path}: block {index + 1} is {shown(block)}: it must be a mapping")
+    for index, block in enumerate(file.blocks):
         name = str(block.get("name", f"block {index + 1}"))
-        for cell in _expand(block, defaults, f"{path}, {name}"):
+        for cell in _expand(block, file.defaults, f"{path}, {name}"):
             in_blocks = blocks.setdefault(cell, [])
             if name not in in_blocks:
                 in_blocks.append(name)
-    if not blocks:
-        raise ConfigError(f"{path}: no cells; add blocks")
-    recipe = SweepRecipe(
-        name=str(values.get("name", path.stem)),
-        base=_sections(values.get("base"), f"{path}: base"),
-        kinds={name: _sections(own, f"{path}: kinds: {name}") for name, own in kinds.items()},
-        evaluation=_evaluation(evaluation, f"{path}: evaluation"),
-        cells=[],
-    )
+    recipe = SweepRecipe(file.name or path.stem, file.base, file.kinds, file.evaluation, cells=[])
     # Two cells may be one run: one of them repeats the recipe's own learning rate.
     same: dict[str, Cell] = {}
     for cell, names in blocks.items():
@@ -265,41 +240,6 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         known_names += [name for name in names if name not in known_names]
     recipe.cells.extend(recipe.blocks)
     return recipe
-
-
-def _mapping(value: Any, place: str) -> dict[Any, Any]:
-    """A section of the file, empty if it is not there."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{place}: expected a mapping, found {shown(value)}")
-    return value
-
-
-def _sections(value: Any, place: str) -> dict[str, dict[str, Any]]:
-    """Sections of a training recipe; their fields are checked with the whole configuration."""
-    sections = _mapping(value, place)
-    found = {k: _mapping(one, f"{place}: {shown(k)}") for k, one in sections.items()}
-    for (section, name), remedy in SET_BY_CELLS.items():
-        if name in found.get(section, {}):
-            raise ConfigError(f"{place}: {section}.{name} would have no effect; {remedy}")
-    return found
-
-
-def _evaluation(values: dict[Any, Any], place: str) -> Evaluation:
-    """Checked here: a wrong value must not come to light after hours of training."""
-    defaults = dataclasses.asdict(Evaluation())
-    _check_names(values, list(defaults), place, "it")
-    for name, value in values.items():
-        least = 1 if name == "cloze_questions" else 0
-        text = isinstance(defaults[name], str)
-        if text and not isinstance(value, str):
-            raise ConfigError(f"{place}: {name} is {shown(value)}; it should be a source of text")
-        if not text and (type(value) is not int or value < least):
-            raise ConfigError(
-                f"{place}: {name} is {shown(value)}; it should be a whole number from {least} on"
-            )
-    return Evaluation(**values)
 
 
 def key_today(row: dict[str, Any]) -> str:
@@ -335,8 +275,8 @@ def _key(config: TrainConfig, evaluation: Evaluation, data_fingerprint: str) -> 
 def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``base`` with the fields of each section of ``upper`` in place of its own."""
     result: dict[str, Any] = copy.deepcopy(base)
-    for section, fields in upper.items():
-        result[section] = {**result.get(section, {}), **fields}
+    for name, fields in upper.items():
+        result[name] = {**result.get(name, {}), **fields}
     return result
 
 
@@ -346,10 +286,8 @@ def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iter
     for name, listed in zip(axes, lists, strict=True):
         if not listed:
             raise ConfigError(f"{place}: {name} is an empty list; leave it out or give values")
-    cells = block.get("cells", [{}])
-    if not isinstance(cells, list) or not cells or not all(isinstance(c, dict) for c in cells):
-        raise ConfigError(f"{place}: cells: expected a list of mappings, found {shown(cells)}")
-    for explicit in cells:
+    cells = value_of(list[dict[str, Any]], block.get("cells", [{}]), "cells", place)
+    for explicit in cells or [{}]:
         for values in itertools.product(*lists):
             chosen = {**defaults, **dict(zip(axes, values, strict=True)), **explicit}
             yield Cell.from_dict(chosen, place)

@@ -22,7 +22,7 @@ import types
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -35,6 +35,7 @@ from sparse_bitnet.train.config import DataConfig, TrainConfig
 FREE_TO_CHANGE = {"data.micro_batch_size", "model.activation_checkpointing", "teacher.device"}
 DECIDES_WEIGHTS = {"run.seed", "run.precision"}
 PROGRAM = "sparse-bitnet train RECIPE.yaml"
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,8 +105,7 @@ def config_from_dict(values: Any, place: str) -> TrainConfig:
     Raises:
         ConfigError: as :func:`load_recipe`.
     """
-    config: TrainConfig = _section(TrainConfig, values, "", place)
-    return config
+    return section(TrainConfig, values, place)
 
 
 def options_help() -> str:
@@ -132,7 +132,7 @@ def _mappings_are_yaml(
         return None
 
     def read(arguments: list[str]) -> Any:
-        return _value(info.type, parse_yaml(arguments[0], "it"), "mapping", "command line")
+        return value_of(info.type, parse_yaml(arguments[0], "it"), "mapping", "command line")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -181,41 +181,60 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-def _section(kind: type, values: Any, prefix: str, place: str) -> Any:
-    """A dataclass from a mapping of its fields."""
+def section(kind: type[T], values: Any, place: str, prefix: str = "") -> T:
+    """A dataclass from a mapping of its fields, strictly.
+
+    Args:
+        place: named in errors, a file for example.
+        prefix: of the keys, ``optimizer.`` for example.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type; and whatever ``kind`` raises.
+    """
     if not isinstance(values, dict):
-        where = f" at {prefix.rstrip('.')}" if prefix else ""
         raise ConfigError(
-            f"{place}{where}: expected a mapping of keys to values, found {shown(values)}"
+            f"{place}: {prefix.rstrip('.') or 'it'}: expected a mapping, found {shown(values)}"
         )
-    made = {}
+    fields, made = _fields(kind), {}  # type: ignore[arg-type]
     for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in _fields(kind):
-            raise ConfigError(f"{place}: {key} is unknown; the nearest key is {_nearest(key)}")
-        made[name] = _value(_fields(kind)[name], value, key, place)
+        if name not in fields:
+            key = name if isinstance(name, str) else shown(name)
+            near = difflib.get_close_matches(key[:100], fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(fields)}"
+            raise ConfigError(f"{place}: {prefix}{key} is unknown; {hint}")
+        made[name] = value_of(fields[name], value, f"{prefix}{name}", place)
     try:
         return kind(**made)
     except (ConfigError, PatternError) as error:
         raise type(error)(f"{place}: {error}") from error
 
 
-def _value(hint: Any, value: Any, key: str, place: str) -> Any:
-    """``value`` as the field's type, or an error that names both."""
+def value_of(hint: Any, value: Any, key: str, place: str) -> Any:
+    """A plain value as a field's type.
+
+    Raises:
+        ConfigError: naming the key and the type, for a value that is none.
+    """
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
-        return _section(hint, value, f"{key}.", place)  # type: ignore[arg-type]
+        return section(hint, value, place, f"{key}.")  # type: ignore[arg-type]
     origin, inner = get_origin(hint), get_args(hint)
     if origin is types.UnionType:  # a type or None
-        return None if value is None else _value(inner[0], value, key, place)
+        return None if value is None else value_of(inner[0], value, key, place)
     if origin is Literal and not isinstance(value, dict | list):
         return value  # the section checks its choices and names them all
+    if origin is list and isinstance(value, list):
+        return [value_of(inner[0], v, f"{key}[{i}]", place) for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {
-            _value(inner[0], k, f"{key} (key)", place): _value(inner[1], v, f"{key}[{k}]", place)
+            value_of(inner[0], k, f"{key} (key)", place): value_of(
+                inner[1], v, f"{key}[{k}]", place
+            )
             for k, v in value.items()
         }
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
-        return tuple(_value(a, v, key, place) for a, v in zip(inner, value, strict=True))
+        return tuple(value_of(a, v, key, place) for a, v in zip(inner, value, strict=True))
     if hint is float and type(value) in (int, float, str):
         with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(number := float(value)):
@@ -230,32 +249,10 @@ def _value(hint: Any, value: Any, key: str, place: str) -> Any:
             f"{place}: {key} is {shown(value)}: it must be a mapping such as '{form}'"
         )
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = wanted.get(hint, str(hint).replace("typing.", ""))
+    expected = "a list" if origin is list else wanted.get(hint, str(hint).replace("typing.", ""))
     raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")
 
 
 @cache  # a sweep of a thousand cells asks a million times
 def _fields(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
-
-
-def _nearest(key: str) -> str:
-    """The valid key most like an unknown one: by its last part, the same section preferred."""
-    section, _, name = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        its_section, _, its_name = candidate.rpartition(".")
-        alike = difflib.SequenceMatcher(None, name, its_name).ratio()
-        return alike + 0.1 * (section == its_section)
-
-    return max(_keys(TrainConfig, ""), key=likeness)
-
-
-def _keys(kind: type, prefix: str) -> list[str]:
-    """All dotted keys below a section, sections included."""
-    keys = []
-    for name, hint in _fields(kind).items():
-        keys.append(f"{prefix}{name}")
-        if dataclasses.is_dataclass(hint):
-            keys += _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return keys

@@ -11,7 +11,7 @@ A second kernel joins the shares of a head: y = Σ exp(mᵢ − m) · yᵢ / Σ 
 the cache that nobody sees are not read, so a cache that is longer than the text costs little.
 
 Keys and values but those of the newest token have been in memory for long: a program has its first
-block of them fetched into L2 while the kernel ahead of it still runs (``kernels/early.py``).
+block of them fetched into L2 while the kernel ahead of it still runs (``kernels/pdl.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_bitnet.kernels import early
-from sparse_bitnet.kernels.early import fetch, fetch_where, wait
+from sparse_bitnet.kernels import pdl
+from sparse_bitnet.kernels.pdl import fetch, fetch_where, wait
 
 JOIN_WARPS = 4
 SCANNED = 1024  # flags looked at once for the first and the last key that is seen
@@ -43,15 +43,15 @@ def _fetch_block(
     LANES: tl.constexpr,
     LINES: tl.constexpr,
     MASKED: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Ask for these rows of a cache, those that are seen."""
     lines = tl.minimum(tl.arange(0, LINES) * LANES, width - 1)
     at = ptr + keys.to(tl.int64)[:, None] * key_stride + lines[None, :]
     if MASKED:
-        fetch_where(at, tl.broadcast_to(seen_at[:, None], at.shape), EARLY)
+        fetch_where(at, tl.broadcast_to(seen_at[:, None], at.shape), PDL)
     else:
-        fetch(at, EARLY)
+        fetch(at, PDL)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _share_kernel(
     SCANNED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(0)  # of all key heads of the batch
     number = tl.program_id(1)
@@ -103,9 +103,9 @@ def _share_kernel(
     soon_seen = soon  # nothing to look at without a mask
     if MASKED:
         soon_seen = seen_ptr + batch * seen_batch + soon
-    _fetch_block(k_ptr, k_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, EARLY)
-    _fetch_block(v_ptr, v_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, EARLY)
-    wait(EARLY)
+    _fetch_block(k_ptr, k_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, PDL)
+    _fetch_block(v_ptr, v_key, width, soon, soon_seen, WIDTH // LINES, LINES, MASKED, PDL)
+    wait(PDL)
     q_at = q_ptr + batch * q_batch + (key_head * GROUP + rows[:, None]) * q_head + lanes[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < GROUP) & (lanes[None, :] < width), other=0.0)
     begin = number * share
@@ -168,13 +168,13 @@ def _join_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     JOINED: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(0) // GROUP
     row = tl.program_id(0) % GROUP
     first = (head * shares).to(tl.int64) * ROWS + row
     lanes = tl.arange(0, WIDTH)
-    wait(EARLY)
+    wait(PDL)
     largest = tl.full((), LEAST, tl.float32)
     total = tl.zeros((JOINED,), tl.float32)
     y = tl.zeros((JOINED, WIDTH), tl.float32)
@@ -274,7 +274,7 @@ def attend(
         STAGES=stages,
         PRECISION=precision,
         num_warps=warps,
-        **early.launch_options(query),
+        **pdl.launch_options(query),
     )
     if shares == 1:
         return out
@@ -290,6 +290,6 @@ def attend(
         WIDTH=padded,
         JOINED=min(JOINED, triton.next_power_of_2(shares)),
         num_warps=JOIN_WARPS,
-        **early.launch_options(query),
+        **pdl.launch_options(query),
     )
     return out

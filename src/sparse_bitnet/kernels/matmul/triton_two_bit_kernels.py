@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_bitnet.kernels import early
-from sparse_bitnet.kernels.early import wait
+from sparse_bitnet.kernels import pdl
+from sparse_bitnet.kernels.pdl import wait
 
 if TYPE_CHECKING:
     from sparse_bitnet.kernels.matmul.triton_two_bit import Tiles
@@ -37,7 +37,7 @@ def _product_kernel(
     BYTES: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -45,7 +45,7 @@ def _product_kernel(
     row_ptr = bytes_ptr + tl.where(inside, n, 0).to(tl.int64) * row_bytes
     token_ptr = x_ptr + tl.where(t < tokens, t, 0).to(tl.int64) * inner
     total = tl.zeros((ROWS, TOKENS), tl.int32)
-    wait(EARLY)
+    wait(PDL)
     for start in range(tl.program_id(1) * BYTES, row_bytes, SPLITS * BYTES):
         byte = start + tl.arange(0, BYTES)
         packed = tl.load(
@@ -87,13 +87,13 @@ def _sum_kernel(
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The slices' sums of a part of one token's row, added and scaled."""
     token = tl.program_id(0)
     n = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = n < columns
-    wait(EARLY)
+    wait(PDL)
     total = tl.zeros((CHUNK,), tl.int32)
     for split in tl.static_range(SPLITS):
         at = sums_ptr + (split * tokens + token).to(tl.int64) * columns + n
@@ -122,7 +122,7 @@ def run(
     common = {
         "BIAS": bias is not None,
         "enable_fp_fusion": False,
-        **early.launch_options(x_q),
+        **pdl.launch_options(x_q),
     }
     sums = None
     if tiles.splits > 1:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_bitnet.kernels import early
-from sparse_bitnet.kernels.early import wait
+from sparse_bitnet.kernels import pdl
+from sparse_bitnet.kernels.pdl import wait
 
 SMALLEST_BITS = tl.constexpr(0x3727C5AC)  # 1e-5 as float32
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
@@ -69,17 +69,17 @@ def _quantize_kernel(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     q_ptr += row * columns
     norm = ()
-    if NORM and EARLY:  # a weight, and so there before what is normed
+    if NORM and PDL:  # a weight, and so there before what is normed
         for i in tl.static_range(CHUNKS):
             lanes = i * CHUNK + tl.arange(0, CHUNK)
             norm = norm + (tl.load(norm_ptr + lanes, mask=lanes < columns, other=0.0),)
-    wait(EARLY)
+    wait(PDL)
     values = ()
     squares = tl.zeros((CHUNK,), tl.float32)
     for i in tl.static_range(CHUNKS):
@@ -99,7 +99,7 @@ def _quantize_kernel(
         inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / columns + epsilon))
         normed = ()
         for i in tl.static_range(CHUNKS):
-            if EARLY:
+            if PDL:
                 weight = norm[i]
             else:
                 lanes = i * CHUNK + tl.arange(0, CHUNK)
@@ -160,8 +160,8 @@ def quantize(
     norm = None if norm_weight is None else norm_weight.contiguous()
     # Of many short rows each program would wait for nothing, at twice the time. A norm's weight is
     # read before the wait, so it must not have been copied just now.
-    begins_early = rows.shape[0] <= FEW_ROWS and norm is norm_weight
-    options = early.launch_options(x) if begins_early else early.OFF
+    use_pdl = rows.shape[0] <= FEW_ROWS and norm is norm_weight
+    options = pdl.launch_options(x) if use_pdl else pdl.OFF
     _quantize_kernel[(rows.shape[0],)](
         rows,
         norm,

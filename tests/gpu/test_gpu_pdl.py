@@ -1,4 +1,4 @@
-"""Kernels launched early give what kernels launched one after the other give."""
+"""Kernels under programmatic dependent launch give what plain launches give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core import Pattern, row_scale
-from sparse_bitnet.kernels import early, ternarize
+from sparse_bitnet.kernels import pdl, ternarize
 from sparse_bitnet.kernels.decode_attention import decode_attention
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.registry import (
@@ -33,7 +33,7 @@ def gated_mlp(x: Tensor, gate_up: TernaryWeight, down: TernaryWeight) -> Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_a_chain_in_a_cuda_graph(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.get_device_capability() < early.OLDEST_CAPABILITY:
+    if torch.cuda.get_device_capability() < pdl.OLDEST_CAPABILITY:
         pytest.skip("no programmatic dependent launch")
     torch.manual_seed(0)
     layers = [
@@ -60,10 +60,10 @@ def test_a_chain_in_a_cuda_graph(tokens: int, monkeypatch: pytest.MonkeyPatch) -
             y = token()
         return graph, y
 
-    assert early.launch_options(x)["EARLY"]
+    assert pdl.launch_options(x)["PDL"]
     graph, found = captured()
     with monkeypatch.context() as without:
-        without.setattr(early, "launch_options", lambda _: {"EARLY": False})
+        without.setattr(pdl, "launch_options", lambda _: {"PDL": False})
         reference, expected = captured()
     for _ in range(50):
         x.normal_()

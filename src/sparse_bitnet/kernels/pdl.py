@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Kernels that begin while the one ahead of them ends: programmatic dependent launch, Hopper on.
+"""Programmatic dependent launch (PDL): a kernel begins while the one ahead ends; Hopper on.
 
 Decoding a token is a chain of kernels of a few microseconds. Launched one after the other, each
-begins with an idle GPU: blocks start, addresses are computed, the first bytes come. Launched early,
-it does that while the kernel ahead still runs, and asks for its weights, which nobody writes; then
-it waits until all that the kernel ahead wrote can be seen.
+begins with an idle GPU: blocks start, addresses are computed, the first bytes come. With
+PDL it does that while the kernel ahead still runs, and asks for its weights, which nobody writes;
+then it waits until all that the kernel ahead wrote can be seen.
 
     kernel ahead   ─ blocks ─────────────────┤
     this one                ├ start, weights ┤ wait, activations, arithmetic ───┤
@@ -30,22 +30,22 @@ from torch import Tensor
 from sparse_bitnet.kernels.platform import capability
 
 OLDEST_CAPABILITY = (9, 0)
-OFF: dict[str, Any] = {"EARLY": False, "launch_pdl": False}
-"""Launch options of a kernel that begins when the one ahead of it has ended."""
+OFF: dict[str, Any] = {"PDL": False, "launch_pdl": False}
+"""Launch options without PDL: the kernel begins when the one ahead of it has ended."""
 
 
 @triton.jit
-def wait(EARLY: tl.constexpr):
+def wait(PDL: tl.constexpr):
     """Everything written ahead is visible from here on; the next kernel may begin."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def fetch(pointers, EARLY: tl.constexpr):
+def fetch(pointers, PDL: tl.constexpr):
     """Ask for the cache lines at these addresses; they arrive in L2 while others still compute."""
-    if EARLY:
+    if PDL:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
@@ -57,14 +57,14 @@ def fetch(pointers, EARLY: tl.constexpr):
 
 
 @triton.jit
-def fetch_where(pointers, flags, EARLY: tl.constexpr):
+def fetch_where(pointers, flags, PDL: tl.constexpr):
     """Of these cache lines those whose flag, a byte at an address too, is not zero.
 
     A flag that is written at the same moment makes a fetch too many or too few, no wrong number;
     it is read in assembly so that no compiler takes it for the value after the wait, and past the
     first level cache (cg), which would keep it for the read after the wait.
     """
-    if EARLY:
+    if PDL:
         tl.inline_asm_elementwise(
             "{.reg .pred p; .reg .u16 f; ld.global.cg.u8 f, [$2]; setp.ne.u16 p, f, 0; "
             "@p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
@@ -77,9 +77,9 @@ def fetch_where(pointers, flags, EARLY: tl.constexpr):
 
 
 def launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Keyword arguments of a launch on the tensor's device: EARLY, and the launch attribute."""
-    early = tensor.is_cuda and _serves(tensor.device.index)
-    return {"EARLY": True, "launch_pdl": True} if early else OFF
+    """Keyword arguments of a launch on the tensor's device: PDL, and the launch attribute."""
+    used = tensor.is_cuda and _serves(tensor.device.index)
+    return {"PDL": True, "launch_pdl": True} if used else OFF
 
 
 @cache
