@@ -163,6 +163,87 @@ def test_every_conversion(path: str, source: torch.dtype, target: torch.dtype) -
 
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=25)
+@given(
+    tokens=st.integers(1, 8),
+    columns=st.one_of(st.integers(1, 300), st.sampled_from([576, 1536])),
+    out=st.one_of(st.integers(1, 40), st.sampled_from([129, 300])),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_float_weights_equal_float64(
+    path: str, dtype: torch.dtype, tokens: int, columns: int, out: int, bias: bool, seed: int
+) -> None:
+    """Up to the rounding of float32 sums, and of the result to its dtype."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(tokens, columns).to(dtype), torch.randn(out, columns).to(dtype)
+    added = torch.randn(out).to(dtype) if bias else None
+    offset = 0 if added is None else added.double()
+    expected = x.double() @ weight.double().t() + offset
+    sizes = x.double().abs() @ weight.double().abs().t() + (abs(offset) if bias else 0)
+    with native.forced(path), torch.no_grad():
+        y = cpu.float_linear(x, weight, added)
+    # A lane sums at most columns / 8 products and lanes are added in turn: (columns / 8 + 10) · ε.
+    allowed = sizes * (columns / 4 + 10) * 2**-24 + expected.abs() * torch.finfo(dtype).eps / 2
+    assert (
+        (y.double() - expected).abs() <= allowed * 1.001 + 2**-25 * (dtype == torch.float16)
+    ).all()
+    assert y.dtype == dtype
+
+
+@needs_library
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_half_as_a_weight(path: str, dtype: torch.dtype) -> None:
+    """Infinite and NaN too: a row of one weight times one."""
+    weight = torch.arange(65536).to(torch.int16).view(dtype).view(-1, 1)
+    with native.forced(path):
+        y = cpu.float_linear(torch.ones(1, 1, dtype=dtype), weight)[0]
+    expected = weight.squeeze(-1)
+    assert ((y == expected) | (y.isnan() & expected.isnan())).all()
+
+
+@needs_library
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_weights_touch_no_byte_beyond(path: str, dtype: torch.dtype) -> None:
+    for columns in (1, 31, 33, 250, 1000):
+        x, weight = torch.randn(3, columns).to(dtype), torch.randn(9, columns).to(dtype)
+        expected = torch.nn.functional.linear(x.double(), weight.double())
+        with GuardedPages() as guarded, native.forced(path):
+            y = guarded(torch.zeros(3, 9, dtype=dtype))
+            layout = str(dtype).removeprefix("torch.")
+            native.linear(guarded(x), None, guarded(weight), layout, None, None, y)
+            error = (y.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2 * torch.finfo(dtype).eps + 1e-5
+
+
+@needs_library
+def test_float_products_that_pytorch_computes() -> None:
+    """Many tokens, gradients, autocast, other dtypes and strides."""
+    x, weight = torch.randn(3, 40), torch.randn(50, 40)
+    plain = torch.nn.functional.linear
+    many = torch.randn(cpu.MOST_FLOAT_TOKENS + 1, 40)
+    assert torch.equal(cpu.float_linear(many, weight), plain(many, weight))
+    assert torch.equal(
+        cpu.float_linear(x.double(), weight.double()), plain(x.double(), weight.double())
+    )
+    strided = weight.t().contiguous().t()
+    assert torch.equal(cpu.float_linear(x, strided), plain(x, strided))
+    learning = weight.clone().requires_grad_()
+    cpu.float_linear(x, learning).sum().backward()
+    assert learning.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.float_linear(x, weight).dtype == torch.bfloat16
+    assert cpu.float_linear(x[:0], weight).shape == (0, 50)
+    with pytest.raises(RuntimeError):
+        cpu.float_linear(x, weight[:, :39].contiguous())
+    torch.library.opcheck(torch.ops.sparse_bitnet.cpu_float_linear.default, (x, weight, None))
+
+
+@needs_library
+@pytest.mark.parametrize("path", PATHS)
 def test_strides_and_leading_dimensions(path: str) -> None:
     weight, scale = prepare(random_ternary(12, 64, False), torch.rand(12)), torch.rand(12)
     wide = torch.randn(2, 3, 4, 80)

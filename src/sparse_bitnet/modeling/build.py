@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.modeling.decoder import Decoder, DecoderForCausalLM
-from sparse_bitnet.modeling.layers import MLP, Attention, DecoderLayer, RMSNorm
+from sparse_bitnet.modeling.layers import MLP, Attention, DecoderLayer, Head, RMSNorm
 from sparse_bitnet.nn.packed_linear import PackedLinear
 
 ARCHITECTURES = (
@@ -56,7 +56,10 @@ def build_decoder(model: PreTrainedModel) -> DecoderForCausalLM:
         layers.append(_layer(body.layers[index], config, index))
         body.layers[index] = nn.Identity()
     decoder = Decoder(config, body.embed_tokens, layers, _norm(body.norm), body.rotary_emb)
-    return DecoderForCausalLM(decoder, model.get_output_embeddings(), model.generation_config)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head = Head(head.weight, head.bias)
+    return DecoderForCausalLM(decoder, head, model.generation_config)
 
 
 def _layer(layer: Any, config: Any, index: int) -> DecoderLayer:

@@ -29,16 +29,48 @@ class KeyValueCache(DynamicCache):
 class GrowingLayer(DynamicLayer):
     """Keys and values ``[batch, heads, tokens, head_dim]``: the front of longer buffers.
 
-    transformers' methods may replace ``keys`` and ``values`` (to crop or reorder them). A front
-    stays a front; anything else is copied into new buffers before the next token is written.
+    ``keys`` and ``values`` are made when they are read: a token that the compiled library takes
+    through all layers reads none. transformers' methods may replace them (to crop or reorder). What
+    is no front of the buffers is copied into new ones before the next token is written.
     """
 
-    keys: Any  # tensors, once the first tokens are there
-    values: Any
-
     def __init__(self) -> None:
+        self._buffers: list[Any] = [None, None]
+        self._lengths = [0, 0]
         super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys(self) -> Any:
+        return self._front(0)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._replace(0, states)
+
+    @property
+    def values(self) -> Any:
+        return self._front(1)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._replace(1, states)
+
+    def _front(self, index: int) -> Any:
+        whole, length = self._buffers[index], self._lengths[index]
+        return whole if whole is None or whole.ndim < 4 else whole.narrow(2, 0, length)
+
+    def _replace(self, index: int, states: Tensor | None) -> None:
+        whole = self._buffers[index]
+        self._lengths[index] = 0 if states is None or states.ndim < 4 else states.shape[2]
+        if states is None or whole is None or not _is_front(states, whole):
+            self._buffers[index] = states
+
+    def get_seq_length(self) -> int:
+        return self._lengths[0] if self.is_initialized else 0
+
+    def buffer_shape(self) -> Any:
+        """Of the keys, room for tokens to come included."""
+        return self._buffers[0].shape
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -49,9 +81,9 @@ class GrowingLayer(DynamicLayer):
             return both
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.keys.numel() == 0:  # transformers' empty keys have no shape
+        if self._lengths[0] == 0:  # transformers' empty keys have no shape
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        seen, new = self.keys.shape[2], key_states.shape[2]
+        seen, new = self._lengths[0], key_states.shape[2]
         for buffer, states in zip(self.reserve(new), (key_states, value_states), strict=True):
             buffer[:, :, seen : seen + new] = states
         self.extend(new)
@@ -59,32 +91,26 @@ class GrowingLayer(DynamicLayer):
 
     def reserve(self, new: int) -> tuple[Tensor, Tensor]:
         """Buffers that begin with the present tokens and have room for ``new`` more."""
-        if self._buffers is None or not all(
-            _is_front(front, whole, new)
-            for front, whole in zip((self.keys, self.values), self._buffers, strict=True)
-        ):
-            self._buffers = _with_room(self.keys, new), _with_room(self.values, new)
-        return self._buffers
+        anything = torch.is_inference_mode_enabled()
+        for index, whole in enumerate(self._buffers):
+            may_write = anything or not whole.is_inference()
+            if whole.shape[2] < self._lengths[index] + new or not may_write:
+                self._buffers[index] = _with_room(self._front(index), new)
+        return self._buffers[0], self._buffers[1]
 
     def extend(self, new: int) -> None:
         """Count ``new`` tokens that were written into the buffers of :meth:`reserve`."""
-        assert self._buffers is not None
-        length = self.keys.shape[2] + new
-        self.keys, self.values = (whole.narrow(2, 0, length) for whole in self._buffers)
-
-    def reset(self) -> None:
-        self._buffers = None
-        super().reset()
+        self._lengths = [length + new for length in self._lengths]
 
 
-def _is_front(front: Tensor, whole: Tensor, new: int) -> bool:
-    """True if one tensor is the other's beginning, with room for ``new`` tokens behind it."""
+def _is_front(front: Tensor, whole: Tensor) -> bool:
+    """True if one tensor is the other's beginning."""
     return (
-        front.data_ptr() == whole.data_ptr()
+        not torch.compiler.is_compiling()  # which knows no addresses
+        and front.data_ptr() == whole.data_ptr()
         and front.stride() == whole.stride()
         and front.shape[:2] == whole.shape[:2]
-        and front.shape[2] + new <= whole.shape[2]
-        and (torch.is_inference_mode_enabled() or not whole.is_inference())  # may not be written
+        and front.shape[2] <= whole.shape[2]
     )
 
 

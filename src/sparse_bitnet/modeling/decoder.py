@@ -10,13 +10,14 @@ and every matrix keeps its own γ, because scales are kept for each row. Built b
 One decoder runs in three ways, which differ in the order of float sums only:
 
 * module by module, as it is written here: prompts, batches, anything;
-* on a CPU one token of one sequence goes through all layers in one native call (``native.py``);
+* on a CPU one token of one sequence goes from embedding to logits in one native call
+  (``native.py``);
 * compiled on a GPU, few tokens take residual sum, norm and quantization as one kernel, and the
   products behind read integers.
 
-The two fast ways compute what the modules of a layer compute without calling them, so a hook on a
-module inside a layer sees prompts only. Hidden states and attentions are asked for by
-``output_hidden_states`` and ``output_attentions``.
+The two fast ways compute what modules compute without calling them, so a hook on a module inside a
+layer, and on a CPU on the last norm or the head, sees prompts only. Hidden states and attentions are
+asked for by ``output_hidden_states`` and ``output_attentions``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.modeling.cache import KeyValueCache, StaticKeyValueCache
 from sparse_bitnet.modeling.layers import DecoderLayer, RMSNorm
-from sparse_bitnet.modeling.native import NativeLayers
+from sparse_bitnet.modeling.native import NativeToken
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -82,7 +83,6 @@ class Decoder(DecoderPreTrainedModel):
         super().__init__(config)
         self.embed_tokens, self.norm, self.rotary_emb = embed_tokens, norm, rotary_emb
         self.layers = nn.ModuleList(layers)
-        self.native = NativeLayers(layers)
         self.post_init()
 
     def forward(
@@ -117,30 +117,25 @@ class Decoder(DecoderPreTrainedModel):
 
         states: list[Tensor] = []
         attentions: list[Any] = []
-        recorded = output_hidden_states or output_attentions
-        y = None if recorded else self.native(x, rotary, attention_mask, cache)
-        if y is None:
-            masks = attention_mask
-            if not isinstance(masks, dict):  # as ``generate`` prepares them for a static cache
-                masks = create_masks_for_generate(
-                    config=config,
-                    inputs_embeds=x,
-                    attention_mask=attention_mask,
-                    past_key_values=cache,
-                    position_ids=position_ids,
-                )
-            y = x
-            layers: Any = zip(self.layers, _of_layers(cache, self.layers), strict=True)
-            for layer, layer_cache in layers:
-                states.append(y)
-                kind = FULL if layer.self_attn.sliding_window is None else SLIDING
-                mask = masks[kind] if isinstance(masks, dict) else masks
-                y, weights = layer(
-                    y, rotary, mask, layer_cache, position_ids=position_ids, **options
-                )
-                attentions.append(weights)
-            if isinstance(cache, StaticKeyValueCache):
-                cache.advance(x.shape[1])
+        masks = attention_mask
+        if not isinstance(masks, dict):  # as ``generate`` prepares them for a static cache
+            masks = create_masks_for_generate(
+                config=config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+        y = x
+        layers: Any = zip(self.layers, _of_layers(cache, self.layers), strict=True)
+        for layer, layer_cache in layers:
+            states.append(y)
+            kind = FULL if layer.self_attn.sliding_window is None else SLIDING
+            mask = masks[kind] if isinstance(masks, dict) else masks
+            y, weights = layer(y, rotary, mask, layer_cache, position_ids=position_ids, **options)
+            attentions.append(weights)
+        if isinstance(cache, StaticKeyValueCache):
+            cache.advance(x.shape[1])
         y = self.norm(y)
         output = BaseModelOutputWithPast(
             last_hidden_state=y,
@@ -166,6 +161,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(model.config)
         self.model, self.lm_head = model, lm_head
+        self.native = NativeToken(model, lm_head)
         if generation_config is not None:
             self.generation_config = generation_config
         self.post_init()
@@ -192,21 +188,31 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         **options: Any,
     ) -> Any:
         """Arguments and result as of transformers' causal language models."""
-        found = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **options,
+        recorded = (
+            options.get(name) or getattr(self.config, name)
+            for name in ("output_hidden_states", "output_attentions")
         )
-        hidden = found.last_hidden_state
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
+        logits, found = None, BaseModelOutputWithPast(past_key_values=past_key_values)
+        if not any(recorded):
+            logits = self.native(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+            )
+        if logits is None:
+            found = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **options,
+            )
+            hidden = found.last_hidden_state
+            if isinstance(logits_to_keep, Tensor):
+                hidden = hidden[:, logits_to_keep]
+            elif logits_to_keep:
+                hidden = hidden[:, -logits_to_keep:]
+            logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from sparse_bitnet.kernels.decode_attention import decode_attention
+from sparse_bitnet.kernels.matmul.cpu import float_linear
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import add_norm_quantize, quantize_fused
 from sparse_bitnet.nn.packed_linear import PackedLinear
@@ -32,6 +33,21 @@ class RMSNorm(nn.Module):
         values = x.float()
         values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.weight * values.to(x.dtype)
+
+
+class Head(nn.Linear):
+    """The output head in floating point: ``[..., hidden]`` → ``[..., vocabulary]``.
+
+    ``nn.Linear`` with the compiled library's product for few tokens on a CPU, which reads the
+    weight as fast as memory gives it.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float_linear(x, self.weight, self.bias)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

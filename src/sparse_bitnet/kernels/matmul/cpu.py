@@ -11,6 +11,9 @@ signed activations, and Σ Xq leaves at the end:  Σ T·x = Σ code·x − Σ x.
 with VBMI.
 
 **Bytes.** Dense int8, for a head of eight bits.
+
+**Floats.** A head in float32, bfloat16 or float16, as it is: PyTorch's product of one token with it
+takes two to four times as long as reading it.
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ GROUP_BITS = 6
 LONGEST_ROW = 2**16
 """Products of bytes, (w + 128)·x, are summed in int32: 255·128·2¹⁶ fits."""
 MOST_BYTE_TOKENS = 8
+FLOAT_LAYOUTS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 ZEROS = 0x55
 """Four weights of zero, in two bits each."""
 
@@ -198,6 +206,54 @@ register(
     "Tensor? bias, ScalarType out_dtype) -> Tensor",
     _linear,
     _fake,
+    device="CPU",
+)
+
+
+MOST_FLOAT_TOKENS = 8
+"""Beyond, a product with floats is bound by arithmetic, which PyTorch's library does well."""
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, by the compiled library for few tokens on a CPU.
+
+    Sums are of float32 there too, in another order. Where gradients, autocast or mixed dtypes are
+    asked for, PyTorch's product serves.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    if (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and weight.dtype in FLOAT_LAYOUTS
+        and weight.is_contiguous()
+        and 0 < rows <= MOST_FLOAT_TOKENS
+        and 0 < x.shape[-1] == weight.shape[1]
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and _has_path()
+    ):
+        return torch.ops.sparse_bitnet.cpu_float_linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    bias = None if bias is None else bias.contiguous()
+    native.linear(rows, None, weight, FLOAT_LAYOUTS[weight.dtype], None, bias, y)
+    return y
+
+
+def _fake_float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+register(
+    "cpu_float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _float_linear,
+    _fake_float_linear,
     device="CPU",
 )
 

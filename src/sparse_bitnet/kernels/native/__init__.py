@@ -29,8 +29,8 @@ PATHS = ("portable", "neon", "avx2", "avx-vnni", "avx512-vnni", "amx")
 """Instruction sets, each preferred to those before it; the order of ``PathId`` in native.h."""
 REFERENCE = "reference"
 VARIABLE = "SPARSE_BITNET_CPU"
-LAYOUTS = ("two-bit", "six-bit", "bytes")
-"""The order of ``Layout`` in native.h."""
+LAYOUTS = ("two-bit", "six-bit", "bytes", "float32", "bfloat16", "float16")
+"""The order of ``Layout`` in native.h; a float weight is as it is."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """The values of ``Type`` in native.h."""
 
@@ -62,8 +62,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             library.sparse_bitnet_linear.restype = ctypes.c_int64
             library.sparse_bitnet_ternarize.argtypes = [ctypes.c_char_p]
             library.sparse_bitnet_ternarize.restype = ctypes.c_int64
-            library.sparse_bitnet_layers.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-            library.sparse_bitnet_layers.restype = ctypes.c_int64
+            library.sparse_bitnet_token.argtypes = [ctypes.c_void_p]
+            library.sparse_bitnet_token.restype = ctypes.c_int64
             _share_threads(library)
             return library, ""
         except (OSError, AttributeError) as error:
@@ -166,17 +166,18 @@ def linear(
     x_scale: Tensor | None,
     weight: Tensor,
     layout: str,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
     """One product into ``y``. All tensors are on the CPU, and dense in their last dimension.
 
     Args:
-        x: ``[tokens, in]``: float32, bfloat16 or float16, quantized here; or int8 with ``x_scale``.
+        x: ``[tokens, in]``: float32, bfloat16 or float16, quantized here unless the weight is of
+            floats; or int8 with ``x_scale``.
         x_scale: float32 ``[tokens]``, contiguous; None with float activations.
-        weight: uint8 or int8 ``[out, bytes]`` in that layout.
-        w_scale: float32 ``[out]``, contiguous.
+        weight: uint8 or int8 ``[out, bytes]`` in that layout, or floats ``[out, in]``.
+        w_scale: float32 ``[out]``, contiguous; None with a float weight.
         bias: float ``[out]``, contiguous, or None.
         y: ``[tokens, out]``, contiguous, of a float dtype as of ``x``.
 
@@ -198,15 +199,15 @@ def linear(
             0 if x_scale is None else x_scale.data_ptr(),
             weight.data_ptr(),
             _LAYOUT_IDS[layout],
-            weight.stride(0),
-            w_scale.data_ptr(),
+            weight.stride(0) * weight.element_size(),
+            0 if w_scale is None else w_scale.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else TYPES[bias.dtype],
             y.data_ptr(),
             TYPES[y.dtype],
             x.shape[0],
             x.shape[1],
-            w_scale.shape[0],
+            weight.shape[0],
             torch.get_num_threads(),
             _PATH_IDS[name],
         )
@@ -243,8 +244,8 @@ def _ternarize(weight: Tensor, sums: int, row_scale: int, ternary: int, n: int, 
     )
 
 
-def run_layers(calls: Any, count: int) -> None:
-    """An array of ``Layer`` of native.h, filled in; see ``layer.py``."""
+def run_token(token: Any) -> None:
+    """A ``Token`` of native.h, filled in; see ``layer.py``."""
     library, _ = _load()
-    if library is None or library.sparse_bitnet_layers(calls, count):
+    if library is None or library.sparse_bitnet_token(ctypes.byref(token)):
         raise MemoryError("no memory for the activations of one token")

@@ -1,4 +1,4 @@
-"""One token through decoder layers in one call of the library.
+"""One token from its embedding to its logits in one call of the library.
 
 A token of a small model takes a dozen milliseconds, of which reading the weights is the larger
 part only if nothing else costs much: run module by module, a layer's norms, rotation, attention and
@@ -34,21 +34,35 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, ctypes.c_int64) for name in ("x", "y", "type", "norm", "mlp_norm")),
+        *((name, ctypes.c_int64) for name in ("norm", "mlp_norm")),
         *((name, ctypes.c_double) for name in ("epsilon", "mlp_epsilon")),
         *((name, ctypes.c_int64) for name in ("q_norm", "k_norm")),
         ("qk_epsilon", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("cosine", "sine", "keys", "values", "kv_stride")),
-        *((name, ctypes.c_int64) for name in ("position", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("keys", "values", "kv_stride")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim")),
         ("scaling", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("type", "position", "cosine", "sine")),
+    ]
+
+
+class _Token(ctypes.Structure):
+    """``Token`` in native.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "count", "x", "y", "type")),
+        *((name, ctypes.c_int64) for name in ("cosine", "sine", "position", "norm")),
+        ("epsilon", ctypes.c_double),
+        ("threads", ctypes.c_int64),
+        ("head", _Linear),
     ]
 
 
 class LayerCall:
     """What a call of a decoder layer of the Llama family is made of.
 
-    All tensors are on the CPU, contiguous and of ``dtype`` unless said otherwise. The weights are
-    used where they are: an object of this class keeps them alive, and sees what is written to them.
+    All tensors are on the CPU, contiguous and of the model's dtype unless said otherwise. The
+    weights are used where they are: an object of this class keeps them alive, and sees what is
+    written to them.
 
     Args:
         products: (weight, bias or None) of q/k/v joined, o, gate/up joined, and down.
@@ -59,7 +73,6 @@ class LayerCall:
         heads: of queries and of keys.
         head_dim: a multiple of 16, at most 256.
         scaling: of the scores.
-        dtype: float32, bfloat16 or float16.
     """
 
     def __init__(
@@ -72,22 +85,14 @@ class LayerCall:
         heads: tuple[int, int],
         head_dim: int,
         scaling: float,
-        dtype: torch.dtype,
     ) -> None:
-        self.dtype, self._alive = dtype, (products, norms, head_norms)
+        self._alive = (products, norms, head_norms)
         self._call = call = _Layer()
         for linear, (weight, bias) in zip(
             (call.qkv, call.o, call.gate_up, call.down), products, strict=True
         ):
-            linear.weight, linear.row_bytes = weight.packed.data_ptr(), weight.packed.stride(0)
-            linear.layout = native.LAYOUTS.index(weight.layout)
-            linear.w_scale = weight.w_scale.data_ptr()
+            _fill(linear, weight.packed, weight.layout, weight.w_scale, bias)
             linear.in_features, linear.out_features = weight.in_features, weight.out_features
-            if bias is not None:
-                linear.bias, linear.bias_type = bias.data_ptr(), native.TYPES[bias.dtype]
-            linear.threads = torch.get_num_threads()
-            linear.path = native.PATHS.index(native.path())
-        call.type = native.TYPES[dtype]
         call.norm, call.mlp_norm = (norm.data_ptr() for norm in norms)
         call.epsilon, call.mlp_epsilon = epsilons
         if head_norms is not None:
@@ -97,16 +102,51 @@ class LayerCall:
         call.scaling = scaling
 
 
-class StackCall:
-    """Layers that follow each other, ready to be called; from several threads too.
+def _fill(
+    linear: _Linear, weight: Tensor, layout: str, w_scale: Tensor | None, bias: Tensor | None
+) -> None:
+    linear.weight, linear.row_bytes = weight.data_ptr(), weight.stride(0) * weight.element_size()
+    linear.layout = native.LAYOUTS.index(layout)
+    linear.w_scale = 0 if w_scale is None else w_scale.data_ptr()
+    if bias is not None:
+        linear.bias, linear.bias_type = bias.data_ptr(), native.TYPES[bias.dtype]
+    linear.path = native.PATHS.index(native.path())
+
+
+class TokenCall:
+    """Layers that follow each other, the last norm and the head; called from several threads too.
 
     Args:
-        layers: at least one; of the same hidden size, dtype and ``head_dim``.
+        layers: at least one; of the same shapes.
+        norm, epsilon: of the last RMSNorm.
+        head: weight ``[vocabulary, hidden]``, int8 or of ``dtype``.
+        head_scale: float32 ``[vocabulary]`` of an int8 head, else None.
+        head_bias: ``[vocabulary]`` or None.
+        dtype: float32, bfloat16 or float16.
     """
 
-    def __init__(self, layers: list[LayerCall]) -> None:
-        self._alive, self._array = layers, _Layer * len(layers)
-        self._calls = self._array(*(layer._call for layer in layers))
+    def __init__(
+        self,
+        layers: list[LayerCall],
+        norm: Tensor,
+        epsilon: float,
+        head: Tensor,
+        head_scale: Tensor | None,
+        head_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._alive, self._array = (layers, norm, head, head_scale, head_bias), _Layer * len(layers)
+        self._layers = self._array(*(layer._call for layer in layers))
+        self._token = token = _Token()
+        token.count, token.type, token.threads = (
+            len(layers),
+            native.TYPES[dtype],
+            torch.get_num_threads(),
+        )
+        token.norm, token.epsilon = norm.data_ptr(), epsilon
+        layout = "bytes" if head.dtype == torch.int8 else str(dtype).removeprefix("torch.")
+        _fill(token.head, head, layout, head_scale, head_bias)
+        token.head.out_features, token.head.in_features = head.shape
 
     def __call__(
         self,
@@ -116,7 +156,7 @@ class StackCall:
         caches: list[tuple[Tensor, Tensor]],
         position: int,
     ) -> Tensor:
-        """The last layer's output ``[1, 1, hidden]`` for the first one's input of that shape.
+        """Logits ``[1, 1, vocabulary]`` of an embedding ``[1, 1, hidden]``.
 
         Args:
             cosine, sine: of this position, ``[..., head_dim]``, one row.
@@ -124,11 +164,14 @@ class StackCall:
                 the last two dimensions and of the same strides; written at ``position``.
             position: how many tokens came before, fewer than the capacity.
         """
-        calls, y = self._array.from_buffer_copy(self._calls), torch.empty_like(x)
-        calls[0].x, calls[-1].y, calls[0].position = x.data_ptr(), y.data_ptr(), position
-        calls[0].cosine, calls[0].sine = cosine.data_ptr(), sine.data_ptr()
-        for call, (keys, values) in zip(calls, caches, strict=True):
-            call.keys, call.values = keys.data_ptr(), values.data_ptr()
-            call.kv_stride = keys.stride(1)
-        native.run_layers(calls, len(calls))
+        token = _Token.from_buffer_copy(self._token)
+        layers = self._array.from_buffer_copy(self._layers)
+        y = x.new_empty(1, 1, token.head.out_features)
+        for layer, (keys, values) in zip(layers, caches, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            layer.kv_stride = keys.stride(1)
+        token.layers, token.x, token.y = ctypes.addressof(layers), x.data_ptr(), y.data_ptr()
+        token.cosine, token.sine = cosine.data_ptr(), sine.data_ptr()
+        token.position = position
+        native.run_token(token)
         return y

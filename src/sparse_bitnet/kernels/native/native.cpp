@@ -1,8 +1,6 @@
 // What Python calls: which paths this processor can run, and one product through one of them.
-#include "native.h"
+#include "host.h"
 
-#include <atomic>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -92,6 +90,8 @@ const Features &features() {
     return have;
 }
 
+}  // namespace
+
 const Path *path_of(int64_t id) {
     [[maybe_unused]] const Features &have = features();
     switch (id) {
@@ -109,6 +109,8 @@ const Path *path_of(int64_t id) {
         default: return nullptr;
     }
 }
+
+namespace {
 
 // PyTorch's own OpenMP workers, if it has some. A pool beside it would fight for the same cores:
 // idle OpenMP threads spin for a while before they sleep.
@@ -131,6 +133,8 @@ void work(void *argument) {
     for (int64_t part; (part = job.next.fetch_add(1)) < job.parts;) job.run(job.context, part);
 }
 
+}  // namespace
+
 void parallel(int64_t parts, void *context, void (*run)(void *, int64_t)) {
     Job job{run, context, parts};
     if (parts > 1 && gomp_parallel != nullptr) {
@@ -146,21 +150,16 @@ void parallel(int64_t parts, void *context, void (*run)(void *, int64_t)) {
     for (std::thread &other : others) other.join();
 }
 
-struct Memory {
-    explicit Memory(int64_t bytes) : start(std::malloc(size_t(bytes) + 64)) {}
-    ~Memory() { std::free(start); }
-    Memory(const Memory &) = delete;
-    Memory &operator=(const Memory &) = delete;
-    uint8_t *aligned() const {
-        return reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(start) + 63) & ~uintptr_t(63));
-    }
-    void *start;
-};
+int64_t work_of_a_thread() {
+    return gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
+}
+
+namespace {
 
 // Room for activations as Path wants them.
 struct Spread {
     Spread(const Linear &call, int64_t group)
-        : length(blocks_of(call.in) * BLOCK), group(group),
+        : length(blocks_of(call.in) * BLOCK * (call.layout >= FLOATS ? 4 : 1)), group(group),
           padded((call.tokens + group - 1) / group * group),
           memory(padded * (length + int64_t(sizeof(float) + sizeof(int32_t)))) {
         uint8_t *start = memory.aligned();
@@ -185,12 +184,6 @@ struct Ranges {
     int64_t parts, rows;  // of a part
     std::atomic<bool> failed{false};
 };
-
-// Contiguous ranges: the processor's prefetchers follow one stream a thread.
-int64_t share(int64_t count, int64_t parts, int64_t multiple) {
-    const int64_t each = (count + parts - 1) / parts;
-    return (each + multiple - 1) / multiple * multiple;
-}
 
 void run_few(void *context, int64_t part) {
     Ranges &job = *static_cast<Ranges *>(context);
@@ -230,8 +223,7 @@ int64_t product(const Linear &call) {
     if (path == nullptr) return 1;
     if (call.tokens == 0 || call.out == 0) return 0;
     const int64_t work = call.tokens * call.out * (call.in + 1);
-    const int64_t unit = gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
-    const int64_t threads = smaller(call.threads, work / unit);
+    const int64_t threads = smaller(call.threads, work / work_of_a_thread());
     const int64_t parts = threads < 1 ? 1 : threads;
     const bool few = call.tokens <= path->few_tokens;
     const int64_t rows = share(call.out, parts, few ? 4 : PANEL_ROWS);
@@ -239,7 +231,7 @@ int64_t product(const Linear &call) {
     if (few) {
         parallel(parts, &job, run_few);
     } else {
-        Spread spread(call, call.layout == BYTES ? 1 : path->group);
+        Spread spread(call, call.layout >= BYTES ? 1 : path->group);
         if (spread.memory.start == nullptr) return 2;
         job.spread = &spread;
         parallel(parts, &job, run_spread);
@@ -262,105 +254,10 @@ void run_ternarize(void *context, int64_t part) {
 int64_t ternarize(const Ternarize &call) {
     const Path *path = path_of(call.path);
     if (path == nullptr) return 1;
-    const int64_t unit = gomp_parallel != nullptr ? WORK_OF_A_THREAD : WORK_OF_A_START;
-    const int64_t threads = smaller(call.threads, call.rows * call.columns * 8 / unit);
+    const int64_t threads = smaller(call.threads, call.rows * call.columns * 8 / work_of_a_thread());
     const int64_t parts = threads < 1 ? 1 : threads;
     MasterRows job{*path, call, share(call.rows, parts, 1)};
     parallel(parts, &job, run_ternarize);
-    return 0;
-}
-
-struct Heads {
-    const Layer &call;
-    const Path &path;
-    const uint8_t *qkv;
-    uint8_t *y;
-    int64_t each;  // heads of a part
-    std::atomic<bool> failed{false};
-};
-
-void run_attention(void *context, int64_t part) {
-    Heads &job = *static_cast<Heads *>(context);
-    const Layer &call = job.call;
-    const int64_t last = smaller((part + 1) * job.each, call.heads);
-    const int64_t group = call.heads / call.kv_heads;
-    Memory scores(group * (call.position + 1) * int64_t(sizeof(float)));
-    if (scores.start == nullptr) {
-        job.failed = true;
-        return;
-    }
-    for (int64_t head = part * job.each; head < last;) {  // up to the end of a key head's group
-        const int64_t end = smaller((head / group + 1) * group, last);
-        job.path.layer->attend(call, job.qkv, head, end,
-                               reinterpret_cast<float *>(scores.aligned()), job.y);
-        head = end;
-    }
-}
-
-int64_t through(Linear &call, int64_t type, const void *x, void *y) {
-    call.x = x;
-    call.y = y;
-    call.x_type = call.y_type = type;
-    call.x_stride = call.in;
-    call.tokens = 1;
-    return product(call);
-}
-
-int64_t layer(Layer &call) {
-    const Path *path = path_of(call.qkv.path);
-    if (path == nullptr) return 1;
-    const LayerPath &glue = *path->layer;
-    const int64_t hidden = call.qkv.in, inner = call.down.in, size = call.type == FLOAT32 ? 4 : 2;
-    const int64_t width = (call.heads + 2 * call.kv_heads) * call.head_dim;
-    // normed, q/k/v, attention, middle of the residual stream, gate and up, their product
-    Memory memory((3 * hidden + 2 * width + 3 * inner) * size + 8 * 64);
-    if (memory.start == nullptr) return 2;
-    uint8_t *next = memory.aligned();
-    auto room = [&](int64_t n) {
-        uint8_t *start = next;
-        next += (n * size + 63) / 64 * 64;
-        return start;
-    };
-    uint8_t *normed = room(hidden), *qkv = room(width), *attended = room(width);
-    uint8_t *branch = room(hidden), *middle = room(hidden);
-    uint8_t *gate_up = room(2 * inner), *gated = room(inner);
-
-    glue.norm(call.x, 0, hidden, call.norm, call.epsilon, normed, call.type);
-    if (int64_t status = through(call.qkv, call.type, normed, qkv)) return status;
-    glue.place(call, qkv);
-    const int64_t work = call.heads * (call.position + 1) * call.head_dim;
-    const int64_t parts = gomp_parallel == nullptr || work < WORK_OF_A_THREAD / 4
-                              ? 1 : smaller(call.qkv.threads, call.heads);
-    Heads job{call, *path, qkv, attended, share(call.heads, parts, 1)};
-    parallel(parts, &job, run_attention);
-    if (job.failed) return 2;
-    if (int64_t status = through(call.o, call.type, attended, branch)) return status;
-    glue.add(call.x, branch, hidden, middle, call.type);
-    glue.norm(middle, 0, hidden, call.mlp_norm, call.mlp_epsilon, normed, call.type);
-    if (int64_t status = through(call.gate_up, call.type, normed, gate_up)) return status;
-    glue.gated(gate_up, inner, gated, call.type);
-    if (int64_t status = through(call.down, call.type, gated, branch)) return status;
-    glue.add(middle, branch, hidden, call.y, call.type);
-    return 0;
-}
-
-// One token through layers that follow each other: the first has x, position, cosine and sine, the
-// last y; all have their own cache.
-int64_t stack(Layer *calls, int64_t count) {
-    const int64_t bytes = (calls->qkv.in * int64_t(sizeof(float)) + 63) / 64 * 64;
-    Memory between(2 * bytes);
-    if (between.start == nullptr) return 2;
-    for (int64_t i = 0; i < count; ++i) {
-        Layer &call = calls[i];
-        if (i > 0) {
-            call.x = calls[i - 1].y;
-            call.cosine = calls->cosine;
-            call.sine = calls->sine;
-            call.position = calls->position;
-        }
-        if (i + 1 < count) call.y = between.aligned() + i % 2 * bytes;
-        if (int64_t status = layer(call)) return status;
-    }
     return 0;
 }
 
@@ -392,4 +289,4 @@ EXPORT int64_t sparse_bitnet_linear(const Linear *call) { return product(*call);
 
 EXPORT int64_t sparse_bitnet_ternarize(const Ternarize *call) { return ternarize(*call); }
 
-EXPORT int64_t sparse_bitnet_layers(Layer *calls, int64_t count) { return stack(calls, count); }
+EXPORT int64_t sparse_bitnet_token(Token *call) { return one_token(*call); }

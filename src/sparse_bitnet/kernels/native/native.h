@@ -5,8 +5,9 @@
 
 namespace sparse_bitnet {
 
-// One product Y = (Xq @ Wᵀ) · x_scale · w_scale + bias. All fields are 64 bits wide and come from
-// Python as one block of memory; the order is repeated in __init__.py.
+// One product Y = (Xq @ Wᵀ) · x_scale · w_scale + bias, or Y = X @ Wᵀ + bias of a float weight. All
+// fields are 64 bits wide and come from Python as one block of memory; the order is repeated in
+// __init__.py.
 struct Linear {
     const void *x;           // [tokens, in], elements of x_type
     int64_t x_type;          // Type; floats are quantized here, int8 comes with x_scale
@@ -15,7 +16,7 @@ struct Linear {
     const uint8_t *weight;   // [out, row_bytes]
     int64_t layout;          // Layout
     int64_t row_bytes;
-    const float *w_scale;    // [out]
+    const float *w_scale;    // [out], null with a float weight
     const void *bias;        // [out] of bias_type, or null
     int64_t bias_type;       // Type
     void *y;                 // [tokens, out] of y_type
@@ -26,7 +27,7 @@ struct Linear {
 };
 
 enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-enum Layout : int64_t { TWO_BIT, SIX_BIT, BYTES };
+enum Layout : int64_t { TWO_BIT, SIX_BIT, BYTES, FLOATS };  // of a float type: FLOATS + Type
 enum PathId : int64_t { PORTABLE, NEON, AVX2, AVX_VNNI, AVX512_VNNI, AMX, PATHS };
 
 constexpr int64_t BLOCK = 256;     // weights that meet one block of activations
@@ -40,31 +41,45 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Activations in the order that weights are unpacked in, and what goes with them. Tokens stand in
 // groups: the planes of a block of all tokens of a group follow each other, zeros beyond `in`.
+// For a float weight the planes are one token after the other in float; see floats.inc.
 struct Tokens {
     int8_t *planes;  // [groups, blocks, PLANES, tokens of a group, PLANE]
-    int64_t length;  // bytes of a token: blocks · BLOCK
+    int64_t length;  // bytes of a token: blocks · BLOCK, times four in float
     float *scale;    // [tokens]
     int32_t *sum;    // [tokens], Σ Xq
 };
 
-// One token through one decoder layer of the Llama family: norm, q/k/v, rotation, attention over a
-// cache, o, and norm, gate and up, SwiGLU, down, with both residual sums. The order is repeated in
-// layer.py. All values and weights but those of the products are of one type.
+// A decoder layer of the Llama family for one token: norm, q/k/v, rotation, attention over a cache,
+// o, and norm, gate and up, SwiGLU, down, with both residual sums. The order is repeated in layer.py.
+// All values and weights but those of the products are of one type. What Token says of all layers,
+// and x, y and types of the products, are filled in by token.cpp.
 struct Layer {
-    Linear qkv, o, gate_up, down;  // their x, y and types are filled in here
-    const void *x;                 // [hidden]
-    void *y;                       // [hidden]
-    int64_t type;
+    Linear qkv, o, gate_up, down;
     const void *norm, *mlp_norm;   // [hidden], of RMSNorm
     double epsilon, mlp_epsilon;
     const void *q_norm, *k_norm;   // [head_dim], of the norm of each head, or null
     double qk_epsilon;
-    const void *cosine, *sine;     // [head_dim], of this position
     void *keys, *values;           // [kv_heads, capacity, head_dim], written at `position`
     int64_t kv_stride;             // elements from a key head to the next
-    int64_t position;              // tokens before this one
     int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 16, at most BLOCK
     double scaling;                // of the scores
+    int64_t type, position;
+    const void *cosine, *sine;
+};
+
+// One token from its embedding to its logits. The order is repeated in layer.py.
+struct Token {
+    Layer *layers;
+    int64_t count;
+    const void *x;              // [hidden]
+    void *y;                    // [vocabulary]
+    int64_t type;
+    const void *cosine, *sine;  // [head_dim], of this position
+    int64_t position;           // tokens before this one
+    const void *norm;           // [hidden], the last RMSNorm
+    double epsilon;
+    int64_t threads;
+    Linear head;                // int8 or floats
 };
 
 // One pass over a master weight: Σ|w| of each row, or its masked ternary values. The order of the
@@ -80,14 +95,20 @@ struct Ternarize {
     int64_t path;            // PathId
 };
 
+// What stands between the products of a token; see layer.inc.
 struct LayerPath {
     void (*norm)(const void *x, int64_t at, int64_t n, const void *weight, double epsilon, void *y,
                  int64_t type);
-    void (*add)(const void *a, const void *b, int64_t n, void *y, int64_t type);
-    void (*gated)(const void *gate_up, int64_t n, void *y, int64_t type);
-    void (*place)(const Layer &, void *qkv);
+    void (*add)(const void *x, int64_t first, int64_t last, void *y, int64_t type);
+    void (*gated)(const void *gate_up, int64_t n, int64_t first, int64_t last, void *y,
+                  int64_t type);
+    void (*place)(const Layer &, int64_t head, void *qkv);
     void (*attend)(const Layer &, const void *qkv, int64_t first, int64_t last, float *scores,
                    void *y);
+    void (*rest)(const void *x, int64_t n, const int8_t *quantized, float scale, float *y,
+                 int64_t type);
+    void (*join)(const float *a, const float *b, const Linear &head, int64_t first, int64_t last,
+                 void *y, int64_t type);
 };
 
 // The same functions for every instruction set. Rows are [first, last) of the weight.
@@ -108,6 +129,9 @@ struct Path {
 
 // Six-bit index of a group of four weights with at most two non-zeros → its two-bit codes.
 extern const uint8_t GROUPS_OF_FOUR[64];
+
+// token.cpp: 0; 1 for a path that does not run here; 2 out of memory.
+int64_t one_token(Token &call);
 
 extern const Path portable_path;
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -148,11 +148,12 @@ int64_t padded_chunk(const Linear &call) {
 }
 
 int64_t amx_scratch(const Linear &call) {
+    if (call.layout >= BYTES) return 0;
     return PANEL * DEPTH * BLOCK + padded_chunk(call) * PANEL * int64_t(sizeof(int32_t));
 }
 
 void amx_many(const Linear &call, const Tokens &x, int64_t first, int64_t last, uint8_t *scratch) {
-    if (call.layout == BYTES || call.in == 0) return many(call, x, first, last, scratch);
+    if (call.layout >= BYTES || call.in == 0) return many(call, x, first, last, scratch);
     const TileConfig config;
     _tile_loadconfig(&config);
     int32_t *sums = reinterpret_cast<int32_t *>(scratch + PANEL * DEPTH * BLOCK);

@@ -58,6 +58,28 @@ struct V {
             __builtin_memcpy(half + i, &value, 2);
         }
     }
+
+    static constexpr int64_t lanes = 4;
+    using Floats = float32x4_t;
+    static Floats no_floats() { return vdupq_n_f32(0); }
+    static Floats floats(const float *p) { return vld1q_f32(p); }
+    static Floats multiply_add(Floats a, Floats b, Floats sum) { return vfmaq_f32(sum, a, b); }
+    template <int64_t T>
+    static void widen(const uint8_t *p, Floats &a, Floats &b) {
+        const Bytes v = load(p);
+        if (T == BFLOAT16) {
+            const uint32x4_t pairs = vreinterpretq_u32_u8(v);
+            a = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+            b = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xFFFF0000)));
+        } else if (T == FLOAT16) {
+            a = vcvt_f32_f16(vreinterpret_f16_u8(vget_low_u8(v)));
+            b = vcvt_f32_f16(vreinterpret_f16_u8(vget_high_u8(v)));
+        } else {
+            a = vreinterpretq_f32_u8(v);
+            b = vreinterpretq_f32_u8(load(p + width));
+        }
+    }
+    static float float_total(Floats v) { return vaddvq_f32(v); }
 };
 
 #include "kernel.inc"

@@ -58,19 +58,54 @@ struct V {
         for (int64_t i = 0; i < n; ++i) half[i] = half_bits(from[i]);
     }
 
-    static float half_value(uint16_t half) {
-        const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7FFF;
-        uint32_t bits;
-        float value;
-        if (magnitude >= 0x7C00) {  // infinite or NaN
-            bits = 0x7F800000 | (magnitude & 0x3FF) << 13;
-        } else {  // 2¹¹² lifts the exponent, exactly, subnormal numbers included
-            bits = magnitude << 13;
-            __builtin_memcpy(&value, &bits, 4);
-            value *= 0x1p112f;
-            __builtin_memcpy(&bits, &value, 4);
+    static constexpr int64_t lanes = 8;
+    struct Floats {
+        float lane[lanes];
+    };
+    static Floats no_floats() { return Floats{}; }
+    static Floats floats(const float *p) {
+        Floats v;
+        __builtin_memcpy(v.lane, p, sizeof v.lane);
+        return v;
+    }
+    static Floats multiply_add(Floats a, Floats b, Floats sum) {
+        for (int i = 0; i < lanes; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
+        return sum;
+    }
+    template <int64_t T>
+    static void widen(const uint8_t *p, Floats &a, Floats &b) {
+        if (T == FLOAT32) {
+            __builtin_memcpy(a.lane, p, sizeof a.lane);
+            __builtin_memcpy(b.lane, p + sizeof a.lane, sizeof b.lane);
+        } else if (T == BFLOAT16) {  // shifted as pairs, which compilers turn into vectors
+            uint32_t pairs[lanes], low[lanes];
+            __builtin_memcpy(pairs, p, sizeof pairs);
+            for (int i = 0; i < lanes; ++i) low[i] = pairs[i] << 16;
+            for (int i = 0; i < lanes; ++i) pairs[i] &= 0xFFFF0000;
+            __builtin_memcpy(a.lane, low, sizeof low);
+            __builtin_memcpy(b.lane, pairs, sizeof pairs);
+        } else {
+            uint16_t halves[2 * lanes];
+            __builtin_memcpy(halves, p, sizeof halves);
+            for (int i = 0; i < lanes; ++i) a.lane[i] = half_value(halves[i]);
+            for (int i = 0; i < lanes; ++i) b.lane[i] = half_value(halves[lanes + i]);
         }
-        bits |= sign;
+    }
+    static float float_total(Floats v) {
+        float all = 0;
+        for (int i = 0; i < lanes; ++i) all += v.lane[i];
+        return all;
+    }
+
+    static float half_value(uint16_t half) {
+        // 2¹¹² lifts the exponent, exactly, subnormal numbers included. No branch, for vectors.
+        const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7FFF;
+        uint32_t bits = magnitude << 13;
+        float value;
+        __builtin_memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        __builtin_memcpy(&bits, &value, 4);
+        bits |= sign | (magnitude >= 0x7C00 ? 0x7F800000 : 0);  // infinite or NaN
         __builtin_memcpy(&value, &bits, 4);
         return value;
     }
