@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -145,6 +146,7 @@ class ExportResult:
         weights: how many ternary weights it holds.
         bytes: of everything in it.
         lost: what its readers compute otherwise than this package, one line each.
+        types: of each tensor of the file, by its name there; empty where a format has one.
     """
 
     path: Path
@@ -152,9 +154,14 @@ class ExportResult:
     weights: int
     bytes: int
     lost: list[str]
+    types: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         head = f"{self.path}: {self.format}, {self.weights:,} ternary weights, "
-        return "\n".join(
-            [head + readable_bytes(self.bytes), *(f"  · {line}" for line in self.lost)]
-        )
+        lines = [head + readable_bytes(self.bytes), *(f"  · {line}" for line in self.lost)]
+        for kind in dict.fromkeys(self.types.values()):
+            # The same tensor of every block counts as one name.
+            names = [re.sub(r"\.\d+\.", ".*.", n) for n, its in self.types.items() if its == kind]
+            counts = (f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
+            lines.append(f"  {kind}: {', '.join(counts)}")
+        return "\n".join(lines)

@@ -30,10 +30,11 @@ def export(
         directory: of the model.
         out: the file (gguf) or directory (bitnet) to write.
         to: gguf for llama.cpp, bitnet for stock transformers; by default gguf if OUT ends so.
-        linears: gguf: tq2_0 (2.06 bits a weight, fast; the default) or tq1_0 (1.69 bits).
+        linears: gguf: tq2_0 (2.06 bits a weight; the default), tq1_0 (1.69 bits) or q2_0 (2.25
+            bits; rows that 64 divides, GPUs too; newer builds of llama.cpp).
         embeddings: gguf: type of embedding and head, f16 by default.
-        odd_rows: gguf: refuse (the default) layers whose rows 256 does not divide, or store them
-            as F16.
+        odd_rows: gguf: refuse (the default) layers whose rows the block (256; 64 of q2_0) does not
+            divide, or store them as F16.
         linear_class: bitnet: bitlinear (the default), or autobitlinear.
     """
     if to is None and out.suffix == ".gguf":

@@ -1,12 +1,13 @@
 """GGUF files, read back with the format's own reader: every weight, every name, every key."""
 
 import sys
+from enum import IntEnum
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader
+from gguf import GGUFReader, gguf_reader
 from gguf.quants import dequantize
 from transformers import (
     AutoModelForCausalLM,
@@ -123,17 +124,38 @@ def expected_tensors(directory, llama):
     return {name_there(name): tensor for name, tensor in tensors.items()}
 
 
+def dequantize_q2_0(data, shape):
+    """As ggml's ``dequantize_row_q2_0``: per 64 weights d in fp16, then code j in bits 2·(j mod 4)
+    of byte j div 4, and its value (code − 1)·d."""
+    values = []
+    for start in range(0, data.size, 18):
+        block = data.reshape(-1)[start : start + 18]
+        d = block[:2].view(np.float16)[0].astype(np.float32)
+        for j in range(64):
+            code = int(block[2 + j // 4]) >> (2 * (j % 4)) & 3
+            values.append(np.float32(code - 1) * d)
+    return np.array(values, np.float32).reshape(shape)
+
+
 def read(path):
-    reader = GGUFReader(path)
-    tensors = {
-        t.name: (t.tensor_type, torch.from_numpy(dequantize(t.data, t.tensor_type).copy()))
-        for t in reader.tensors
-    }
+    # The package's reader refuses a type that it has no name for.
+    known = IntEnum("Known", {t.name: t.value for t in Type} | {"Q2_0": 42})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_reader, "GGMLQuantizationType", known)
+        patch.setitem(gguf_reader.GGML_QUANT_SIZES, 42, (64, 18))
+        reader = GGUFReader(path)
+    tensors = {}
+    for t in reader.tensors:
+        if t.tensor_type.name == "Q2_0":
+            values = dequantize_q2_0(t.data, t.shape[::-1])
+        else:
+            values = dequantize(t.data, Type(t.tensor_type)).copy()
+        tensors[t.name] = t.tensor_type, torch.from_numpy(values)
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
-@pytest.mark.parametrize("linears", ["tq2_0", "tq1_0"])
+@pytest.mark.parametrize("linears", ["tq2_0", "tq1_0", "q2_0"])
 def test_every_weight_comes_back(save, tmp_path, kind, linears):
     biases = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
     directory = save(kind, tie_word_embeddings=kind == "qwen2", **biases)
@@ -151,12 +173,14 @@ def test_every_weight_comes_back(save, tmp_path, kind, linears):
         elif wanted.dim() == 1:
             assert type_there == Type.F32
         else:
-            assert type_there == Type[linears.upper()], name
+            assert type_there.name == linears.upper(), name
+        assert result.types[name] == type_there.name
         assert torch.equal(values, wanted), name
     assert result.weights == 2 * (256 * 256 * 3 + 3 * 256 * 512)
     assert result.bytes == out.stat().st_size
     assert float(result.lost[0].split("at most ")[1].split()[0]) <= 2**-11
-    assert keys["general.file_type"] == {"tq2_0": 37, "tq1_0": 36}[linears]
+    assert keys["general.file_type"] == {"tq2_0": 37, "tq1_0": 36, "q2_0": 41}[linears]
+    assert f"{linears.upper()}: blk.*.attn_q.weight (2), " in str(result)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -223,6 +247,23 @@ def test_rows_that_no_block_fits(save, tmp_path):
     assert found["blk.1.ffn_down.weight"][0] == Type.F16
     assert torch.equal(found["blk.1.ffn_down.weight"][1], expected["blk.1.ffn_down.weight"])
     assert found["blk.1.ffn_up.weight"][0] == Type.TQ2_0
+
+
+def test_q2_0_takes_rows_of_64(save, tmp_path):
+    directory = save("llama", hidden_size=192, intermediate_size=576, head_dim=48)
+    with pytest.raises(ConfigError, match=r"--linears q2_0, which newer .* blocks of 64$"):
+        export_gguf(directory, tmp_path / "m.gguf")
+    result = export_gguf(directory, tmp_path / "m.gguf", linears="q2_0")
+    assert any("by blocks of 32 there" in line for line in result.lost)
+    found, _ = read(tmp_path / "m.gguf")
+    for name, wanted in expected_tensors(directory, llama=True).items():
+        if name.startswith("blk") and wanted.dim() == 2:
+            assert found[name][0].name == "Q2_0"
+            assert torch.equal(found[name][1], wanted)
+    odd = save("llama", intermediate_size=96)
+    with pytest.raises(ConfigError, match=r"Q2_0 stores rows in blocks of 64.* have 96") as caught:
+        export_gguf(odd, tmp_path / "m.gguf", linears="q2_0")
+    assert "--linears" not in str(caught.value)
 
 
 def test_nothing_that_a_block_fits(save, tmp_path):

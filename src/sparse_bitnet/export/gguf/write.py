@@ -1,18 +1,20 @@
 """Writer of GGUF files that stock llama.cpp loads.
 
-llama.cpp has two formats for ternary weights, both in blocks of 256 of a row with one fp16 scale:
-TQ2_0 (66 bytes a block, 2.06 bits a weight, fast) and TQ1_0 (54 bytes, 1.69 bits). Stored are the
+llama.cpp has three formats that hold ternary weights, in blocks of a row with one fp16 scale: TQ2_0
+(256 weights in 66 bytes, 2.06 bits a weight), TQ1_0 (256 in 54, 1.69 bits) and, in newer builds and
+on GPUs too, Q2_0 (64 in 18, 2.25 bits). Stored are the
 weights as they compute here, masked and ternary: the digits are exact, and γ is rounded to fp16,
 the same for all blocks of a matrix, so that what changes is its size by at most 2⁻¹¹ and no weight
 against another. llama.cpp also knows a float32 ``.scale`` tensor beside a weight, which would keep
 γ whole; but its qwen2 graph reads those of the feed-forward layers and does not apply them.
 
-Rows that 256 does not divide have no ternary form there; they are refused, or stored as F16, which
-also leaves their activations unquantized.
+Rows that the block does not divide have no ternary form there; they are refused, or stored as F16,
+which also leaves their activations unquantized.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,10 +42,12 @@ from sparse_bitnet.files import atomic_file
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-LinearType = Literal["tq2_0", "tq1_0"]
+LinearType = Literal["tq2_0", "tq1_0", "q2_0"]
 EmbeddingType = Literal["f16", "q8_0", "f32"]
 OddRows = Literal["refuse", "f16"]
-BLOCK = 256
+BLOCKS = {"TQ2_0": 256, "TQ1_0": 256, "Q2_0": 64}
+ROUNDED_TOGETHER = {"TQ2_0": 256, "TQ1_0": 256, "Q2_0": 32}  # activations
+Q2_0, Q2_0_BYTES, MOSTLY_Q2_0 = 42, 18, 41  # in ggml; the package gguf 0.19 does not know them
 LARGEST_F16 = 65504.0
 
 
@@ -72,7 +76,8 @@ def export_gguf(
         out: the file; it appears whole or not at all.
         linears: how ternary layers are stored.
         embeddings: how embedding and output head are stored.
-        odd_rows: what to do with ternary layers whose rows 256 does not divide.
+        odd_rows: what to do with ternary layers whose rows the block of ``linears`` (256; 64 of
+            q2_0) does not divide.
 
     Raises:
         MissingExtraError: without the package ``gguf``.
@@ -97,11 +102,14 @@ def export_gguf(
     odd, layers = len(tensors.odd), len(source.shapes)
     if odd:
         lost.append(
-            f"{odd} of {layers} ternary layers have rows that 256 does not divide and are stored "
-            "as F16; llama.cpp does not quantize their activations"
+            f"{odd} of {layers} ternary layers have rows that {BLOCKS[linears.upper()]} does not "
+            "divide and are stored as F16; llama.cpp does not quantize their activations"
         )
     if odd < layers:
-        lost.append("activations are rounded to 8 bits by blocks of 256 there, by token here")
+        together = ROUNDED_TOGETHER[tensors.main]
+        lost.append(
+            f"activations are rounded to 8 bits by blocks of {together} there, by token here"
+        )
     out = Path(out)
     if out.is_dir():
         raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
@@ -110,7 +118,12 @@ def export_gguf(
     change = tensors.largest_change
     lost.insert(0, f"each γ is rounded to fp16, which changes it by at most {change:.1e} of itself")
     return ExportResult(
-        out, f"GGUF {tensors.main}", source.weights, out.stat().st_size, lost + words.lost
+        out,
+        f"GGUF {tensors.main}",
+        source.weights,
+        out.stat().st_size,
+        lost + words.lost,
+        {planned.name: planned.kind for planned in tensors.planned},
     )
 
 
@@ -125,15 +138,21 @@ class _Tensors:
         blocks = source.model.config.num_hidden_layers
         wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
         self._names = gguf.get_tensor_name_map(wanted, blocks)
-        self.odd = [name for name, (_, columns) in source.shapes.items() if columns % BLOCK]
+        block = BLOCKS[linears]
+        self.odd = [name for name, (_, columns) in source.shapes.items() if columns % block]
         self.main = "F16" if len(self.odd) == len(source.shapes) else linears
         odd = self.odd
         if odd and odd_rows == "refuse":
+            fits = not any(source.shapes[name][1] % BLOCKS["Q2_0"] for name in odd)
             raise ConfigError(
-                f"gguf: {linears} stores rows in blocks of {BLOCK}, and the rows of {odd[0]} have "
+                f"gguf: {linears} stores rows in blocks of {block}, and the rows of {odd[0]} have "
                 f"{source.shapes[odd[0]][1]} weights ({len(odd)} of {len(source.shapes)} layers "
-                "are such). Models with hidden_size and intermediate_size divisible by 256 fit; "
-                "with --odd-rows f16 these layers are stored as F16"
+                "are such). With --odd-rows f16 these layers are stored as F16"
+                + (
+                    "; --linears q2_0, which newer llama.cpp reads, has blocks of 64"
+                    if fits
+                    else ""
+                )
             )
         self.planned = [
             *self._dense(embeddings),
@@ -159,7 +178,7 @@ class _Tensors:
 
     def _ternary(self, name: str, linears: str) -> Iterator[_Planned]:
         shape = self.source.shapes[name]
-        kind = "F16" if shape[1] % BLOCK else linears
+        kind = "F16" if name in self.odd else linears
         there = self._name(f"{name}.weight")
         yield _Planned(there, shape, kind, partial(self._weight, name))
         if name in self.source.biases:
@@ -209,14 +228,17 @@ def _write(
     writer = gguf.GGUFWriter(path, kind)
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{tensors.main}"])
+    main = tensors.main
+    writer.add_file_type(MOSTLY_Q2_0 if main == "Q2_0" else gguf.LlamaFileType[f"MOSTLY_{main}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, source.model, lost)
     _write_tokenizer(writer, words, source)
     for planned in tensors.planned:
-        quantized = gguf.GGMLQuantizationType[planned.kind]
-        shape = gguf.quant_shape_to_byte_shape(planned.shape, quantized)
-        size = int(np.prod(shape, dtype=np.int64))
+        if planned.kind == "Q2_0":
+            quantized, size = Q2_0, math.prod(planned.shape) // BLOCKS["Q2_0"] * Q2_0_BYTES
+        else:
+            quantized = gguf.GGMLQuantizationType[planned.kind]
+            size = math.prod(gguf.quant_shape_to_byte_shape(planned.shape, quantized))
         writer.add_tensor_info(planned.name, planned.shape, np.float32, size, quantized)
     try:
         writer.write_header_to_file()
@@ -235,9 +257,26 @@ def _encoded(planned: _Planned) -> NDArray[Any]:
     values = planned.read().detach().float()
     if planned.kind in ("F16", "Q8_0"):
         _check_f16(values, planned.name)
+    plain = np.ascontiguousarray(values.numpy())
+    if planned.kind == "Q2_0":
+        return encode_q2_0(plain)
     kind = gguf.GGMLQuantizationType[planned.kind]
-    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values.numpy()), kind)
+    encoded: NDArray[Any] = gguf.quants.quantize(plain, kind)
     return encoded
+
+
+def encode_q2_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Blocks of 64 ternary values: one fp16 scale, then the codes value + 1, four a byte, the first
+    in the lowest bits.
+
+    Args:
+        values: ``[out, in]``, each ±one fp16 number or 0 within a block.
+    """
+    blocks = values.reshape(-1, BLOCKS["Q2_0"])
+    scale = np.abs(blocks).max(-1, keepdims=True).astype("<f2")
+    codes = (np.sign(blocks) + 1).astype(np.uint8).reshape(len(blocks), -1, 4)
+    packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8)
+    return np.concatenate([scale.view(np.uint8), packed], axis=-1)
 
 
 def _write_tokenizer(writer: GGUFWriter, words: Vocabulary, source: Exportable) -> None:
