@@ -118,6 +118,20 @@ def test_linear(tokens: int, name: str) -> None:
                 assert_equal(y, ternary_matmul(x_q, x_scale, ternary, rows, bias, dtype))
 
 
+@pytest.mark.parametrize("shape", [(544, 1920), (130, 332), (33, 70)])
+@pytest.mark.parametrize("tokens", [40, 512, 1300])
+def test_a_trained_weight(tokens: int, shape: tuple[int, int]) -> None:
+    """An int8 ternary weight; from 512 tokens on Hopper multiplies it from two bits."""
+    ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
+    x_q = torch.randint(-127, 128, (tokens, shape[1]), dtype=torch.int8)
+    x_scale, w_scale, bias = torch.rand(tokens, 1), torch.rand(shape[0]), torch.randn(shape[0])
+    for given in (None, bias, bias.double()):
+        on_gpu = [t if t is None else t.cuda() for t in (x_q, x_scale, ternary, w_scale, given)]
+        for dtype in (torch.bfloat16, torch.float32):
+            expected = ternary_matmul(x_q, x_scale, ternary, w_scale, given, dtype)
+            assert_equal(matmul_anywhere(*on_gpu, dtype), expected)
+
+
 def test_linear_of_odd_shapes() -> None:
     for out, columns in ((33, 72), (100, 8), (4, 4096), (4097, 24)):
         x = torch.randn(3, 5, columns).bfloat16()

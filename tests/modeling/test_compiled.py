@@ -60,8 +60,9 @@ def hopper_matmul(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     residual: Tensor | None,
+    sparse: bool,
 ) -> Tensor:
-    ternary = tiles.unpack(packed, w_scale.shape[0], x_q.shape[-1])
+    ternary = tiles.unpack(packed, w_scale.shape[0], x_q.shape[-1], sparse)
     y = reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
     return y if residual is None else residual + y
 
@@ -88,7 +89,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     library = torch.library.Library("sparse_bitnet", "IMPL")
     played("quantize_activations", quantization.reference.quantize_fused)
     played("add_norm_quantize", add_norm_quantize)
-    played("dense_matmul", reference.ternary_matmul)
+    played("dense_matmul", lambda *arguments: reference.ternary_matmul(*arguments[:-1]))
     played("decode_attention", decode_attention.reference.decode_attention)
     played("hopper_matmul", hopper_matmul)
     torch._dynamo.reset()

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from sparse_bitnet.kernels import matmul
-from sparse_bitnet.kernels.matmul import triton_dense, triton_two_bit, triton_two_bit_kernels
+from sparse_bitnet.kernels.matmul import (
+    tiles,
+    triton_dense,
+    triton_tiles,
+    triton_two_bit,
+    triton_two_bit_kernels,
+)
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.matmul.triton_dense import Tiles
 from sparse_bitnet.kernels.matmul.triton_two_bit import Tiles as TwoBitTiles
@@ -120,3 +126,9 @@ def test_strides_of_products(tokens: int) -> None:
         assert torch.equal(dense, expected)
         few = triton_two_bit._matmul(x, x_scale, packed, w_scale, bias, torch.float32)
         assert torch.equal(few, expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (1, 4), (65, 132), (130, 300)])
+def test_tile_order(shape: tuple[int, int]) -> None:
+    ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
+    assert torch.equal(triton_tiles.pack(ternary), tiles.pack(ternary))

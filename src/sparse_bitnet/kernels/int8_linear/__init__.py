@@ -21,7 +21,7 @@ from sparse_bitnet.core.activation import quantize_int8
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.int8_linear import reference
 from sparse_bitnet.kernels.int8_linear.reference import two_terms
-from sparse_bitnet.kernels.matmul import cpu, integer_matmul, ternary_matmul
+from sparse_bitnet.kernels.matmul import byte_matmul, cpu, integer_matmul
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.quantize_activations import quantize_activations
 
@@ -51,7 +51,7 @@ def int8_linear(
     x_q, x_scale = two_terms(rows, quantize)
     exact = x_q.is_cuda or (x_q.device.type == "cpu" and _sums_in_32_bits())
     if runs_triton(x_q):
-        y = ternary_matmul(x_q, x_scale, weight, w_scale, None, torch.float32)
+        y = byte_matmul(x_q, x_scale, weight, w_scale)
     elif cpu.serves_bytes(x_q, weight, cpu.MOST_BYTE_TOKENS if exact else _most_tokens()):
         y = cpu.linear(x_q, weight, "bytes", w_scale, None, torch.float32, x_scale)
     elif exact:

@@ -212,6 +212,13 @@ def matmul(
     return y
 
 
+def readable(bias: Tensor | None) -> Tensor | None:
+    """A bias as the kernels read it: contiguous, of 16 or 32 bits."""
+    if bias is None or (bias.dtype in FLOATS and bias.is_contiguous()):
+        return bias
+    return bias.float().contiguous()
+
+
 def _aligned(x_q: Tensor) -> Tensor:
     """Rows as the copy engine reads them: they begin at multiples of 16 bytes."""
     if x_q.stride(1) == 1 and x_q.stride(0) % 16 == 0 and x_q.data_ptr() % 16 == 0:
@@ -230,9 +237,9 @@ def _matmul(
     sparse: bool,
 ) -> Tensor:
     rows = x_q.reshape(-1, x_q.shape[-1])
-    if bias is not None and not (bias.dtype in FLOATS and bias.is_contiguous()):
+    if readable(bias) is not bias:
         # The kernel reads it before the kernel ahead has ended, which its copy must not be.
-        bias = bias.float().contiguous()
+        bias = readable(bias)
         rows = rows.clone()
     if residual is not None:
         residual = residual.reshape(-1, w_scale.shape[0]).contiguous()

@@ -34,7 +34,7 @@ def integer_matmul(x_q: Tensor, ternary: Tensor) -> Tensor:
 
     Args:
         x_q: int8 ``[tokens, in]``, at least −127.
-        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}; on CUDA any int8.
+        ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
 
     Returns:
         int32 ``[tokens, out]``.
