@@ -62,12 +62,12 @@ def test_names_of_rows() -> None:
 
     assert Row.parse("bf16").kind == "bf16"
     assert Row.parse("fake-quant 2:4").pattern == "2:4"
-    assert Row.parse("6:8 sparse-forward fp8").product == "sparse"
-    assert Row.parse("6:8").product is None
+    assert Row.parse("6:8 fp8").method.backward == "fp8"
+    assert Row.parse("6:8").method.backward == "full"
     assert not Row.parse("dense plain-compile").options
     for wrong in (
         "6:8 quickly",
-        "6:8 sparse-forward dense-forward",
+        "6:8 sparse-forward",
         "6:8 rows-by-op",
     ):
         with pytest.raises(ValueError, match="none of"):
