@@ -133,6 +133,7 @@ def measure(kind: str, concurrency: list[int], layers: int, out: Path) -> None:
     requests(llm, 2, 64, 8)
     requests(llm, *PREFILL, 1)
     requests(llm, max(concurrency), 64, 4)
+    requests(llm, 1, PROMPT, 4)
     _, last = requests(llm, *PREFILL, 1)
     tokens = PREFILL[0] * PREFILL[1]
     add_row(out, kind, "prefill", tokens / last[-1], last, weights)

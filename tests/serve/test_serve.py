@@ -26,6 +26,7 @@ from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.serve.requests import CHAT, COMMON, COMPLETION
+from sparse_bitnet.serve.sampling import Sampler, Token
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -329,13 +330,150 @@ def test_tools_are_refused_where_the_template_has_no_form_for_them(client):
     )
 
 
-def test_an_answer_in_json_is_refused(client):
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-    refused(
-        lambda: client.chat.completions.create(model="tiny", messages=USER, response_format=form),
-        400,
-        "response_format is",
+CALL = '<tool_call>\n{"name": "find", "arguments": {"path": "a.py", "line": 3}}\n</tool_call>'
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def calling(directory, tokenizer, tmp_path, monkeypatch):
+    """A client of a server whose template knows tools, and whose model says ``CALL``."""
+    shutil.copytree(directory, tmp_path / "tiny")
+    template = "{% if tools %}{{ tools | tojson }} as <tool_call>{% endif %}" + TEMPLATE
+    (tmp_path / "tiny" / "chat_template.jinja").write_text(template)
+    script = tokenizer.encode(CALL)
+
+    def choose(self, logits):
+        said = sum(self._counts.values())
+        self._counts[script[said]] = self._counts.get(script[said], 0) + 1
+        return Token(script[said])
+
+    monkeypatch.setattr(Sampler, "choose", choose)
+    monkeypatch.setattr(Sampler, "is_argmax", False)
+    with running(tmp_path / "tiny") as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=SECONDS, max_retries=0)
+
+
+def ask_with_tools(client, tokenizer, **options):
+    options |= {"max_tokens": len(tokenizer.encode(CALL)), "model": "tiny", "messages": USER}
+    return client.chat.completions.create(**options)
+
+
+def test_a_tool_call(calling, tokenizer):
+    answer = ask_with_tools(calling, tokenizer, tools=[FIND])
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    assert (call.type, call.function.name) == ("function", "find")
+    assert json.loads(call.function.arguments) == {"path": "a.py", "line": 3}
+    plain = ask_with_tools(calling, tokenizer)
+    assert plain.choices[0].message.content == CALL and not plain.choices[0].message.tool_calls
+    assert answer.usage.prompt_tokens > plain.usage.prompt_tokens  # the model was told of them
+
+
+def test_a_tool_call_streams(calling, tokenizer):
+    deltas = [
+        chunk.choices[0] for chunk in ask_with_tools(calling, tokenizer, tools=[FIND], stream=True)
+    ]
+    (call,) = [call for choice in deltas for call in choice.delta.tool_calls or ()]
+    assert (call.index, call.function.name, deltas[-1].finish_reason) == (0, "find", "tool_calls")
+    assert json.loads(call.function.arguments) == {"path": "a.py", "line": 3}
+    assert not "".join(choice.delta.content or "" for choice in deltas)
+
+
+def test_tools_that_may_not_be_called(calling, tokenizer):
+    answer = ask_with_tools(calling, tokenizer, tools=[FIND], tool_choice="none")
+    assert answer.choices[0].message.content == CALL
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["file", "line"]},
+        "number": {"type": "integer", "minimum": 10, "maximum": 99},
+    },
+    "required": ["name", "number"],
+    "additionalProperties": False,
+}
+
+
+def in_json(client, stream=False, **options):
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    options = {"response_format": form, "max_tokens": 100, "temperature": 1} | options
+    return client.chat.completions.create(model="tiny", messages=USER, stream=stream, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_of_a_schema(client, seed):
+    """A model that knows nothing of JSON, and draws."""
+    (choice,) = in_json(client, seed=seed).choices
+    found = json.loads(choice.message.content)
+    assert found.keys() == {"name", "number"} and choice.finish_reason == "stop"
+    assert found["name"] in ("file", "line") and 10 <= found["number"] <= 99
+
+
+def test_an_answer_of_a_schema_streams_and_has_choices(client):
+    text = {0: "", 1: ""}
+    for chunk in in_json(client, stream=True, n=2, seed=1):
+        for choice in chunk.choices:
+            text[choice.index] += choice.delta.content or ""
+    assert [json.loads(text[0]), json.loads(text[1])] == [
+        json.loads(choice.message.content) for choice in in_json(client, n=2, seed=1).choices
+    ]
+    assert text[0] != text[1]
+
+
+def test_an_answer_of_a_schema_beside_others(client):
+    with ThreadPoolExecutor(4) as pool:
+        plain = pool.submit(complete, client, max_tokens=200)
+        answers = [pool.submit(in_json, client, seed=seed) for seed in range(3)]
+        for answer in answers:
+            json.loads(answer.result().choices[0].message.content)
+        assert plain.result().choices[0].text == complete(client, max_tokens=200).choices[0].text
+
+
+def test_any_object(client):
+    answer = complete(
+        client,
+        prompt="{",
+        extra_body={"response_format": {"type": "json_object"}},
+        max_tokens=500,
+        temperature=1,
+        seed=3,
+        logit_bias={str(token): 20 for token in (93,)},  # }
     )
+    assert isinstance(json.loads(answer.choices[0].text), dict)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "nonsense"}, "Invalid type"),
+        ({"type": "string", "pattern": "("}, "regex parse error"),
+        ({"$ref": "http://localhost/x"}, "not present"),
+        ({"required": ["a"], "additionalProperties": False, "type": "object"}, "nsatisfiable"),
+    ],
+)
+def test_schemas_that_cannot_be_followed(client, schema, message):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    refused(lambda: in_json(client, response_format=form), 400, message)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "other": 1}},
+    ],
+)
+def test_forms_that_do_not_exist(client, form):
+    refused(lambda: in_json(client, response_format=form), 400, "response_format is")
+
+
+def test_json_without_the_library(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    refused(lambda: in_json(client), 400, "sparse-bitnet[json]")
 
 
 @pytest.fixture

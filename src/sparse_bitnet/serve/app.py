@@ -25,6 +25,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.core.errors import shown
 from sparse_bitnet.serve.engine import BusyError, Engine, Generation, GenerationError
 from sparse_bitnet.serve.generate import encode_chat, encode_text
+from sparse_bitnet.serve.grammar import Grammars
 from sparse_bitnet.serve.metrics import Metrics
 from sparse_bitnet.serve.middleware import error_body, error_event
 from sparse_bitnet.serve.requests import (
@@ -77,6 +78,7 @@ class _Server:
     ) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
         self._metrics = Metrics(engine)
+        self._grammars = Grammars(tokenizer, engine.vocabulary, engine.eos)
         self._card = {
             "id": name,
             "object": "model",
@@ -135,7 +137,9 @@ class _Server:
     async def _answer(
         self, request: Request, body: dict[str, Any], prompts: list[list[int]], chat: bool
     ) -> Response:
-        answer = _Answer(self, body, prompts, chat)
+        form = body.get("response_format")
+        matcher = await asyncio.to_thread(self._grammars.matcher, form)  # may take a second
+        answer = _Answer(self, body, prompts, chat, matcher)
         self._metrics.requests.labels("chat" if chat else "completions").inc()
         if body.get("stream"):
             return StreamingResponse(answer.events(), media_type="text/event-stream")
@@ -159,7 +163,12 @@ class _Answer:
     """
 
     def __init__(
-        self, server: _Server, body: dict[str, Any], prompts: list[list[int]], chat: bool
+        self,
+        server: _Server,
+        body: dict[str, Any],
+        prompts: list[list[int]],
+        chat: bool,
+        matcher: Any,
     ) -> None:
         self._server, self._body, self._chat = server, body, chat
         self._engine, self._tokenizer = server._engine, server._tokenizer
@@ -187,7 +196,7 @@ class _Answer:
         count = body.get("n") or 1
         all_prompts = [prompt for prompt in prompts for _ in range(count)]
         options = [
-            sampling_options(body, context - len(prompt), index)
+            sampling_options(body, context - len(prompt), index, matcher)
             for index, prompt in enumerate(all_prompts)
         ]
         self._prompt_tokens = sum(map(len, prompts))

@@ -89,7 +89,7 @@ class Generation:
         """The next token by its logits; :func:`deliver` gives it on to who iterates."""
         token = Token(likeliest) if self.sampler.is_argmax else self.sampler.choose(logits)
         self.ids.append(token.id)
-        if token.id in self._eos:
+        if token.id in self._eos or self.sampler.is_complete:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.options.max_tokens:
             self.finish_reason = "length"
@@ -158,7 +158,8 @@ class Engine:
         self.most_running, self.most_waiting = most_running, most_waiting
         self.generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
-        self._eos = eos_ids(model)
+        self.eos = eos_ids(model)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
         if self._model.config._attn_implementation not in ("sdpa", "eager"):
             self._model.set_attn_implementation("sdpa")
         self._manager: Any = self._model.init_continuous_batching(  # type: ignore[operator]
@@ -198,7 +199,7 @@ class Engine:
         made = []
         for prompt, wanted in zip(prompts, options, strict=True):
             name = f"generation-{next(self._numbers)}"
-            made.append(Generation(name, prompt, wanted, self._eos))
+            made.append(Generation(name, prompt, wanted, self.eos))
         alone = not self.generations and len(made) == 1
         self.generations.update((one.name, one) for one in made)
         for one in made:
@@ -228,7 +229,7 @@ class Engine:
             one.prompt + one.ids,
             request_id=one.name,
             max_new_tokens=one.options.max_tokens - len(one.ids),
-            eos_token_id=list(self._eos) or -1,
+            eos_token_id=list(self.eos) or -1,
         )
         if added is None:  # the loop has failed and is about to start again
             one.fail("the engine is starting again; ask once more")

@@ -22,6 +22,7 @@ from sparse_bitnet.serve.sampling import SamplingOptions
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 MOST_STOPS, LONGEST_STOP = 16, 128  # characters
 MOST_CHOICES, MOST_PROMPTS = 16, 64
+FORMATS = "{type: text}, {type: json_object} or {type: json_schema, json_schema: {schema: …}}"
 PROMPT = f"text, a list of token ids, or a list of up to {MOST_PROMPTS} of either"
 
 
@@ -48,6 +49,8 @@ def check_chat(body: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None
     template = str(tokenizer.chat_template)
     if body.get("tools") and not ("tools" in template and "<tool_call>" in template):
         raise InvalidRequest("tools: this model's chat template defines no form of tool calls")
+    if body.get("tools") and (body.get("response_format") or {}).get("type", "text") != "text":
+        raise InvalidRequest("response_format: beside tools an answer cannot be kept to JSON")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise _wrong("top_logprobs", body["top_logprobs"], "left out, or beside logprobs true")
     messages = body.get("messages")
@@ -147,6 +150,20 @@ def _is_prompt(value: Any) -> bool:
     )
 
 
+def _is_format(value: Any) -> bool:
+    if value in ({"type": "text"}, {"type": "json_object"}):
+        return True
+    if not isinstance(value, dict) or value.keys() != {"type", "json_schema"}:
+        return False
+    named = value["json_schema"]
+    return (
+        value["type"] == "json_schema"
+        and isinstance(named, dict)
+        and isinstance(named.get("schema"), dict)
+        and named.keys() <= {"name", "description", "schema", "strict"}
+    )
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -168,8 +185,7 @@ COMMON: Fields = {
     "stop": (f"1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} such strings", _is_stop),
     "n": (f"a whole number from 1 to {MOST_CHOICES}", _whole(1, MOST_CHOICES)),
     "user": ("a string", _is_text),
-    # What this server does not do: only the value that asks for nothing.
-    "response_format": ("text; this server cannot do more", lambda v: v == {"type": "text"}),
+    "response_format": (FORMATS, _is_format),
 }
 COMPLETION: Fields = {
     "prompt": (PROMPT, _is_prompt),
@@ -207,7 +223,9 @@ def _check_fields(body: dict[str, Any], fields: Fields) -> None:
             raise _wrong(name, value, expected)
 
 
-def sampling_options(body: dict[str, Any], room: int, choice: int) -> SamplingOptions:
+def sampling_options(
+    body: dict[str, Any], room: int, choice: int, matcher: Any = None
+) -> SamplingOptions:
     """A checked body's options for one of its choices; ``room`` bounds the tokens of an answer.
 
     Without a seed each request draws from another.
@@ -227,6 +245,7 @@ def sampling_options(body: dict[str, Any], room: int, choice: int) -> SamplingOp
         frequency_penalty=body.get("frequency_penalty") or 0.0,
         logit_bias={int(key): bias for key, bias in (body.get("logit_bias") or {}).items()},
         logprobs=logprobs,
+        matcher=matcher,
     )
 
 

@@ -7,6 +7,7 @@ can differ is the last bit of a logit: float sums depend on how many sequences a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class SamplingOptions:
             already; the second once for each time.
         logit_bias: token id → what is added to its logit.
         logprobs: log-probabilities of the chosen token and of so many likeliest; None for none.
+        matcher: llguidance's, which says what tokens may follow; its state stays as it is.
     """
 
     max_tokens: int
@@ -35,6 +37,7 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    matcher: Any = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Sampler:
         self.options = options
         self._counts: dict[int, int] = {}
         self._generator: torch.Generator | None = None
+        self._matcher = options.matcher.deep_copy() if options.matcher else None
 
     @property
     def is_argmax(self) -> bool:
@@ -64,14 +68,31 @@ class Sampler:
         return (
             o.temperature == 0
             and o.logprobs is None
+            and o.matcher is None
             and not (o.presence_penalty or o.frequency_penalty or o.logit_bias)
         )
 
+    @property
+    def is_complete(self) -> bool:
+        """True if nothing may follow, by the grammar."""
+        return self._matcher is not None and bool(self._matcher.is_stopped())
+
     def choose(self, logits: Tensor) -> Token:
-        """The next token by its logits: float32 ``[vocabulary]``, which are not changed."""
+        """The next token by its logits: float32 ``[vocabulary]``, which are not changed.
+
+        Raises:
+            RuntimeError: if the grammar lets no token follow, or takes too long to say which.
+        """
         o = self.options
         scores = self._changed(logits)
+        if self._matcher is not None:
+            allowed = torch.frombuffer(
+                bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8
+            )
+            scores = scores.masked_fill(allowed.to(scores.device) == 0, -torch.inf)
         token = int(self._draw(scores) if o.temperature > 0 else scores.argmax())
+        if self._matcher is not None and not self._matcher.consume_token(token):
+            raise RuntimeError(f"the grammar: {self._matcher.get_error()[:300]}")
         self._counts[token] = self._counts.get(token, 0) + 1
         if o.logprobs is None:
             return Token(token)

@@ -137,11 +137,13 @@ def test_two_ranks(key_heads, tmp_path, tokenizer, monkeypatch):
     assert begin_with(of_vllm(directory, tensor_parallel_size=2), of_generate(directory))
 
 
-def test_rows_that_cannot_be_cut(tmp_path, tokenizer, monkeypatch):
+def test_rows_that_cannot_be_cut(tmp_path, tokenizer, monkeypatch, capfd):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     directory = write(tmp_path / "m", "llama", tokenizer, {"storage": "trits"})
-    with pytest.raises(Exception, match=r"o_proj.*tensor_parallel_size|initialization failed"):
+    with pytest.raises(Exception, match="initialization failed"):
         engine(directory, tensor_parallel_size=2)
+    shown = "".join(capfd.readouterr())  # a worker's error comes in its log
+    assert "o_proj: rows of 128 weights (trits, 6:8, 8 activation bits) cannot be cut" in shown
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +189,9 @@ def test_missing_tensor(name, whole, tmp_path, read_header, write_header):
 
 def test_never_loaded(monkeypatch, whole):
     """A directory that is not verified, as one of a hub's: bytes and scales are checked again."""
-    from sparse_bitnet.serve.vllm import config
     from vllm.model_executor.model_loader import default_loader
+
+    from sparse_bitnet.serve.vllm import config
 
     monkeypatch.setattr(config, "check_directory", lambda directory: None)
     everything = default_loader.DefaultModelLoader.get_all_weights
@@ -227,7 +230,8 @@ def test_half_a_fused_layer(tmp_path, tokenizer):
 
 
 def test_http(whole, tmp_path):
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(whole)]
+    # As `vllm serve` does, which the CPU package, named vllm-cpu, cannot: it looks its name up.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(whole)]
     options = ["--port", "8917", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4"]
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen([*command, *options], stdout=log, stderr=log)

@@ -18,7 +18,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError, row_scale
+from sparse_bitnet.core import ConfigError, PackedFormatError, row_scale
 from sparse_bitnet.formats import storage
 from sparse_bitnet.kernels import quantize_activations
 from sparse_bitnet.kernels.registry import TernaryWeight, integer_linear, prepare, ternary_linear
@@ -64,10 +64,10 @@ class PackedLinearMethod(LinearMethodBase):
         self.is_cut = input_size_per_partition != input_size
         self.dtype = params_dtype
         self.most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
-        stored = self.storage.packed_length(self.columns)
         if self.is_cut:
-            self._check_cut(stored, input_size)
-        weight = torch.full((sum(self.rows), stored), UNWRITTEN, dtype=torch.uint8)
+            self._check_cut(input_size)
+        stored = (sum(self.rows), self.storage.packed_length(self.columns))
+        weight = torch.full(stored, UNWRITTEN, dtype=torch.uint8)
         scale = torch.full((len(self.rows),), torch.nan, dtype=torch.float32)
         for name, tensor, attributes in (
             (
@@ -81,14 +81,11 @@ class PackedLinearMethod(LinearMethodBase):
             set_weight_attrs(parameter, attributes)
             layer.register_parameter(name, parameter)
 
-    def _check_cut(self, stored: int, input_size: int) -> None:
+    def _check_cut(self, input_size: int) -> None:
         parts = input_size // self.columns
-        whole = stored * parts == self.storage.packed_length(input_size)
-        try:
-            self.spec.pattern.check_divides(self.columns, self.where)
-        except PatternError:
-            whole = False
-        if not whole or self.spec.activation_bits != 8:
+        length, pattern = self.storage.packed_length, self.spec.pattern
+        fills_bytes = length(self.columns + 1) > length(self.columns)
+        if not fills_bytes or self.columns % pattern.m or self.spec.activation_bits != 8:
             raise ConfigError(
                 f"{self.where}: rows of {input_size} weights ({self.spec.storage}, "
                 f"{self.spec.pattern}, {self.spec.activation_bits} activation bits) cannot be cut "
