@@ -49,6 +49,22 @@ def test_from_config_json(tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+def test_sub_norms(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
+    config = ModelConfig(source=str(tmp_path), sub_norms=True)
+    tokens = torch.arange(32).view(2, 16)
+    made = [
+        build_model(config, vocab_size=40, seed=0, device=CPU, sample=lambda: tokens)
+        for _ in range(2)
+    ]
+    assert type(made[0]).__name__ == "BitNetForCausalLM"
+    assert made[0].training
+    pairs = zip(made[0].parameters(), made[1].parameters(), strict=True)
+    assert all(torch.equal(p, q) and p.requires_grad for p, q in pairs)
+    with pytest.raises(ConfigError, match="for a start from a directory"):
+        build(sub_norms=True)
+
+
 def test_from_weights(tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_config(LLAMA).to(torch.bfloat16)
     dense.save_pretrained(tmp_path)

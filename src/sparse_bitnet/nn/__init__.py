@@ -14,6 +14,7 @@ from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts
 from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
+from sparse_bitnet.nn.sub_norm import add_sub_norms
 
 __all__ = [
     "Conversion",
@@ -23,6 +24,7 @@ __all__ = [
     "SparseBitLinear",
     "SparseExperts",
     "SparseLinear",
+    "add_sub_norms",
     "convert",
     "converted_modules",
     "frozen",

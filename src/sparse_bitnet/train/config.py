@@ -26,6 +26,9 @@ class ModelConfig:
     vocabulary keep theirs."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
+    sub_norms: bool = False
+    """SubLN: a norm before the last product of attention and of the MLP, for a start from the
+    weights of a Llama (BitDistill, arXiv 2510.13998); see sparse_bitnet.nn.sub_norm."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 

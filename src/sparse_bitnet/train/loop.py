@@ -96,6 +96,7 @@ class _Run:
             seed=config.run.seed,
             device=here.device,
             tokenizer=self.batches.tokenizer,
+            sample=lambda: here.from_main(self.batches.train(0)[0].cpu()).to(here.device),
         )
         conversion = convert_model(self.model, config.sparsity)
         self.linear_weights = conversion.weights

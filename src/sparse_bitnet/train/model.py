@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
+from sparse_bitnet.nn.sub_norm import add_sub_norms
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.dense import read_dense, read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
@@ -32,6 +34,7 @@ def build_model(
     seed: int,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    sample: Callable[[], Tensor] | None = None,
 ) -> PreTrainedModel:
     """A float32 causal language model on ``device``, not converted yet.
 
@@ -40,6 +43,7 @@ def build_model(
     Args:
         vocab_size: how many token ids the data uses.
         tokenizer: its end-of-sequence and padding ids go into the model's configuration.
+        sample: gives token ids ``[sequences, length]`` of the data, for ``sub_norms``.
 
     Raises:
         ConfigError: if the source is no preset, directory or config.json, cannot be read, or has
@@ -70,6 +74,10 @@ def build_model(
             f"model.source {config.source} has {rows} embedding rows, but the data's tokenizer "
             f"needs {vocab_size}: prepare the data with the model's own tokenizer"
         )
+    if config.sub_norms:
+        if not from_weights or sample is None:
+            raise ConfigError("model.sub_norms is for a start from a directory's weights")
+        model = add_sub_norms(model, sample())
     if tokenizer is not None and not from_weights:
         for settings in (model.config, model.generation_config):
             settings.eos_token_id = tokenizer.eos_token_id

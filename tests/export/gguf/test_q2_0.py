@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.export.gguf.write import encode_q2_0, export_gguf
 from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.nn.sub_norm import add_sub_norms
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
 
 there = pytest.importorskip("llama_cpp_py_sync")
@@ -83,8 +84,9 @@ class RoundedByBlock(torch.nn.Module):
         return F.linear(((blocks / step).round() * step.half().float()).flatten(-2), self.weight)
 
 
-def test_logits_of_a_random_model(tmp_path):
-    """Rows of 192 and 576, which only this type stores as ternary."""
+@pytest.mark.parametrize("sub_norms", [False, True])
+def test_logits_of_a_random_model(tmp_path, sub_norms):
+    """Rows of 192 and 576, which only this type stores as ternary; as ``llama`` and ``bitnet``."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -95,8 +97,11 @@ def test_logits_of_a_random_model(tmp_path):
             num_attention_heads=3,
             num_key_value_heads=1,
             eos_token_id=0,
+            tie_word_embeddings=True,
         )
     )
+    if sub_norms:
+        model = add_sub_norms(model, torch.randint(1, 320, (4, 32)))
     convert(model, "6:8")
     save_trained(model, train_bpe(TEXT, 320), tmp_path / "t", SparsityConfig(pattern="6:8"))
     export_gguf(tmp_path / "t", tmp_path / "m.gguf", linears="q2_0")

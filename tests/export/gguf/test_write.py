@@ -11,6 +11,7 @@ from gguf import GGUFReader, gguf_reader
 from gguf.quants import dequantize
 from transformers import (
     AutoModelForCausalLM,
+    BitNetConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -34,6 +35,7 @@ CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
+    "bitnet": BitNetConfig,
 }
 HEADS = 4, 2
 LAYER = {
@@ -41,6 +43,8 @@ LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -279,6 +283,19 @@ def test_a_bias_that_the_graph_does_not_add_in_a_layer_left_alone(save, tmp_path
     directory = save("qwen3", rules={"o_proj": "skip"}, attention_bias=True)
     with pytest.raises(ConfigError, match=r"o_proj has a bias, and it knows biases of q_proj"):
         export_gguf(directory, tmp_path / "m.gguf")
+
+
+def test_a_llama_with_sub_norms(save, tmp_path):
+    directory = save("bitnet", tie_word_embeddings=True, hidden_act="silu")
+    export_gguf(directory, tmp_path / "m.gguf")
+    found, keys = read(tmp_path / "m.gguf")
+    expected = expected_tensors(directory, llama=False)
+    assert found.keys() == expected.keys()
+    assert {"blk.1.attn_sub_norm.weight", "blk.1.ffn_sub_norm.weight"} < found.keys()
+    assert all(torch.equal(found[n][1], expected[n]) for n in found if n.startswith("blk"))
+    assert keys["general.architecture"] == "bitnet"
+    with pytest.raises(ConfigError, match=r"output head is .* and it knows the embedding as head"):
+        export_gguf(save("bitnet", hidden_act="silu"), tmp_path / "m.gguf")
 
 
 def test_llama3_frequencies(save, tmp_path):

@@ -1,6 +1,7 @@
 """Architectures as llama.cpp names them: hyper-parameters, tensor names, order of rows.
 
-qwen2 and qwen3 have architectures of their own there; Mistral's dense models are ``llama``. The
+qwen2 and qwen3 have architectures of their own there; Mistral's dense models are ``llama``, and a
+Llama with SubLN is ``bitnet``, which has silu where ``BitNetForCausalLM`` may have others. The
 ``llama`` graph rotates neighbouring lanes of a head where Hugging Face's rotates halves, so rows of
 its query and key projections change places.
 """
@@ -19,13 +20,20 @@ from sparse_bitnet.core import ConfigError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
+ARCHITECTURES = {
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "llama": "llama",
+    "mistral": "llama",
+    "bitnet": "bitnet",
+}
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # Biases that the graph of an architecture adds; it would not load a file with others.
 BIASES = {
     "qwen2": ATTENTION,
     "qwen3": ATTENTION,
     "llama": (*ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "bitnet": (),
 }
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -45,6 +53,8 @@ def architecture(model: PreTrainedModel) -> str:
         )
     if config.hidden_act != "silu":
         raise _refuse(model, f"its activation is {config.hidden_act}", "silu")
+    if kind == "bitnet" and not config.tie_word_embeddings:
+        raise _refuse(model, "its output head is a matrix of its own", "the embedding as head")
     if kind == "qwen2" and head_dim(model) * config.num_attention_heads != config.hidden_size:
         raise _refuse(model, "its heads do not span hidden_size", "heads that do")
     rope = _rope(model)

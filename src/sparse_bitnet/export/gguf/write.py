@@ -15,6 +15,7 @@ which also leaves their activations unquantized.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ EmbeddingType = Literal["f16", "q8_0", "f32"]
 OddRows = Literal["refuse", "f16"]
 BLOCKS = {"TQ2_0": 256, "TQ1_0": 256, "Q2_0": 64}
 ROUNDED_TOGETHER = {"TQ2_0": 256, "TQ1_0": 256, "Q2_0": 32}  # activations
+# transformers' names → those that the package gguf knows
+SUB_NORMS = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
 Q2_0, Q2_0_BYTES, MOSTLY_Q2_0 = 42, 18, 41  # in ggml; the package gguf 0.19 does not know them
 LARGEST_F16 = 65504.0
 
@@ -187,7 +190,8 @@ class _Tensors:
             yield _Planned(there, shape[:1], "F32", partial(self._bias, name))
 
     def _name(self, name: str) -> str:
-        there = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        known = re.sub(r"attn_sub_norm|ffn_sub_norm", lambda m: SUB_NORMS[m[0]], name)
+        there = self._names.get_name(known, try_suffixes=(".weight", ".bias"))
         if there is None:
             raise ConfigError(f"gguf: llama.cpp has no name for the tensor {name}")
         return str(there)

@@ -2,8 +2,8 @@
 """int8 ternary weights → the tile order of ``tiles.py``, by one kernel.
 
 A trained weight changes at every step, so its order is made in every forward: a read of a byte and
-a write of a quarter a weight, little beside the product of many tokens. A program makes one block of
-64 × 128: register i of a thread is four neighbouring columns of one row, one int32 load.
+a write of a quarter for each weight, little beside the product of many tokens. A program makes one
+block of 64 × 128: register i of a thread is four neighbouring columns of a row, one int32 load.
 """
 
 from __future__ import annotations
