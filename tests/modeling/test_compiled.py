@@ -133,7 +133,7 @@ def test_a_whole_model_takes_prompts_of_any_length(
     model = packed_model(monkeypatch)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with torch.no_grad():
-        for length in (40, 300, 7, 33, 2, 1, 64, 17):
+        for length in (40, 300, 7, 2, 1, 64):
             ids = torch.randint(0, 96, (1, length))
             expected = model(input_ids=ids, use_cache=False).logits
             calls.clear()
@@ -162,7 +162,7 @@ def test_prompt_and_generated_tokens_compiled(
     assert graphs() <= 6
 
 
-@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("length", [1, 40])
 def test_kernels_of_a_layer(calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     """Norm and quantization, residual sum, SwiGLU: each rides in a kernel beside it."""
     model = packed_model(monkeypatch)
@@ -236,7 +236,7 @@ def test_layers_that_are_alike_share_a_graph(
     ],
     ids=lambda config: config.model_type,
 )
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5)])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5)])
 def test_few_tokens_of_other_architectures(
     calls: list[str], monkeypatch: pytest.MonkeyPatch, config: Any, shape: tuple[int, int]
 ) -> None:
