@@ -38,7 +38,7 @@ def both(model: Any) -> tuple[Any, DecoderForCausalLM]:
     decoder = build_decoder(copy.deepcopy(model))
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        model.set_output_embeddings(Head(head.weight, head.bias))
+        model.set_output_embeddings(Head(head))
     return model, decoder
 
 

@@ -94,7 +94,8 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
     weight, scale = quantize_rows(torch.randn(301, 96))
     with native.forced(path):
         model = build_decoder(packed("qwen2", dtype))
-        model.lm_head = Head(nn.Parameter(torch.eye(96, dtype=dtype), False), None)
+        model.lm_head = Head(nn.Linear(96, 96, bias=False, dtype=dtype))
+        model.lm_head.weight = nn.Parameter(torch.eye(96, dtype=dtype), False)
         model.native = NativeToken(model.model, model.lm_head)
         hidden = after_a_prompt(model)
         table: Any = Int8Head(301, 96, kind == "with a bias", dtype=dtype)
@@ -109,6 +110,18 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
     if dtype == torch.float32:
         plain = int8_linear(hidden, weight, scale, table.bias)
         assert torch.equal(found, plain)
+
+
+def test_many_threads_on_few_cores(packed: Packed) -> None:
+    """More threads than cores wait for each other asleep, and none is lost."""
+    model = build_decoder(packed(hidden_size=768, intermediate_size=2048))
+    before, threads = after_a_prompt(model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(9)
+        for _ in range(30):
+            assert torch.equal(after_a_prompt(model), before)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_head_of_another_kind_goes_the_modules_way(packed: Packed) -> None:

@@ -58,7 +58,7 @@ def build_decoder(model: PreTrainedModel) -> DecoderForCausalLM:
     decoder = Decoder(config, body.embed_tokens, layers, _norm(body.norm), body.rotary_emb)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        head = Head(head.weight, head.bias)
+        head = Head(head)
     return DecoderForCausalLM(decoder, head, model.generation_config)
 
 

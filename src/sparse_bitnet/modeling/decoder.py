@@ -16,8 +16,8 @@ One decoder runs in three ways, which differ in the order of float sums only:
   products behind read integers.
 
 The two fast ways compute what modules compute without calling them, so a hook on a module inside a
-layer, and on a CPU on the last norm or the head, sees prompts only. Hidden states and attentions are
-asked for by ``output_hidden_states`` and ``output_attentions``.
+layer, and on a CPU on the last norm or the head, sees prompts only. Hidden states and attentions
+are asked for by ``output_hidden_states`` and ``output_attentions``.
 """
 
 from __future__ import annotations

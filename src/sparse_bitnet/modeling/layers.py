@@ -42,9 +42,9 @@ class Head(nn.Linear):
     weight as fast as memory gives it.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        self.weight, self.bias = weight, bias
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return float_linear(x, self.weight, self.bias)

@@ -110,7 +110,7 @@ class NativeToken:
         cosine, sine = self._rotary(x, seen if position_ids is None else int(position_ids))
         if not (
             cosine.dtype == sine.dtype == x.dtype
-            and cosine.numel() == sine.numel() == self._decoder.layers[0].self_attn.head_dim
+            and cosine.numel() == sine.numel() == self.call.head_dim
         ):
             return None
         buffers = [one.reserve(1) for one in layers]

@@ -11,9 +11,10 @@ namespace sparse_bitnet {
 // Null where this processor cannot run the path.
 const Path *path_of(int64_t id);
 
-// run(context, part) for every part, by up to so many threads. However many come, each part is
-// done once.
+// run(context, part) for every part, by up to so many threads: PyTorch's, if there are some, or
+// such as are started for it. However many come, each part is done once.
 void parallel(int64_t parts, void *context, void (*run)(void *, int64_t));
+void start(int64_t parts, void *context, void (*run)(void *, int64_t));
 
 // Multiply-adds worth a thread: fewer where one waits already than where one has to be started.
 int64_t work_of_a_thread();

@@ -86,7 +86,7 @@ class LayerCall:
         head_dim: int,
         scaling: float,
     ) -> None:
-        self._alive = (products, norms, head_norms)
+        self.head_dim, self._alive = head_dim, (products, norms, head_norms)
         self._call = call = _Layer()
         for linear, (weight, bias) in zip(
             (call.qkv, call.o, call.gate_up, call.down), products, strict=True
@@ -137,6 +137,7 @@ class TokenCall:
     ) -> None:
         self._alive, self._array = (layers, norm, head, head_scale, head_bias), _Layer * len(layers)
         self._layers = self._array(*(layer._call for layer in layers))
+        self.head_dim = layers[0].head_dim
         self._token = token = _Token()
         token.count, token.type, token.threads = (
             len(layers),

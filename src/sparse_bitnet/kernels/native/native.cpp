@@ -136,11 +136,13 @@ void work(void *argument) {
 }  // namespace
 
 void parallel(int64_t parts, void *context, void (*run)(void *, int64_t)) {
+    if (parts <= 1 || gomp_parallel == nullptr) return start(parts, context, run);
     Job job{run, context, parts};
-    if (parts > 1 && gomp_parallel != nullptr) {
-        gomp_parallel(work, &job, unsigned(parts), 0);
-        return;
-    }
+    gomp_parallel(work, &job, unsigned(parts), 0);
+}
+
+void start(int64_t parts, void *context, void (*run)(void *, int64_t)) {
+    Job job{run, context, parts};
     std::vector<std::thread> others;
     try {
         for (int64_t i = 1; i < parts; ++i) others.emplace_back(work, &job);

@@ -14,8 +14,15 @@
 // No thread waits for one that has nothing in hand: a thread that is late, or never comes, costs
 // nothing but its help. Large phases have more parts than threads, so that whoever runs takes what
 // another, on a core busy with other work, does not get to.
+//
+// The team is started for the token, some 20 µs a thread, and is not PyTorch's: OpenMP's threads
+// spin while they wait, which on busy cores keeps the work from running, and the scheduler was seen
+// to leave two of them on one core for seconds. A new thread goes to an idle core. Whoever waits
+// for the next phase spins for a moment, as most phases take that long, and then sleeps.
 #include "host.h"
 
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 
 namespace sparse_bitnet {
@@ -23,7 +30,7 @@ namespace {
 
 constexpr int64_t PARTS_OF_A_THREAD = 4;      // at most, of a phase
 constexpr int64_t WORK_OF_A_PART = 1 << 17;   // multiply-adds, at least: some microseconds
-constexpr int64_t SPINS = 1000;               // pauses before the core is left to others: 20 – 50 µs
+constexpr int64_t SPINS = 1000;               // pauses before a thread sleeps: 10 – 50 µs
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -118,19 +125,39 @@ class Run {
                 if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == now.parts) {
                     after(now, index);
                     done.store(0, std::memory_order_relaxed);
-                    claimed.store(uint64_t(index + 1) << 32, std::memory_order_release);
+                    open(index + 1);
                 }
-                continue;
+            } else {
+                wait(index);
             }
-            for (int64_t spins = 0;
-                 int64_t(claimed.load(std::memory_order_acquire) >> 32) == index; ++spins)
-                spins < SPINS ? pause() : std::this_thread::yield();
         }
     }
 
     int64_t parts = 1;  // of the phase with most, at most call.threads
 
   private:
+    void open(int64_t index) {
+        claimed.store(uint64_t(index) << 32);
+        if (sleeping.load() == 0) return;
+        std::lock_guard<std::mutex> hold(mutex);
+        opened.notify_all();
+    }
+
+    bool is_open(int64_t index) const { return int64_t(claimed.load() >> 32) == index; }
+
+    // Until the phase is over. Both sides write before they read, in one order that all threads see:
+    // either the sleeper finds the next phase open, or who opens it finds the sleeper.
+    void wait(int64_t index) {
+        for (int64_t spins = 0; spins < SPINS; ++spins) {
+            if (!is_open(index)) return;
+            pause();
+        }
+        std::unique_lock<std::mutex> hold(mutex);
+        ++sleeping;
+        opened.wait(hold, [&] { return !is_open(index); });
+        --sleeping;
+    }
+
     void connect(Linear &linear, const void *from, void *to) {
         linear.x = from, linear.y = to;
         linear.x_type = linear.y_type = call.type;
@@ -239,6 +266,9 @@ class Run {
     Tokens x;  // of the phase that is open
     alignas(64) std::atomic<uint64_t> claimed{0};  // the open phase << 32 | parts handed out
     alignas(64) std::atomic<int64_t> done{0};      // of its parts
+    std::atomic<int64_t> sleeping{0};
+    std::mutex mutex;
+    std::condition_variable opened;
 };
 
 void run(void *context, int64_t) { static_cast<Run *>(context)->work(); }
@@ -253,7 +283,7 @@ int64_t one_token(Token &call) {
     if (memory.start == nullptr) return 2;
     Run token(call, *path, memory.aligned());
     token.plan();
-    parallel(token.parts, &token, run);
+    start(token.parts, &token, run);
     return 0;
 }
 
