@@ -13,6 +13,10 @@ takes ``--sequences`` of 2,048 tokens a step, so ``tokens_per_second`` is of all
 gets in a step, by collective; ``memory`` its peak. ``communication`` is the time of NCCL's kernels
 in a profiled step, ``exposed`` the part of it in which no other kernel runs.
 
+``--simulate 8 64`` measures the memory of one rank of so many on a single GPU: its collectives do
+nothing, so values are not those of a model, but what is allocated is. With ``--sequences 1 --length
+128`` activations are few, and what is left is beside ``expected``, the arithmetic of ``estimate``.
+
 Writes ``results/<gpu>/sharded_step.json`` after every row.
 """
 
@@ -37,6 +41,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_common import write
+from sparse_bitnet.estimate.devices import GPUS
+from sparse_bitnet.estimate.sharding import sharding
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.train.config import OptimizerConfig
@@ -48,7 +54,7 @@ from training_models import base_model
 
 ROWS = ("bf16", "two bits", "float32")
 SEQUENCE = 2048
-SEQUENCES = {"qwen2.5-1.5b": 8, "qwen2.5-3b": 4}
+SEQUENCES = {"qwen2.5-1.5b": 8, "qwen2.5-3b": 4, "qwen2.5-7b": 1}
 
 
 class Received(TorchDispatchMode):
@@ -92,7 +98,7 @@ def wait_of(events: list[Any]) -> tuple[float, float]:
     return total / 1e6, (total - hidden) / 1e6
 
 
-def one_row(preset: str, row: str, sequences: int, steps: int) -> dict[str, Any]:
+def one_row(preset: str, row: str, sequences: int, length: int, steps: int) -> dict[str, Any]:
     """Times of one way to train, in every process; the row of the first."""
     world = dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -115,7 +121,7 @@ def one_row(preset: str, row: str, sequences: int, steps: int) -> dict[str, Any]
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-5))
     torch.manual_seed(dist.get_rank())
     vocabulary = model.config.vocab_size
-    tokens = torch.randint(0, vocabulary, (sequences, SEQUENCE + 1), device=device)
+    tokens = torch.randint(0, vocabulary, (sequences, length + 1), device=device)
 
     def step() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -154,6 +160,10 @@ def one_row(preset: str, row: str, sequences: int, steps: int) -> dict[str, Any]
                 step()
             received = counted.bytes
     milliseconds = statistics.median(times)
+    weights = sum(p.numel() for b in blocks(model) for p in b.parameters() if p.ndim > 1)
+    others = sum(p.numel() for p in parameters) - weights
+    layers = model.config.num_hidden_layers
+    plan = sharding(weights, layers, others, GPUS["h200"], world, world * sequences * length)
     return {
         "model": preset,
         "row": row,
@@ -161,9 +171,10 @@ def one_row(preset: str, row: str, sequences: int, steps: int) -> dict[str, Any]
         "sequences": sequences,
         "milliseconds": milliseconds,
         "all_milliseconds": [round(t, 2) for t in times],
-        "tokens_per_second": world * sequences * SEQUENCE / milliseconds * 1e3,
+        "tokens_per_second": world * sequences * length / milliseconds * 1e3,
         "memory": memory,
-        "weights": sum(p.numel() for b in blocks(model) for p in b.parameters() if p.ndim > 1),
+        "expected": {"shards": plan.shard_bytes, "whole": plan.whole_bytes},
+        "weights": weights,
         "received_bytes": dict(received),
         "communication": communication,
         "exposed": exposed,
@@ -172,10 +183,17 @@ def one_row(preset: str, row: str, sequences: int, steps: int) -> dict[str, Any]
 
 
 def child(options: argparse.Namespace) -> None:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if options.simulate:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", rank=0, world_size=options.simulate[0], store=FakeStore())
+    else:
+        dist.init_process_group("nccl")
     try:
-        row = one_row(options.models[0], options.rows[0], options.sequences, options.steps)
+        row = one_row(
+            options.models[0], options.rows[0], options.sequences, options.length, options.steps
+        )
         if dist.get_rank() == 0:
             print("ROW " + json.dumps(row), flush=True)
     finally:
@@ -186,10 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(SEQUENCES), choices=SEQUENCES)
+    parser.add_argument("--models", nargs="+", default=list(SEQUENCES)[:2], choices=SEQUENCES)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--gpus", nargs="+", type=int, help="1, 2, 4 … as many as there are")
     parser.add_argument("--sequences", type=int, help="of a GPU and step")
+    parser.add_argument("--length", type=int, default=SEQUENCE, help="tokens of a sequence")
+    parser.add_argument("--simulate", nargs="+", type=int, help="ranks; memory alone")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
@@ -199,7 +219,7 @@ def main() -> None:
         child(options)
         return
     there = torch.cuda.device_count()
-    counts = options.gpus or [n for n in (1, 2, 4, 8) if n <= there]
+    counts = options.simulate or options.gpus or [n for n in (1, 2, 4, 8) if n <= there]
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + 60 * options.minutes
     for model in options.models:
@@ -208,10 +228,15 @@ def main() -> None:
                 if time.monotonic() > until or (count == 1 and name == "float32"):
                     continue  # on one GPU nothing is gathered
                 sequences = options.sequences or SEQUENCES[model]
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-                command += [f"--nproc-per-node={count}", __file__, "--child", "--models", model]
-                command += ["--rows", name, "--sequences", str(sequences)]
+                command = [sys.executable]
+                if not options.simulate:
+                    command += ["-m", "torch.distributed.run", "--standalone"]
+                    command += [f"--nproc-per-node={count}"]
+                command += [__file__, "--child", "--models", model, "--rows", name]
+                command += ["--sequences", str(sequences), "--length", str(options.length)]
                 command += ["--steps", str(options.steps)]
+                if options.simulate:
+                    command += ["--simulate", str(count)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
                 if not found:
@@ -239,7 +264,7 @@ def main() -> None:
                     f"NCCL {row['communication']:.1f} ms, exposed {row['exposed']:.1f}",
                     flush=True,
                 )
-                write("sharded_step", rows, options.out)
+                write("sharded_memory" if options.simulate else "sharded_step", rows, options.out)
 
 
 if __name__ == "__main__":
