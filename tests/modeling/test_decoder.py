@@ -30,7 +30,15 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", {}),
 ]
-GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+GREEDY: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
+OPTIONS: list[dict[str, Any]] = [
+    {"do_sample": True, "top_k": 20, "temperature": 1.5},
+    {"num_beams": 3},
+    {"cache_implementation": "static"},
+    {"use_cache": False},
+]
+TEXTS = [(*kind, {}) for kind in KINDS]
+TEXTS += [(*kind, options) for kind in (KINDS[0], KINDS[5], KINDS[8]) for options in OPTIONS]
 
 
 def both(model: Any) -> tuple[Any, DecoderForCausalLM]:
@@ -87,18 +95,7 @@ def test_other_linears_and_dtypes(
     assert torch.equal(found, expected) if exact else error < (1e-5 if not pattern else 2e-2)
 
 
-@pytest.mark.parametrize(("architecture", "changes"), KINDS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_sample": True, "top_k": 20, "temperature": 1.5},
-        {"num_beams": 3},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-    ],
-    ids=lambda options: next(iter(options), "greedy"),
-)
+@pytest.mark.parametrize(("architecture", "changes", "options"), TEXTS)
 def test_the_same_text(
     packed: Packed, architecture: str, changes: dict[str, Any], options: dict[str, Any]
 ) -> None:

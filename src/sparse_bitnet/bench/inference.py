@@ -3,7 +3,7 @@
 The verb ``bench``, and benchmarks/inference.py. All models have the shape of one preset and run in
 the package's own decoder, in one process, in turns. On a GPU its layers are compiled one by one,
 its cache is static, and a pass is one CUDA graph; on a CPU a token takes the native call.
-Everything is in the time: embedding, norms, quantization of activations, lifting, products, scales,
+Everything is in the time: embedding, norms, quantization of activations, products, scales,
 attention, the output head for the last token.
 """
 
@@ -132,8 +132,6 @@ def bench(
     out: Path | None = None,
 ) -> str:
     """Time prefill and decode of a model shape with random weights, ternary beside BF16.
-
-    Kernels are measured once a shape and remembered, so a second run starts sooner.
 
     Args:
         preset: a model shape; qwen2.5-7b on a GPU, two layers of qwen2.5-0.5b without one.

@@ -23,7 +23,7 @@ from sparse_bitnet.nn.pack import pack_module
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
 TOLERANCE = 2.0**-7
-"""Of the largest output: sparse tensor cores round to bfloat16 once more."""
+"""Of the largest output: two roundings to bfloat16."""
 
 
 def check_called(model: nn.Module, names: Iterable[str] | None = None) -> None:

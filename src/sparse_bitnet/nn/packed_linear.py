@@ -20,8 +20,7 @@ from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 class PackedLinear(PackedModule):
     """The inference form of ``SparseBitLinear``: the same integers, scaled once.
 
-    Outputs are equal to the last bit where a dense or two-bit product serves; sparse tensor cores
-    write bfloat16 and round once more (see docs/kernels.md).
+    Outputs are equal to the last bit.
 
     Buffers, which are also its state dict: ``weight`` (uint8 ``[out, bytes]``), ``weight_scale``
     (float32 ``[segments]``) and, if ``bias``, ``bias`` (``[out]``, in the model's dtype).
