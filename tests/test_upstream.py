@@ -85,7 +85,6 @@ TRITON_NAMES = [
     "triton.language.extra.cuda.gdc_wait",
     "triton.language.extra.cuda.gdc_launch_dependents",
     "triton.runtime.errors.OutOfResources",
-    "triton.tools.tensor_descriptor.TensorDescriptor",
 ]
 PARAMETERS = {
     "torch._C._cuda_getCurrentRawStream": None,  # a builtin of CUDA builds

@@ -30,15 +30,12 @@ def poisoned(tokens: int, out: int, dtype: torch.dtype = torch.float32) -> torch
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_dense(shape: tuple[int, int, int], descriptors: bool, with_bias: bool) -> None:
-    if descriptors and shape[2] % 16:
-        pytest.skip("descriptors need rows of a multiple of 16 bytes")
+def test_dense(shape: tuple[int, int, int], with_bias: bool) -> None:
     x, x_scale, weight, w_scale, bias = operands(*shape)
     given = bias if with_bias else None
     y = poisoned(*shape[:2])
-    triton_dense.run(x, x_scale, weight, w_scale, given, y, Tiles(32, 16, 32, 4, 2, descriptors))
+    triton_dense.run(x, x_scale, weight, w_scale, given, y, Tiles(32, 16, 32, 4, 2))
     assert torch.equal(y, ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, given))
 
 
@@ -122,7 +119,7 @@ def test_strides_of_products(tokens: int) -> None:
     for x, rows in ((x_q[:, 1:65], weight[:, 1:65]), (x_q[:, ::2], weight[:, ::2])):
         expected = ternary_matmul(x, x_scale, rows, w_scale, bias)
         packed = triton_two_bit.pack_rows(rows)
-        dense = matmul._dense(x, x_scale, rows, w_scale, bias, torch.float32)
+        dense = matmul._dense(x, x_scale, rows, w_scale, bias, torch.float32, False)
         assert torch.equal(dense, expected)
         few = triton_two_bit._matmul(x, x_scale, packed, w_scale, bias, torch.float32)
         assert torch.equal(few, expected)
