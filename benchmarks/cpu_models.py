@@ -134,7 +134,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     for module in model.modules():
         if isinstance(module, PackedModule):
             for name in module.weight_shapes:
-                layout = module.layout(name)
+                layout = module.prepared(name)
                 total += layout.packed.nbytes
         elif type(module) is nn.Linear and module is not model.get_output_embeddings():
             total += module.weight.nbytes

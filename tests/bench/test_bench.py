@@ -60,7 +60,7 @@ def test_layers_are_copies_in_their_own_memory() -> None:
     first, second, third = decoder.model.layers
     one, other = (layer.mlp.down_proj for layer in (first, second))
     assert torch.equal(one.unpack("weight"), other.unpack("weight"))
-    one, other = one.layout("weight"), other.layout("weight")
+    one, other = one.prepared("weight"), other.prepared("weight")
     assert one.packed.data_ptr() != other.packed.data_ptr()
     assert one.w_scale.data_ptr() != other.w_scale.data_ptr()
     assert [layer.self_attn.layer_idx for layer in (first, second, third)] == [0, 1, 2]

@@ -94,7 +94,7 @@ def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
             prepare(model)
             tensors = [*model.parameters(), *model.buffers()]
             for module in model.modules():
-                for layout in getattr(module, "_layout", {}).values():
+                for layout in getattr(module, "_prepared", {}).values():
                     for weight in layout if isinstance(layout, list) else [layout]:
                         tensors += [weight.packed, weight.w_scale]
             taken = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}

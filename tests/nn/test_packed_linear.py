@@ -127,7 +127,7 @@ def test_casts_leave_bytes_and_scales_alone(storage, move):
     for name in ("weight", "weight_scale"):
         assert moved.state_dict()[name].dtype == before[name].dtype
         assert torch.equal(moved.state_dict()[name], before[name])
-    assert not moved._layout or moved is not packed
+    assert not moved._prepared or moved is not packed
 
 
 def test_meta_construction_and_to_empty(storage):
@@ -152,11 +152,11 @@ def test_compiled_equals_eager(storage):
 
 def test_layout_is_derived_at_first_use_only(storage):
     packed = pack_module(trained_linear(), storage, "l")
-    assert not packed._layout
+    assert not packed._prepared
     packed(torch.randn(1, 40))
-    first = packed.layout("weight")
+    first = packed.prepared("weight")
     packed(torch.randn(1, 40))
-    assert packed.layout("weight") is first
+    assert packed.prepared("weight") is first
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
@@ -300,7 +300,7 @@ def test_one_copy_of_a_weight_stays(storage: str) -> None:
     stored = packed.state_dict()["weight"].clone()
     x = torch.randn(3, 64)
     expected = packed(x)
-    kept = packed.layout("weight").packed
+    kept = packed.prepared("weight").packed
     held = packed._buffers["weight"]
     assert held is None or held.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
     for again in (packed, copy.deepcopy(packed)):

@@ -26,7 +26,7 @@ Q = "model.layers.0.self_attn.q_proj"
 def test_loads_lazily_and_runs(pristine, name, trained, logits):
     model = AutoModelForCausalLM.from_pretrained(pristine / name)
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    assert len(packed) == 14 and not any(m._layout for m in packed)
+    assert len(packed) == 14 and not any(m._prepared for m in packed)
     assert packed[0].where == Q
     assert torch.equal(logits(model), logits(trained("qwen2")))
     assert model.is_quantized and not model.training

@@ -334,7 +334,7 @@ def _cache(decoder: DecoderForCausalLM, case: Case) -> KeyValueCache:
 def backends(decoder: DecoderForCausalLM) -> dict[str, str]:
     """What serves each product of a layer."""
     return {
-        name: module.layout("weight").backend
+        name: module.prepared("weight").backend
         for name, module in decoder.model.layers[0].named_modules()
         if isinstance(module, PackedLinear)
     }

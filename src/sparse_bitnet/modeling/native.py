@@ -126,7 +126,7 @@ class NativeToken:
             norms = [*(norm for layer in layers for norm in _norms(layer)), self._decoder.norm]
             self._modules = [one for layer in layers for one in layer.linears()], norms
         linears, norms = self._modules
-        weights = [linear.layout("weight") for linear in linears]
+        weights = [linear.prepared("weight") for linear in linears]
         head = _head(self._head)
         # A parameter or bias may be given other memory and stay the same object.
         prepared_for = [
@@ -214,7 +214,7 @@ def _layer_call(layer: DecoderLayer) -> LayerCall:
     weights = [norm.weight for norm in norms]
     return LayerCall(
         [
-            (one.layout("weight"), None if one.bias is None else one.bias.contiguous())
+            (one.prepared("weight"), None if one.bias is None else one.bias.contiguous())
             for one in layer.linears()
         ],
         (weights[0], weights[1]),

@@ -81,7 +81,7 @@ class PackedExperts(PackedModule):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
-    def lay_out(self, ternary: Tensor, scale: Tensor) -> list[TernaryWeight]:
+    def prepare_weight(self, ternary: Tensor, scale: Tensor) -> list[TernaryWeight]:
         return [prepare(one, rows) for one, rows in zip(ternary, scale, strict=True)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class PackedExperts(PackedModule):
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
 
     def _product(self, name: str, index: int, x: Tensor) -> Tensor:
-        weight = self.layout(name)[index]
+        weight = self.prepared(name)[index]
         if self.spec.activation_bits == 8:
             return ternary_linear(x, weight, None, output_dtype(x))
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)

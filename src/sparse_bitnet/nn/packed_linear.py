@@ -80,13 +80,13 @@ class PackedLinear(PackedModule):
     def segments_of(self, name: str) -> tuple[int, ...]:
         return self.spec.segments
 
-    def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
+    def prepare_weight(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
         stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None
         return prepare(ternary, scale, stored)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.activation_bits == 8:
-            weight, dtype = self.layout("weight"), output_dtype(x)
+            weight, dtype = self.prepared("weight"), output_dtype(x)
             return ternary_linear(x, weight, self.bias, dtype)
         x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
         return self.from_integers(x_q, x_scale, output_dtype(x))
@@ -101,7 +101,7 @@ class PackedLinear(PackedModule):
             x_scale: float32 ``[..., 1]``.
             residual: ``[..., out]`` of ``dtype``, added to the rounded result.
         """
-        return integer_linear(x_q, x_scale, self.layout("weight"), self.bias, dtype, residual)
+        return integer_linear(x_q, x_scale, self.prepared("weight"), self.bias, dtype, residual)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

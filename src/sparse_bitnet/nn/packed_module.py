@@ -100,16 +100,16 @@ class PackedModule(nn.Module, ABC):
         self.spec, self.where = spec, where
         self._storage = storage(spec.storage)
         self._weights: dict[str, _Weight] = {}
-        self._layout: dict[str, Any] = {}
+        self._prepared: dict[str, Any] = {}
         self.register_load_state_dict_pre_hook(_expect_bytes)
-        self.register_load_state_dict_post_hook(_forget_layout)
+        self.register_load_state_dict_post_hook(_forget_prepared)
 
     @abstractmethod
     def segments_of(self, name: str) -> tuple[int, ...]:
         """Rows of each logical matrix fused into that weight; empty for one matrix."""
 
     @abstractmethod
-    def lay_out(self, ternary: Tensor, scale: Tensor) -> TernaryWeight | list[TernaryWeight]:
+    def prepare_weight(self, ternary: Tensor, scale: Tensor) -> TernaryWeight | list[TernaryWeight]:
         """What the module multiplies with: one weight, or one for each expert.
 
         Args:
@@ -143,7 +143,7 @@ class PackedModule(nn.Module, ABC):
         """
         self._buffers[name] = self._storage.pack(ternary, f"{self.where}.{name}")
         self._buffers[f"{name}_scale"] = scale.detach().float().clone()
-        self._layout.clear()
+        self._prepared.clear()
 
     def unpack(self, name: str) -> Tensor:
         """The ternary weight: int8 ``[..., out, in]``.
@@ -153,7 +153,7 @@ class PackedModule(nn.Module, ABC):
                 pattern.
         """
         if self._buffers[name] is None:
-            return _unpacked(self._layout[name])
+            return _unpacked(self._prepared[name])
         where = f"{self.where}.{name}"
         ternary = self._storage.unpack(self.get_buffer(name), self._weights[name].shape[-1], where)
         violation = find_violation(ternary, self.spec.pattern)
@@ -188,32 +188,32 @@ class PackedModule(nn.Module, ABC):
         Call it before ``torch.compile``, so that the graph is not broken here.
         """
         for name, weight in self._weights.items():
-            if name in self._layout:
+            if name in self._prepared:
                 continue
             scale = self.get_buffer(f"{name}_scale")
             rows = row_scale(scale, weight.segments, weight.shape[-2])
-            self._layout[name] = self.lay_out(self.unpack(name), rows)
-            if not _shares_memory(self._layout[name], self.get_buffer(name)):
+            self._prepared[name] = self.prepare_weight(self.unpack(name), rows)
+            if not _shares_memory(self._prepared[name], self.get_buffer(name)):
                 self._buffers[name] = None
 
     def _restore(self) -> None:
         """Pack stored bytes that are gone from the compute layout again."""
-        for name, layout in self._layout.items():
+        for name, weight in self._prepared.items():
             if self._buffers[name] is None:
-                self._buffers[name] = self._storage.pack(_unpacked(layout), f"{self.where}.{name}")
+                self._buffers[name] = self._storage.pack(_unpacked(weight), f"{self.where}.{name}")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, layout in self._layout.items():
+        for name, weight in self._prepared.items():
             if self._buffers[name] is None:
                 where = f"{self.where}.{name}"
-                destination[prefix + name] = self._storage.pack(_unpacked(layout), where)
+                destination[prefix + name] = self._storage.pack(_unpacked(weight), where)
 
-    def layout(self, name: str) -> Any:
-        """What :meth:`lay_out` made of that weight, derived if it is not yet."""
-        if name not in self._layout:
+    def prepared(self, name: str) -> Any:
+        """What :meth:`prepare_weight` made of that weight, derived if it is not yet."""
+        if name not in self._prepared:
             self.prepare()
-        return self._layout[name]
+        return self._prepared[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """Let the module move, but keep bytes as bytes and scales in float32.
@@ -230,7 +230,7 @@ class PackedModule(nn.Module, ABC):
                 assert old is not None and new is not None
                 if new.dtype != old.dtype:
                     self._buffers[key] = old.to(new.device)
-        self._layout.clear()
+        self._prepared.clear()
         return self
 
 
@@ -239,7 +239,7 @@ def _weights_of(layout: Any) -> list[TernaryWeight]:
 
 
 def _unpacked(layout: Any) -> Tensor:
-    """int8 ``[..., out, in]`` of what :meth:`PackedModule.lay_out` gave."""
+    """int8 ``[..., out, in]`` of what :meth:`PackedModule.prepare_weight` gave."""
     if isinstance(layout, list):
         return torch.stack([weight.unpack() for weight in layout])
     ternary: Tensor = layout.unpack()
@@ -256,9 +256,9 @@ def _expect_bytes(module: nn.Module, *_: object) -> None:
     module._restore()
 
 
-def _forget_layout(module: nn.Module, _keys: object) -> None:
+def _forget_prepared(module: nn.Module, _keys: object) -> None:
     assert isinstance(module, PackedModule)
-    module._layout.clear()
+    module._prepared.clear()
 
 
 def prepare(model: nn.Module) -> None:
