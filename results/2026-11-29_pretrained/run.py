@@ -56,6 +56,7 @@ CELLS = {  # in order of value; ternary 6:8 from the pretrained weights unless a
     "unmasked-blend-teacher": f"{UNMASKED} {BLEND} {TEACHER}",
     "unmasked-blend": f"{UNMASKED} {BLEND}",
     "blend-tuned": f"{BLEND} --teacher {{cells}}/dense/model",  # the dense cell teaches
+    "blend-teacher-subln": f"{BLEND} {TEACHER} --model.sub-norms",
     "dense-teacher": f"{BF16} {UNMASKED} {TEACHER}",
     "blend-teacher-2e-3": f"{BLEND} {TEACHER} --optimizer.learning-rate 2e-3",
     "blend-teacher-5e-4": f"{BLEND} {TEACHER} --optimizer.learning-rate 5e-4",

@@ -134,6 +134,27 @@ def test_outside_of_zero_and_one(part: float) -> None:
         set_quantization(layer("6:8"), part)
 
 
+def test_by_rule(tiny: Tiny, tokens: Tensor) -> None:
+    """Each layer computes at its rule's λ: as if it alone had been set to it."""
+    model, apart = tiny(), tiny()
+    for one in (model, apart):
+        convert(one, "6:8")
+    set_quantization(model, 0.5)  # all of them share a λ before they part
+    for parts in ({"q_proj": 0.25, "proj": 0.75}, {"q_proj": 0.5, "proj": 1.0}):
+        set_quantization(model, 0.0, parts)
+        for name, module in apart.named_modules():
+            if isinstance(module, SparseBitLinear):
+                set_quantization(module, parts["q_proj" if "q_proj" in name else "proj"])
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, apart(tokens).logits)
+    set_quantization(model, 1.0)
+    assert not any(
+        module.blend is not None for module in model.modules() if hasattr(module, "blend")
+    )
+    with pytest.raises(ConfigError, match="the rule 'nowhere' names no ternary module"):
+        set_quantization(model, 0.5, {"nowhere": 0.5})
+
+
 def test_frozen_copies_moves_and_state_dicts(tiny: Tiny, tokens: Tensor) -> None:
     model = tiny()
     convert(model, "6:8")

@@ -457,6 +457,17 @@ def test_quantization_comes_in_gradually(recipe: Any, tmp_path: Path) -> None:
     assert losses(train(config)) == losses(result)
 
 
+def test_layers_become_ternary_one_after_the_other(recipe: Any) -> None:
+    quantization = {"until": 0.25, "begin": {"layers.1.": 0.5}}
+    result = train(recipe("run", sparsity={"quantization": quantization}))
+    parts = [
+        (row["quantization"], row["quantization_by_rule"]["layers.1."])
+        for row in rows(result)
+        if "loss" in row
+    ]
+    assert parts == ([(1 / 3, 0), (2 / 3, 0), *[(1, 0)] * 4, (1, 1 / 3), (1, 2 / 3), *[(1, 1)] * 4])
+
+
 def test_a_pretrained_start_survives_only_gradual_quantization(recipe: Any) -> None:
     dense = train(recipe("dense", sparsity={"kind": "bf16", "pattern": "dense"}))
     source = {"source": str(dense.model_directory)}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_bitnet.core import DENSE, Pattern
+from sparse_bitnet.core import DENSE, ConfigError, Pattern
 from sparse_bitnet.train.config import QuantizationConfig, ScheduleConfig, SparsityConfig
 from sparse_bitnet.train.schedule import (
     learning_rate,
@@ -79,7 +79,7 @@ def test_quantization_rises_to_one_and_is_there_at_the_end(
     shape: Any, until: float, steps: int
 ) -> None:
     blend = QuantizationConfig(until, shape)
-    parts = [quantization_at(step, steps, blend) for step in range(steps)]
+    parts = [quantization_at(step, steps, blend)[0] for step in range(steps)]
     assert parts == sorted(parts)
     assert parts[0] > 0
     assert parts[-1] == 1.0
@@ -88,10 +88,31 @@ def test_quantization_rises_to_one_and_is_there_at_the_end(
 
 
 def test_quantization_by_step() -> None:
-    linear = [quantization_at(step, 8, QuantizationConfig(0.5)) for step in range(8)]
+    linear = [quantization_at(step, 8, QuantizationConfig(0.5))[0] for step in range(8)]
     assert linear == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    sigmoid = [quantization_at(step, 8, QuantizationConfig(0.5, "sigmoid")) for step in range(8)]
+    shape = QuantizationConfig(0.5, "sigmoid")
+    sigmoid = [quantization_at(step, 8, shape)[0] for step in range(8)]
     logistic = [1 / (1 + math.exp(-10 * (x - 0.5))) for x in (0.0, 0.25, 0.5, 0.75)]
     low = logistic[0]
     expected = [(value - low) / (1 - 2 * low) for value in logistic[1:]]
     assert sigmoid == pytest.approx([*expected, 1, 1, 1, 1, 1])
+
+
+def test_layers_one_after_the_other() -> None:
+    blend = QuantizationConfig(0.25, begin={"a": 0.5, "b": 0.75})
+    parts = [quantization_at(step, 8, blend) for step in range(8)]
+    assert [part for part, _ in parts] == [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert [by_rule["a"] for _, by_rule in parts] == [0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert [by_rule["b"] for _, by_rule in parts] == [0, 0, 0, 0, 0, 0, 0.5, 1]
+    at_once = QuantizationConfig(begin={"a": 0.5})
+    assert [quantization_at(step, 4, at_once)[1]["a"] for step in range(4)] == [0, 0, 1, 1]
+    few = QuantizationConfig(0.4, begin={"a": 0.6})
+    assert all(quantization_at(n - 1, n, few)[1]["a"] == 1 for n in range(1, 20))
+
+
+@pytest.mark.parametrize("begin", [-0.1, 0.8])
+def test_a_beginning_that_leaves_no_time(begin: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"begin\[x\] is .*: it must be at least 0, at most 1 − until"
+    ):
+        QuantizationConfig(0.3, begin={"x": begin})

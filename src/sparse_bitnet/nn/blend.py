@@ -15,6 +15,7 @@ Source of the blend: "Fine-tuning LLMs to 1.58 bit", Hugging Face, 2024.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ def blended_linear(
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def set_quantization(model: nn.Module, part: float) -> None:
+def set_quantization(
+    model: nn.Module, part: float, by_rule: dict[str, float] | None = None
+) -> None:
     """Let all ternary modules compute at λ = ``part`` from now on; full-precision ones have none.
 
     λ lives in a tensor that later calls write to, so neither compiled code nor a CUDA graph is made
@@ -76,21 +79,32 @@ def set_quantization(model: nn.Module, part: float) -> None:
 
     Args:
         part: 0 (full precision, masked) to 1 (the published method).
+        by_rule: regular expression → λ of the modules in whose name it is found, the first that is
+            found; the others have ``part``.
 
     Raises:
-        ConfigError: if it is outside of that.
+        ConfigError: if a λ is outside of that, or a rule names no ternary module.
     """
-    if not 0 <= part <= 1:
-        raise ConfigError(f"set_quantization: {part!r} is not between 0 and 1")
-    shared: dict[torch.device, Tensor] = {}
-    for module in model.modules():
+    parts = {**(by_rule or {}), "": part}  # the empty expression is found everywhere
+    if not all(0 <= one <= 1 for one in parts.values()):
+        wrong = next(one for one in parts.values() if not 0 <= one <= 1)
+        raise ConfigError(f"set_quantization: {wrong!r} is not between 0 and 1")
+    shared: dict[tuple[str, torch.device], Tensor] = {}
+    used = {""}
+    for name, module in model.named_modules():
         if not (isinstance(module, DerivedModule) and module.is_ternary):
             continue
-        if part == 1:
+        rule = next(rule for rule in parts if re.search(rule, name))
+        used.add(rule)
+        if parts[rule] == 1:
             module.blend = None
             continue
-        device = next(iter(module.master_parameters().values())).device
-        if device not in shared:
-            kept = torch.empty((), device=device) if module.blend is None else module.blend
-            shared[device] = kept.fill_(part)
-        module.blend = shared[device]
+        key = rule, next(iter(module.master_parameters().values())).device
+        if key not in shared:
+            kept = module.blend
+            if kept is None or any(kept is other for other in shared.values()):
+                kept = torch.empty((), device=key[1])
+            shared[key] = kept.fill_(parts[rule])
+        module.blend = shared[key]
+    if unused := parts.keys() - used:
+        raise ConfigError(f"set_quantization: the rule {min(unused)!r} names no ternary module")

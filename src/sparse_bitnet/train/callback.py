@@ -91,7 +91,7 @@ class SparseBitNetCallback(TrainerCallback):
     ) -> None:
         # Each module looks whether its pattern changes: nothing happens in most steps.
         set_pattern(kwargs["model"], self._pattern_of(state.global_step, state))
-        set_quantization(kwargs["model"], self._quantization_of(state.global_step, state))
+        set_quantization(kwargs["model"], *self._quantization_of(state.global_step, state))
         if self._decay_until is not None:
             schedule = ScheduleConfig(
                 state.max_steps, weight_decay="cosine", weight_decay_until=self._decay_until
@@ -136,7 +136,7 @@ class SparseBitNetCallback(TrainerCallback):
             "density": self._pattern_of(state.global_step - 1, state).density,
         }
         if self._sparsity.quantization.until:
-            figures["quantization"] = self._quantization_of(state.global_step - 1, state)
+            figures["quantization"] = self._quantization_of(state.global_step - 1, state)[0]
         for name in ("flip_rate", "dead"):
             if (value := getattr(self._reading, name)) is not None:
                 figures[name] = value
@@ -147,7 +147,7 @@ class SparseBitNetCallback(TrainerCallback):
     def _pattern_of(self, step: int, state: TrainerState) -> Pattern:
         return pattern_at(step, state.max_steps, self._sparsity)
 
-    def _quantization_of(self, step: int, state: TrainerState) -> float:
+    def _quantization_of(self, step: int, state: TrainerState) -> tuple[float, dict[str, float]]:
         return quantization_at(step, state.max_steps, self._sparsity.quantization)
 
     @staticmethod

@@ -48,10 +48,19 @@ class QuantizationConfig:
     a schedule of its own, sparsity.until."""
     shape: Literal["linear", "sigmoid"] = "linear"
     """How λ rises."""
+    begin: dict[str, float] = field(default_factory=dict)
+    """Layers one after the other: module names (regular expressions, the first that is found
+    decides) whose λ begins to rise at this fraction of training, and takes as long as the others'.
+    {"layers.[0-9][.]": 0.4} with until 0.3: these reach 1 at 0.7."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "sparsity.quantization")
         _check_range("sparsity.quantization.until", self.until, 0, 1)
+        for rule, begin in self.begin.items():
+            name = f"sparsity.quantization.begin[{rule}]"
+            _check(
+                begin >= 0 and begin + self.until <= 1, name, begin, "at least 0, at most 1 − until"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         _check_choices(self, "sparsity")
         Pattern.parse(self.pattern)
-        quantized = self.kind == "bitnet" or not self.quantization.until
+        scheduled = self.quantization.until or self.quantization.begin
+        quantized = self.kind == "bitnet" or not scheduled
         wanted = "0 for kind bf16, which has no quantization"
         _check(quantized, "sparsity.quantization.until", self.quantization.until, wanted)
         for fraction, pattern in self.until.items():

@@ -114,7 +114,7 @@ class _Run:
         )
         if here.is_distributed:
             # Weights are gathered whole or as two bits by the λ that they are sharded at.
-            set_quantization(self.model, self._quantization_at(self.checkpoints.latest() or 0))
+            set_quantization(self.model, *self._quantization_at(self.checkpoints.latest() or 0))
             shard(self.loss_of, here)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -132,7 +132,8 @@ class _Run:
         """Take the steps that are left, validate, export."""
         run, steps = self.config.run, self.config.schedule.steps
         pattern: Pattern | None = None
-        quantized, blend = 1.0, self.config.sparsity.quantization
+        blend = self.config.sparsity.quantization
+        complete: list[bool] = []
         with contextlib.ExitStack() as open_ones:
             for model in (self.model, *([self.teacher.model] if self.teacher else ())):
                 open_ones.enter_context(maskless_attention(model))
@@ -148,9 +149,10 @@ class _Run:
                     set_pattern(self.model, pattern)
                     if self.graph:
                         self.graph.reset()
-                before, quantized = quantized, self._quantization_at(step)
-                set_quantization(self.model, quantized)
-                if self.graph and before < quantized == 1:  # other operators from now on
+                quantized, by_rule = self._quantization_at(step)
+                set_quantization(self.model, quantized, by_rule)
+                before, complete = complete, [one == 1 for one in (quantized, *by_rule.values())]
+                if self.graph and before != complete:  # other operators from now on
                     self.graph.reset()
                 rates = self._set_rates(step)
                 losses = self._backward(step)
@@ -167,6 +169,7 @@ class _Run:
                         "pattern": str(pattern),
                         **rates,
                         **({"quantization": quantized} if blend.until else {}),
+                        **({"quantization_by_rule": by_rule} if by_rule else {}),
                         **_figures(reading, done, run.log_every * run.layers_every),
                         **clock.read(),
                     }
@@ -186,7 +189,7 @@ class _Run:
             figures = self._last_figures(history)
         return self._conclude(figures)
 
-    def _quantization_at(self, step: int) -> float:
+    def _quantization_at(self, step: int) -> tuple[float, dict[str, float]]:
         config = self.config
         return quantization_at(step, config.schedule.steps, config.sparsity.quantization)
 

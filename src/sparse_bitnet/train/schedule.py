@@ -47,12 +47,29 @@ def pattern_at(step: int, steps: int, sparsity: SparsityConfig) -> Pattern:
     return Pattern.parse(sparsity.pattern)
 
 
-def quantization_at(step: int, steps: int, quantization: QuantizationConfig) -> float:
-    """λ: above 0 in the first step, 1 from ``until`` on and always in the last.
+def quantization_at(
+    step: int, steps: int, quantization: QuantizationConfig
+) -> tuple[float, dict[str, float]]:
+    """λ, and that of the modules that a rule of ``begin`` names, by rule.
+
+    λ is above 0 in the first step, 1 from ``until`` on and always in the last; that of a rule is 0
+    until it begins.
+    """
+    by_rule = {
+        rule: _part(step - round(begin * steps), steps, quantization)
+        for rule, begin in quantization.begin.items()
+    }
+    if step == steps - 1:  # where steps are few, a rounding could leave one behind
+        by_rule = dict.fromkeys(by_rule, 1.0)
+    return _part(step, steps, quantization), by_rule
+
+
+def _part(step: int, steps: int, quantization: QuantizationConfig) -> float:
+    """λ, steps after it began to rise.
 
     The sigmoid is a logistic curve, steepest at half the way, stretched to pass from 0 to 1.
     """
-    done = min(1.0, (step + 1) / max(1, round(quantization.until * steps)))
+    done = max(0.0, min(1.0, (step + 1) / max(1, round(quantization.until * steps))))
     if quantization.shape == "linear":
         return done
     return (1 + math.tanh(STEEPNESS * (done - 0.5)) / math.tanh(STEEPNESS / 2)) / 2
