@@ -111,3 +111,16 @@ def test_a_packed_model_says_what_it_is(pristine):
     assert not model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
     assert model.config.quantization_config.storage == "two-bit"
     assert all(not name.endswith("proj.weight") for name, _ in model.named_parameters())
+
+
+def test_the_quantizer_needs_nothing_that_may_be_half_imported() -> None:
+    """transformers looks for quantizers while it imports ``modeling_utils``, which models need."""
+    code = (
+        "import sys, sparse_bitnet, transformers.quantizers.auto\n"
+        "assert 'sparse_bitnet.packed.quantizer' in sys.modules\n"
+        "found = [m for m in sys.modules if m == 'transformers.modeling_utils'\n"
+        "         or m.startswith('transformers.models.') and '.modeling_' in m]\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
