@@ -105,8 +105,8 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def measure(kind: str, concurrency: list[int], layers: int, out: Path) -> None:
-    """One engine; a row for each concurrency, then one for prefill."""
+def measure(kind: str, concurrency: list[int], layers: int, gpus: int, out: Path) -> None:
+    """One engine; a row for prefill, then one for each concurrency."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for apply_model alone
     from vllm import LLM
 
@@ -119,6 +119,7 @@ def measure(kind: str, concurrency: list[int], layers: int, out: Path) -> None:
             directory,
             **dummy,
             quantization="fp8" if kind == "fp8" else None,
+            tensor_parallel_size=gpus,
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_model_len=8192,
@@ -128,8 +129,9 @@ def measure(kind: str, concurrency: list[int], layers: int, out: Path) -> None:
             compilation_config={"cudagraph_capture_sizes": CAPTURED},
         )
     # By its importable name: the engine is another process, with another ``__main__``.
-    (weights,) = llm.apply_model(importlib.import_module("gpu_vllm").parameter_bytes)
+    weights = max(llm.apply_model(importlib.import_module("gpu_vllm").parameter_bytes))
     print(f"{kind}: started in {time.perf_counter() - start:.0f} s", flush=True)
+    kind = kind if gpus == 1 else f"{kind}, {gpus} GPUs"
     requests(llm, 2, 64, 8)
     requests(llm, *PREFILL, 1)
     requests(llm, max(concurrency), 64, 4)
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=list(CONCURRENCY))
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--gpus", type=int, default=1, help="tensor parallelism; memory is of one")
     parser.add_argument("--minutes", type=float, help="end after this time")
     parser.add_argument("--out", type=Path, help="directory of vllm.json")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)  # in a process of its own
@@ -204,7 +207,7 @@ def main() -> None:
     if options.one:
         name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
         out = options.out or gpu_common.RESULTS / name.lower().replace(" ", "-")
-        measure(options.one, options.concurrency, options.layers, out)
+        measure(options.one, options.concurrency, options.layers, options.gpus, out)
         return
     end = time.monotonic() + 60 * (options.minutes or 10_000)
     for kind in options.kinds:

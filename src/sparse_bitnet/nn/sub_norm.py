@@ -38,7 +38,7 @@ def add_sub_norms(model: PreTrainedModel, tokens: Tensor) -> BitNetForCausalLM:
     Raises:
         ConfigError: for other architectures, or parts of one that ``BitNetForCausalLM`` has not.
     """
-    # Not above: transformers may be in the middle of its own imports when it finds this package.
+    # Not at the top: this package is imported while transformers is, to register its quantizer.
     from transformers import AutoModelForCausalLM, BitNetConfig
 
     config = model.config

@@ -1,6 +1,7 @@
 """The HTTP application: OpenAI's routes over the engine.
 
-/v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health, /metrics.
+/v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health, /metrics; the chat
+page is at /.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sparse_bitnet.serve.generate import encode_chat, encode_text
 from sparse_bitnet.serve.grammar import Grammars
 from sparse_bitnet.serve.metrics import Metrics
 from sparse_bitnet.serve.middleware import error_body, error_event
+from sparse_bitnet.serve.page import page
 from sparse_bitnet.serve.requests import (
     InvalidRequest,
     check_chat,
@@ -57,6 +59,7 @@ def build_app(
             Route("/v1/models", server.models),
             Route("/v1/models/{id:path}", server.model),
             Route("/health", server.health),
+            Route("/", page),
             Route("/metrics", server.metrics),
         ],
         exception_handlers={

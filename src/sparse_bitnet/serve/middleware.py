@@ -91,7 +91,7 @@ def error_event(message: str, kind: str = "server_error") -> bytes:
 
 
 class ApiKey:
-    """ASGI middleware: every route but /health wants ``Authorization: Bearer KEY``."""
+    """ASGI middleware: ``Authorization: Bearer KEY`` on all routes but /health and the page."""
 
     def __init__(self, app: Any, key: str) -> None:
         self._app, self._expected = app, b"Bearer " + key.encode()
@@ -100,7 +100,7 @@ class ApiKey:
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if (
             scope["type"] != "http"
-            or scope["path"] == "/health"
+            or scope["path"] in ("/health", "/")
             or hmac.compare_digest(given, self._expected)
         ):
             await self._app(scope, receive, send)

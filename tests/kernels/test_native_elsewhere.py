@@ -1,0 +1,28 @@
+"""The library compiles and links for systems that this one is not, where ziglang is installed."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from sparse_bitnet.kernels import native
+
+TARGETS = ("x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux-gnu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ziglang") is None, reason="needs ziglang (pip install ziglang)")
+@pytest.mark.parametrize("target", TARGETS)
+def test_links(target: str, tmp_path: Path) -> None:
+    sources = [str(file) for file in Path(native.__file__).parent.glob("*.cpp")]
+    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-std=c++17", "-O1"]
+    output = tmp_path / "library"
+    flags = ["-ffp-contract=off", "-shared", "-fPIC", "-o", str(output)]
+    if "windows" in target:
+        flags.remove("-fPIC")
+    command = [*compiler, *flags, *sources]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert output.stat().st_size > 100_000
