@@ -36,6 +36,7 @@ from sparse_bitnet.nn.check import check_packed
 from sparse_bitnet.nn.convert import RECORD, warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
+from sparse_bitnet.nn.wrappers import check_adapters, unwrapped
 from sparse_bitnet.packed.config import HINT, SparseBitNetConfig
 from sparse_bitnet.packed.load import DType, is_packed
 from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
@@ -101,7 +102,8 @@ def pack(
     trained model takes.
 
     Args:
-        source: a converted model, or the directory of a trained one.
+        source: a converted model, also inside DDP or ``torch.compile``, or the directory of a
+            trained one.
         out: the directory to write; it appears whole or not at all. A packed directory that is
             there already is replaced, unless it holds files of somebody else.
         storage: ``"two-bit"`` (2 bits a weight, fastest to unpack) or ``"trits"`` (1.6 bits).
@@ -115,15 +117,17 @@ def pack(
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
-        ConfigError: if nothing in the model is ternary, ``out`` is another kind of directory or has
-            files of somebody else, the tokenizer cannot be loaded, or the head cannot be int8.
+        ConfigError: if nothing in the model is ternary, it has adapters, ``out`` is another kind of
+            directory or has files of somebody else, the tokenizer cannot be loaded, or the head
+            cannot be int8.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
         WeightError: if the packed model would compute something else; names the modules.
     """
     out = Path(out)
     storage_named(storage)
     _check_target(out)
-    model, own = _open(source) if isinstance(source, str | Path) else (source, None)
+    model, own = _open(source) if isinstance(source, str | Path) else (unwrapped(source), None)
+    check_adapters(model, "pack")
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
         tokenizer = _read_tokenizer(tokenizer)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.nn import converted_modules, set_pattern, set_quantization
 from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.convert import patterns_of_modules
+from sparse_bitnet.nn.wrappers import check_adapters, unwrapped
 from sparse_bitnet.train.config import QuantizationConfig, ScheduleConfig, SparsityConfig
 from sparse_bitnet.train.monitor import Monitor, Reading
 from sparse_bitnet.train.schedule import pattern_at, quantization_at, weight_decay
@@ -69,7 +69,8 @@ class SparseBitNetCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        model: torch.nn.Module = kwargs["model"]
+        model = unwrapped(kwargs["model"])
+        check_adapters(model, "train")
         if not any(converted_modules(model)):
             raise ConfigError(
                 "SparseBitNetCallback: the model is not converted; call "
