@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BitNetForCausalLM, PreTrainedModel
 
 FAMILY = ("llama", "mistral")
 NORMED = {"self_attn.o_proj": "self_attn.attn_sub_norm", "mlp.down_proj": "mlp.ffn_sub_norm"}
@@ -35,6 +38,9 @@ def add_sub_norms(model: PreTrainedModel, tokens: Tensor) -> BitNetForCausalLM:
     Raises:
         ConfigError: for other architectures, or parts of one that ``BitNetForCausalLM`` has not.
     """
+    # Not at the top: this package may be imported while transformers itself is.
+    from transformers import AutoModelForCausalLM, BitNetConfig
+
     config = model.config
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for refused, why in (
