@@ -108,7 +108,7 @@ def test_segments_and_experts_are_relative_to_their_own_scale() -> None:
     """The second matrix is ten times the first: alone they look the same."""
     one = torch.randn(4, 8)
     alone = polarization(one, Pattern(6, 8))
-    fused = polarization(torch.cat([one, 10 * one]), Pattern(6, 8), segments=(4, 4))
+    fused = polarization(torch.cat([one, 10 * one]), Pattern(6, 8), shard_sizes=(4, 4))
     experts = polarization(torch.stack([one, 10 * one]), Pattern(6, 8))
     for both in (fused, experts):
         assert both.zeros_before_mask == alone.zeros_before_mask

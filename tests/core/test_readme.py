@@ -7,7 +7,7 @@ from sparse_bitnet import core
 from sparse_bitnet.nn.sparse_bit_linear import BitProduct
 
 PAGE = Path(core.__file__).with_name("README.md")
-ELSEWHERE = {"BitProduct": BitProduct, "ternary_matmul": None, "segments": None}
+ELSEWHERE = {"BitProduct": BitProduct, "ternary_matmul": None, "shard_sizes": None}
 
 
 def test_links_and_names_exist() -> None:

@@ -39,14 +39,14 @@ def compare(
     weight: Tensor,
     pattern: Pattern,
     method: Method,
-    segments: tuple[int, ...],
+    shard_sizes: tuple[int, ...],
 ) -> None:
     """Each matrix of the leading dimensions and each segment, on its own."""
-    ternary, scale = ternarize(weight, pattern, method, segments)
+    ternary, scale = ternarize(weight, pattern, method, shard_sizes)
     assert ternary.dtype == torch.int8
     assert scale.dtype == torch.float32
     assert ternary.shape == weight.shape
-    parts = segments or (weight.shape[-2],)
+    parts = shard_sizes or (weight.shape[-2],)
     assert scale.shape == (*weight.shape[:-2], len(parts))
     for index in itertools.product(*(range(size) for size in weight.shape[:-2])):
         start = 0
@@ -95,13 +95,15 @@ def test_equals_the_loop(
     assert worst_group(ternarize(weight, pattern, method)[0], pattern.m) <= pattern.n
 
 
-@given(data=st.data(), method=METHODS, segments=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@given(
+    data=st.data(), method=METHODS, shard_sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3)
+)
 @settings(deadline=None, max_examples=40)
-def test_fused_segments_are_matrices_of_their_own(
-    slow: SimpleNamespace, data: st.DataObject, method: Method, segments: list[int]
+def test_fused_shard_sizes_are_matrices_of_their_own(
+    slow: SimpleNamespace, data: st.DataObject, method: Method, shard_sizes: list[int]
 ) -> None:
-    weight = data.draw(slow.tensors(sum(segments), 8))
-    compare(slow, weight, Pattern(2, 4), method, tuple(segments))
+    weight = data.draw(slow.tensors(sum(shard_sizes), 8))
+    compare(slow, weight, Pattern(2, 4), method, tuple(shard_sizes))
 
 
 @given(data=st.data(), method=METHODS, experts=st.integers(1, 3))
@@ -184,9 +186,9 @@ def test_empty(shape: tuple[int, ...], method: Method) -> None:
 def test_shards_of_rows_add_up_to_the_matrix(ranks: int, method: Method) -> None:
     """Sums of shards are added, and each shard then needs γ of its rows alone."""
     torch.manual_seed(0)
-    weight, segments, pattern = torch.randn(17, 16), (9, 1, 7), Pattern(6, 8)
-    expected, scale = ternarize(weight, pattern, method, segments)
-    owner = torch.arange(3).repeat_interleave(torch.tensor(segments))
+    weight, shard_sizes, pattern = torch.randn(17, 16), (9, 1, 7), Pattern(6, 8)
+    expected, scale = ternarize(weight, pattern, method, shard_sizes)
+    owner = torch.arange(3).repeat_interleave(torch.tensor(shard_sizes))
     length = -(-17 // ranks)
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for rows, own in zip(weight.split(length), owner.split(length), strict=True):
@@ -216,10 +218,10 @@ def test_row_scale_repeats_each_segment() -> None:
     assert row_scale(torch.tensor([5.0]), (), 2).tolist() == [5, 5]
 
 
-@pytest.mark.parametrize("segments", [(1, 2), (4, 1), (0, 4), (-1, 5)])
-def test_refuses_segments_that_do_not_cut_the_rows(segments: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shard_sizes", [(1, 2), (4, 1), (0, 4), (-1, 5)])
+def test_refuses_shard_sizes_that_do_not_cut_the_rows(shard_sizes: tuple[int, ...]) -> None:
     with pytest.raises(WeightError, match=r"must be positive and sum to its 4 rows"):
-        ternarize(torch.ones(4, 8), Pattern(6, 8), segments=segments)
+        ternarize(torch.ones(4, 8), Pattern(6, 8), shard_sizes=shard_sizes)
 
 
 def test_refuses_a_row_that_m_does_not_divide() -> None:

@@ -80,9 +80,9 @@ def test_ternarize(name: str, dtype: torch.dtype) -> None:
     weight = torch.randn(2, 30, 40 * pattern.m) * 0.02
     for full in (weight, (weight * 100).round() / 100, weight[0]):
         version = full.to(dtype)
-        for segments in ((), (7, 22, 1)):
-            ternary, scale = ternarize_anywhere(version.cuda(), pattern, None, segments)
-            expected, gamma = ternarize(version, pattern, None, segments)
+        for shard_sizes in ((), (7, 22, 1)):
+            ternary, scale = ternarize_anywhere(version.cuda(), pattern, None, shard_sizes)
+            expected, gamma = ternarize(version, pattern, None, shard_sizes)
             assert_equal(ternary, expected)
             assert_equal(scale, gamma)
 

@@ -64,12 +64,12 @@ def test_pdl_begins_with_sm_90(
     pdl._serves.cache_clear()
 
 
-@pytest.mark.parametrize("segments", [(3,), (3, 4), (0, 8)])
-def test_segments_are_checked_before_a_kernel_runs(
-    monkeypatch: pytest.MonkeyPatch, segments: tuple[int, ...]
+@pytest.mark.parametrize("shard_sizes", [(3,), (3, 4), (0, 8)])
+def test_shard_sizes_are_checked_before_a_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch, shard_sizes: tuple[int, ...]
 ) -> None:
     module = importlib.import_module("sparse_bitnet.kernels.ternarize")
     monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     weight = torch.randn(8, 16)
     with pytest.raises(WeightError, match="sum to its 8 rows"):
-        ternarize(weight, Pattern(6, 8), None, segments)
+        ternarize(weight, Pattern(6, 8), None, shard_sizes)

@@ -20,7 +20,7 @@ def path(request):
     "pattern", [DENSE, Pattern(6, 8), Pattern(1, 32), Pattern(2, 4), Pattern(3, 16)]
 )
 @pytest.mark.parametrize(
-    ("shape", "segments"),
+    ("shape", "shard_sizes"),
     [
         ((1, 32), ()),
         ((37, 64), ()),
@@ -31,16 +31,16 @@ def path(request):
         ((300, 4128), ()),
     ],
 )
-def test_equals_the_reference(shape, segments, pattern, dtype):
+def test_equals_the_reference(shape, shard_sizes, pattern, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(shape) * torch.rand(*shape[:-1], 1)).to(dtype)
     weight[..., ::3] = 0.5  # ties
     assert cpu.serves(weight)
-    ternary, scale = ternarize(weight, pattern, None, segments)
-    expected, expected_scale = reference(weight, pattern, None, segments)
+    ternary, scale = ternarize(weight, pattern, None, shard_sizes)
+    expected, expected_scale = reference(weight, pattern, None, shard_sizes)
     assert ternary.dtype == torch.int8 and torch.equal(ternary, expected)
     assert torch.equal(scale, expected_scale)
-    rows = row_scale(scale, segments, shape[-2])
+    rows = row_scale(scale, shard_sizes, shape[-2])
     assert torch.equal(ternarize_with(weight, rows, pattern, Method()), expected)
 
 

@@ -28,7 +28,7 @@ def test_every_matrix_keeps_its_own_scale_and_bias(pack: bool) -> None:
         parts = [pack_module(SparseBitLinear(linear), "trits", "l") for linear in linears]
     fused = fuse(parts)
     if isinstance(fused, PackedLinear):
-        assert fused.spec.segments == (3, 5, 8)
+        assert fused.spec.shard_sizes == (3, 5, 8)
     x = torch.randn(4, 16)
     expected = torch.cat([part(x) for part in parts], dim=-1)
     # Float products of other shapes may sum in another order; integers do not.
@@ -39,7 +39,7 @@ def test_a_fused_linear_is_fused_again() -> None:
     first = fuse([pack_module(SparseBitLinear(nn.Linear(16, n)), "trits", "l") for n in (3, 5)])
     second = pack_module(SparseBitLinear(nn.Linear(16, 4)), "trits", "l")
     whole = fuse([first, second])
-    assert whole.spec.segments == (3, 5, 4)  # type: ignore[union-attr]
+    assert whole.spec.shard_sizes == (3, 5, 4)  # type: ignore[union-attr]
     x = torch.randn(2, 16)
     assert torch.equal(whole(x), torch.cat([first(x), second(x)], -1))
 

@@ -208,7 +208,7 @@ class Seen:
             full = whole(one.weight.detach())
             if one.name in self.given:
                 method, pattern = one.module.method, one.pattern
-                expected = ternarize(full, pattern, method, one.segments)
+                expected = ternarize(full, pattern, method, one.shard_sizes)
                 assert all(map(torch.equal, self.given[one.name], expected)), one.name
                 digest.update(expected[0].numpy().tobytes())
         self.digests.append(digest.hexdigest())

@@ -37,9 +37,9 @@ def layer(pattern: str, method: Method | None = None, **more: Any) -> SparseBitL
 def straight_through(module: SparseBitLinear, x: Tensor, part: float) -> Tensor:
     """The definition in float64, by autograd: v + (what is computed with − v).detach()."""
     method, weight = module.method, module.weight.double()
-    ternary, scale = ternarize(module.weight, module.pattern, method, module.segments)
-    rows = row_scale(scale, module.segments, module.out_features).double()
-    mask = method_mask(module.weight, module.pattern, method, module.segments)
+    ternary, scale = ternarize(module.weight, module.pattern, method, module.shard_sizes)
+    rows = row_scale(scale, module.shard_sizes, module.out_features).double()
+    mask = method_mask(module.weight, module.pattern, method, module.shard_sizes)
     mask = torch.ones_like(ternary, dtype=torch.bool) if mask is None else mask
     x_q, x_scale = quantize_activations(x, method.activation_bits)
     masked = weight * mask
@@ -57,13 +57,13 @@ def straight_through(module: SparseBitLinear, x: Tensor, part: float) -> Tensor:
     gradient=st.sampled_from(["dense", "masked"]),
     order=st.sampled_from(["quant-then-mask", "mask-then-quant"]),
     bits=st.sampled_from([8, 4]),
-    segments=st.sampled_from([(), (4, 2)]),
+    shard_sizes=st.sampled_from([(), (4, 2)]),
 )
 def test_value_and_gradients(
-    part: float, pattern: str, gradient: Any, order: Any, bits: Any, segments: tuple[int, ...]
+    part: float, pattern: str, gradient: Any, order: Any, bits: Any, shard_sizes: tuple[int, ...]
 ) -> None:
     method = Method(gradient=gradient, order=order, activation_bits=bits)
-    module = layer(pattern, method, segments=segments)
+    module = layer(pattern, method, shard_sizes=shard_sizes)
     set_quantization(module, part)
     x, dy = torch.randn(2, 5, 16), torch.randn(2, 5, 6)
     leaves = [x.requires_grad_(), module.weight, module.bias]

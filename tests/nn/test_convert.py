@@ -53,7 +53,7 @@ def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None
     convert(model, "6:8")
     for name, module in converted_modules(model):
         rows = parts.get(name.removeprefix("model.layers.").partition(".")[2], ())
-        assert module.segments == rows, name
+        assert module.shard_sizes == rows, name
         for index, part in enumerate(module.weight.split(list(rows)) if rows else []):
             alone = SparseBitLinear(nn.Linear(32, len(part), bias=False), Pattern(6, 8))
             with torch.no_grad():
@@ -77,9 +77,9 @@ def test_a_twin_knows_its_fused_matrices(tiny: Tiny) -> None:
     convert(baseline, "6:8", kind="bf16", method=method)
     masters = zip(master_weights(model), master_weights(baseline), strict=True)
     for ours, theirs in masters:
-        assert ours.segments == theirs.segments, ours.name
+        assert ours.shard_sizes == theirs.shard_sizes, ours.name
         assert torch.equal(theirs.module.derived()[0], ours.mask), ours.name
-    assert any(one.segments for one in master_weights(baseline))
+    assert any(one.shard_sizes for one in master_weights(baseline))
 
 
 def perceptron(*sizes: int) -> nn.Sequential:

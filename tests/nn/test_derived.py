@@ -362,7 +362,7 @@ def test_master_weights_and_masks(tiny: Callable[..., PreTrainedModel]) -> None:
     parameters = dict(model.named_parameters())
     assert all(parameters[name] is weight.weight for name, weight in weights.items())
     experts = weights["model.layers.0.mlp.experts.gate_up_proj"]
-    assert experts.segments == (48, 48)
+    assert experts.shard_sizes == (48, 48)
     assert experts.mask is not None
     assert experts.mask.shape == (4, 96, 32)
     assert weights["model.layers.0.self_attn.q_proj.weight"].mask is None

@@ -70,7 +70,7 @@ def test_autocast_like_training(storage):
 
 
 def test_fused_segments_keep_their_scales(storage):
-    trained = trained_linear(16, 12, segments=(6, 2, 4))
+    trained = trained_linear(16, 12, shard_sizes=(6, 2, 4))
     packed = pack_module(trained, storage, "qkv")
     assert packed.weight_scale.shape == (3,)
     x = torch.randn(4, 16)
@@ -248,9 +248,9 @@ def test_empty_packed_checks_the_pattern():
 
 def test_segments_have_to_sum_to_the_rows():
     with pytest.raises(
-        WeightError, match=r"qkv: segments \(4, 2\) must be positive and sum to its 8"
+        WeightError, match=r"qkv: shard sizes \(4, 2\) must be positive and sum to its 8"
     ):
-        PackedLinear(16, 8, spec=PackedSpec(segments=(4, 2)), where="qkv")
+        PackedLinear(16, 8, spec=PackedSpec(shard_sizes=(4, 2)), where="qkv")
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")

@@ -40,18 +40,18 @@ def layer(
     pattern: str = "6:8",
     method: Method | None = None,
     bias: bool = True,
-    segments: tuple[int, ...] = (),
+    shard_sizes: tuple[int, ...] = (),
 ) -> SparseBitLinear:
     torch.manual_seed(0)
     linear = nn.Linear(inner, out, bias=bias)
-    return SparseBitLinear(linear, Pattern.parse(pattern), method, segments)
+    return SparseBitLinear(linear, Pattern.parse(pattern), method, shard_sizes)
 
 
 def integers(x: Tensor, module: SparseBitLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Xq, x_scale, T, w_scale), everything in float64."""
     x_q, x_scale = quantize_activations(x, module.method.activation_bits)
-    ternary, scale = ternarize(module.weight, module.pattern, module.method, module.segments)
-    rows = row_scale(scale, module.segments, module.out_features)
+    ternary, scale = ternarize(module.weight, module.pattern, module.method, module.shard_sizes)
+    rows = row_scale(scale, module.shard_sizes, module.out_features)
     return x_q.double(), x_scale.double(), ternary.double(), rows.double()
 
 
@@ -100,7 +100,7 @@ class TestForward:
         fused.weight.data = torch.cat([part.weight for part in parts]).detach()
         fused.bias.data = torch.cat([part.bias for part in parts]).detach()
         x = torch.randn(3, 16, requires_grad=True)
-        one = SparseBitLinear(fused, Pattern(6, 8), segments=(4, 2, 2))
+        one = SparseBitLinear(fused, Pattern(6, 8), shard_sizes=(4, 2, 2))
         several = [SparseBitLinear(part, Pattern(6, 8)) for part in parts]
         assert one.derived()[1].shape == (3,)
         y = torch.cat([module(x) for module in several], -1)
@@ -170,7 +170,7 @@ class TestBackward:
         y = BitProduct.apply(
             *leaves,
             module.derived()[0],
-            row_scale(module.derived()[1], module.segments, module.out_features),
+            row_scale(module.derived()[1], module.shard_sizes, module.out_features),
             module.derived()[2],
             module.method.activation_bits,
             torch.float64,
@@ -179,9 +179,9 @@ class TestBackward:
         return dx, dw, db
 
     @pytest.mark.parametrize("method", METHODS, ids=str)
-    @pytest.mark.parametrize("segments", [(), (4, 2)])
-    def test_equals_the_formulas(self, method: Method, segments: tuple[int, ...]) -> None:
-        module = layer(method=method, segments=segments)
+    @pytest.mark.parametrize("shard_sizes", [(), (4, 2)])
+    def test_equals_the_formulas(self, method: Method, shard_sizes: tuple[int, ...]) -> None:
+        module = layer(method=method, shard_sizes=shard_sizes)
         x, dy = torch.randn(3, 5, 16), torch.randn(3, 5, 6, dtype=torch.float64)
         dx, dw, db = self.gradients(module, x, dy)
         x_q, x_scale, ternary, rows = integers(x, module)
@@ -189,7 +189,7 @@ class TestBackward:
         if method.gradient == "masked":
             source: Tensor = module.weight
             if method.mask_source == "quantized":
-                source, _ = ternarize(module.weight, DENSE, segments=segments)
+                source, _ = ternarize(module.weight, DENSE, shard_sizes=shard_sizes)
             expected = expected * nm_mask(source, Pattern(6, 8))
         torch.testing.assert_close(dx, dy @ (rows[:, None] * ternary), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(dw, expected, rtol=1e-12, atol=1e-12)
@@ -343,8 +343,8 @@ class TestRefusals:
             layer(inner=12)
 
     def test_segments_that_do_not_cut_the_rows(self) -> None:
-        with pytest.raises(WeightError, match=r"segments \(4, 3\) must be positive and sum"):
-            layer(segments=(4, 3))
+        with pytest.raises(WeightError, match=r"shard sizes \(4, 3\) must be positive and sum"):
+            layer(shard_sizes=(4, 3))
 
     def test_a_wrong_input(self) -> None:
         with pytest.raises(RuntimeError):

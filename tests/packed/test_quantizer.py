@@ -35,7 +35,7 @@ def run(script, directory, options=None, modules=None):
     "before",
     [
         f"{REGISTER}\nimport sys\nassert not {{'torch', 'transformers'}} & set(sys.modules)",
-        f"import transformers.modeling_utils\n{REGISTER}",
+        pytest.param(f"import transformers.modeling_utils\n{REGISTER}", marks=SLOW),
         f"{REGISTER}\nimport transformers.modeling_utils\n{REGISTER}",
         pytest.param("import sparse_bitnet.packed.quantizer", marks=SLOW),
     ],

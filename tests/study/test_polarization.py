@@ -241,9 +241,9 @@ def as_training_sees(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         one.name: {
             "name": one.name,
             "shape": list(one.weight.shape),
-            "shard_sizes": list(one.segments),
+            "shard_sizes": list(one.shard_sizes),
             "pattern": "6:8",
-            **as_dict(measure(one.weight, one.pattern, one.segments)),
+            **as_dict(measure(one.weight, one.pattern, one.shard_sizes)),
         }
         for one in master_weights(model)
     }

@@ -64,6 +64,14 @@ def test_a_missing_weight_is_not_made_up(directory: Path) -> None:
         build_model(ModelConfig(str(directory)), vocab_size=32, seed=0, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", 7, None])
+def test_an_index_that_leads_elsewhere(directory: Path, name: Any) -> None:
+    index = {"metadata": {}, "weight_map": {WEIGHT: name}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        read_dense(directory)
+
+
 def test_a_weight_that_has_no_place(directory: Path) -> None:
     edit_weights(directory, lambda tensors: tensors.update(foreign=torch.ones(2)))
     read_dense(directory)

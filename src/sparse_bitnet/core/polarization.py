@@ -56,14 +56,14 @@ def pruning_thresholds(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def polarization(
-    weight: Tensor, pattern: Pattern, segments: tuple[int, ...] = (), bins: int = 80
+    weight: Tensor, pattern: Pattern, shard_sizes: tuple[int, ...] = (), bins: int = 80
 ) -> Polarization:
     """Measure how far a master weight ``[..., out, in]`` has polarized.
 
     Raises:
         PatternError: if M does not divide ``in``.
     """
-    rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+    rows = row_scale(absmean(weight, shard_sizes), shard_sizes, weight.shape[-2]).unsqueeze(-1)
     relative = weight.detach().float() / rows
     thresholds = pruning_thresholds(weight, pattern).float() / rows
     return Polarization(
@@ -76,9 +76,9 @@ def polarization(
     )
 
 
-def zero_fraction(weight: Tensor, segments: tuple[int, ...] = ()) -> float:
+def zero_fraction(weight: Tensor, shard_sizes: tuple[int, ...] = ()) -> float:
     """Fraction of weights ``[..., out, in]`` that round to zero before any mask: |w| ≤ γ/2."""
-    rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+    rows = row_scale(absmean(weight, shard_sizes), shard_sizes, weight.shape[-2]).unsqueeze(-1)
     return _fraction(weight.detach().float().abs() <= rows * DEAD_ZONE)
 
 

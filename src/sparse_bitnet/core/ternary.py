@@ -17,7 +17,9 @@ LONGEST_ROW = 2**23
 """Sums of int8 times ternary codes of 0, 1 and 2, at most 2⁸ each, are in int32: 2³¹ / 2⁸."""
 
 
-def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None = None) -> Tensor:
+def absmean(
+    weight: Tensor, shard_sizes: tuple[int, ...] = (), mask: Tensor | None = None
+) -> Tensor:
     """γ: the mean of |W| over each logical matrix, at least 1e-5.
 
     Summed in float64, so that γ does not depend on the order of summation: a matrix cut over ranks,
@@ -25,49 +27,49 @@ def absmean(weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None 
 
     Args:
         weight: ``[..., out, in]``; leading dimensions (experts) have a γ each.
-        segments: the rows of each logical matrix fused into ``out`` (q, k, v), summing to ``out``;
-            empty for one matrix.
+        shard_sizes: the rows of each logical matrix fused into ``out`` (q, k, v), summing to
+            ``out``; empty for one matrix.
         mask: take the mean over these weights only (the mask-then-quant ablation).
 
     Returns:
-        float32 ``[..., max(1, len(segments))]``.
+        float32 ``[..., max(1, shards)]``.
 
     Raises:
-        WeightError: if the segments do not sum to ``out``.
+        WeightError: if the shard sizes do not sum to ``out``.
     """
-    check_segments(segments, weight.shape[-2])
-    return scale_of(scale_sums(weight, segments, mask))
+    check_shard_sizes(shard_sizes, weight.shape[-2])
+    return scale_of(scale_sums(weight, shard_sizes, mask))
 
 
 def scale_sums(
-    weight: Tensor, segments: tuple[int, ...] = (), mask: Tensor | None = None
+    weight: Tensor, shard_sizes: tuple[int, ...] = (), mask: Tensor | None = None
 ) -> Tensor:
-    """What γ is the quotient of: Σ|W| and how many, float64 ``[2, ..., max(1, len(segments))]``.
+    """What γ is the quotient of: Σ|W| and how many, float64 ``[2, ..., max(1, shards)]``.
 
-    Of a shard of the rows, each rank's are added; segments may then have no rows here.
+    Of a shard of the rows, each rank's are added; shard sizes may then have no rows here.
     """
     magnitude = weight.detach().abs()
     if mask is None:
-        counts = [rows * weight.shape[-1] for rows in segments or weight.shape[-2:-1]]
-        totals = _sums(magnitude, segments)
+        counts = [rows * weight.shape[-1] for rows in shard_sizes or weight.shape[-2:-1]]
+        totals = _sums(magnitude, shard_sizes)
         return torch.stack([totals, totals.new_tensor(counts).expand_as(totals)])
-    return torch.stack([_sums(magnitude * mask, segments), _sums(mask, segments)])
+    return torch.stack([_sums(magnitude * mask, shard_sizes), _sums(mask, shard_sizes)])
 
 
 def scale_of(sums: Tensor) -> Tensor:
-    """γ from :func:`scale_sums`, at least 1e-5: float32 ``[..., max(1, len(segments))]``."""
+    """γ from :func:`scale_sums`, at least 1e-5: float32 ``[..., max(1, shards)]``."""
     totals, counts = sums
     return (totals / counts.clamp(min=1)).float().clamp(min=SMALLEST_SCALE)
 
 
-def _sums(values: Tensor, segments: tuple[int, ...]) -> Tensor:
-    parts = values.split(list(segments) or values.shape[-2], dim=-2)
+def _sums(values: Tensor, shard_sizes: tuple[int, ...]) -> Tensor:
+    parts = values.split(list(shard_sizes) or values.shape[-2], dim=-2)
     return torch.stack([part.sum(dim=(-2, -1), dtype=torch.float64) for part in parts], dim=-1)
 
 
-def row_scale(scale: Tensor, segments: tuple[int, ...], out_features: int) -> Tensor:
-    """γ of every output row: ``[..., segments]`` → ``[..., out]``."""
-    parts = zip(scale.split(1, dim=-1), segments or (out_features,), strict=True)
+def row_scale(scale: Tensor, shard_sizes: tuple[int, ...], out_features: int) -> Tensor:
+    """γ of every output row: ``[..., shards]`` → ``[..., out]``."""
+    parts = zip(scale.split(1, dim=-1), shard_sizes or (out_features,), strict=True)
     return torch.cat([part.expand(*part.shape[:-1], rows) for part, rows in parts], dim=-1)
 
 
@@ -84,7 +86,7 @@ def ternarize(
     weight: Tensor,
     pattern: Pattern,
     method: Method | None = None,
-    segments: tuple[int, ...] = (),
+    shard_sizes: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Master weight → masked ternary weight and its scales: W ≈ γ·T.
 
@@ -95,22 +97,22 @@ def ternarize(
         weight: ``[..., out, in]``, float; three dimensions are ``[experts, out, in]``.
         pattern: N:M along ``in``.
         method: the published ablations; the published method when left out.
-        segments: see :func:`absmean`.
+        shard_sizes: see :func:`absmean`.
 
     Returns:
-        ``(ternary, scale)``: int8 of the weight's shape, float32 ``[..., max(1, len(segments))]``.
+        ``(ternary, scale)``: int8 of the weight's shape, float32 ``[..., max(1, shards)]``.
 
     Raises:
         PatternError: if M does not divide ``in``.
-        WeightError: if the segments do not sum to ``out``.
+        WeightError: if the shard sizes do not sum to ``out``.
 
     Source: "quant-then-mask", section 3 of arXiv 2603.05168.
     """
     method = method or Method()
     first = method.order == "mask-then-quant"
-    mask = method_mask(weight, pattern, method, segments) if first else None
-    scale = absmean(weight, segments, mask)
-    rows = row_scale(scale, segments, weight.shape[-2])
+    mask = method_mask(weight, pattern, method, shard_sizes) if first else None
+    scale = absmean(weight, shard_sizes, mask)
+    rows = row_scale(scale, shard_sizes, weight.shape[-2])
     return ternarize_with(weight, rows, pattern, method), scale
 
 
@@ -129,7 +131,7 @@ def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern, method: Meth
 
 
 def method_mask(
-    weight: Tensor, pattern: Pattern, method: Method, segments: tuple[int, ...] = ()
+    weight: Tensor, pattern: Pattern, method: Method, shard_sizes: tuple[int, ...] = ()
 ) -> Tensor | None:
     """The mask that :func:`ternarize` applies, boolean of the weight's shape; None if dense.
 
@@ -139,24 +141,24 @@ def method_mask(
     if pattern.is_dense:
         return None
     if method.mask_source == "quantized":
-        rows = row_scale(absmean(weight, segments), segments, weight.shape[-2]).unsqueeze(-1)
+        rows = row_scale(absmean(weight, shard_sizes), shard_sizes, weight.shape[-2]).unsqueeze(-1)
         return nm_mask(round_ternary(weight, rows), pattern)
     return nm_mask(weight, pattern)
 
 
-def zero_matrices(weight: Tensor, segments: tuple[int, ...] = ()) -> list[str]:
+def zero_matrices(weight: Tensor, shard_sizes: tuple[int, ...] = ()) -> list[str]:
     """Logical matrices whose ternary weights are all zero, as indices to the weight's name.
 
     That is |W| ≤ γ/2 everywhere, which only the smallest γ allows. One pass, one synchronisation.
 
     Args:
         weight: ``[..., out, in]``, master or ternary.
-        segments: see :func:`absmean`.
+        shard_sizes: see :func:`absmean`.
 
     Returns:
         ``[""]`` for the one matrix; ``["[3]"]`` for an expert, ``["[64:96]"]`` for fused rows.
     """
-    rows = segments or weight.shape[-2:-1]
+    rows = shard_sizes or weight.shape[-2:-1]
     parts = weight.detach().split(list(rows), dim=-2)
     zero = torch.stack([p.abs().amax((-2, -1)) <= SMALLEST_SCALE / 2 for p in parts], dim=-1)
     if not bool(zero.any()):
@@ -165,21 +167,24 @@ def zero_matrices(weight: Tensor, segments: tuple[int, ...] = ()) -> list[str]:
     names = []
     for *expert, part in zero.nonzero().tolist():
         index = [*map(str, expert)]
-        if segments:
+        if shard_sizes:
             index.append(f"{ends[part] - rows[part]}:{ends[part]}")
         names.append(f"[{', '.join(index)}]" if index else "")
     return names
 
 
-def check_segments(segments: tuple[int, ...], out_features: int, where: str = "weight") -> None:
-    """Refuse segments that do not cut ``out`` into logical matrices.
+def check_shard_sizes(
+    shard_sizes: tuple[int, ...], out_features: int, where: str = "weight"
+) -> None:
+    """Refuse shard sizes that do not cut ``out`` into logical matrices.
 
     Raises:
-        WeightError: naming ``where``, the segments and the rows.
+        WeightError: naming ``where``, the shard sizes and the rows.
     """
-    if segments and (min(segments) < 1 or sum(segments) != out_features):
+    if shard_sizes and (min(shard_sizes) < 1 or sum(shard_sizes) != out_features):
         raise WeightError(
-            f"{where}: segments {segments} must be positive and sum to its {out_features} rows"
+            f"{where}: shard sizes {shard_sizes} must be positive and sum to its "
+            f"{out_features} rows"
         )
 
 

@@ -28,20 +28,20 @@ class TernaryLinear:
 
     Attributes:
         ternary: int8 ``[out, in]``.
-        scale: float32 ``[segments]``, γ of each matrix fused into the rows.
-        segments: rows of each of them; empty for one matrix.
+        scale: float32 ``[shards]``, γ of each matrix fused into the rows.
+        shard_sizes: rows of each of them; empty for one matrix.
         bias: ``[out]``, or None.
     """
 
     ternary: Tensor
     scale: Tensor
-    segments: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
     bias: Tensor | None
 
     @property
     def row_scale(self) -> Tensor:
         """γ of every row, float32 ``[out]``."""
-        return row_scale(self.scale, self.segments, self.ternary.shape[0])
+        return row_scale(self.scale, self.shard_sizes, self.ternary.shape[0])
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
             module = pack_module(module, "two-bit", name)
         assert isinstance(module, PackedLinear)
         scale = module.get_buffer("weight_scale")
-        return TernaryLinear(module.unpack("weight"), scale, module.spec.segments, module.bias)
+        return TernaryLinear(module.unpack("weight"), scale, module.spec.shard_sizes, module.bias)
 
     inside = tuple(f"{name}." for name in modules)
     others = {n: t for n, t in distinct_tensors(model).items() if not n.startswith(inside)}

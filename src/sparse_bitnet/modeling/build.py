@@ -104,8 +104,8 @@ def fuse(linears: list[Any]) -> nn.Module:
     first, rows = linears[0], sum(linear.out_features for linear in linears)
     bias = _fused_bias(linears)
     if isinstance(first, PackedLinear):
-        segments = sum((one.spec.segments or (one.out_features,) for one in linears), ())
-        spec = replace(first.spec, segments=segments)
+        shard_sizes = sum((one.spec.shard_sizes or (one.out_features,) for one in linears), ())
+        spec = replace(first.spec, shard_sizes=shard_sizes)
         fused = PackedLinear(
             first.in_features, rows, False, spec=spec, where=first.where, device="meta"
         )
@@ -133,6 +133,6 @@ def _fused_bias(linears: list[Any]) -> Tensor | None:
 
 def _can_fuse(linears: list[Any]) -> bool:
     if all(isinstance(one, PackedLinear) for one in linears):
-        return len({(one.in_features, replace(one.spec, segments=())) for one in linears}) == 1
+        return len({(one.in_features, replace(one.spec, shard_sizes=())) for one in linears}) == 1
     plain = all(type(one) is nn.Linear for one in linears)
     return plain and len({one.in_features for one in linears}) == 1

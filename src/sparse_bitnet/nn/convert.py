@@ -78,13 +78,13 @@ class MasterWeight:
         name: of the parameter, as in ``named_parameters``.
         weight: ``[out, in]`` or ``[experts, out, in]``.
         module: the converted module that owns it.
-        segments: rows of each logical matrix fused into ``out``.
+        shard_sizes: rows of each logical matrix fused into ``out``.
     """
 
     name: str
     weight: nn.Parameter
     module: DerivedModule
-    segments: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
 
     @property
     def pattern(self) -> Pattern:
@@ -98,7 +98,7 @@ class MasterWeight:
         """
         with torch.no_grad():
             weight = whole(self.weight)
-            return method_mask(weight, self.pattern, self.module.method, self.segments)
+            return method_mask(weight, self.pattern, self.module.method, self.shard_sizes)
 
 
 def convert(
@@ -184,9 +184,9 @@ def convert(
         for tensor in module.parameters(recurse=False):
             tensor.data = tensor.data.float()
         report.weights += sum(weight.numel() for _, weight in _weights(module))
-        segments = fused_rows(model, names[module][0])
+        shard_sizes = fused_rows(model, names[module][0])
         new: DerivedModule = (
-            LINEAR[kind](module, chosen, method, segments)
+            LINEAR[kind](module, chosen, method, shard_sizes)
             if isinstance(module, nn.Linear)
             else EXPERTS[kind](module, chosen, method)
         )
@@ -199,7 +199,7 @@ def convert(
         master.name + index
         for master in master_weights(model)
         if not master.weight.is_meta
-        for index in zero_matrices(master.weight, master.segments)
+        for index in zero_matrices(master.weight, master.shard_sizes)
     ]
     warn_of_zeros(report.zero)
     return report
@@ -269,7 +269,7 @@ def master_weights(model: nn.Module) -> Iterator[MasterWeight]:
     for name, module in converted_modules(model):
         for parameter, weight in module.master_parameters().items():
             full = f"{name}.{parameter}" if name else parameter
-            yield MasterWeight(full, weight, module, module.segments_of(parameter))
+            yield MasterWeight(full, weight, module, module.shard_sizes_of(parameter))
 
 
 def fused_rows(model: nn.Module, name: str) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class DerivedModule(nn.Module, ABC):
         """The parameters that a product's weights are derived from, by attribute name."""
 
     @abstractmethod
-    def segments_of(self, name: str) -> tuple[int, ...]:
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         """Rows of each logical matrix fused into that parameter; empty for one matrix."""
 
     @abstractmethod

@@ -103,7 +103,7 @@ class _Experts(DerivedModule):
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
 
-    def segments_of(self, name: str) -> tuple[int, ...]:
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
     def extra_repr(self) -> str:
@@ -140,7 +140,7 @@ class SparseBitExperts(_Experts):
         weight = self.master_parameters()[name]
         ternary, scale, kept = self.derived(name)
         assert ternary is not None and scale is not None
-        rows = row_scale(scale, self.segments_of(name), weight.shape[-2])
+        rows = row_scale(scale, self.shard_sizes_of(name), weight.shape[-2])
         bits, blend = self.method.activation_bits, self.blend
         masters = (weight if blend is None else masked_weight(self, weight, kept)).unbind(0)
 

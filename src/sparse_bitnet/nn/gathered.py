@@ -22,7 +22,7 @@ class GatheredTernary(Tensor):
 
     Args:
         packed: the ternary weight as :mod:`sparse_bitnet.formats.two_bit`.
-        scale: γ, float32 ``[..., segments]``.
+        scale: γ, float32 ``[..., shards]``.
         shape: of the master weight.
         dtype: of its gradient.
 

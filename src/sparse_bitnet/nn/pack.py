@@ -27,8 +27,8 @@ def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> Pack
             f"{where}: a {type(module).__name__} keeps full-precision weights and cannot be "
             "packed; convert the model with kind='bitnet'"
         )
-    segments = module.segments if isinstance(module, SparseBitLinear) else ()
-    return PackedSpec(storage, module.pattern, module.method.activation_bits, segments)
+    shard_sizes = module.shard_sizes if isinstance(module, SparseBitLinear) else ()
+    return PackedSpec(storage, module.pattern, module.method.activation_bits, shard_sizes)
 
 
 def empty_packed(

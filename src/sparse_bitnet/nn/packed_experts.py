@@ -78,7 +78,7 @@ class PackedExperts(PackedModule):
         number, hidden, intermediate = down.shape
         return cls(number, hidden, intermediate, act_fn, spec=spec, where=where, device=device)
 
-    def segments_of(self, name: str) -> tuple[int, ...]:
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
     def prepare_weight(self, ternary: Tensor, scale: Tensor) -> list[TernaryWeight]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.core import check_segments
+from sparse_bitnet.core import check_shard_sizes
 from sparse_bitnet.kernels import quantize_activations
 from sparse_bitnet.kernels.registry import (
     TernaryWeight,
@@ -23,16 +23,16 @@ class PackedLinear(PackedModule):
     Outputs are equal to the last bit.
 
     Buffers, which are also its state dict: ``weight`` (uint8 ``[out, bytes]``), ``weight_scale``
-    (float32 ``[segments]``) and, if ``bias``, ``bias`` (``[out]``, in the model's dtype).
+    (float32 ``[shards]``) and, if ``bias``, ``bias`` (``[out]``, in the model's dtype).
 
     Args:
         in_features, out_features, bias: as of ``nn.Linear``.
-        spec: format, pattern, activation bits, segments.
+        spec: format, pattern, activation bits, shard sizes.
         where: the module's name, for error messages.
         device, dtype: where to make the (empty) buffers, and the dtype of the bias.
 
     Raises:
-        WeightError: if the segments do not sum to ``out_features``.
+        WeightError: if the shard sizes do not sum to ``out_features``.
         PatternError: if M does not divide ``in_features``.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
@@ -52,7 +52,7 @@ class PackedLinear(PackedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(spec or PackedSpec(), where)
-        check_segments(self.spec.segments, out_features, where)
+        check_shard_sizes(self.spec.shard_sizes, out_features, where)
         self.in_features, self.out_features = in_features, out_features
         self._add_weight("weight", out_features, in_features, device=device)
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
@@ -77,8 +77,8 @@ class PackedLinear(PackedModule):
             dtype=linear.weight.dtype,
         )
 
-    def segments_of(self, name: str) -> tuple[int, ...]:
-        return self.spec.segments
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
+        return self.spec.shard_sizes
 
     def prepare_weight(self, ternary: Tensor, scale: Tensor) -> TernaryWeight:
         stored = self.get_buffer("weight") if self.spec.storage == "two-bit" else None

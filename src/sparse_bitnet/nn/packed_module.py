@@ -35,13 +35,13 @@ class PackedSpec:
         storage: name of the format of the bytes.
         pattern: N:M along ``in`` that every weight of the module keeps.
         activation_bits: int8 absmax or int4 absmean activations.
-        segments: rows of each logical matrix fused into a linear layer's ``out``, one γ each.
+        shard_sizes: rows of each logical matrix fused into a linear layer's ``out``, one γ each.
     """
 
     storage: StorageName = "two-bit"
     pattern: Pattern = DENSE
     activation_bits: Literal[8, 4] = 8
-    segments: tuple[int, ...] = ()
+    shard_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def find_violation(ternary: Tensor, pattern: Pattern) -> GroupViolation | None:
 @dataclass(frozen=True)
 class _Weight:
     shape: tuple[int, ...]  # [..., out, in]
-    segments: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
 
 
 class PackedModule(nn.Module, ABC):
@@ -105,7 +105,7 @@ class PackedModule(nn.Module, ABC):
         self.register_load_state_dict_post_hook(_forget_prepared)
 
     @abstractmethod
-    def segments_of(self, name: str) -> tuple[int, ...]:
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         """Rows of each logical matrix fused into that weight; empty for one matrix."""
 
     @abstractmethod
@@ -119,14 +119,14 @@ class PackedModule(nn.Module, ABC):
 
     def _add_weight(self, name: str, *shape: int, device: torch.device | str | None) -> None:
         """Register the bytes and the scales of a weight of that shape ``[..., out, in]``."""
-        segments = self.segments_of(name)
+        shard_sizes = self.shard_sizes_of(name)
         self.spec.pattern.check_divides(shape[-1], f"{self.where}.{name} {shape}")
         check_row(shape[-1], f"{self.where}.{name}")
-        self._weights[name] = _Weight(shape, segments)
+        self._weights[name] = _Weight(shape, shard_sizes)
         stored = (*shape[:-1], self._storage.packed_length(shape[-1]))
         self.register_buffer(name, torch.empty(stored, dtype=torch.uint8, device=device))
         scale = torch.empty(
-            (*shape[:-2], max(1, len(segments))), dtype=torch.float32, device=device
+            (*shape[:-2], max(1, len(shard_sizes))), dtype=torch.float32, device=device
         )
         self.register_buffer(f"{name}_scale", scale)
 
@@ -136,7 +136,7 @@ class PackedModule(nn.Module, ABC):
         return {name: weight.shape for name, weight in self._weights.items()}
 
     def store(self, name: str, ternary: Tensor, scale: Tensor) -> None:
-        """Pack a ternary weight (int8 ``[..., out, in]``) and keep its scales ``[..., segments]``.
+        """Pack a ternary weight (int8 ``[..., out, in]``) and keep its scales ``[..., shards]``.
 
         Raises:
             WeightError: if the weight is not ternary.
@@ -191,7 +191,7 @@ class PackedModule(nn.Module, ABC):
             if name in self._prepared:
                 continue
             scale = self.get_buffer(f"{name}_scale")
-            rows = row_scale(scale, weight.segments, weight.shape[-2])
+            rows = row_scale(scale, weight.shard_sizes, weight.shape[-2])
             self._prepared[name] = self.prepare_weight(self.unpack(name), rows)
             if not _shares_memory(self._prepared[name], self.get_buffer(name)):
                 self._buffers[name] = None

@@ -107,9 +107,9 @@ class _Source:
         length = -(-self.shape[0] // mesh.size())
         return length, mesh.get_local_rank() * length
 
-    def segments(self, mesh: DeviceMesh) -> tuple[int, ...]:
+    def local_sizes(self, mesh: DeviceMesh) -> tuple[int, ...]:
         """How many of this rank's rows belong to each logical matrix of a fused weight."""
-        whole = self.module.segments_of(self.name) or (self.shape[-2],)
+        whole = self.module.shard_sizes_of(self.name) or (self.shape[-2],)
         if len(self.shape) == 3:
             return whole
         length, first = self.place(mesh)
@@ -120,12 +120,12 @@ class _Source:
         return tuple(rows)
 
     def sums(self, mesh: DeviceMesh) -> Tensor:
-        """Sums and counts behind γ over this rank's rows: float64 ``[2, (experts,) segments]``."""
+        """Sums and counts behind γ over this rank's rows: float64 ``[2, (experts,) matrices]``."""
         local, method, pattern = self.local(), self.module.method, self.module.pattern
         mask = None
         if method.order == "mask-then-quant":
             mask = method_mask(local, pattern, method)
-        own = scale_sums(local, self.segments(mesh), mask)
+        own = scale_sums(local, self.local_sizes(mesh), mask)
         if len(self.shape) == 2:
             return own
         _, first = self.place(mesh)
@@ -142,7 +142,7 @@ class _Group:
         self.scales: dict[_Source, Tensor] = {}
 
     def scale(self, source: _Source, mesh: DeviceMesh, device: torch.device) -> Tensor:
-        """γ ``[(experts,) segments]`` from the shards as they are now.
+        """γ ``[(experts,) matrices]`` from the shards as they are now.
 
         FSDP2 asks for every weight of a group once in each gathering. The first to ask computes for
         all, and each takes its own away: none is left for the next time.
@@ -199,11 +199,11 @@ class MasterShard(Tensor):
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], Tensor]:
         """This rank's rows in two bits, as many as of the first rank, and γ."""
         source = self.source
-        module, values, segments = source.module, self.rows, source.segments(mesh)
+        module, values, sizes = source.module, self.rows, source.local_sizes(mesh)
         scale = source.group.scale(source, mesh, values.device)
         length, first = source.place(mesh)
         own = scale[first : first + len(values)] if values.ndim == 3 else scale
-        rows = row_scale(own, segments, values.shape[-2])
+        rows = row_scale(own, sizes, values.shape[-2])
         ternary = ternarize_with(values, rows, module.pattern, module.method)
         packed = two_bit.pack_rows(ternary)
         missing = length - len(packed)

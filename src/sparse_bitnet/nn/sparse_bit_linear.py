@@ -14,7 +14,7 @@ from sparse_bitnet.core import (
     Method,
     Pattern,
     check_row,
-    check_segments,
+    check_shard_sizes,
     quantize_int8,
     row_scale,
 )
@@ -129,12 +129,12 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 def derive_ternary(module: DerivedModule, name: str) -> Derived:
     """Ternary weight, γ, and the mask if gradients or the weights of a blend need it."""
-    weight, segments = module.master_parameters()[name], module.segments_of(name)
+    weight, shard_sizes = module.master_parameters()[name], module.shard_sizes_of(name)
     kept = None
     blends = module.blend is not None and not module.is_dense
     if blends or module.method.gradient == "masked":
-        kept = kept_weights(weight, module.n_and_m, module.method, segments)
-    return *ternarize_traced(weight, module.n_and_m, module.method, segments), kept
+        kept = kept_weights(weight, module.n_and_m, module.method, shard_sizes)
+    return *ternarize_traced(weight, module.n_and_m, module.method, shard_sizes), kept
 
 
 class SparseBitLinear(DerivedModule, nn.Linear):
@@ -147,11 +147,12 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         linear: the layer to take over; its parameters are shared, not copied.
         pattern: N:M along ``in_features``.
         method: the published method or one of its ablations.
-        segments: rows of each logical matrix fused into ``out_features``; each has its own γ.
+        shard_sizes: rows of each logical matrix fused into ``out_features``; each has its own γ.
 
     Raises:
         PatternError: if M does not divide ``in_features``.
-        WeightError: if the segments do not sum to ``out_features``, or rows are too long for int32.
+        WeightError: if the shard sizes do not sum to ``out_features``, or rows are too long for
+            int32.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
@@ -163,33 +164,36 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         linear: nn.Linear,
         pattern: Pattern = DENSE,
         method: Method | None = None,
-        segments: tuple[int, ...] = (),
+        shard_sizes: tuple[int, ...] = (),
     ) -> None:
         nn.Module.__init__(self)
         pattern.check_divides(linear.in_features)
-        check_segments(segments, linear.out_features)
+        check_shard_sizes(shard_sizes, linear.out_features)
         check_row(linear.in_features)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.segments = segments
+        self.shard_sizes = shard_sizes
         self._configure(pattern, method)
         self.train(linear.training)
 
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": cast(nn.Parameter, self.weight)}
 
-    def segments_of(self, name: str) -> tuple[int, ...]:
-        return self.segments
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
+        return self.shard_sizes
 
     def derive(self, name: str) -> Derived:
-        """The ternary weight (int8 ``[out, in]``), γ (float32 ``[segments]``) and, if the method
+        """The ternary weight (int8 ``[out, in]``), γ (float32 ``[shards]``) and, if the method
         masks gradients or λ is below 1, which weights are kept (bool ``[out, in]``)."""
         return derive_ternary(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         ternary, scale, kept = self.derived()
         assert ternary is not None and scale is not None
-        rows, bits = row_scale(scale, self.segments, self.out_features), self.method.activation_bits
+        rows, bits = (
+            row_scale(scale, self.shard_sizes, self.out_features),
+            self.method.activation_bits,
+        )
         dtype = output_dtype(x)
         if self.blend is not None:
             weight = masked_weight(self, self.weight, kept)
@@ -203,7 +207,7 @@ class SparseBitLinear(DerivedModule, nn.Linear):
             kept,
             bits,
             dtype,
-            len(self.segments) < 2,
+            len(self.shard_sizes) < 2,
             self.method.backward == "fp8",
         )
 

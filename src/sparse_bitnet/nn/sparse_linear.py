@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, check_segments
+from sparse_bitnet.core import DENSE, Method, Pattern, check_shard_sizes
 from sparse_bitnet.kernels.ternarize import kept_weights
 from sparse_bitnet.nn.derived import Derived, DerivedModule
 
@@ -32,7 +32,7 @@ class SparseLinear(DerivedModule, nn.Linear):
     Parameters and state dict are those of ``nn.Linear``.
 
     Args and raises: as :class:`SparseBitLinear`. Of the method only the mask's source and
-    ``gradient`` matter here, and ``segments`` only to that source and to statistics.
+    ``gradient`` matter here, and ``shard_sizes`` only to that source and to statistics.
     """
 
     is_ternary = False
@@ -42,12 +42,12 @@ class SparseLinear(DerivedModule, nn.Linear):
         linear: nn.Linear,
         pattern: Pattern = DENSE,
         method: Method | None = None,
-        segments: tuple[int, ...] = (),
+        shard_sizes: tuple[int, ...] = (),
     ) -> None:
         nn.Module.__init__(self)
         pattern.check_divides(linear.in_features)
-        check_segments(segments, linear.out_features)
-        self.segments = segments
+        check_shard_sizes(shard_sizes, linear.out_features)
+        self.shard_sizes = shard_sizes
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self._configure(pattern, method)
@@ -56,12 +56,12 @@ class SparseLinear(DerivedModule, nn.Linear):
     def master_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": cast(nn.Parameter, self.weight)}
 
-    def segments_of(self, name: str) -> tuple[int, ...]:
-        return self.segments
+    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
+        return self.shard_sizes
 
     def derive(self, name: str) -> Derived:
         """The mask, bool ``[out, in]``; None if dense."""
-        return (derive_mask(self, name, self.segments),)
+        return (derive_mask(self, name, self.shard_sizes),)
 
     def forward(self, x: Tensor) -> Tensor:
         # Master weights are float32 even where the rest of the model is not.
@@ -72,7 +72,9 @@ class SparseLinear(DerivedModule, nn.Linear):
         return f"{super().extra_repr()}, pattern={self.pattern}"
 
 
-def derive_mask(module: DerivedModule, name: str, segments: tuple[int, ...] = ()) -> Tensor | None:
+def derive_mask(
+    module: DerivedModule, name: str, shard_sizes: tuple[int, ...] = ()
+) -> Tensor | None:
     """The mask of a full-precision weight, boolean of its shape; None if dense.
 
     A GPU's compiler gets it as plain operations: one kernel instead of a dozen, made anew for
@@ -83,7 +85,7 @@ def derive_mask(module: DerivedModule, name: str, segments: tuple[int, ...] = ()
     weight = module.master_parameters()[name]
     if torch.compiler.is_compiling() and weight.is_cuda and module.method.mask_source == "master":
         return _mask_expression(weight.detach(), module.pattern)
-    return kept_weights(weight, module.n_and_m, module.method, segments)
+    return kept_weights(weight, module.n_and_m, module.method, shard_sizes)
 
 
 def _mask_expression(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -34,7 +34,7 @@ class SparseBitNetConfig(QuantizationConfigMixin):
     """The quantization configuration of a packed model.
 
     Args:
-        modules: module name → its pattern, activation bits and segments, as in ``config.json``.
+        modules: module name → its pattern, activation bits and shard sizes, as in ``config.json``.
         storage: how the bytes of all of them are stored.
         format_version: of the directory.
         int8: names of the embedding and head that are int8, if they are.
@@ -105,12 +105,12 @@ class SparseBitNetConfig(QuantizationConfigMixin):
         bits = value.get("activation_bits", 8)
         if bits not in (8, 4):
             raise _wrong(f"{where}.activation_bits", bits, "it should be 8 or 4")
-        segments = value.get("segments", [])
-        if not isinstance(segments, list) or not all(
-            type(rows) is int and rows > 0 for rows in segments
+        shard_sizes = value.get("segments", [])
+        if not isinstance(shard_sizes, list) or not all(
+            type(rows) is int and rows > 0 for rows in shard_sizes
         ):
-            raise _wrong(f"{where}.segments", segments, "it should be a list of row counts")
-        return PackedSpec(self.storage, pattern, bits, tuple(segments))  # type: ignore[arg-type]
+            raise _wrong(f"{where}.segments", shard_sizes, "it should be a list of row counts")
+        return PackedSpec(self.storage, pattern, bits, tuple(shard_sizes))  # type: ignore[arg-type]
 
 
 def _to_json(spec: PackedSpec) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _to_json(spec: PackedSpec) -> dict[str, Any]:
         "pattern": str(spec.pattern),
         "activation_bits": spec.activation_bits,
     }
-    return value | ({"segments": list(spec.segments)} if spec.segments else {})
+    return value | ({"segments": list(spec.shard_sizes)} if spec.shard_sizes else {})
 
 
 def _wrong(field: str, value: object, expected: str) -> PackedFormatError:

@@ -235,7 +235,7 @@ def _reports(
                     module.unpack(key),
                     module.spec.pattern,
                     bits,
-                    module.segments_of(key),
+                    module.shard_sizes_of(key),
                 )
             )
         return reports
@@ -246,26 +246,26 @@ def _reports(
             ternary[key][0] if ternary else _masked(weight, module, key),
             module.pattern,
             8 * (stored_bytes or weight.element_size()),
-            module.segments_of(key),
+            module.shard_sizes_of(key),
         )
         for key, weight in module.master_parameters().items()
     ]
 
 
 def _report(
-    name: str, values: Tensor, declared: Pattern, bits: float, segments: tuple[int, ...]
+    name: str, values: Tensor, declared: Pattern, bits: float, shard_sizes: tuple[int, ...]
 ) -> WeightReport:
     m = GROUP_WITHOUT_PATTERN if declared.is_dense else declared.m
     met = "dense"
     if values.shape[-1] % m == 0:
         met = str(Pattern(max(1, worst_group(values, m)), m))
     zeros = 1 - int(values.count_nonzero()) / values.numel()
-    zero = [name + index for index in zero_matrices(values, segments)]
+    zero = [name + index for index in zero_matrices(values, shard_sizes)]
     return WeightReport(name, tuple(values.shape), str(declared), met, zeros, bits, zero)
 
 
 def _masked(weight: Tensor, module: DerivedModule, key: str) -> Tensor:
-    mask = method_mask(weight, module.pattern, module.method, module.segments_of(key))
+    mask = method_mask(weight, module.pattern, module.method, module.shard_sizes_of(key))
     return weight.detach() if mask is None else weight.detach() * mask
 
 

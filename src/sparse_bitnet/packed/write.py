@@ -290,7 +290,7 @@ class _Plan:
             for name, module in self.modules.items():
                 packed = pack_module(module, self.storage, name)
                 for key, master in module.master_parameters().items():
-                    zero = zero_matrices(master, module.segments_of(key))
+                    zero = zero_matrices(master, module.shard_sizes_of(key))
                     self.zero += [f"{name}.{key}{index}" for index in zero]
                 for key, tensor in packed.state_dict().items():
                     yield f"{name}.{key}", tensor

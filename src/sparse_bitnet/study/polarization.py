@@ -121,7 +121,7 @@ def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
     for weight in weights:
         pattern = _probe(weight.pattern, weight.weight.shape[-1])
         used = used if pattern.is_dense else str(pattern)
-        one = polarization(weight.weight, pattern, weight.segments), weight.weight.numel()
+        one = polarization(weight.weight, pattern, weight.shard_sizes), weight.weight.numel()
         number = block_number(weight.name)
         found["all"].append(one)
         if numbers and number == min(numbers):

@@ -85,7 +85,7 @@ def _architecture(source: str) -> Architecture:
     # GPT-2, for example, has nothing to convert: every matrix of it is left out.
     with contextlib.suppress(ConfigError):
         skipped = convert(model, "dense").skipped
-    shard_sizes = {weight.name: weight.segments for weight in master_weights(model)}
+    shard_sizes = {weight.name: weight.shard_sizes for weight in master_weights(model)}
     parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape, module = tuple(parameter.shape), name.rpartition(".")[0]

@@ -114,8 +114,12 @@ def no_bars() -> Iterator[None]:
 
 
 def _check_config(directory: Path) -> None:
-    """Check what transformers would build from a ``config.json`` before it does."""
+    """Check what transformers would build from a directory, and read of it, before it does."""
     refuse_special(*directory.iterdir())
+    for index in directory.glob("*.index.json"):
+        for name in read_json(index)["weight_map"].values():
+            if Path(name).name != name:
+                raise ValueError(f"{index.name} names {shown(name)}, which is no file beside it")
     config = _read_config(directory / "config.json")
     files = sorted(directory.glob("*.safetensors"))
     if files:  # older checkpoints are pickles, which transformers reads as weights only

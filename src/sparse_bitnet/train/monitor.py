@@ -112,7 +112,7 @@ class Monitor:
     def before_step(self) -> None:
         """Remember the masks: one byte a weight, until :meth:`after_step`."""
         self._masks = [
-            method_mask(stack, batch.pattern, batch.method, batch.segments)
+            method_mask(stack, batch.pattern, batch.method, batch.shard_sizes)
             for batch, stack in _batches(self._model)
         ]
 
@@ -129,12 +129,12 @@ class Monitor:
         self._readings += 1
         for index, (batch, stack) in enumerate(_batches(self._model)):
             before = self._masks[index] if self._masks is not None else None
-            after = method_mask(stack, batch.pattern, batch.method, batch.segments)
+            after = method_mask(stack, batch.pattern, batch.method, batch.shard_sizes)
             flips.append(torch.zeros(len(stack), dtype=torch.int64, device=stack.device))
             masked = False
             if before is not None and after is not None:
                 flips[-1], masked = (before != after).flatten(1).sum(1), True
-            rows = row_scale(absmean(stack, batch.segments), batch.segments, stack.shape[-2])
+            rows = row_scale(absmean(stack, batch.shard_sizes), batch.shard_sizes, stack.shape[-2])
             zeros.append((stack.abs() <= rows.unsqueeze(-1) / 2).flatten(1).sum(1))
             dead.append(self._count_dead(index, batch, stack, after))
             names += [(name, stack[0].numel(), masked) for name in batch.names]
@@ -183,7 +183,7 @@ def _nonzero(batch: _Batch, stack: Tensor, mask: Tensor | None) -> Tensor:
     """Which weights the model computes with: kept by the mask, and not rounded to zero."""
     if batch.is_ternary:
         of = mask if batch.method.order == "mask-then-quant" else None
-        scale = row_scale(absmean(stack, batch.segments, of), batch.segments, stack.shape[-2])
+        scale = row_scale(absmean(stack, batch.shard_sizes, of), batch.shard_sizes, stack.shape[-2])
         flags = round_ternary(stack, scale.unsqueeze(-1)) != 0
     else:
         flags = stack != 0
@@ -201,7 +201,7 @@ class _Batch:
     names: list[str]
     pattern: Pattern
     method: Method
-    segments: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
     is_ternary: bool
 
 
@@ -210,7 +210,7 @@ def _batches(model: nn.Module) -> Iterator[tuple[_Batch, Tensor]]:
     groups: dict[Any, list[MasterWeight]] = {}
     for weight in master_weights(model):
         module = weight.module
-        key = (weight.pattern, module.method, weight.segments, module.is_ternary)
+        key = (weight.pattern, module.method, weight.shard_sizes, module.is_ternary)
         groups.setdefault((weight.weight.shape, key), []).append(weight)
     for (shape, key), members in groups.items():
         count = max(1, ELEMENTS_AT_ONCE // max(1, shape.numel()))

@@ -111,7 +111,7 @@ def test_fused_matrices_need_one_scale(tmp_path, build):
     convert(model, "6:8")
     layer = model.model.layers[0].self_attn.q_proj
     model.model.layers[0].self_attn.q_proj = SparseBitLinear(
-        layer, layer.pattern, layer.method, segments=(16, 16)
+        layer, layer.pattern, layer.method, shard_sizes=(16, 16)
     )
     pack(model, tmp_path / "packed")
     with pytest.raises(ConfigError, match="one scale a layer, and this one fuses 2 matrices"):

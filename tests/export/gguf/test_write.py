@@ -380,7 +380,7 @@ def test_fused_matrices_keep_their_scales(save, tmp_path, kind):
     layer = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         layer.weight[64:] *= 3
-    fused = SparseBitLinear(layer, layer.pattern, layer.method, segments=(64, 192))
+    fused = SparseBitLinear(layer, layer.pattern, layer.method, shard_sizes=(64, 192))
     model.model.layers[0].self_attn.q_proj = fused
     pack(model, tmp_path / "packed", tokenizer=tokenizer)
     export_gguf(tmp_path / "packed", tmp_path / "m.gguf")

@@ -71,3 +71,18 @@ def test_padding_on_the_left_of_many_shares(first) -> None:
     expected = plain(query, keys, values, seen, 0.5)
     found = triton.attend(query, keys, values, seen, 0.5)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6])
+def test_every_shape_of_the_kernel(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """As where all blocks are under way, where a cache is cut, and where none is."""
+    monkeypatch.setattr(triton, "ONE_WAVE", 2)
+    monkeypatch.setattr(triton, "FILLED", 6)
+    query, keys, values = torch.randn(heads, 2, 1, 16), *torch.randn(2, heads, 1, 150, 16)
+    seen = (torch.arange(150) >= 3).view(1, 1, 1, 150)
+    shapes = {1: 64, 4: 16, 6: 32}
+    assert triton._shape(heads, 150)[0] == shapes[heads]
+    found = triton.attend(query, keys, values, seen, 0.5)
+    torch.testing.assert_close(
+        found.double(), plain(query, keys, values, seen, 0.5), rtol=1e-5, atol=1e-5
+    )

@@ -62,9 +62,9 @@ def test_network_of_zeros_and_ones(m: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_experts_and_segments(dtype: torch.dtype) -> None:
     weight = (torch.randn(2, 5, 40) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
-    for segments in ((), (3, 2), (1, 3, 1)):
-        ternary, scale = triton.ternarize(weight, Pattern(6, 8), segments)
-        expected, gamma = ternarize(weight, Pattern(6, 8), None, segments)
+    for shard_sizes in ((), (3, 2), (1, 3, 1)):
+        ternary, scale = triton.ternarize(weight, Pattern(6, 8), shard_sizes)
+        expected, gamma = ternarize(weight, Pattern(6, 8), None, shard_sizes)
         assert torch.equal(ternary, expected)
         assert torch.equal(scale, gamma)
 

@@ -26,6 +26,7 @@ from sparse_bitnet.kernels.pdl import fetch, fetch_where, wait
 
 JOIN_WARPS = 4
 SCANNED = 1024  # flags looked at once for the first and the last key that is seen
+FILLED = 256  # key heads of a batch, from which on their caches are not cut
 ONE_WAVE = 264  # two programs for each multiprocessor of an H100 or H200
 FEWEST_ROWS = 16  # of a tensor core's product
 JOINED = 16  # shares added at once
@@ -204,7 +205,9 @@ def _shape(heads: int, length: int) -> tuple[int, int, int, int]:
     share it. Otherwise it is how many bytes are asked for ahead, and few warps wait for each other.
     """
     if heads * triton.cdiv(length, 64) <= 2 * ONE_WAVE:
-        return 64, 4, 1, 2 * ONE_WAVE
+        return 64, 4, 1, ONE_WAVE
+    if heads < FILLED:
+        return 16, 1, 2, 4 * ONE_WAVE
     return 32, 2, 3, ONE_WAVE
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core.pattern import Pattern
-from sparse_bitnet.core.ternary import SMALLEST_SCALE, check_segments, row_scale
+from sparse_bitnet.core.ternary import SMALLEST_SCALE, check_shard_sizes, row_scale
 from sparse_bitnet.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,18 +24,18 @@ def serves(weight: Tensor) -> bool:
 
 
 def ternarize(
-    weight: Tensor, pattern: Pattern, segments: tuple[int, ...] = ()
+    weight: Tensor, pattern: Pattern, shard_sizes: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """The published method; arguments, results and errors of ``core.ternarize``."""
     pattern.check_divides(weight.shape[-1])
-    check_segments(segments, weight.shape[-2])
+    check_shard_sizes(shard_sizes, weight.shape[-2])
     *experts, out, columns = weight.shape
     rows = weight.detach().float().reshape(-1, columns).contiguous()
-    lengths = segments or (out,)
+    lengths = shard_sizes or (out,)
     sums = native.row_sums(rows).view(*experts, out).split(lengths, dim=-1)
     means = [s.sum(-1) / max(1, n * columns) for s, n in zip(sums, lengths, strict=True)]
     scale = torch.stack(means, dim=-1).float().clamp(min=SMALLEST_SCALE)
-    return ternarize_with(weight, row_scale(scale, segments, out), pattern), scale
+    return ternarize_with(weight, row_scale(scale, shard_sizes, out), pattern), scale
 
 
 def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern) -> Tensor:

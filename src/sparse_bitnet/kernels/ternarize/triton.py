@@ -53,7 +53,7 @@ def _row_sums_kernel(weight_ptr, sums_ptr, columns, CHUNK: tl.constexpr):
     tl.store(sums_ptr + row, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["rows", "first", "segment"])
+@triton.jit(do_not_specialize=["rows", "first", "shard"])
 def _scale_kernel(
     sums_ptr,
     scale_ptr,
@@ -61,12 +61,12 @@ def _scale_kernel(
     first,
     rows,
     rows_per_expert,
-    segment,
-    segments,
+    shard,
+    shards,
     columns,
     CHUNK: tl.constexpr,
 ):
-    """γ of one segment of one expert, and γ again for each of its rows."""
+    """γ of one shard of one expert, and γ again for each of its rows."""
     expert = tl.program_id(0)
     base = expert.to(tl.int64) * rows_per_expert + first
     total = tl.zeros((CHUNK,), tl.float64)
@@ -77,7 +77,7 @@ def _scale_kernel(
     gamma = (tl.sum(total) / count).to(tl.float32)
     # Written so that a NaN stays one.
     gamma = tl.where(gamma < SMALLEST, SMALLEST, gamma)
-    tl.store(scale_ptr + expert * segments + segment, gamma)
+    tl.store(scale_ptr + expert * shards + shard, gamma)
     for start in range(0, rows, CHUNK):
         row = start + tl.arange(0, CHUNK)
         tl.store(
@@ -200,13 +200,13 @@ def _unit(m: int, columns: int) -> int:
 def ternarize(
     weight: Tensor,
     pattern: Pattern,
-    segments: tuple[int, ...] = (),
+    shard_sizes: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Launch both passes on ``[..., out, in]``; the reference's results."""
     weight = weight.contiguous()
     *experts, out, columns = weight.shape
     count = math.prod(experts)
-    parts = segments or (out,)
+    parts = shard_sizes or (out,)
     device = weight.device
     scale = torch.empty((*experts, len(parts)), dtype=torch.float32, device=device)
     if weight.numel() == 0:
