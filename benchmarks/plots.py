@@ -11,17 +11,13 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "nvidia-h200"
 IMAGE = HERE.parent / "docs" / "images" / "h200.png"
-KINDS = {"dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
+KINDS = {"fp8": "#999999", "dense": "#7aa6c2", "6:8": "#0072b2", "2:4": "#d55e00"}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    cases = {}
-    for name in ("decode_many", "inference"):
-        for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
-            if r["model"] == "qwen2.5-7b" and r["head"] == "bf16":
-                cases[r["stage"], r["batch"], r["length"]] = r
-    rows = list(cases.values())
+    measured = json.loads((RESULTS / "inference.json").read_text())["rows"]
+    rows = [r for r in measured if r["model"] == "qwen2.5-7b" and r["head"] == "bf16"]
     shown = {
         "prefill": sorted((r for r in rows if r["stage"] == "prefill"), key=_tokens),
         "decode": sorted((r for r in rows if r["stage"] == "decode"), key=_tokens),
@@ -29,8 +25,8 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
     for axis, (stage, cases) in zip(axes, shown.items(), strict=True):
         for offset, (kind, colour) in enumerate(KINDS.items()):
-            places = [i + 0.27 * (offset - 1) for i in range(len(cases))]
-            axis.bar(places, [r["over_bf16"][kind] for r in cases], 0.25, label=kind, color=colour)
+            places = [i + 0.2 * (offset - 1.5) for i in range(len(cases))]
+            axis.bar(places, [r["over_bf16"][kind] for r in cases], 0.18, label=kind, color=colour)
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         labels = [
             f"{r['batch']} × {r['length']}" if stage == "prefill" else r["batch"] for r in cases
