@@ -8,6 +8,7 @@ interpreter has ``llama-cpp-cffi`` (0.4.42), which wants another transformers th
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -43,10 +44,12 @@ class LlamaCpp:
 
 
 def main() -> None:
-    if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
-        raise SystemExit(__doc__)
-    engine = LlamaCpp(sys.argv[1], int(sys.argv[2]))
-    print(json.dumps({"weight_bytes": Path(sys.argv[1]).stat().st_size}), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file")
+    parser.add_argument("threads", type=int)
+    options = parser.parse_args()
+    engine = LlamaCpp(options.file, options.threads)
+    print(json.dumps({"weight_bytes": Path(options.file).stat().st_size}), flush=True)
     while command := sys.stdin.readline().split():
         prompt, new = map(int, command)
         answer = {}
