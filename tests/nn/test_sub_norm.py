@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,15 @@ def test_with_norms_that_do_nothing_it_is_the_model() -> None:
         for block in new.model.layers:
             block.self_attn.attn_sub_norm = block.mlp.ffn_sub_norm = torch.nn.Identity()
         assert torch.equal(new(TOKENS).logits, wanted)
+
+
+def test_transformers_is_imported_by_any_way() -> None:
+    """Its quantizers import this package's, and with it ``nn``, before it has its models."""
+    for line in (
+        "import sparse_bitnet; from transformers import BitNetConfig, BitNetForCausalLM",
+        "import sparse_bitnet.export.verbs",
+    ):
+        subprocess.run([sys.executable, "-c", line], check=True)
 
 
 def test_packed_and_exported(tmp_path: Path) -> None:

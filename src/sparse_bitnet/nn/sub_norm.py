@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # transformers imports this package before it has these
     from transformers import BitNetForCausalLM, PreTrainedModel
 
 FAMILY = ("llama", "mistral")
@@ -38,7 +38,6 @@ def add_sub_norms(model: PreTrainedModel, tokens: Tensor) -> BitNetForCausalLM:
     Raises:
         ConfigError: for other architectures, or parts of one that ``BitNetForCausalLM`` has not.
     """
-    # Not at the top: this package is imported while transformers is, to register its quantizer.
     from transformers import AutoModelForCausalLM, BitNetConfig
 
     config = model.config
