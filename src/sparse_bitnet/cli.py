@@ -28,7 +28,7 @@ VERBS = {
     "evaluate": ("packed.verbs", "evaluate", "perplexity, cloze accuracy, tasks of a model"),
     "pack": ("packed.verbs", "pack", "trained model → packed directory"),
     "export": ("export.verbs", "export", "model → GGUF for llama.cpp, or bitnet for transformers"),
-    "import": ("export.verbs", "import_checkpoint", "bitnet checkpoint → trained model"),
+    "import": ("export.verbs", "import_checkpoint", "bitnet checkpoint, or GGUF, → model"),
     "inspect": ("packed.verbs", "inspect", "what a model directory holds, layer by layer"),
     "generate": ("serve.verbs", "generate", "stream text from a model directory"),
     "chat": ("serve.chat", "chat", "talk with a model directory on the terminal"),

@@ -9,6 +9,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.export.bitnet.read import ImportResult, import_bitnet
 from sparse_bitnet.export.bitnet.write import LinearClass, export_bitnet
 from sparse_bitnet.export.exportable import ExportResult
+from sparse_bitnet.export.gguf.read import ImportedGguf, import_gguf
 from sparse_bitnet.export.gguf.write import EmbeddingType, LinearType, OddRows, export_gguf
 
 Target = Literal["gguf", "bitnet"]
@@ -64,15 +65,20 @@ def import_checkpoint(
     text: str | None = None,
     window: int | None = None,
     limit: int | None = None,
-) -> ImportResult:
-    """Read a checkpoint of transformers' bitnet format as a trained model.
+) -> ImportResult | ImportedGguf:
+    """Read a checkpoint of transformers' bitnet format as a trained model, or a GGUF file as a
+    float32 one to start from.
 
     Args:
-        source: directory of the checkpoint, with safetensors.
-        directory: the trained model to write.
+        source: directory of the checkpoint, with safetensors; or a GGUF file (without options).
+        directory: the model to write.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are.
         text: measure perplexity before and after masking on it: a source such as text:PATH.
         window: tokens the model reads at once when measuring.
         limit: measure on at most this many tokens.
     """
+    if source.suffix == ".gguf":
+        if (pattern, text, window, limit) != ("dense", None, None, None):
+            raise ConfigError("import: a GGUF file is written as it is, without options")
+        return import_gguf(source, directory)
     return import_bitnet(source, directory, pattern=pattern, text=text, window=window, limit=limit)

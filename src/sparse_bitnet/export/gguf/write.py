@@ -89,7 +89,7 @@ def export_gguf(
             fits a row.
         WeightError: if a value does not fit fp16.
     """
-    _gguf()
+    gguf_package()
     source = open_exportable(directory, "GGUF")
     kind = architecture(source.model)
     if source.tokenizer is None:
@@ -136,7 +136,7 @@ class _Tensors:
     def __init__(
         self, source: Exportable, kind: str, linears: str, embeddings: str, odd_rows: OddRows
     ) -> None:
-        gguf = _gguf()
+        gguf = gguf_package()
         self.source, self.largest_change = source, 0.0
         blocks = source.model.config.num_hidden_layers
         wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
@@ -228,7 +228,7 @@ def _write(
     lost: list[str],
     name: str,
 ) -> None:
-    gguf = _gguf()
+    gguf = gguf_package()
     writer = gguf.GGUFWriter(path, kind)
     writer.add_type("model")
     writer.add_name(name)
@@ -257,7 +257,7 @@ def _write(
 
 
 def _encoded(planned: _Planned) -> NDArray[Any]:
-    gguf = _gguf()
+    gguf = gguf_package()
     values = planned.read().detach().float()
     if planned.kind in ("F16", "Q8_0"):
         _check_f16(values, planned.name)
@@ -321,11 +321,11 @@ def _check_f16(values: Tensor, where: str) -> None:
         )
 
 
-def _gguf() -> Any:
+def gguf_package(what: str = "exporting to") -> Any:
     try:
         import gguf
     except ImportError as error:
         raise MissingExtraError(
-            "exporting to GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
+            f"{what} GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
         ) from error
     return gguf

@@ -1,0 +1,69 @@
+"""GGUF files as ordinary directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.data.tokenizer import train_bpe
+from sparse_bitnet.export.gguf.read import import_gguf
+from sparse_bitnet.export.gguf.write import export_gguf
+from sparse_bitnet.export.verbs import import_checkpoint
+from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
+from sparse_bitnet.train.dense import read_dense
+
+TEXT = "def main():\n    return the name of the file 1234\n"
+
+
+def test_a_file_that_we_wrote(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=320,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    convert(model, "6:8")
+    tokenizer = train_bpe([TEXT] * 30, 320)
+    save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
+    export_gguf(tmp_path / "trained", tmp_path / "m.gguf", embeddings="f32")
+    result = import_checkpoint(tmp_path / "m.gguf", tmp_path / "dense")
+    assert str(result).startswith(f"{tmp_path / 'dense'}: Qwen2ForCausalLM with ")
+    found = read_dense(tmp_path / "dense", exact=True)
+    expected, _ = load_trained(tmp_path / "trained")
+    weights = {name: p.detach() for name, p in expected.named_parameters()}
+    for name, module in expected.named_modules():
+        if isinstance(module, SparseBitLinear):
+            ternary, scale, _ = module.derived()
+            weights[f"{name}.weight"] = ternary * scale.half().float()
+    assert all(torch.equal(p, weights[name]) for name, p in found.named_parameters())
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")(TEXT) == tokenizer(TEXT)
+    with pytest.raises(ConfigError, match="exists; give a new directory"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="without options"):
+        import_checkpoint(tmp_path / "m.gguf", tmp_path / "other", pattern="6:8")
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    writer = GGUFWriter(tmp_path / "n.gguf", "nonesuch")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"n\.gguf cannot be read"):
+        import_gguf(tmp_path / "n.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
