@@ -5,7 +5,7 @@ length, and measures what all get together, and the server's processor time for 
 more on a busy machine; then the first token of a new client beside a long stream, and the server's
 memory before and after.
 
-    python benchmarks/serve_clients.py runs/demo/packed --clients 1 8 --out serve.json
+    python benchmarks/serve_clients.py runs/demo/packed-two-bit --clients 1 8 --out serve.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evaluation: perplexity, cloze accuracy, tasks of lm-eval.
 
-Every function takes a loaded model and its tokenizer; loading is the business of other rooms.
+Every function takes a loaded model and its tokenizer; loading is the business of other packages.
 """
 
 from sparse_bitnet.evaluate.cloze import ClozeAccuracy, ClozeItem, cloze_accuracy, cloze_items

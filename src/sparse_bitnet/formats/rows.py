@@ -1,4 +1,4 @@
-"""Helpers of the formats: chunked processing of rows, and checks of their values.
+"""What the formats share: chunked processing of rows, and checks of their values.
 
 On the CPU a chunk fits the cache and is below the size from which PyTorch hands an operation to its
 threads, so the handful of passes that a format takes over its bytes cost neither memory traffic nor
