@@ -151,7 +151,7 @@ def test_by_rule(tiny: Tiny, tokens: Tensor) -> None:
     assert not any(
         module.blend is not None for module in model.modules() if hasattr(module, "blend")
     )
-    with pytest.raises(ConfigError, match="the rule 'nowhere' names no ternary module"):
+    with pytest.raises(ConfigError, match="the rule 'nowhere' decides for no ternary module"):
         set_quantization(model, 0.5, {"nowhere": 0.5})
 
 

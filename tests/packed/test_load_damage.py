@@ -135,11 +135,11 @@ def layers(count):
         (module(activation_bits=16), "activation_bits is 16; it should be 8 or 4"),
         (module(activation_bits=[8]), "activation_bits is .*; it should be 8 or 4"),
         (
-            module(shard_sizes=[16, 8]),
-            r"shard_sizes \(16, 8\) must be positive and sum to its 32 rows",
+            module(segments=[16, 8]),
+            r"shard sizes \(16, 8\) must be positive and sum to its 32 rows",
         ),
-        (module(shard_sizes=[0, 32]), "shard_sizes is .*; it should be a list of row counts"),
-        (module(shard_sizes="all"), "shard_sizes is all; it should be a list of row counts"),
+        (module(segments=[0, 32]), "segments is .*; it should be a list of row counts"),
+        (module(segments="all"), "segments is all; it should be a list of row counts"),
         (module(extra=1), "it should have fields among"),
         (
             lambda c: c["quantization_config"]["modules"].update({"model.layers.9.q": {}}),

@@ -70,3 +70,19 @@ def test_sizes(model):
         Engine(model, cache_tokens=5)
     with pytest.raises(ConfigError, match="max_running"):
         Engine(model, most_running=0)
+
+
+def test_an_answer_that_ends_before_its_last_token_leaves_the_batch(engine, monkeypatch):
+    """A stop string or a complete grammar ends it, of which the batch knows nothing."""
+    gone = []
+    real = engine._manager.cancel_request
+    monkeypatch.setattr(engine._manager, "cancel_request", lambda n: (gone.append(n), real(n)))
+
+    async def run():
+        one, other = engine.submit(PROMPTS[:2], [SamplingOptions(max_tokens=200)] * 2)
+        one.finish_reason = "stop"
+        engine.cancel(one)
+        assert gone == [one.name]
+        engine.cancel(other)
+
+    asyncio.run(run())

@@ -144,6 +144,16 @@ def test_hostile_yaml_builds_no_objects(file: Path) -> None:
         ("model", {"attention": "flash"}, "it must be one of: sdpa, eager"),
         ("sparsity", {"kind": "int4"}, "sparsity.kind is 'int4': it must be one of: bitnet, bf16"),
         ("sparsity", {"until": {1.5: "dense"}}, "sparsity.until is 1.5: it must be a fraction"),
+        (
+            "sparsity",
+            {"quantization": {"until": 0.2, "begin": {"(": 0.4}}},
+            "begin[(]: not a regular expression",
+        ),
+        (
+            "sparsity",
+            {"quantization": {"until": 0.2, "begin": {"": 0.4}}},
+            "it must be a part of module names",
+        ),
         ("sparsity", {"method": {"gradient": "none"}}, "method.gradient is 'none'"),
         ("optimizer", {"learning_rate": 0}, "it must be above 0 and at most 10"),
         ("optimizer", {"betas": [0.9, 1.0]}, "two numbers in [0, 1)"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet import console, files
-from sparse_bitnet.bench.harness import FULL, Calls, compile_parts, interleaved, random_decoder
+from sparse_bitnet.bench.harness import FP8, FULL, Calls, compile_parts, interleaved, random_decoder
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.environment import cpu_name, measured_on
@@ -153,6 +153,8 @@ def bench(
         raise ConfigError("bench: repeats and context have to be at least 1")
     if any(batch < 1 for batch in decode or ()):
         raise ConfigError(f"bench: decode {min(decode or ())} is no batch; it has to be 1 or more")
+    if FP8 in kinds and not on_gpu:
+        raise ConfigError("bench: fp8 needs an NVIDIA GPU")
     if prefill is None:
         prefill = ("1x512", "4x4096") if on_gpu else ("1x128",)
     if decode is None:

@@ -322,9 +322,8 @@ def _assumptions(device: Device, pattern: Pattern, has_experts: bool) -> list[st
     ]
     if device.is_gpu:
         lines += [
-            "whole 7B models measured on an H200 gain less, as kernels reach 0.7 of the bf16 peak "
-            "and 0.6 of the int8 one: prefill 1.7×, decode 3.4× for one sequence and 2.3× for "
-            "sixteen",
+            "whole 7B models measured on an H200: prefill 1.95×, decode 2.9× for one sequence and "
+            "2.5× for sixteen",
             "a weight is kept once, at two bits, whatever its pattern",
         ]
     lines += [

@@ -52,7 +52,7 @@ def pack(ternary: Tensor) -> tuple[Tensor, Tensor]:
     if ternary.shape[-1] % (2 * GROUP):
         raise PatternError(
             f"2:4: a row of {ternary.shape[-1]} is not a multiple of 8, which packing needs; "
-            "use a dense layout for this module"
+            "a pattern or a rule for this module has to leave 2:4"
         )
     worst = worst_group(ternary, GROUP)
     if worst > KEPT:

@@ -7,7 +7,8 @@ backend is one file, and its import in ``matmul/__init__.py``:
 =============  ===========================  =====================================================
 backend        device                       layout
 =============  ===========================  =====================================================
-hopper         sm_90, with NVRTC            two bits, in the order of wgmma's fragments
+hopper         sm_90, with NVRTC            two bits, in the order of wgmma's fragments, or of
+                                            wgmma.sp's where a weight keeps 2:4
 triton         other GPUs from sm_80 on     two bits, rows of 64-weight blocks
 native         CPU, where it was compiled   two bits as stored; six bits for four weights of 2:4
 reference      everything else              int8

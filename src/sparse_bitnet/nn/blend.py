@@ -107,4 +107,7 @@ def set_quantization(
             shared[key] = kept.fill_(parts[rule])
         module.blend = shared[key]
     if unused := parts.keys() - used:
-        raise ConfigError(f"set_quantization: the rule {min(unused)!r} names no ternary module")
+        raise ConfigError(
+            f"set_quantization: the rule {min(unused)!r} decides for no ternary module: none has "
+            "it in its name, or an earlier rule decides"
+        )

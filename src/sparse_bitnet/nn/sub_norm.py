@@ -41,6 +41,8 @@ def add_sub_norms(model: PreTrainedModel, tokens: Tensor) -> BitNetForCausalLM:
     from transformers import AutoModelForCausalLM, BitNetConfig
 
     config = model.config
+    if config.model_type == "bitnet":
+        raise ConfigError("sub_norms: the model has them already; leave model.sub_norms out")
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for refused, why in (
         (config.model_type not in FAMILY, f"is a {config.model_type}"),

@@ -47,8 +47,9 @@ def check_adapters(model: nn.Module, verb: Literal["convert", "train", "pack"]) 
                 "merge it first: model = model.merge_and_unload()"
             )
         if isinstance(base, DerivedModule) and not hasattr(module, "parameter_name"):
+            weight = f"{name.rpartition('.')[2]}.weight"
             raise ConfigError(
                 f"{name}: this adapter is added behind the ternary product, and merging it loses "
                 "most of it to rounding; let it join the weight instead, with "
-                f"LoraConfig(target_parameters=['{name.rpartition('.')[2]}.weight', …])"
+                f"LoraConfig(target_modules=[], target_parameters=['{weight}', …])"
             )

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -41,6 +40,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
+from sparse_bitnet.modeling import KeyValueCache
 from sparse_bitnet.serve.generate import context_length
 from sparse_bitnet.serve.sampling import Sampler, SamplingOptions, Token
 
@@ -212,7 +212,9 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """Forget a generation; its place is free after the step under way."""
         generation.cancelled = True
-        if self.generations.pop(generation.name, None) and not generation.has_ended:
+        if self.generations.pop(generation.name, None):
+            # Ended ones too: a stop string or a complete grammar ends an answer, of which the
+            # batch knows nothing.
             self._manager.cancel_request(generation.name)
 
     def close(self) -> None:
@@ -249,7 +251,7 @@ class Engine:
 
     def _step_alone(self, one: Generation) -> None:
         model = self._model
-        cache = DynamicCache(config=model.config)
+        cache = KeyValueCache(model.config)
         ids = torch.tensor([one.prompt], device=model.device)
         while not (one.cancelled or one.has_ended or len(self.generations) > 1):
             now, ids = ids[:, :BATCH_TOKENS], ids[:, BATCH_TOKENS:]

@@ -55,8 +55,14 @@ class Grammars:
         """Tokens as bytes, as llguidance walks them; made once, in up to a second."""
         import llguidance.hf
 
-        return llguidance.hf.from_tokenizer(
-            self._tokenizer,  # type: ignore[arg-type]  # a fast one
-            n_vocab=self._vocabulary,
-            eos_token=sorted(self._eos) or None,
-        )
+        try:
+            return llguidance.hf.from_tokenizer(
+                self._tokenizer,  # type: ignore[arg-type]  # a fast one
+                n_vocab=self._vocabulary,
+                eos_token=sorted(self._eos) or None,
+            )
+        except Exception as error:  # whatever it does not know of a tokenizer
+            raise InvalidRequest(
+                "response_format: llguidance cannot read this model's tokenizer: "
+                f"{str(error)[:200]}"
+            ) from None

@@ -91,8 +91,9 @@ class SparseBitNetCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # Each module looks whether its pattern changes: nothing happens in most steps.
-        set_pattern(kwargs["model"], self._pattern_of(state.global_step, state))
-        set_quantization(kwargs["model"], *self._quantization_of(state.global_step, state))
+        model = unwrapped(kwargs["model"])
+        set_pattern(model, self._pattern_of(state.global_step, state))
+        set_quantization(model, *self._quantization_of(state.global_step, state))
         if self._decay_until is not None:
             schedule = ScheduleConfig(
                 state.max_steps, weight_decay="cosine", weight_decay_until=self._decay_until

@@ -8,6 +8,7 @@ field, the value and what would do.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -58,6 +59,11 @@ class QuantizationConfig:
         _check_range("sparsity.quantization.until", self.until, 0, 1)
         for rule, begin in self.begin.items():
             name = f"sparsity.quantization.begin[{rule}]"
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ConfigError(f"{name}: not a regular expression: {error}") from None
+            _check(bool(rule), name, rule, "a part of module names")
             _check(
                 begin >= 0 and begin + self.until <= 1, name, begin, "at least 0, at most 1 − until"
             )
@@ -87,8 +93,8 @@ class SparsityConfig:
         Pattern.parse(self.pattern)
         scheduled = self.quantization.until or self.quantization.begin
         quantized = self.kind == "bitnet" or not scheduled
-        wanted = "0 for kind bf16, which has no quantization"
-        _check(quantized, "sparsity.quantization.until", self.quantization.until, wanted)
+        wanted = "left out for kind bf16, which has no quantization"
+        _check(quantized, "sparsity.quantization", self.quantization, wanted)
         for fraction, pattern in self.until.items():
             wanted = "a fraction of training between 0 and 1"
             _check(0 < fraction < 1, "sparsity.until", fraction, wanted)

@@ -75,7 +75,8 @@ def check_bias(model: PreTrainedModel, name: str) -> None:
     """
     allowed = BIASES[ARCHITECTURES[model.config.model_type]]
     if name.rpartition(".")[2] not in allowed:
-        raise _refuse(model, f"{name} has a bias", f"biases of {', '.join(allowed)} only")
+        known = f"biases of {', '.join(allowed)} only" if allowed else "no biases"
+        raise _refuse(model, f"{name} has a bias", known)
 
 
 def write_hyperparameters(writer: GGUFWriter, model: PreTrainedModel, lost: list[str]) -> None:

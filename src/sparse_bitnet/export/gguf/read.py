@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparse_bitnet.core import CheckpointError, ConfigError, check_finite
 from sparse_bitnet.export.gguf.write import gguf_package
 from sparse_bitnet.files import atomic_directory
-from sparse_bitnet.train.dense import LOCAL, no_bars
+from sparse_bitnet.train.dense import LOCAL, MOST_LAYERS, no_bars
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ def import_gguf(source: str | Path, out: str | Path) -> ImportedGguf:
     place: dict[str, Any] = {"gguf_file": source.name, **LOCAL}
     try:
         with no_bars():
+            # Checked here because transformers would first build that many layers.
+            layers = AutoConfig.from_pretrained(source.parent, **place).num_hidden_layers
+            if not 0 <= layers <= MOST_LAYERS:
+                raise ValueError(f"it describes {layers} layers")
             read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **place)
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
         values = read.config.to_dict()

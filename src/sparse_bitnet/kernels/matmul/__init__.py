@@ -86,7 +86,13 @@ def _dense(
     if is_ternary and _takes_tiles(rows, ternary):
         packed = triton_tiles.pack(ternary.contiguous())
         y = hopper.matmul(
-            rows, scale, packed, w_scale.contiguous(), hopper.readable(bias), out_dtype
+            rows,
+            scale,
+            packed,
+            w_scale.contiguous(),
+            hopper.readable(bias),
+            out_dtype,
+            dependent=False,  # the kernel ahead writes the weight
         )
         return y.view(*x_q.shape[:-1], ternary.shape[0])
     y = triton_dense.matmul(

@@ -139,6 +139,7 @@ def matmul(
     residual: Tensor | None = None,
     sparse: bool = False,
     how: Plan | None = None,
+    dependent: bool = True,
 ) -> Tensor:
     """Y = (Xq @ Tᵀ) · x_scale · w_scale + bias [+ residual]; int32 gives the bare sums.
 
@@ -152,6 +153,8 @@ def matmul(
         residual: ``[tokens, out]`` of ``out_dtype``, added to Y once Y has been rounded.
         sparse: ``packed`` is stored for wgmma.sp.
         how: instead of :func:`plan`'s.
+        dependent: may begin, and read weight, scales and bias, before the kernel ahead has ended;
+            not where that one writes them.
 
     Returns:
         ``[tokens, out]``.
@@ -173,7 +176,7 @@ def matmul(
     how = how or plan(tokens, out, columns, x_q.device.index, sparse)
     tile = how.tile
     if residual is not None and tile.kind == "many":
-        y = matmul(x_q, x_scale, packed, w_scale, bias, out_dtype, sparse=sparse, how=how)
+        y = matmul(x_q, x_scale, packed, w_scale, bias, out_dtype, None, sparse, how, dependent)
         return y.add_(residual)
     x_q = _aligned(x_q)
     values = Arguments()
@@ -184,7 +187,7 @@ def matmul(
     if residual is not None:
         values.residual = residual.data_ptr()
     values.out, values.tokens, values.splits = out, tokens, how.splits
-    values.k_blocks, values.row_blocks, values.dependent = k_blocks, row_blocks, 1
+    values.k_blocks, values.row_blocks, values.dependent = k_blocks, row_blocks, int(dependent)
     x_map = _tensor_map(
         x_q.data_ptr(), 1, x_q.shape[1], tokens, x_q.stride(0), tiles.COLUMNS, tile.tokens
     )
@@ -193,7 +196,7 @@ def matmul(
     count = row_tiles * -(-tokens // tile.tokens)
     code = kernel(tile, OUTPUTS[out_dtype], sparse)
     if tile.kind == "few":
-        code.launch(count * how.splits, addresses, cluster=how.splits)
+        code.launch(count * how.splits, addresses, how.splits, dependent)
         return y
     values.row_tiles, values.tiles = row_tiles, count
     slots = torch.cuda.get_device_properties(x_q.device).multi_processor_count
@@ -208,7 +211,7 @@ def matmul(
     y_map = x_map  # a placeholder where the copy engine cannot store the result
     if y.element_size() == 2 and out % 8 == 0:
         y_map = _tensor_map(y.data_ptr(), 2, out, tokens, 2 * out, tiles.ROWS, tile.tokens)
-    code.launch(ctas, [*addresses, y_map.getPtr()])
+    code.launch(ctas, [*addresses, y_map.getPtr()], dependent=dependent)
     return y
 
 
@@ -237,14 +240,21 @@ def _matmul(
     sparse: bool,
 ) -> Tensor:
     rows = x_q.reshape(-1, x_q.shape[-1])
-    if readable(bias) is not bias:
-        # The kernel reads it before the kernel ahead has ended, which its copy must not be.
-        bias = readable(bias)
-        rows = rows.clone()
+    own_bias, bias = bias, readable(bias)  # a copy would be written by the kernel ahead
     if residual is not None:
         residual = residual.reshape(-1, w_scale.shape[0]).contiguous()
     x_scale = x_scale.reshape(-1).contiguous()
-    y = matmul(rows, x_scale, packed, w_scale, bias, out_dtype, residual, sparse)
+    y = matmul(
+        rows,
+        x_scale,
+        packed,
+        w_scale,
+        bias,
+        out_dtype,
+        residual,
+        sparse,
+        dependent=bias is own_bias,
+    )
     return y.view(*x_q.shape[:-1], w_scale.shape[0])
 
 

@@ -3,8 +3,9 @@
 
 One tile of Y a program. Two programs of 128×128 with four warps each on every multiprocessor beat
 the larger tiles that bf16 likes: while one stores, the other multiplies. Tiles are visited in
-groups of rows, so that neighbouring programs share operands in the L2 cache. On Hopper this kernel
-has few rows only (``matmul/__init__.py``), so it does without the tensor memory accelerator.
+groups of rows, so that neighbouring programs share operands in the L2 cache. On Hopper
+products of many tokens with ternary weights mostly go elsewhere (``matmul/__init__.py``), so it
+does without the tensor memory accelerator.
 """
 
 from __future__ import annotations
