@@ -1,8 +1,9 @@
 """What training over many GPUs keeps on each, sends, and waits for (FSDP2, ``nn.shard``).
 
-Every linear is gathered as two bits and γ for forward and again for backward; embeddings, head and
-norms in float32, once. Gradients are reduced in float32 to the shards. Each micro-batch gathers and
-reduces again. Nothing is hidden behind arithmetic, so times bound from above what sharding adds.
+Every linear is gathered as two bits for forward and again for backward; embeddings and head in
+float32, once. γ and the norms of blocks, which travel with them, are too few to count. Gradients
+are reduced in float32 to the shards. Each micro-batch gathers and reduces again. Nothing is hidden
+behind arithmetic, so times bound from above what sharding adds.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ import ctypes
 import re
 
 import pytest
+import torch
 
-from sparse_bitnet.kernels import nvrtc
-from sparse_bitnet.kernels.matmul import hopper
+from sparse_bitnet.kernels import matmul, nvrtc
+from sparse_bitnet.kernels.matmul import hopper, tiles
 from sparse_bitnet.kernels.matmul.hopper_plan import TILES, cheapest
 
 MULTIPROCESSORS = 132
@@ -107,3 +108,24 @@ def test_plans_of_an_h200():
 def test_a_result_that_fits_no_wave_is_cut_along_k():
     plan = cheapest(4096, 3584, 18944, MULTIPROCESSORS, roomy)
     assert plan.cut_waves
+
+
+def test_a_product_waits_for_the_kernel_that_packs_its_weight(monkeypatch):
+    """It reads weights before the kernel ahead has ended, unless that one writes them."""
+    pytest.importorskip("triton")
+    asked = []
+
+    def product(x_q, *_, **options):
+        asked.append(options)
+        return torch.zeros(x_q.shape[0], 8)
+
+    monkeypatch.setattr(matmul, "_takes_tiles", lambda rows, ternary: True)
+    monkeypatch.setattr("sparse_bitnet.kernels.matmul.triton_tiles.pack", tiles.pack)
+    monkeypatch.setattr(hopper, "matmul", product)
+    x, scale = torch.zeros(4, 16, dtype=torch.int8), torch.ones(4, 1)
+    weight, bias = torch.zeros(8, 16, dtype=torch.int8), torch.zeros(8)
+    matmul._dense(x, scale, weight, torch.ones(8), None, torch.float32, True)
+    packed = tiles.pack(weight)
+    for given in (None, bias, bias.double()):
+        hopper._matmul(x, scale, packed, torch.ones(8), given, torch.float32, None, False)
+    assert [options["dependent"] for options in asked] == [False, True, True, False]
