@@ -25,10 +25,11 @@ from queue import Queue
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparse_bitnet.data import open_source
 from sparse_bitnet.evaluate.cloze import cloze_accuracy, cloze_items
+from sparse_bitnet.export.gguf.read import import_gguf
 from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.nn import frozen
 from sparse_bitnet.train import train
@@ -72,16 +73,11 @@ PROMPTS = (
 
 
 def write_model(gguf: Path, tokenizer: Path, directory: Path) -> None:
-    """A GGUF file as float32 safetensors; transformers does not save what it dequantized itself.
+    """Import a GGUF file, with the tokenizer that the data was made with.
 
-    The tokenizer is the data's: transformers 5.17 and 5.23 make two of one file.
+    transformers 5.17 and 5.23 make two of one file, and a teacher's has to be the data's.
     """
-    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    values = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
-    fresh = AutoModelForCausalLM.from_config(type(read.config).from_dict(values))
-    fresh.load_state_dict(read.state_dict())
-    fresh.save_pretrained(directory)
+    import_gguf(gguf, directory)
     shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
 
 
