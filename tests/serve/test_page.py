@@ -6,16 +6,14 @@ Needs playwright and its browser (``playwright install chromium-headless-shell``
 
 import os
 import re
-import threading
-import time
 from contextlib import contextmanager
 
 import pytest
 import requests
 import torch
 
+from running_server import running
 from sparse_bitnet.packed.write import pack
-from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.sampling import Sampler, Token
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -37,20 +35,6 @@ def directory(tmp_path_factory, trained, tokenizer):
     pack(model, path, tokenizer=tokenizer)
     tokenizer.chat_template = None
     return path
-
-
-@contextmanager
-def running(directory, **options):
-    built = serving.build_server(directory, host="127.0.0.1", port=0, **options)
-    thread = threading.Thread(target=built.uvicorn.run, daemon=True)
-    thread.start()
-    while not built.uvicorn.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{built.uvicorn.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        built.uvicorn.should_exit = True
-        thread.join(timeout=20)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import openai
@@ -19,6 +18,7 @@ import pytest
 import requests
 import torch
 
+from running_server import running
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
@@ -62,22 +62,6 @@ def long_directory(directory, tmp_path):
     config["max_position_embeddings"] = 2**19
     (path / "config.json").write_text(json.dumps(config))
     return path
-
-
-@contextmanager
-def running(directory, **options):
-    built = serving.build_server(directory, host="127.0.0.1", port=0, **options)
-    thread = threading.Thread(target=built.uvicorn.run, daemon=True)
-    thread.start()
-    while not built.uvicorn.started:
-        time.sleep(0.01)
-    port = built.uvicorn.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        built.uvicorn.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,28 @@
+"""A server of a model directory on a free port, for tests that talk to it over HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparse_bitnet.serve import serve as serving
+
+
+@contextmanager
+def running(directory: Path, **options: Any) -> Iterator[str]:
+    """Its address, while the block runs; it has to end within 20 seconds after that."""
+    built = serving.build_server(directory, host="127.0.0.1", port=0, **options)
+    thread = threading.Thread(target=built.uvicorn.run, daemon=True)
+    thread.start()
+    while not built.uvicorn.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{built.uvicorn.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        built.uvicorn.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
