@@ -5,7 +5,9 @@ import asyncio
 import pytest
 import torch
 
+from sparse_bitnet.bench.harness import random_decoder
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.kernels import native
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.serve.engine import BusyError, Engine, cache_bytes_per_token
 from sparse_bitnet.serve.sampling import SamplingOptions
@@ -86,3 +88,21 @@ def test_an_answer_that_ends_before_its_last_token_leaves_the_batch(engine, monk
         engine.cancel(other)
 
     asyncio.run(run())
+
+
+@pytest.mark.skipif(native.path() == native.REFERENCE, reason="needs the compiled library")
+def test_one_answer_alone_takes_the_native_call(monkeypatch):
+    model = random_decoder("tiny", "6:8", vocabulary=300, device="cpu", dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    engine, served = Engine(model), []
+    real = type(model.native).__call__
+
+    def call(self, *args, **options):
+        found = real(self, *args, **options)
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(type(model.native), "__call__", call)
+    asyncio.run(tokens(engine, PROMPTS[:1]))
+    engine.close()
+    assert served == [False] + 19 * [True]  # the prompt, and a token at a time
