@@ -86,6 +86,31 @@ def test_the_chosen_plan_is_exact(shape, tokens, sparse):
     assert torch.equal(y, expected(x, x_scale, ternary, w_scale, None, torch.bfloat16, None))
 
 
+@pytest.mark.parametrize("tile", [t for t in TILES if t.tokens >= 128], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_product_repeats(tile, sparse):
+    """A register written too early spoils one product in hundreds, and only beside other work."""
+    torch.use_deterministic_algorithms(False)
+    plan = Plan(tile, 8) if tile.kind == "few" else Plan(tile)
+    ternary, x, x_scale, w_scale = operands(389, 640, 2048, sparse)
+    packed = tiles.pack(ternary, sparse)
+    want = expected(x, x_scale, ternary, w_scale, None, torch.float32, None)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        results = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results += [
+                    hopper.matmul(
+                        x, x_scale, packed, w_scale, None, torch.float32, sparse=sparse, how=plan
+                    )
+                    for _ in range(4)
+                ]
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, want) for y in results)
+
+
 def test_rows_of_a_wider_tensor():
     ternary, x, x_scale, w_scale = operands(40, 200, 256)
     wide = F.pad(x, (16, 48))

@@ -191,10 +191,18 @@ __device__ __forceinline__ void init_ring(uint32_t full, uint32_t empty) {
 // sum += weights × tokens over the next `steps` stages. A unit is two k32 steps, or one k64 step of
 // wgmma.sp; two units are in flight, in two sets of A registers. A stage goes back to the producer
 // once the first unit of the next one has been issued, which waits for the last of its own.
+//
+// The compiler keeps A's registers until wgmma has read them, but not that of the metadata: loaded by
+// the instruction that loads the words, it would be written by the next such load while wgmma.sp still
+// reads it (seen: once in some hundred products, rows of one warp wrong). So each set has a register of
+// its own, whose next value takes in its last one (`old & 0 | new`, with a zero that the compiler does
+// not know): that cannot be written before the wait for the unit that reads the last one.
 constexpr int UNIT = SPARSE ? 1 : 2, UNITS = 2, SETS = 2, STEP_BYTES = SPARSE ? 64 : 32;
 __device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], int steps, Ring& ring, int lane) {
   uint32_t a[SETS][4 * UNIT], from[SETS];
+  const uint32_t zero = steps < 0;
   int last = -1;
+  from[0] = from[1] = 0;
 #pragma unroll 1
   for (; steps > 0; steps--) {
     const uint64_t tokens = descriptor(ring.tokens + ring.stage * TOKEN_BYTES);
@@ -210,11 +218,10 @@ __device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], int steps, Ring
         for (int j = 0; j < UNIT; j++)
 #pragma unroll
           for (int i = 0; i < 4; i++) set[4 * j + i] = (words[2 * h + j] << (2 * i)) & 0xC0C0C0C0u;
-        from[h % SETS] = words[2 * h + 1];
         // Unpacked before the fence, not after it: else the assembler adds fences of its own.
 #pragma unroll
         for (int i = 0; i < 4 * UNIT; i++) asm volatile("" : "+r"(set[i]));
-        if (SPARSE) asm volatile("" : "+r"(from[h % SETS]));
+        if (SPARSE) asm volatile("lop3.b32 %0, %0, %1, %2, 0xEA;" : "+r"(from[h % SETS]) : "r"(zero), "r"(words[2 * h + 1]));
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < UNIT; j++)
