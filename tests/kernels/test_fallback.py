@@ -58,7 +58,5 @@ def test_operators_know_their_shapes() -> None:
         )
         assert (ternary.shape, ternary.dtype, gamma.shape) == ((4, 8, 16), torch.int8, (4, 2))
         x_q, weight = torch.empty(2, 3, 64, dtype=torch.int8), torch.empty(8, 64, dtype=torch.int8)
-        y = torch.ops.sparse_bitnet.dense_matmul(
-            x_q, scale, weight, norm[:8], None, torch.float16, True
-        )
+        y = torch.ops.sparse_bitnet.dense_matmul(x_q, scale, weight, norm[:8], None, torch.float16)
         assert (y.shape, y.dtype) == ((2, 3, 8), torch.float16)

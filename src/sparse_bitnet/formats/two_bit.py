@@ -78,4 +78,5 @@ def pack_rows(rows: Tensor) -> Tensor:
 def unpack_rows(rows: Tensor, length: int) -> Tensor:
     """:func:`unpack` without a check of what is unpacked."""
     codes = torch.stack([(rows >> shift) & 3 for shift in SHIFTS], dim=-1)
-    return codes.flatten(-2)[..., :length].view(torch.int8) - 1
+    # A cast, not a view: a compiler joins it with what reads the weight.
+    return codes.flatten(-2)[..., :length].to(torch.int8) - 1

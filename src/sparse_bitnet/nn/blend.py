@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError, quantize_activations
+from sparse_bitnet.kernels.matmul import unpacked
 from sparse_bitnet.nn.derived import DerivedModule
 
 
@@ -53,7 +54,7 @@ def blended_linear(
         x: ``[..., in]``.
         weight: ``[out, in]``, masked, with the gradient that the method asks for.
         bias: ``[out]`` or None.
-        ternary: int8 ``[out, in]``, masked.
+        ternary: masked, as ``ternary_matmul`` takes it.
         w_scale: γ of each row, ``[out]``.
         bits: of the activations.
         part: λ, a scalar on the device of ``x``.
@@ -63,6 +64,7 @@ def blended_linear(
     """
     x_q, x_scale = quantize_activations(x, bits)
     x = Blend.apply(x, (x_q * x_scale).to(x.dtype), part)
+    ternary = unpacked(ternary, x.shape[-1])
     quantized = (ternary * w_scale.unsqueeze(-1)).to(weight.dtype)
     weight = Blend.apply(weight, quantized, part)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

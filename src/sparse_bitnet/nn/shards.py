@@ -16,6 +16,7 @@ of it (:class:`sparse_bitnet.nn.gathered.GatheredTernary`).
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from sparse_bitnet.core import ConfigError, method_mask, row_scale, scale_of, scale_sums
-from sparse_bitnet.formats import two_bit
-from sparse_bitnet.kernels.ternarize import ternarize_with
+from sparse_bitnet.core import ConfigError, scale_of
+from sparse_bitnet.kernels.ternarize import scale_sums, two_bits
 from sparse_bitnet.nn.derived import DerivedModule
 from sparse_bitnet.nn.experts import SparseBitExperts
 from sparse_bitnet.nn.gathered import GatheredTernary
@@ -102,11 +102,14 @@ class _Source:
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         return plain(local.detach())
 
+    # A mesh counts its ranks in Python every time that it is asked, and it is asked in every layer.
+    @cache  # noqa: B019 (it lives as long as the shard)
     def place(self, mesh: DeviceMesh) -> tuple[int, int]:
         """Rows (or experts) of every shard but the last ones, and the first of this rank's."""
         length = -(-self.shape[0] // mesh.size())
         return length, mesh.get_local_rank() * length
 
+    @cache  # noqa: B019
     def local_sizes(self, mesh: DeviceMesh) -> tuple[int, ...]:
         """How many of this rank's rows belong to each logical matrix of a fused weight."""
         whole = self.module.shard_sizes_of(self.name) or (self.shape[-2],)
@@ -120,17 +123,15 @@ class _Source:
         return tuple(rows)
 
     def sums(self, mesh: DeviceMesh) -> Tensor:
-        """Sums and counts behind γ over this rank's rows: float64 ``[2, (experts,) matrices]``."""
-        local, method, pattern = self.local(), self.module.method, self.module.pattern
-        mask = None
-        if method.order == "mask-then-quant":
-            mask = method_mask(local, pattern, method)
-        own = scale_sums(local, self.local_sizes(mesh), mask)
+        """Sums and counts behind γ over this rank's rows: float64 ``[2, (experts,) matrices, n]``,
+        n numbers to add up."""
+        module, sizes = self.module, self.local_sizes(mesh)
+        own = scale_sums(self.local(), module.pattern, module.method, sizes)
         if len(self.shape) == 2:
             return own
         _, first = self.place(mesh)
-        sums = own.new_zeros((2, self.shape[0], own.shape[-1]))
-        sums[:, first : first + len(local)] = own
+        sums = own.new_zeros((2, self.shape[0], *own.shape[2:]))
+        sums[:, first : first + own.shape[1]] = own
         return sums
 
 
@@ -148,12 +149,12 @@ class _Group:
         all, and each takes its own away: none is left for the next time.
         """
         if source not in self.scales:
-            sums = [member.sums(mesh) for member in self.members]
-            flat = torch.cat([one.flatten() for one in sums]).to(device)
-            dist.all_reduce(flat, group=mesh.get_group())
-            parts = flat.split([one.numel() for one in sums])
-            for member, part, one in zip(self.members, parts, sums, strict=True):
-                self.scales[member] = scale_of(part.view(one.shape))
+            own = [member.sums(mesh) for member in self.members]
+            sums = torch.cat([one.sum(-1).view(2, -1) for one in own], dim=1).to(device)
+            dist.all_reduce(sums, group=mesh.get_group())
+            parts = scale_of(sums).split([one[0, ..., 0].numel() for one in own])
+            for member, part, one in zip(self.members, parts, own, strict=True):
+                self.scales[member] = part.view(one.shape[1:-1])
         return self.scales.pop(source)
 
 
@@ -199,13 +200,11 @@ class MasterShard(Tensor):
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], Tensor]:
         """This rank's rows in two bits, as many as of the first rank, and γ."""
         source = self.source
-        module, values, sizes = source.module, self.rows, source.local_sizes(mesh)
+        module, values = source.module, self.rows
         scale = source.group.scale(source, mesh, values.device)
         length, first = source.place(mesh)
         own = scale[first : first + len(values)] if values.ndim == 3 else scale
-        rows = row_scale(own, sizes, values.shape[-2])
-        ternary = ternarize_with(values, rows, module.pattern, module.method)
-        packed = two_bit.pack_rows(ternary)
+        packed, _ = two_bits(values, module.pattern, module.method, source.local_sizes(mesh), own)
         missing = length - len(packed)
         if missing:
             packed = functional.pad(packed, [0, 0] * (packed.ndim - 1) + [0, missing])

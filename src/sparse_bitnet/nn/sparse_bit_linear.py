@@ -18,9 +18,9 @@ from sparse_bitnet.core import (
     quantize_int8,
     row_scale,
 )
-from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul
 from sparse_bitnet.kernels.backward import gradients
+from sparse_bitnet.kernels.matmul import unpacked
 from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
 from sparse_bitnet.nn.blend import blended_linear
 from sparse_bitnet.nn.derived import Derived, DerivedModule
@@ -58,13 +58,12 @@ class BitProduct(torch.autograd.Function):
         one_scale: bool = False,
         fp8: bool = False,
     ) -> Tensor:
-        codes = _unpacked(ternary, x.shape[-1])
         x_q, x_scale = quantized(x, bits)
         ctx.save_for_backward(x_q, x_scale, ternary, w_scale, kept)
         ctx.one_scale, ctx.fp8 = one_scale, fp8
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return ternary_matmul(x_q, x_scale, codes, w_scale, bias, out_dtype)
+        return ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +75,7 @@ class BitProduct(torch.autograd.Function):
             dy,
             x_q,
             x_scale,
-            _unpacked(ternary, x_q.shape[-1]),
+            unpacked(ternary, x_q.shape[-1]),
             w_scale,
             one_scale=ctx.one_scale,
             use_fp8=ctx.fp8,
@@ -92,11 +91,6 @@ class BitProduct(torch.autograd.Function):
             at_least_float = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=at_least_float).to(ctx.bias_dtype)
         return dx, dw, dbias, *[None] * 7
-
-
-def _unpacked(ternary: Tensor, length: int) -> Tensor:
-    """int8 ``[out, in]``, also of two bits a weight, which is what a product keeps for backward."""
-    return two_bit.unpack_rows(ternary, length) if ternary.dtype == torch.uint8 else ternary
 
 
 def quantized(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -183,8 +177,11 @@ class SparseBitLinear(DerivedModule, nn.Linear):
         return self.shard_sizes
 
     def derive(self, name: str) -> Derived:
-        """The ternary weight (int8 ``[out, in]``), γ (float32 ``[shards]``) and, if the method
-        masks gradients or λ is below 1, which weights are kept (bool ``[out, in]``)."""
+        """The ternary weight, γ (float32 ``[shards]``) and, if the method masks gradients or λ is
+        below 1, which weights are kept (bool ``[out, in]``).
+
+        The ternary weight is int8 ``[out, in]``, on CUDA two bits (``formats.two_bit``).
+        """
         return derive_ternary(self, name)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import mmap
 import pytest
 import torch
 
+from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import matmul
 from sparse_bitnet.kernels.matmul import (
     tiles,
@@ -119,13 +120,15 @@ def test_strides_of_products(tokens: int) -> None:
     for x, rows in ((x_q[:, 1:65], weight[:, 1:65]), (x_q[:, ::2], weight[:, ::2])):
         expected = ternary_matmul(x, x_scale, rows, w_scale, bias)
         packed = triton_two_bit.pack_rows(rows)
-        dense = matmul._dense(x, x_scale, rows, w_scale, bias, torch.float32, False)
+        dense = matmul._dense(x, x_scale, rows, w_scale, bias, torch.float32)
         assert torch.equal(dense, expected)
         few = triton_two_bit._matmul(x, x_scale, packed, w_scale, bias, torch.float32)
         assert torch.equal(few, expected)
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (1, 4), (65, 132), (130, 300)])
+@pytest.mark.parametrize("shape", [(64, 128), (1, 4), (65, 132), (130, 300), (3, 129)])
 def test_tile_order(shape: tuple[int, int]) -> None:
     ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
-    assert torch.equal(triton_tiles.pack(ternary), tiles.pack(ternary))
+    packed = two_bit.pack(ternary)
+    assert torch.equal(triton_tiles.pack(packed, shape[1]), tiles.pack(ternary))
+    assert torch.equal(triton_tiles.unpack(packed)[:, : shape[1]], ternary)

@@ -1,34 +1,51 @@
+import math
+
 import pytest
 import torch
 
-from sparse_bitnet.core import DENSE, Pattern, ternarize
+from sparse_bitnet.core import DENSE, Method, Pattern, ternarize, ternarize_with
+from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels.ternarize import triton, triton_select
 
-PATTERNS = [
-    "dense",
-    "1:2",
-    "2:4",
-    "1:4",
-    "6:8",
-    "3:8",
-    "7:16",
-    "4:6",
-    "8:10",
-    "5:7",
-    "3:31",
-    "9:32",
-]
+PATTERNS = ["dense", "1:2", "2:4", "1:4", "6:8", "3:8", "7:16", "4:6", "8:10", "5:7", "9:32"]
+
+
+def derived(weight, pattern, shard_sizes=(), scale=None):
+    """What the kernel makes, as int8, in memory that it has to fill."""
+    packed, scale = triton.ternarize(weight.contiguous(), pattern, shard_sizes, scale)
+    assert not (packed & packed >> 1 & two_bit.LOW_BITS).any()  # the code 3 is not used
+    return two_bit.unpack_rows(packed, weight.shape[-1]), scale
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_equals_reference(name: str) -> None:
     pattern = Pattern.parse(name)
-    weight = torch.randn(3, 3 * max(pattern.m, 8) if pattern.m != 7 else 49) * 0.02
+    columns = 2 * math.lcm(max(pattern.m, 4), 4)
+    assert triton.serves(pattern, columns)
+    weight = torch.randn(3, columns) * 0.02
     for version in (weight, (weight * 100).round() / 100):  # the second is full of ties
-        ternary, scale = triton.ternarize(version, pattern)
         expected, gamma = ternarize(version, pattern)
-        assert torch.equal(ternary, expected)
-        assert torch.equal(scale, gamma)
+        for given in (None, gamma):
+            ternary, scale = derived(version, pattern, (), given)
+            assert torch.equal(ternary, expected)
+            assert torch.equal(scale, gamma)
+
+
+def test_what_it_does_not_serve() -> None:
+    """Rows that do not fill their bytes, and groups that do not fit a thread."""
+    assert not triton.serves(DENSE, 6)
+    assert not triton.serves(Pattern(5, 7), 49)
+    assert not triton.serves(Pattern(3, 31), 31 * 4)
+
+
+def test_sums_of_many_pieces() -> None:
+    weight = torch.randn(5, 2048)
+    sums, counts = triton.scale_sums(weight, (2, 3))
+    assert sums.shape == (2, 4)
+    assert torch.equal(counts.sum(-1), torch.tensor([2.0, 3.0], dtype=torch.float64) * 2048)
+    for part, rows in zip(sums, weight.split((2, 3)), strict=True):
+        torch.testing.assert_close(part.sum(), rows.double().abs().sum(), rtol=1e-14, atol=0)
+    assert torch.equal(derived(weight, DENSE, (2, 3))[1], ternarize(weight, DENSE, None, (2, 3))[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -41,7 +58,7 @@ def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
     levels[1] = 0.0
     levels[2] = torch.finfo(dtype).tiny / 4 * levels[3].sign()  # subnormal
     weight = levels.to(dtype)
-    ternary, scale = triton.ternarize(weight, pattern)
+    ternary, scale = derived(weight, pattern)
     expected, gamma = ternarize(weight, pattern)
     assert torch.equal(ternary, expected)
     assert torch.equal(scale, gamma)
@@ -63,7 +80,7 @@ def test_network_of_zeros_and_ones(m: int) -> None:
 def test_experts_and_segments(dtype: torch.dtype) -> None:
     weight = (torch.randn(2, 5, 40) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
     for shard_sizes in ((), (3, 2), (1, 3, 1)):
-        ternary, scale = triton.ternarize(weight, Pattern(6, 8), shard_sizes)
+        ternary, scale = derived(weight, Pattern(6, 8), shard_sizes)
         expected, gamma = ternarize(weight, Pattern(6, 8), None, shard_sizes)
         assert torch.equal(ternary, expected)
         assert torch.equal(scale, gamma)
@@ -82,31 +99,32 @@ def test_rounds_at_half_gamma_as_division_does() -> None:
         rest = (gamma.double() * 8 - near.abs().double().sum()).float() / 2
         weight = torch.cat([near, rest, rest]).view(1, 8)
         expected, expected_scale = ternarize(weight, DENSE)
-        ternary, scale = triton.ternarize(weight, DENSE)
+        ternary, scale = derived(weight, DENSE)
         assert torch.equal(scale, expected_scale)
         assert torch.equal(ternary, expected)
 
 
-def test_one_row_one_group_zero_weight_and_empty() -> None:
-    for weight in (torch.randn(1, 8), torch.zeros(3, 16), torch.empty(0, 8), torch.randn(1, 1)):
+def test_one_row_one_group_zero_weight() -> None:
+    for weight in (torch.randn(1, 8), torch.zeros(3, 16), torch.randn(1, 4)):
         pattern = Pattern(6, 8) if weight.shape[-1] % 8 == 0 else DENSE
-        ternary, scale = triton.ternarize(weight, pattern)
-        assert ternary.shape == weight.shape
-        if weight.numel():
-            expected, gamma = ternarize(weight, pattern)
-            assert torch.equal(ternary, expected)
-            assert torch.equal(scale, gamma)
+        ternary, scale = derived(weight, pattern)
+        expected, gamma = ternarize(weight, pattern)
+        assert torch.equal(ternary, expected)
+        assert torch.equal(scale, gamma)
 
 
-def test_strided_weight() -> None:
-    weight = torch.randn(8, 6).t()
-    assert torch.equal(
-        triton.ternarize(weight, Pattern(2, 4))[0], ternarize(weight, Pattern(2, 4))[0]
-    )
+def test_rows_of_one_rank_of_several() -> None:
+    """γ given for three logical matrices, of which the second has no rows here."""
+    weight = torch.randn(4, 16)
+    scale = torch.tensor([0.5, 7.0, 1.5])
+    ternary, same = derived(weight, Pattern(6, 8), (3, 0, 1), scale)
+    rows = torch.tensor([0.5, 0.5, 0.5, 1.5])
+    assert torch.equal(ternary, ternarize_with(weight, rows, Pattern(6, 8), Method()))
+    assert same is scale
 
 
 def test_the_last_group_of_a_row_does_not_see_the_next_row() -> None:
     weight = torch.full((2, 8), 0.5)
     weight[1] = 100.0
-    ternary, _ = triton.ternarize(weight, Pattern(6, 8), (1, 1))
+    ternary, _ = derived(weight, Pattern(6, 8), (1, 1))
     assert ternary.tolist() == [[1, 1, 1, 1, 1, 1, 0, 0]] * 2

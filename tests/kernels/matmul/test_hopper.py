@@ -119,12 +119,14 @@ def test_a_product_waits_for_the_kernel_that_packs_its_weight(monkeypatch):
         asked.append(options)
         return torch.zeros(x_q.shape[0], 8)
 
-    monkeypatch.setattr(matmul, "_takes_tiles", lambda rows, ternary: True)
-    monkeypatch.setattr("sparse_bitnet.kernels.matmul.triton_tiles.pack", tiles.pack)
+    monkeypatch.setattr(matmul, "_takes_tiles", lambda rows, weight: True)
+    monkeypatch.setattr(
+        "sparse_bitnet.kernels.matmul.triton_tiles.pack", lambda rows, columns: rows
+    )
     monkeypatch.setattr(hopper, "matmul", product)
     x, scale = torch.zeros(4, 16, dtype=torch.int8), torch.ones(4, 1)
     weight, bias = torch.zeros(8, 16, dtype=torch.int8), torch.zeros(8)
-    matmul._dense(x, scale, weight, torch.ones(8), None, torch.float32, True)
+    matmul._dense(x, scale, weight, torch.ones(8), None, torch.float32)
     packed = tiles.pack(weight)
     for given in (None, bias, bias.double()):
         hopper._matmul(x, scale, packed, torch.ones(8), given, torch.float32, None, False)

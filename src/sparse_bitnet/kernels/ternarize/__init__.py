@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from sparse_bitnet import core
 from sparse_bitnet.core.mask import nm_mask
 from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import Pattern
-from sparse_bitnet.core.ternary import check_shard_sizes, method_mask
+from sparse_bitnet.core.ternary import check_shard_sizes, method_mask, row_scale
+from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.platform import runs_triton
 from sparse_bitnet.kernels.ternarize import cpu, reference
 
-__all__ = ["kept_weights", "ternarize", "ternarize_traced", "ternarize_with"]
+__all__ = ["kept_weights", "scale_sums", "ternarize", "ternarize_traced", "two_bits"]
 
 PUBLISHED = Method()
 
@@ -32,29 +36,75 @@ def ternarize(
     method = method or PUBLISHED
     if _published(method) and weight.ndim >= 2 and cpu.serves(weight):
         return cpu.ternarize(weight, pattern, shard_sizes)
-    if not (_published(method) and runs_triton(weight) and weight.ndim >= 2):
+    if not _runs_triton(weight, pattern, method):
         return reference.ternarize(weight, pattern, method, shard_sizes)
+    packed, scale = _triton(weight, pattern, shard_sizes)
+    return two_bit.unpack_rows(packed, weight.shape[-1]), scale
+
+
+def two_bits(
+    weight: Tensor,
+    pattern: Pattern,
+    method: Method,
+    shard_sizes: tuple[int, ...] = (),
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same in two bits: uint8 ``[..., out, ceil(in / 4)]`` of ``formats.two_bit``, and γ.
+
+    Args:
+        scale: γ ``[..., shards]``, where it comes from rows of other ranks as well. ``shard_sizes``
+            are then of the rows here.
+    """
+    if _runs_triton(weight, pattern, method):
+        return _triton(weight, pattern, shard_sizes, scale)
+    if scale is None:
+        ternary, scale = ternarize(weight, pattern, method, shard_sizes)
+    else:
+        rows = row_scale(scale, shard_sizes, weight.shape[-2])
+        if _published(method) and weight.numel() and cpu.serves(weight):
+            ternary = cpu.ternarize_with(weight, rows, pattern)
+        else:
+            ternary = reference.ternarize_with(weight, rows, pattern, method)
+    return two_bit.pack_rows(ternary), scale
+
+
+def scale_sums(
+    weight: Tensor, pattern: Pattern, method: Method, shard_sizes: tuple[int, ...]
+) -> Tensor:
+    """``core.scale_sums``, each as a few numbers to add up: float64 ``[2, ..., shards, numbers]``.
+
+    Args:
+        weight: a rank's rows, of which ``shard_sizes`` belong to each logical matrix.
+    """
+    if _published(method) and weight.ndim >= 2 and runs_triton(weight):
+        from sparse_bitnet.kernels.ternarize import triton
+
+        with torch.cuda.device_of(weight):
+            return triton.scale_sums(weight.contiguous(), shard_sizes)
+    mask = method_mask(weight, pattern, method) if method.order == "mask-then-quant" else None
+    return core.scale_sums(weight, shard_sizes, mask).unsqueeze(-1)
+
+
+def _triton(
+    weight: Tensor,
+    pattern: Pattern,
+    shard_sizes: tuple[int, ...],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     from sparse_bitnet.kernels.ternarize import triton
 
     pattern.check_divides(weight.shape[-1])
     check_shard_sizes(shard_sizes, weight.shape[-2])
     with torch.cuda.device_of(weight):
-        return triton.ternarize(weight.detach(), pattern, shard_sizes)
+        return triton.ternarize(weight.detach().contiguous(), pattern, shard_sizes, scale)
 
 
-def ternarize_with(weight: Tensor, scale: Tensor, pattern: Pattern, method: Method) -> Tensor:
-    """The ternary weight alone, from γ of every row: ``core.ternarize_with``, by a kernel."""
-    if not (_published(method) and weight.numel()):
-        return reference.ternarize_with(weight, scale, pattern, method)
-    if cpu.serves(weight):
-        return cpu.ternarize_with(weight, scale, pattern)
-    if not runs_triton(weight):
-        return reference.ternarize_with(weight, scale, pattern, method)
+def _runs_triton(weight: Tensor, pattern: Pattern, method: Method) -> bool:
+    if not (_published(method) and weight.ndim >= 2 and weight.numel() and runs_triton(weight)):
+        return False
     from sparse_bitnet.kernels.ternarize import triton
 
-    pattern.check_divides(weight.shape[-1])
-    with torch.cuda.device_of(weight):
-        return triton.ternarize_with(weight.detach().contiguous(), scale, pattern)
+    return triton.serves(pattern, weight.shape[-1])
 
 
 def ternarize_traced(
@@ -65,6 +115,9 @@ def ternarize_traced(
     Args:
         pattern: N and M, int64 ``[2]`` on the CPU. Compiled code would be made anew for other
             numbers, but not for other values of a tensor.
+
+    Returns:
+        The ternary weight, on CUDA as :func:`two_bits`, and γ.
     """
     ternary, scale = torch.ops.sparse_bitnet.ternarize(
         weight.detach(), pattern, list(shard_sizes), method.order, method.mask_source
@@ -89,21 +142,32 @@ def _published(method: Method) -> bool:
 def _ternarize(
     weight: Tensor, pattern: Tensor, shard_sizes: list[int], order: str, mask_source: str
 ) -> tuple[Tensor, Tensor]:
-    method = Method(order=order, mask_source=mask_source)  # type: ignore[arg-type]
-    return ternarize(weight, Pattern(*pattern.tolist()), method, tuple(shard_sizes))
+    derive = two_bits if weight.is_cuda else ternarize
+    return derive(
+        weight, Pattern(*pattern.tolist()), _method(order, mask_source), tuple(shard_sizes)
+    )
+
+
+@lru_cache
+def _method(order: str, mask_source: str) -> Method:
+    """Kept: to check its fields took a quarter of a large model's forward."""
+    return Method(order=order, mask_source=mask_source)  # type: ignore[arg-type]
 
 
 def _fake_ternarize(
     weight: Tensor, pattern: Tensor, shard_sizes: list[int], order: str, mask_source: str
 ) -> tuple[Tensor, Tensor]:
+    length, dtype = weight.shape[-1], torch.int8
+    if weight.is_cuda:
+        length, dtype = two_bit.packed_length(length), torch.uint8
     return (
-        torch.empty(weight.shape, dtype=torch.int8, device=weight.device),
+        torch.empty((*weight.shape[:-1], length), dtype=dtype, device=weight.device),
         weight.new_empty((*weight.shape[:-2], max(1, len(shard_sizes))), dtype=torch.float32),
     )
 
 
 def _kept(weight: Tensor, pattern: Tensor, shard_sizes: list[int], mask_source: str) -> Tensor:
-    method = Method(mask_source=mask_source)  # type: ignore[arg-type]
+    method = _method("quant-then-mask", mask_source)
     now = Pattern(*pattern.tolist())
     mask = method_mask(weight, now, method, tuple(shard_sizes))
     return nm_mask(weight, now) if mask is None else mask
