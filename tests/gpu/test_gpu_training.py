@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
-from sparse_bitnet.core import Method, quantize_int8
+from sparse_bitnet.core import Method, Pattern, quantize_int8
 from sparse_bitnet.kernels import quantize_activations
 from sparse_bitnet.kernels.compiled import INDUCTOR_OPTIONS
-from sparse_bitnet.nn import convert
+from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.nn.pack import derived_ternary, pack_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,3 +90,13 @@ def test_a_replayed_graph_sees_new_weights(kind: str) -> None:
             model[0].weight.data.copy_(torch.randn_like(model[0].weight))
             graph.replay()
             assert torch.equal(y, model(x))
+
+
+def test_a_weight_derived_in_two_bits_is_packed() -> None:
+    layer = SparseBitLinear(nn.Linear(64, 24), Pattern(6, 8))
+    ternary, scale = derived_ternary(layer)["weight"]
+    found, gamma = derived_ternary(layer.cuda())["weight"]
+    assert layer.derived()[0].dtype == torch.uint8
+    assert torch.equal(found.cpu(), ternary)
+    assert torch.equal(gamma.cpu(), scale)
+    assert torch.equal(pack_module(layer, "two-bit", "layer").unpack("weight").cpu(), ternary)

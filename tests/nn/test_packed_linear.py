@@ -310,3 +310,12 @@ def test_one_copy_of_a_weight_stays(storage: str) -> None:
         again(x)  # the layout is there anew
         again.load_state_dict({**again.state_dict(), "weight": stored})
         assert torch.equal(again(x), expected)
+
+
+def test_a_weight_derived_in_two_bits_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU derives it."""
+    trained = trained_linear()
+    ternary, scale, _ = trained.derived()
+    assert ternary is not None
+    monkeypatch.setattr(trained, "derived", lambda name: (two_bit.pack(ternary), scale, None))
+    assert torch.equal(pack_module(trained, "two-bit", "l").unpack("weight"), ternary)

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_bitnet.core import ConfigError, WeightError, check_finite
 from sparse_bitnet.formats import StorageName
+from sparse_bitnet.kernels.matmul import unpacked
 from sparse_bitnet.nn.derived import DerivedModule
 from sparse_bitnet.nn.experts import SparseBitExperts
 from sparse_bitnet.nn.packed_experts import PackedExperts
@@ -92,15 +93,15 @@ def swap_packed(model: nn.Module, specs: dict[str, PackedSpec]) -> None:
 
 
 def derived_ternary(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight name → the ternary weight and scales that a trained module computes with now.
+    """Weight name → the ternary weight (int8) and scales that a trained module computes with now.
 
     Empty for the BF16 baseline.
     """
     if not isinstance(module, SparseBitLinear | SparseBitExperts):
         return {}
     result = {}
-    for name in module.master_parameters():
+    for name, master in module.master_parameters().items():
         ternary, scale, _ = module.derived(name)
         assert ternary is not None and scale is not None
-        result[name] = ternary, scale
+        result[name] = unpacked(ternary, master.shape[-1]), scale
     return result
