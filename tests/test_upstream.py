@@ -67,6 +67,8 @@ NAMES = [
         for name in ("start", "stop", "destroy", "pause", "cancel_request", "get_result")
     ),
     f"{MANAGER}.__iter__",
+    # gguf: every number and string of a header is read by it.
+    "gguf.GGUFReader._get",
     # uvicorn: one connection, whose time and number the server bounds.
     *(
         f"{H11}.H11Protocol.{name}"

@@ -167,6 +167,11 @@ def test_hostile_tokenizers(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> Non
         path.write_text(json.dumps(clean | edit))
         with pytest.raises(DataError, match=r"tokenizer\.json has token id \d{10}, but only"):
             load_tokenizer(tmp_path)
+    # The library panics, which is no Exception.
+    prefix = {"continuing_subword_prefix": "longer than any"}
+    path.write_text(json.dumps(clean | {"model": clean["model"] | prefix}))
+    with pytest.raises(DataError, match="no tokenizer can be loaded from there"):
+        load_tokenizer(tmp_path)
     path.write_text(json.dumps(clean))
     settings.write_text(json.dumps(good | {"model_max_length": []}))
     with pytest.raises(DataError, match="no tokenizer can be loaded from there"):

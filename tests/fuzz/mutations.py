@@ -312,7 +312,36 @@ def yaml_text(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"line {number}: {how} {put[:40]}"
 
 
+def gguf_field(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+    """A count, length, type, name, dimension, offset or value of a GGUF header, in its place.
+
+    Places are those of the clean file, whose header is as long.
+    """
+    from gguf import GGUFReader
+
+    path = a_file(rng, box, ".gguf")
+    reader = GGUFReader(box.clean / path.name)
+    fields = rng.choice([list(reader.fields.values()), [t.field for t in reader.tensors]])
+    field, other = rng.choice(fields), rng.choice(fields)
+    part = rng.randrange(min(len(field.parts), 8))
+    place = field.offset + sum(int(before.nbytes) for before in field.parts[:part])
+    width = int(field.parts[part].nbytes)
+    numbers = [0, 1, 3, 8, 9, 30, 255, 2**20, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
+    what, content = rng.choice(
+        [
+            *[("a number", struct.pack("<Q", rng.choice(numbers)).ljust(width, b"\0"))] * 3,
+            ("random bytes", rng.randbytes(width)),
+            ("the same of another", other.parts[min(part, len(other.parts) - 1)].tobytes()),
+        ]
+    )
+    data = bytearray(path.read_bytes())
+    data[place : place + width] = content[:width].ljust(width, b"a")
+    path.write_bytes(data)
+    return path, f"part {part} of {field.name[:40]!r}: {what} {content[:8].hex()}"
+
+
 BY_SUFFIX = {
+    ".gguf": gguf_field,
     ".json": json_value,
     ".jsonl": json_line,
     ".safetensors": tensor_header,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +9,14 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
+import fsdp_ranks
+from processes import run_processes
 from sparse_bitnet import nn
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.estimate.devices import GPUS
 from sparse_bitnet.estimate.sharding import sharding
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.nn.gathered import GatheredTernary
-
-WORKER = Path(__file__).with_name("fsdp_worker.py")
-
-
-def load_worker() -> Any:
-    spec = importlib.util.spec_from_file_location("fsdp_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = load_worker()
 
 
 @pytest.fixture(scope="module")
@@ -47,42 +31,28 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def run_ranks(ranks: int, directory: Path) -> dict[str, Any]:
-    result = directory / "result.json"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(ranks), directory / "store", result],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        output = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(output)
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    """What the first rank found."""
+    calls = [(rank, ranks, directory / "store") for rank in range(ranks)]
+    found: dict[str, Any] = run_processes(fsdp_ranks.main, calls)[0]
     return found
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("name", worker.SCENARIOS)
+@pytest.mark.parametrize("name", fsdp_ranks.SCENARIOS)
 def test_two_ranks_train_as_one_process(
     two_ranks: dict[str, Any], name: str, threads: None
 ) -> None:
-    expected = worker.run(worker.SCENARIOS[name], 0, 1)
+    expected = fsdp_ranks.run(fsdp_ranks.SCENARIOS[name], 0, 1)
     found = two_ranks[name]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["ternary"] == expected["ternary"]  # at every step, to the bit
 
 
-@pytest.mark.parametrize("name", worker.OF_FOUR)
+@pytest.mark.parametrize("name", fsdp_ranks.OF_FOUR)
 def test_four_ranks_train_as_one_process(
     four_ranks: dict[str, Any], name: str, threads: None
 ) -> None:
-    expected = worker.run(worker.SCENARIOS[name], 0, 1)
+    expected = fsdp_ranks.run(fsdp_ranks.SCENARIOS[name], 0, 1)
     assert four_ranks[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert four_ranks[name]["ternary"] == expected["ternary"]
 
@@ -123,7 +93,7 @@ def test_gathered_weights_have_no_values() -> None:
 
 
 def test_edits_of_shards_are_seen(two_ranks: dict[str, Any], threads: None) -> None:
-    expected, found = worker.edited()["sums"], two_ranks["edited"]["sums"]
+    expected, found = fsdp_ranks.edited()["sums"], two_ranks["edited"]["sums"]
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert len({round(value, 3) for value in found}) == len(found)
 

@@ -129,6 +129,7 @@ def test_a_cell_survives_json() -> None:
         ("blocks: []", "no cells"),
         ("block: []", "block is unknown; did you mean blocks?"),
         ("blocks: [7]", "blocks[0] is 7: it must be a mapping"),
+        ("blocks: [{name: {a: 1}}]", "block 1: its name is {'a': 1}, not a word"),
         ("blocks: {a: 1}", "blocks is {'a': 1}: it must be a list"),
         ("blocks: [{pattern: []}]", "pattern is an empty list"),
         ("blocks: [{pattern: 4:8}]\nbase: {model: 5}", "base[model] is 5: it must be a mapping"),

@@ -130,7 +130,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         tokenizer("a")  # damaged settings show at the first use
         return tokenizer
-    except Exception as error:  # a dozen kinds, from missing files to JSON and hub errors
+    except BaseException as error:  # a dozen kinds, from missing files to JSON and hub errors
+        # The tokenizers library panics at some damage, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
             f"{name}: no tokenizer can be loaded from there; name a directory that "
             f"`save_pretrained` wrote, or leave the tokenizer out to train one ({error})"

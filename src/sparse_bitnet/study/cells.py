@@ -227,7 +227,9 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     file = section(_File, read_yaml(path) or {}, str(path))
     blocks: dict[Cell, list[str]] = {}
     for index, block in enumerate(file.blocks):
-        name = str(block.get("name", f"block {index + 1}"))
+        name = block.get("name", f"block {index + 1}")
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}, block {index + 1}: its name is {shown(name)}, not a word")
         for cell in _expand(block, file.defaults, f"{path}, {name}"):
             in_blocks = blocks.setdefault(cell, [])
             if name not in in_blocks:

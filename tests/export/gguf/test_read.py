@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -50,6 +52,17 @@ def test_a_file_that_we_wrote(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")(TEXT) == tokenizer(TEXT)
     with pytest.raises(ConfigError, match="exists; give a new directory"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "dense")
+    # Other files of a folder of downloads are not of this model; a lost tensor is not made up.
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "a": ')
+    (tmp_path / "generation_config.json").write_text('{"temperature": 7.0, "do_sample": true}')
+    import_gguf(tmp_path / "m.gguf", tmp_path / "again")
+    assert "temperature" not in (tmp_path / "again" / "generation_config.json").read_text()
+    data = (
+        (tmp_path / "m.gguf").read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight")
+    )
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "other")
     with pytest.raises(ConfigError, match="without options"):
         import_checkpoint(tmp_path / "m.gguf", tmp_path / "other", pattern="6:8")
 
@@ -67,3 +80,37 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"n\.gguf cannot be read"):
         import_gguf(tmp_path / "n.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_hostile_headers(tmp_path: Path) -> None:
+    """More of what is here is in tests/fuzz/reader_gguf_import.py."""
+
+    def refused(message: str, add: Callable[[GGUFWriter], None], *tensors: str) -> None:
+        writer = GGUFWriter(tmp_path / "m.gguf", "qwen2")
+        add(writer)
+        for name in tensors:
+            writer.add_tensor(name, np.zeros((2, 2), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(CheckpointError, match=message):
+            import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def sizes(writer: GGUFWriter, layers: int = 1, width: int = 64) -> None:
+        writer.add_block_count(layers)
+        writer.add_embedding_length(width)
+
+    refused("describes 4000000000 layers and has 1 tensors", lambda w: sizes(w, 4 * 10**9), "x")
+    refused(r"describes [\d,]{14,} weights", lambda w: sizes(w, 1, 2**20), "x")
+    # A list of 2^60 bytes in a file of a few hundred.
+    refused("cannot be read", lambda w: w.add_array("list", [1, 2, 3]), "x")
+    data = (tmp_path / "m.gguf").read_bytes()
+    place = data.index(b"list") + 4 + 4 + 4
+    assert data[place : place + 8] == (3).to_bytes(8, "little")
+    (tmp_path / "m.gguf").write_bytes(
+        data[:place] + (2**60).to_bytes(8, "little") + data[place + 8 :]
+    )
+    with pytest.raises(CheckpointError, match="is cut off, or its header is longer"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")

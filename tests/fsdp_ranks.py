@@ -1,13 +1,8 @@
-"""One of the processes of test_fsdp.py: trains tiny models under FSDP2, writes what happened.
-
-Usage: fsdp_worker.py RANK WORLD_SIZE STORE RESULT
-"""
+"""The ranks of nn/test_fsdp.py: tiny models that train under FSDP2, and what happened to them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -310,23 +305,18 @@ def state_round_trip() -> bool:
     )
 
 
-def main() -> None:
-    rank, world, store, result = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def main(rank: int, world: int, store: Path) -> dict[str, Any]:
+    """What one rank found, as every other one did."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for name in SCENARIOS if world == 2 else OF_FOUR:
-        scenario = SCENARIOS[name]
         torch._dynamo.reset()
-        results[name] = run(scenario, rank, world)
-    results["state dict"] = state_round_trip()
-    results["edited"] = edited()
-    results["refused"] = refused()
+        results[name] = run(SCENARIOS[name], rank, world)
     results["counted"] = counted()
-    if rank == 0:
-        Path(result).write_text(json.dumps(results), encoding="utf-8")
+    if world == 2:
+        results["state dict"] = state_round_trip()
+        results["edited"] = edited()
+        results["refused"] = refused()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return results
