@@ -117,7 +117,7 @@ def open_source(spec: str) -> Source:
     """
     kind, _, where = spec.partition(":")
     if spec == "stdlib":
-        return TextFiles(spec, _library_files())
+        return TextFiles(spec, library_files())
     if where and kind == "text":
         return TextFiles(spec, _match(where, spec, ()))
     if where and kind == "jsonl":
@@ -291,7 +291,8 @@ class HubDataset(Source):
         return _field_value(record.raw, self.field, record.place)
 
 
-def _library_files() -> list[Path]:
+def library_files() -> list[Path]:
+    """The sources of this Python's standard library, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
