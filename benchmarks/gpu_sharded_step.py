@@ -41,6 +41,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_common import write
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.estimate.devices import GPUS
 from sparse_bitnet.estimate.sharding import sharding
 from sparse_bitnet.nn import convert
@@ -122,10 +123,11 @@ def one_row(preset: str, row: str, sequences: int, length: int, steps: int) -> d
     torch.manual_seed(dist.get_rank())
     vocabulary = model.config.vocab_size
     tokens = torch.randint(0, vocabulary, (sequences, length + 1), device=device)
+    batch = Batch.of(tokens)
 
     def step() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            loss: Tensor = loss_of(tokens)[0]
+            loss: Tensor = loss_of(batch)[0]
         loss.backward()
         clip_gradients(parameters, 1.0)
         optimizer.step()

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from gpu_common import write
 from sparse_bitnet import console
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.train.config import OptimizerConfig
 from sparse_bitnet.train.model import maskless_attention
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients
@@ -125,7 +126,8 @@ class Bench:
         self.parameters = [p for p in self.base.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.base, OptimizerConfig(learning_rate=LEARNING_RATE))
         shape = (setting.sequences, setting.sequence + 1)
-        self.tokens = torch.randint(0, self.base.vocab_size, shape, device=setting.device)
+        tokens = torch.randint(0, self.base.vocab_size, shape, device=setting.device)
+        self.batch = Batch.of(tokens)
         self.candidates: dict[str, Candidate] = {}
 
     def add(self, name: str) -> None:
@@ -140,7 +142,7 @@ class Bench:
 
         mark()
         with torch.autocast(self.setting.device.type, torch.bfloat16):
-            loss: Tensor = candidate.loss_of(self.tokens)[0]
+            loss: Tensor = candidate.loss_of(self.batch)[0]
         mark()
         loss.backward()
         mark()

@@ -47,6 +47,7 @@ NAMES = [
     "transformers.masking_utils.create_masks_for_generate",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
     "transformers.models.auto.tokenization_auto.get_tokenizer_config",
+    "transformers.utils.chat_template_utils.render_jinja_template",
     "transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX",
     "transformers.models.llama.modeling_llama.eager_attention_forward",
     "transformers.integrations.sdpa_attention.sdpa_attention_forward",

@@ -16,6 +16,14 @@ from sparse_bitnet.data.loader import _permute
 from sparse_bitnet.data.shards import Shard, index_text
 
 
+def tokens(loader: Loader, step: int) -> torch.Tensor:
+    """The windows of a batch of text."""
+    batch = loader.batch(step)
+    assert batch.positions is None and batch.divisor is None
+    assert torch.equal(batch.inputs[:, 1:], batch.labels[:, :-1])
+    return torch.cat([batch.inputs, batch.labels[:, -1:]], dim=1)
+
+
 def write_shards(path: Path, tokens: np.ndarray, cut: int = 1000) -> TokenShards:
     """Shards with exactly these tokens, ``cut`` in a file."""
     path.mkdir(parents=True)
@@ -47,7 +55,7 @@ def test_an_epoch_reads_every_window_once_in_a_new_order(counting: list[TokenSha
     assert loader.windows == [windows]
     epochs = []
     for epoch in range(3):
-        rows = torch.cat([loader.batch(20 * epoch + step) for step in range(20)])
+        rows = torch.cat([tokens(loader, 20 * epoch + step) for step in range(20)])
         assert rows.shape == (windows, length + 1) and rows.dtype == torch.long
         assert (rows.diff(dim=1) == 1).all()  # each row is consecutive tokens, across shards too
         epochs.append(rows[:, 0].tolist())
@@ -70,7 +78,7 @@ def test_the_global_order_does_not_depend_on_ranks(
     mixture = list(zip(counting, weights, strict=False))
 
     def batch(rank: int, world_size: int) -> torch.Tensor:
-        return Loader(mixture, 7, 4 * quarter, seed, rank, world_size).batch(step)
+        return tokens(Loader(mixture, 7, 4 * quarter, seed, rank, world_size), step)
 
     whole = batch(0, 1)
     assert whole.shape == (4 * quarter, 8)
@@ -80,16 +88,16 @@ def test_the_global_order_does_not_depend_on_ranks(
 
 
 def test_order_depends_on_the_seed_and_the_step(counting: list[TokenShards]) -> None:
-    first = Loader(counting[0], 10, 16, seed=0).batch(5)
-    assert torch.equal(first, Loader(counting[0], 10, 16, seed=0).batch(5))
-    assert not torch.equal(first, Loader(counting[0], 10, 16, seed=1).batch(5))
-    assert not torch.equal(first, Loader(counting[0], 10, 16, seed=0).batch(6))
+    first = tokens(Loader(counting[0], 10, 16, seed=0), 5)
+    assert torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=0), 5))
+    assert not torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=1), 5))
+    assert not torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=0), 6))
 
 
 def test_the_order_is_the_one_committed(counting: list[TokenShards]) -> None:
     """A change of these numbers breaks the resumption of every run there is."""
     mixture = [(counting[0], 3), (counting[1], 1)]
-    starts = [Loader(mixture, 10, 4, seed=7).batch(step)[:, 0].tolist() for step in (0, 1, 1000)]
+    starts = [tokens(Loader(mixture, 10, 4, seed=7), step)[:, 0].tolist() for step in (0, 1, 1000)]
     assert starts == [
         [100360, 4510, 370, 4000],
         [100330, 30, 2840, 2130],
@@ -104,7 +112,7 @@ def test_mixture_proportions(counting: list[TokenShards], weights: tuple[float, 
     counts: Counter[int] = Counter()
     samples = 0
     for step in range(250):
-        counts.update((loader.batch(step)[:, 0] // 100_000).tolist())
+        counts.update((tokens(loader, step)[:, 0] // 100_000).tolist())
         samples += 8
         for source, weight in enumerate(weights):  # at every step, not only in the long run
             exact = samples * weight / sum(weights)
@@ -128,7 +136,7 @@ def test_places_count_up(counting: list[TokenShards], weights: list[float], firs
 
 def test_mixture_sources_keep_their_own_epochs(counting: list[TokenShards]) -> None:
     loader = Loader([(counting[0], 1), (counting[2], 1)], 10, 2, seed=1)
-    rows = torch.cat([loader.batch(step) for step in range(3 * 80)])
+    rows = torch.cat([tokens(loader, step) for step in range(3 * 80)])
     small = [start for start in rows[:, 0].tolist() if start >= 100_000]
     assert len(small) == 3 * 80 and set(Counter(small).values()) == {3}
 
@@ -186,7 +194,7 @@ def test_sizes_that_do_not_fit(counting: list[TokenShards]) -> None:
 
 
 def test_shards_shorter_than_a_window(counting: list[TokenShards]) -> None:
-    assert Loader(counting[2], 809, 1).batch(9).shape == (1, 810)
+    assert tokens(Loader(counting[2], 809, 1), 9).shape == (1, 810)
     with pytest.raises(
         DataError, match="810 tokens, fewer than one window of 811; use a shorter s"
     ):
@@ -204,7 +212,7 @@ def test_mixture_of_two_vocabularies(counting: list[TokenShards], tmp_path: Path
 def test_prepared_text_comes_out(prepared: Path) -> None:
     shards = TokenShards(prepared / "train")
     loader = Loader(shards, 32, 8)
-    seen = {tuple(row) for step in range(4000 // 8) for row in loader.batch(step).tolist()}
+    seen = {tuple(row) for step in range(4000 // 8) for row in tokens(loader, step).tolist()}
     everything = shards.tokens(0, shards.total_tokens)
     possible = {tuple(everything[i * 32 : i * 32 + 33]) for i in range(loader.windows[0])}
     assert seen <= possible

@@ -223,7 +223,8 @@ def shard_change(**values: Any) -> Any:
     ("change", "message"),
     [
         (lambda i: i.update(format="other"), "not an index of sparse-bitnet token shards"),
-        (lambda i: i.update(version=2), "format version 2, this program reads 1"),
+        (lambda i: i.update(version=3), "format version 3, this program reads 1 and 2"),
+        (lambda i: i.update(version=2), "bytes, but the index says"),
         (lambda i: i.update(version=True), "format version True"),
         (lambda i: i.pop("eos_id"), "lacks eos_id"),
         (lambda i: i.update(vocab_size=0), "vocab_size is 0"),

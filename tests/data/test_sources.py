@@ -77,7 +77,7 @@ def test_jsonl(tmp_path: Path, name: str) -> None:
     source = open_source(f"jsonl:{path}")
     assert list(source) == TEXTS
     assert [text for text, _ in source.read(3)] == TEXTS[3:]
-    positions = [position for _, position in source.read()]
+    positions = [record.position for _, record in source.read()]
     assert positions == sorted(positions) and positions[-1] == source.size
 
 
@@ -97,7 +97,7 @@ def test_parquet(tmp_path: Path) -> None:
     source = open_source(f"parquet:{tmp_path}#body")
     assert list(source) == TEXTS
     assert [text for text, _ in source.read(4)] == TEXTS[4:]
-    assert [position for _, position in source.read()][-1] == source.size
+    assert [record.position for _, record in source.read()][-1] == source.size
 
 
 def test_hugging_face_dataset_from_a_directory(tmp_path: Path) -> None:

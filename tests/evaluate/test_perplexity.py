@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from sparse_bitnet.core import ConfigError, DataError, WeightError
 from sparse_bitnet.data import TokenShards, open_source, prepare
+from sparse_bitnet.data.shards import Shard, index_text, token_dtype
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.evaluate import Perplexity, perplexity, scoring
 from sparse_bitnet.nn.head import has_plain_head
@@ -247,6 +250,64 @@ def test_token_shards(model, tokenizer, prose, shards):
     found = perplexity(model, shards, tokenizer=tokenizer, window=16)
     tokens = shards.tokens(0, shards.total_tokens)
     assert found == perplexity(model, tokens, window=16, text_bytes=len(prose.encode()))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> TokenShards:
+    """Documents of 2 to 40 tokens, about half of each an answer, in files of any length."""
+    directory, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(5)
+    parts = []
+    for length in rng.integers(2, 41, 30):
+        part = np.zeros(length, token_dtype(VOCAB, answers=True))
+        part["id"] = rng.integers(0, VOCAB, length)
+        part["answer"][1:] = rng.integers(0, 2, length - 1)
+        part["answer"][-1], part["first"][0] = 1, 1
+        parts.append(part)
+    shards = []
+    for number, piece in enumerate(np.array_split(np.concatenate(parts), 3)):
+        piece.tofile(directory / f"{number}.bin")
+        digest = hashlib.sha256(piece.tobytes()).hexdigest()
+        shards.append(Shard(f"{number}.bin", len(piece), 1, 1, digest))
+    known = {"tokenizer_hash": "0" * 64, "vocab_size": VOCAB, "eos_id": 0}
+    (directory / "index.json").write_text(index_text(shards, **known, answers=True))
+    return TokenShards(directory)
+
+
+@torch.no_grad()
+def answers_one_by_one(model, chats, window, stride) -> list[float]:
+    """Nats of each token of an answer, given what its window shows of its conversation alone."""
+    starts = [*chats.document_starts().tolist(), chats.total_tokens]
+    nats = []
+    for begin, end in itertools.pairwise(starts):
+        ids, learned = chats.tokens(begin, end - begin), chats.marks([begin], end - begin)[0][0]
+        for target in np.flatnonzero(learned):
+            start = 0
+            while start + window < target:
+                start += stride
+            start = min(start, max(0, len(ids) - 1 - window))
+            logits = model(input_ids=torch.tensor(ids[start:target]).unsqueeze(0)).logits[0, -1]
+            nats.append(-logits.double().log_softmax(-1)[int(ids[target])].item())
+    return nats
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 32), (7, 3), (1, 1)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_conversations(model, chats, window, stride, batch_size):
+    found = perplexity(model, chats, window=window, stride=stride, batch_size=batch_size)
+    expected = answers_one_by_one(model, chats, window, stride)
+    assert found.tokens == len(expected) and found.answers_only
+    assert found.loss == pytest.approx(np.mean(expected), rel=1e-5)
+    assert str(found).endswith(f"over {len(expected)} tokens of answers")
+    assert found.bits_per_byte is None and found.bytes is None
+
+
+@pytest.mark.parametrize("limit", [1, 17, 10_000])
+def test_a_limit_counts_answers(model, chats, limit):
+    found = perplexity(model, chats, window=7, stride=3, limit=limit)
+    expected = answers_one_by_one(model, chats, 7, 3)
+    assert found.tokens == min(limit, len(expected))
+    if limit in (1, 10_000):  # where windows end elsewhere, another context is seen
+        assert found.loss == pytest.approx(np.mean(expected[:limit]), rel=1e-5)
 
 
 def test_shards_of_another_vocabulary_or_tokenizer(model, make_model, prose, shards):

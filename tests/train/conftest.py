@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_bitnet.data.shards import Shard, index_text
+from sparse_bitnet.data.shards import Shard, index_text, token_dtype
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.recipe import config_from_dict
 
@@ -40,6 +40,34 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data") / "tokens"
     write_tokens(directory / "train", 20_000, seed=1)
     write_tokens(directory / "validation", 3_000, seed=2)
+    return directory
+
+
+def write_chats(directory: Path, count: int, seed: int) -> None:
+    """Documents of 4 to 30 tokens; the second half of each is an answer that can be learned."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for _ in range(count):
+        length = int(rng.integers(4, 31))
+        tokens = np.zeros(length, token_dtype(VOCABULARY, answers=True))
+        tokens["id"] = (rng.integers(VOCABULARY) + 5 * np.arange(length)) % VOCABULARY
+        tokens["answer"] = np.arange(length) >= length // 2
+        tokens["first"][0] = 1
+        parts.append(tokens)
+    data = np.concatenate(parts).tobytes()
+    directory.mkdir(parents=True)
+    (directory / "0.bin").write_bytes(data)
+    tokens_in_all = sum(map(len, parts))
+    shard = Shard("0.bin", tokens_in_all, count, 1, hashlib.sha256(data).hexdigest())
+    index = {"tokenizer_hash": "0" * 64, "vocab_size": VOCABULARY, "eos_id": 0}
+    (directory / "index.json").write_text(index_text([shard], **index, answers=True))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("chats") / "data"
+    write_chats(directory / "train", 300, seed=1)
+    write_chats(directory / "validation", 40, seed=2)
     return directory
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, Qwen2Config
 
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.train import loss as loss_module
 from sparse_bitnet.train.loss import (
     CausalLoss,
@@ -143,7 +144,7 @@ def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
     loss_of = CausalLoss(model)
     assert loss_of.chunked
     tokens = torch.randint(50, (3, 17))
-    loss, parts = loss_of(tokens)
+    loss, parts = loss_of(Batch.of(tokens))
     assert torch.equal(parts, loss.detach().view(1))
     loss.backward()
     got = [p.grad.clone() for p in model.parameters()]
@@ -173,7 +174,7 @@ def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> No
     assert not loss_of.chunked
     assert model.training, "asking does not change the mode"
     tokens = torch.randint(50, (2, 9))
-    torch.testing.assert_close(loss_of(tokens)[0], model(tokens, labels=tokens).loss)
+    torch.testing.assert_close(loss_of(Batch.of(tokens))[0], model(tokens, labels=tokens).loss)
 
 
 def test_a_head_with_a_bias_learns_it() -> None:
@@ -186,7 +187,7 @@ def test_a_head_with_a_bias_learns_it() -> None:
     )
     model = AutoModelForCausalLM.from_config(shape)
     assert not model.lm_head.bias.any(), "at first it changes no logit"
-    CausalLoss(model)(torch.randint(50, (2, 9)))[0].backward()
+    CausalLoss(model)(Batch.of(torch.randint(50, (2, 9))))[0].backward()
     assert model.lm_head.bias.grad.any()
 
 
@@ -284,3 +285,42 @@ def test_a_teacher_halves_the_default_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     with _Largest() as largest:
         chunked_loss(hidden, head, torch.zeros(8, dtype=torch.int64), None, targets)
     assert largest.elements == 4 * 1000
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24])
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_tokens_without_a_label(chunk: int, has_teacher: bool) -> None:
+    """Against full logits of the other tokens alone, gradients included; divided as asked."""
+    hidden = torch.randn(24, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(11, (24,)).masked_fill(torch.rand(24) < 0.6, -100)
+    labels[:2] = torch.tensor([-100, 3])
+    theirs, their_head = torch.randn(24, 6).double(), torch.randn(11, 6).double()
+    how = Weighing(2.0, 0.5, 3.0)
+    targets = Targets(theirs, their_head, how) if has_teacher else None
+    divisor = torch.tensor(7.0)
+    loss, parts = chunked_loss(hidden, head, labels, chunk, targets, divisor)
+    mine = torch.autograd.grad(loss, (hidden, head))
+    kept = labels != -100
+    logits = hidden[kept] @ head.T
+    entropy = F.cross_entropy(logits, labels[kept], reduction="sum") / 7
+    expected = entropy
+    if has_teacher:
+        p = ((theirs @ their_head.T)[kept] / 3).softmax(-1)
+        divergence = 9 * F.kl_div((logits / 3).log_softmax(-1), p, reduction="sum") / 7
+        torch.testing.assert_close(parts[1], divergence.detach())
+        expected = 0.5 * entropy + 2 * divergence
+    torch.testing.assert_close(parts[0], entropy.detach())
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(mine, torch.autograd.grad(expected, (hidden, head)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    fused, _ = loss_module._loss_and_slope_for_fusion(logits.detach(), labels[kept])
+    plain, _ = loss_module._loss_and_slope((hidden @ head.T).detach(), labels)
+    torch.testing.assert_close(fused.double(), plain, rtol=1e-6, atol=0)
+
+
+def test_no_label_at_all() -> None:
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+    loss, _ = chunked_loss(hidden, head, torch.full((4,), -100), divisor=torch.tensor(3.0))
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all()

@@ -91,6 +91,17 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
+def test_two_processes_on_conversations(recipes_in: Any, chats: Path, tmp_path: Path) -> None:
+    """Ranks have other numbers of answers, and the mean is over all of them."""
+    data = {"path": str(chats), "micro_batch_size": 4}
+    values = recipes_in(tmp_path).values("two", data=data, schedule={"steps": 4})
+    torchrun(values, tmp_path)
+    one = train(config_from_dict(as_one(values, "one"), "test"))
+    for a, b in zip(rows(values["run"]["directory"]), rows(one.directory), strict=True):
+        for key in ("loss", "gradient_norm", "validation_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+
+
 def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> None:
     """Every rank has the whole teacher; λ blends what FSDP2 has gathered.
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import (
     config_from_dict,
     differences,
@@ -240,3 +246,27 @@ def test_hostile_yaml(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     assert len(str(caught.value)) < 1000
+
+
+def test_from_pretrained_as_it_stands(chats: Path, tmp_path: Path) -> None:
+    """Every value of the recipe but its sizes, by the command line, on conversations."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    model.save_pretrained(tmp_path / "model")
+    recipe = next(path for path in RECIPES if path.name == "from-pretrained.yaml")
+    options = {
+        "model.source": tmp_path / "model",
+        "teacher": tmp_path / "model",
+        "data.path": chats,
+        "data.sequence-length": 32,
+        "data.batch-size": 8,
+        "schedule.steps": 10,
+        "run.directory": tmp_path / "run",
+        "run.device": "cpu",
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    cli.main(["train", str(recipe), *arguments])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows[-2]["quantization"] == 1 and rows[-2]["teacher_loss"] > 0
+    assert math.isfinite(rows[-1]["validation_loss"])
+    assert (tmp_path / "run" / "model" / "config.json").is_file()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import tokenizer_hash, train_bpe
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import TrainingInterruptedError, save_trained, train
@@ -79,7 +80,7 @@ def test_the_loss_of_a_model_with_a_teacher(
     config = TeacherConfig(str(tmp_path), weight=2.0, cross_entropy=0.5, temperature=3.0)
     teacher = Teacher(config, CPU, 64, "any")
     tokens = torch.randint(64, (3, 17))
-    loss, parts = CausalLoss(student)(tokens, teacher)
+    loss, parts = CausalLoss(student)(Batch.of(tokens), teacher)
     loss.backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()
@@ -169,9 +170,9 @@ def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
     model = dense(3)
     convert(model, "6:8")
     tokens = torch.randint(64, (2, 9))
-    expected = model.eval()(tokens).logits
+    expected = model.eval()(tokens[:, :-1]).logits
     save_trained(model, None, tmp_path / "model", SparsityConfig())
-    targets = Teacher(TeacherConfig(str(tmp_path / "model")), CPU, 64, "any")(tokens)
+    targets = Teacher(TeacherConfig(str(tmp_path / "model")), CPU, 64, "any")(Batch.of(tokens))
     assert torch.equal(targets.logits(slice(None)).view_as(expected), expected)
 
 

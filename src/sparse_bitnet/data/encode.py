@@ -7,6 +7,7 @@ the speed of one, without the start-up, the pickling and the copies of processes
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections import deque
@@ -20,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sparse_bitnet.console import progress
+from sparse_bitnet.data.chat import Chat, ChatTemplate
 from sparse_bitnet.data.journal import TRAIN, VALIDATION, Journal, Part
-from sparse_bitnet.data.shards import Shard, token_dtype
+from sparse_bitnet.data.shards import Shard
 from sparse_bitnet.data.sources import Source
 from sparse_bitnet.data.tokenizer import Encoder, document_hash
 from sparse_bitnet.files import atomic_file
@@ -46,16 +48,26 @@ class Selection:
     held_out: float
     splits: tuple[str, str] = (TRAIN, VALIDATION)
 
-    def documents(self, start: int = 0, before: int = 0) -> Iterator[tuple[str, str, int, int]]:
-        """``(text, split, UTF-8 bytes, position)`` from document ``start`` on, before which the
-        source had ``before`` bytes of text."""
+    def documents(
+        self, start: int = 0, before: int = 0, template: ChatTemplate | None = None
+    ) -> Iterator[tuple[Any, str, int, int]]:
+        """``(document, split, UTF-8 bytes, position)`` from document ``start`` on, before which the
+        source had ``before`` bytes of text. Conversations are rendered by ``template``; one that is
+        left out is empty."""
         if before >= self.limit:
             return
-        for text, position in self.source.read(start):
-            data = text.encode()
-            held_out = document_hash(data) < self.held_out * 2.0**64
-            yield text, self.splits[held_out], len(data), position
-            before += len(data)
+        for found, record in self.source.read(start):
+            document: str | Chat
+            if isinstance(found, str):
+                document = text = content = found
+            else:
+                assert template is not None
+                document = template.render(found, record.place) or Chat("", [])
+                text, content = document.text, json.dumps(found)
+            held_out = document_hash(content.encode()) < self.held_out * 2.0**64
+            size = len(text.encode())
+            yield document, self.splits[held_out], size, record.position
+            before += size
             if before >= self.limit:
                 return
 
@@ -65,27 +77,27 @@ class Batch:
     """Documents that one worker encodes at once.
 
     Attributes:
-        texts, split_bytes: the documents of each split, and their UTF-8 bytes.
-        documents, bytes: read from the source, empty documents included.
+        documents, split_bytes: of each split, those that are not empty, and their UTF-8 bytes.
+        read, bytes: documents and bytes read from the source.
         position: of the source after them.
     """
 
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    documents: dict[str, list[Any]] = field(default_factory=dict)
     split_bytes: dict[str, int] = field(default_factory=dict)
-    documents: int = 0
+    read: int = 0
     bytes: int = 0
     position: int = 0
 
 
-def batches(selection: Selection, start: int, before: int) -> Iterator[Batch]:
-    """The documents from ``start`` on, in batches of half a megabyte of text."""
+def batches(documents: Iterable[tuple[Any, str, int, int]]) -> Iterator[Batch]:
+    """The documents of a selection in batches of half a megabyte of text."""
     batch = Batch()
-    for text, split, size, position in selection.documents(start, before):
-        batch.documents += 1
+    for document, split, size, position in documents:
+        batch.read += 1
         batch.bytes += size
         batch.position = position
-        if text:
-            batch.texts.setdefault(split, []).append(text)
+        if size:
+            batch.documents.setdefault(split, []).append(document)
             batch.split_bytes[split] = batch.split_bytes.get(split, 0) + size
         if batch.bytes >= BATCH_BYTES:
             yield batch
@@ -112,18 +124,24 @@ def encode(
         DataError: if the source cannot be read.
     """
     source = selection.source
+    template = ChatTemplate(encoder.tokenizer, encoder.where) if source.has_chats else None
     done = [part for part in journal.parts if part.source == number]
     documents, text_bytes = (done[-1].documents, done[-1].bytes) if done else (0, 0)
     started, before = time.monotonic(), text_bytes
-    todo = batches(selection, documents, text_bytes)
+    todo = batches(selection.documents(documents, text_bytes, template))
+    encode_documents = encoder.encode_chats if source.has_chats else encoder.encode
+
+    def work(batch: Batch) -> dict[str, np.ndarray]:
+        return {split: encode_documents(some) for split, some in batch.documents.items()}
+
     with (
         _one_thread_each(),
         reading(f"tokenize {source.spec}", source) as show,
-        PartWriter(out, encoder) as writer,
+        PartWriter(out, encoder.dtype(source.has_chats)) as writer,
         ThreadPoolExecutor(workers) as pool,
     ):
-        for batch, encoded in _in_order(pool, encoder, todo, ahead=2 * workers):
-            documents += batch.documents
+        for batch, encoded in _in_order(pool, work, todo, ahead=2 * workers):
+            documents += batch.read
             text_bytes += batch.bytes
             writer.add(batch, encoded, len(journal.parts))
             if writer.tokens >= shard_tokens:
@@ -134,6 +152,8 @@ def encode(
         if writer.tokens:
             journal.parts.append(Part(number, documents, text_bytes, writer.close()))
             journal.save(out)
+    if template is not None:
+        template.report()
 
 
 @contextmanager
@@ -158,8 +178,8 @@ class PartWriter:
     context by an error removes the unfinished files.
     """
 
-    def __init__(self, out: Path, encoder: Encoder) -> None:
-        self.out, self.dtype = out, token_dtype(encoder.vocab_size)
+    def __init__(self, out: Path, dtype: np.dtype[Any]) -> None:
+        self.out, self.dtype = out, dtype
         self._files = ExitStack()
         self._open: dict[str, _ShardWriter] = {}
 
@@ -173,8 +193,11 @@ class PartWriter:
             if split not in self._open:
                 path = self.out / split / f"{part:05d}.bin"
                 file = self._files.enter_context(_atomic_binary(path))
-                self._open[split] = _ShardWriter(path.name, file, self.dtype)
-            self._open[split].add(tokens, len(batch.texts[split]), batch.split_bytes[split])
+                self._open[split] = _ShardWriter(path.name, file)
+            data = tokens.astype(self.dtype).tobytes()
+            self._open[split].add(
+                data, len(tokens), len(batch.documents[split]), batch.split_bytes[split]
+            )
 
     def close(self) -> dict[str, Shard]:
         """Put the files in place."""
@@ -191,16 +214,15 @@ class PartWriter:
 
 
 class _ShardWriter:
-    def __init__(self, name: str, file: BinaryIO, dtype: np.dtype[Any]) -> None:
-        self.name, self.file, self.dtype = name, file, dtype
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name, self.file = name, file
         self.digest = hashlib.sha256()
         self.tokens = self.documents = self.bytes = 0
 
-    def add(self, tokens: np.ndarray, documents: int, text_bytes: int) -> None:
-        data = tokens.astype(self.dtype).tobytes()
+    def add(self, data: bytes, tokens: int, documents: int, text_bytes: int) -> None:
         self.file.write(data)
         self.digest.update(data)
-        self.tokens += len(tokens)
+        self.tokens += tokens
         self.documents += documents
         self.bytes += text_bytes
 
@@ -215,29 +237,23 @@ def _atomic_binary(path: Path) -> Iterator[BinaryIO]:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, encoder: Encoder, todo: Iterable[Batch], ahead: int
+    pool: ThreadPoolExecutor,
+    work: Callable[[Batch], dict[str, np.ndarray]],
+    todo: Iterable[Batch],
+    ahead: int,
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch with the tokens of its splits, in the order of the batches.
 
     At most ``ahead`` batches are read before they are due, which bounds memory.
     """
-
-    def work(batch: Batch) -> dict[str, np.ndarray]:
-        return {split: encoder.encode(texts) for split, texts in batch.texts.items()}
-
     waiting: deque[tuple[Batch, Future[dict[str, np.ndarray]]]] = deque()
-    try:
-        for batch in todo:
-            waiting.append((batch, pool.submit(work, batch)))
-            if len(waiting) > ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
+    for batch in todo:
+        waiting.append((batch, pool.submit(work, batch)))
+        if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
+    for first, future in waiting:
+        yield first, future.result()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ killed goes on after its last part, and ends with the same bytes as one that was
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from typing import Any
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.data.chat import ChatTemplate
 from sparse_bitnet.data.encode import MEGABYTE, Selection, encode, reading
 from sparse_bitnet.data.journal import TOKENIZER, TRAIN, VALIDATION, Journal, discard, open_journal
 from sparse_bitnet.data.shards import INDEX, TokenShards, find_damage, index_text
-from sparse_bitnet.data.sources import open_source
+from sparse_bitnet.data.sources import Source, open_source
 from sparse_bitnet.data.tokenizer import Encoder, load_tokenizer, train_bpe
-from sparse_bitnet.files import atomic_directory, write_text
+from sparse_bitnet.files import atomic_directory, read_json, write_text
 
 DEFAULT_VOCABULARY = 8192
 NO_LIMIT = float("inf")
@@ -31,6 +33,7 @@ def prepare(
     source: str,
     out: str | Path,
     *,
+    model: str | None = None,
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     validation: float = 0.01,
@@ -42,14 +45,17 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize a source into memory-mapped shards.
 
-    Every document is ended by EOS. A document is held out for validation when the hash of its
-    content falls below the fraction, so copies of one document never stand on both sides.
+    Every document of text is ended by EOS. Conversations (a field called messages) are written by
+    the tokenizer's chat template, and their answers alone are learned. A document is held out for
+    validation when the hash of its content falls below the fraction, so copies of one document
+    never stand on both sides.
 
     Args:
         source: stdlib, text:PATH, jsonl:PATH[#FIELD], parquet:PATH[#FIELD] or
-            hf:NAME[:CONFIG][:SPLIT][#FIELD].
+            hf:NAME[:CONFIG][:SPLIT][#FIELD]; #messages for conversations.
         out: directory to write; a run that was interrupted there is continued, a finished one with
             the same settings is reused.
+        model: directory of the model to train from; its own tokenizer is taken.
         tokenizer: directory or name of a Hugging Face tokenizer; trained on the source if left out.
         vocab_size: of the byte-level BPE to train (8192 if left out).
         validation: fraction of the documents held out; 0 for none.
@@ -60,15 +66,16 @@ def prepare(
         overwrite: start afresh, whatever an earlier run left in ``out``.
 
     Returns:
-        ``{"out", "tokenizer_hash", "vocab_size", "train", "validation", "reused", "seconds"}``; the
-        splits as ``{"tokens", "documents", "bytes", "shards"}``, validation None if there is none.
+        ``{"out", "tokenizer_hash", "vocab_size", "train", "validation", "left_out", "reused",
+        "seconds"}``; the splits as ``{"tokens", "documents", "bytes", "shards"}``, validation None
+        if there is none; how many documents were empty, or conversations with nothing to learn.
 
     Raises:
         ConfigError: for settings out of range or contradicting each other.
         DataError: if the source cannot be read, is empty or leaves a split empty, or if ``out``
             holds something else.
     """
-    _check_settings(tokenizer, vocab_size, validation, max_bytes, shard_tokens, workers)
+    _check_settings(model, tokenizer, vocab_size, validation, max_bytes, shard_tokens, workers)
     started, out = time.monotonic(), Path(out)
     limit = NO_LIMIT if max_bytes is None else float(max_bytes)
     held_out = validation if validation_source is None else 0.0
@@ -76,7 +83,7 @@ def prepare(
     if validation_source is not None:
         only = open_source(validation_source)
         selections.append(Selection(only, NO_LIMIT, 0.0, (VALIDATION, VALIDATION)))
-    given = Encoder(load_tokenizer(tokenizer), tokenizer) if tokenizer is not None else None
+    given = _given_tokenizer(model, tokenizer)
     vocab_size = vocab_size or DEFAULT_VOCABULARY
     settings = {
         "source": source,
@@ -85,10 +92,12 @@ def prepare(
         "max_bytes": max_bytes,
         "shard_tokens": shard_tokens,
         "files": [selection.source.fingerprint for selection in selections],
+        **_chat_settings([selection.source for selection in selections], given),
     }
     with open_journal(out, settings, overwrite) as journal:
         encoder = _tokenizer(out, journal, given, vocab_size, selections[0])
-        found, intact = len(journal.parts), _intact_parts(out, journal, encoder)
+        has_answers = selections[0].source.has_chats
+        found, intact = len(journal.parts), _intact_parts(out, journal, encoder, has_answers)
         reused = journal.finished and intact == found
         if not reused:
             if found:
@@ -96,21 +105,14 @@ def prepare(
             del journal.parts[intact:]
             journal.finished = False
             for number, selection in enumerate(selections):
-                encode(
-                    number,
-                    selection,
-                    encoder,
-                    journal,
-                    out,
-                    shard_tokens,
-                    workers or os.cpu_count() or 1,
-                )
+                threads = workers or os.cpu_count() or 1
+                encode(number, selection, encoder, journal, out, shard_tokens, threads)
             try:
                 _check_splits(journal, selections)
             except DataError:
                 discard(out)  # of no use, and in the way of the other settings that are asked for
                 raise
-        _write_indexes(out, journal, encoder)
+        _write_indexes(out, journal, encoder, has_answers)
         if not reused:
             journal.finished = True
             journal.save(out)
@@ -124,9 +126,53 @@ def prepare(
         "vocab_size": train.vocab_size,
         TRAIN: _totals(train),
         VALIDATION: _totals(validated) if validated else None,
+        "left_out": _documents_read(journal)
+        - sum(shards.total_documents for shards in (train, validated) if shards),
         "reused": reused,
         "seconds": time.monotonic() - started,
     }
+
+
+def _given_tokenizer(model: str | None, tokenizer: str | None) -> Encoder | None:
+    name = tokenizer if model is None else model
+    if name is None:
+        return None
+    encoder = Encoder(load_tokenizer(name), name)
+    if model is not None:
+        if not (Path(model) / "config.json").is_file():
+            raise DataError(
+                f"{model}: no model directory (it has no config.json); a GGUF file becomes one by "
+                "`sparse-bitnet import`, and a tokenizer alone is named by --tokenizer"
+            )
+        rows = read_json(Path(model) / "config.json").get("vocab_size")
+        if isinstance(rows, int) and rows < encoder.vocab_size:
+            raise DataError(
+                f"{model}: its tokenizer has {encoder.vocab_size} tokens, its embedding {rows} "
+                "rows; the tokenizer is not the model's own"
+            )
+    return encoder
+
+
+def _chat_settings(sources: list[Source], encoder: Encoder | None) -> dict[str, str]:
+    """What else decides the tokens of conversations: the template."""
+    if not any(source.has_chats for source in sources):
+        return {}
+    if not all(source.has_chats for source in sources):
+        raise ConfigError(
+            "source and validation_source must both hold conversations (#messages), or both text"
+        )
+    if encoder is None:
+        raise ConfigError(
+            f"{sources[0].spec}: conversations are written by a model's chat template: name the "
+            "model (--model DIRECTORY), or a tokenizer that has one"
+        )
+    template = ChatTemplate(encoder.tokenizer, encoder.where)
+    return {"chat_template": hashlib.sha256(template.text.encode()).hexdigest()}
+
+
+def _documents_read(journal: Journal) -> int:
+    read = {part.source: part.documents for part in journal.parts}  # the last one of each
+    return sum(read.values())
 
 
 def _tokenizer(
@@ -161,11 +207,12 @@ def _training_texts(selection: Selection) -> Iterator[str]:
     say(f"training a tokenizer on {text_bytes / MEGABYTE:,.1f} MB of text")
 
 
-def _intact_parts(out: Path, journal: Journal, encoder: Encoder) -> int:
+def _intact_parts(out: Path, journal: Journal, encoder: Encoder, has_answers: bool) -> int:
     """How many of the journal's first parts still have all their files, as they were written."""
     damaged = []
     for split in (TRAIN, VALIDATION):
-        found = find_damage(out / split, journal.shards(split), encoder.vocab_size)
+        dtype = encoder.dtype(has_answers)
+        found = find_damage(out / split, journal.shards(split), dtype, encoder.vocab_size)
         if found:
             damaged.append(found[0])
     numbers = (n for n, part in enumerate(journal.parts) if set(part.shards.values()) & {*damaged})
@@ -189,7 +236,7 @@ def _check_splits(journal: Journal, selections: list[Selection]) -> None:
         )
 
 
-def _write_indexes(out: Path, journal: Journal, encoder: Encoder) -> None:
+def _write_indexes(out: Path, journal: Journal, encoder: Encoder, has_answers: bool) -> None:
     for split in (TRAIN, VALIDATION):
         path, shards = out / split / INDEX, journal.shards(split)
         text = index_text(
@@ -197,12 +244,14 @@ def _write_indexes(out: Path, journal: Journal, encoder: Encoder) -> None:
             tokenizer_hash=encoder.hash,
             vocab_size=encoder.vocab_size,
             eos_id=encoder.eos_id,
+            answers=has_answers,
         )
         if shards and not (path.is_file() and path.read_bytes() == text.encode()):
             write_text(path, text)
 
 
 def _check_settings(
+    model: str | None,
     tokenizer: str | None,
     vocab_size: int | None,
     validation: float,
@@ -210,9 +259,12 @@ def _check_settings(
     shard_tokens: int,
     workers: int | None,
 ) -> None:
-    if tokenizer is not None and vocab_size is not None:
+    if model is not None and tokenizer is not None:
+        raise ConfigError(f"model {model} has its own tokenizer; leave tokenizer {tokenizer} out")
+    given = tokenizer or model
+    if given is not None and vocab_size is not None:
         raise ConfigError(
-            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {tokenizer} is "
+            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {given} is "
             "given; leave one of them out"
         )
     if not 0 <= validation < 1:

@@ -1,8 +1,12 @@
 """Token shards: the tokens of a corpus as flat integer files, read by memory map.
 
 A directory holds ``index.json`` and the shards it names. A shard is its tokens and nothing else,
-little-endian uint16 (vocabulary of at most 65,536) or uint32, documents one after the other, each
-ended by the EOS token. The index is written last, so a directory that has one is complete.
+little-endian uint16 (vocabulary of at most 65,536) or uint32, documents one after the other. The
+index is written last, so a directory that has one is complete.
+
+Documents of text (version 1) are each ended by the EOS token, and every token is learned. Those of
+conversations (version 2) end as their template says; behind each token stand two bytes: whether an
+answer holds it, which alone is learned, and whether a document begins with it.
 
 Every file is read once to see that its sha256 is the index's; see :mod:`sparse_bitnet.data.checked`
 for how that is remembered.
@@ -30,7 +34,7 @@ from sparse_bitnet.files import read_json
 
 INDEX = "index.json"
 FORMAT = "sparse-bitnet token shards"
-VERSION = 1
+TEXT_VERSION, CHAT_VERSION = 1, 2
 SMALL_VOCABULARY = 1 << 16
 LARGEST_VOCABULARY = 1 << 31
 OPEN_SHARDS = 256  # each memory map keeps a file descriptor, of which a process has about 1000
@@ -48,19 +52,26 @@ class Shard:
     sha256: str
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every token id fits, else uint32; little-endian on every machine."""
-    return np.dtype("<u2" if vocab_size <= SMALL_VOCABULARY else "<u4")
+def token_dtype(vocab_size: int, answers: bool = False) -> np.dtype[Any]:
+    """uint16 where every token id fits, else uint32; little-endian on every machine. With answers:
+    the same as ``id``, and the bytes ``answer`` and ``first``."""
+    ids = np.dtype("<u2" if vocab_size <= SMALL_VOCABULARY else "<u4")
+    return np.dtype([("id", ids), ("answer", "u1"), ("first", "u1")]) if answers else ids
 
 
 def index_text(
-    shards: Sequence[Shard], *, tokenizer_hash: str, vocab_size: int, eos_id: int
+    shards: Sequence[Shard],
+    *,
+    tokenizer_hash: str,
+    vocab_size: int,
+    eos_id: int,
+    answers: bool = False,
 ) -> str:
     """What ``index.json`` holds."""
     index = {
         "format": FORMAT,
-        "version": VERSION,
-        "dtype": _dtype_name(vocab_size),
+        "version": CHAT_VERSION if answers else TEXT_VERSION,
+        "dtype": token_dtype(vocab_size).name,
         "vocab_size": vocab_size,
         "eos_id": eos_id,
         "tokenizer_hash": tokenizer_hash,
@@ -78,8 +89,9 @@ class TokenShards:
     Attributes:
         path: the directory.
         shards: its files in order.
+        has_answers: whether they are conversations, of which the answers alone are learned.
         vocab_size: every token id is below it.
-        eos_id: the token that ends each document.
+        eos_id: the token that ends each document of text.
         tokenizer_hash: of the tokenizer that made the tokens (see ``tokenizer.tokenizer_hash``).
         total_tokens, total_documents, total_bytes: sums; bytes are UTF-8 bytes of the text, so
             bits per byte = bits per token × tokens / bytes.
@@ -94,7 +106,8 @@ class TokenShards:
         self.vocab_size: int = index["vocab_size"]
         self.eos_id: int = index["eos_id"]
         self.tokenizer_hash: str = index["tokenizer_hash"]
-        self.dtype = token_dtype(self.vocab_size)
+        self.has_answers = index["version"] == CHAT_VERSION
+        self.dtype = token_dtype(self.vocab_size, self.has_answers)
         self.shards = [Shard(**shard) for shard in index["shards"]]
         self.verify(anew=False)
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
@@ -117,7 +130,36 @@ class TokenShards:
         Raises:
             DataError: if a window reaches beyond the tokens.
         """
-        out = np.empty((len(starts), length), dtype=np.int64)
+        return _ids(self._stored(starts, length)).astype(np.int64)
+
+    def marks(
+        self, starts: Sequence[int] | np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the same tokens: which are learned, and which begin a document (of text: those that
+        follow an EOS, and the very first); bool ``[len(starts), length]`` each.
+
+        The first token of a document is not learned: nothing stands before it.
+        """
+        stored = self._stored(starts, length)
+        if self.has_answers:
+            first = stored["first"] != 0
+            return (stored["answer"] != 0) & ~first, first
+        first = np.empty(stored.shape, dtype=bool)
+        first[:, 1:] = stored[:, :-1] == self.eos_id
+        before = np.maximum(np.asarray(starts, dtype=np.int64) - 1, 0)
+        first[:, :1] = self.windows(before, 1) == self.eos_id
+        first[:, :1] |= np.asarray(starts)[:, None] == 0
+        return ~first, first
+
+    def document_starts(self) -> np.ndarray:
+        """Where the documents of conversations begin: int64, ascending."""
+        parts = (np.flatnonzero(self._map(n)["first"]) for n in range(len(self.shards)))
+        begins = [0, *self._ends[:-1]]
+        return np.concatenate([part + begin for part, begin in zip(parts, begins, strict=True)])
+
+    def _stored(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Windows as they lie in the files."""
+        out = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(out, map(int, starts), strict=True):
             if start < 0 or length < 0 or start + length > self.total_tokens:
                 raise DataError(
@@ -143,7 +185,7 @@ class TokenShards:
         Raises:
             DataError: naming the first shard that fails.
         """
-        found = find_damage(self.path, self.shards, self.vocab_size, anew)
+        found = find_damage(self.path, self.shards, self.dtype, self.vocab_size, anew)
         if found:
             raise DataError(f"{self.path / found[0].file}: {found[1]}")
 
@@ -179,14 +221,17 @@ class TokenShards:
 
 
 def find_damage(
-    directory: Path, shards: Sequence[Shard], vocab_size: int, anew: bool = False
+    directory: Path,
+    shards: Sequence[Shard],
+    dtype: np.dtype[Any],
+    vocab_size: int,
+    anew: bool = False,
 ) -> tuple[Shard, str] | None:
     """The first shard whose file is not what was written, and what is wrong with it.
 
     Args:
         anew: read also the files that are remembered as checked.
     """
-    dtype = token_dtype(vocab_size)
     for shard in shards:
         path, wanted = directory / shard.file, shard.tokens * dtype.itemsize
         if not path.is_file():
@@ -226,11 +271,15 @@ def _read(path: Path, dtype: np.dtype[Any], bar: Task) -> tuple[str, int]:
     """sha256 and largest token id of a file."""
     digest, largest = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(BLOCK - BLOCK % dtype.itemsize):
             digest.update(block)
-            largest = max(largest, int(np.frombuffer(block, dtype).max()))
+            largest = max(largest, int(_ids(np.frombuffer(block, dtype)).max()))
             bar.advance()
     return digest.hexdigest(), largest
+
+
+def _ids(stored: np.ndarray) -> np.ndarray:
+    return stored if stored.dtype.names is None else stored["id"]
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
@@ -258,14 +307,15 @@ def _problem(index: Any) -> str | None:
     """What is wrong with an index, or None. It is read as hostile: the files are named by it."""
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         return f"not an index of {FORMAT}"
-    if not _count(index.get("version")) or index["version"] != VERSION:
-        return f"format version {shown(index.get('version'))}, this program reads {VERSION}"
+    version = index.get("version")
+    if type(version) is not int or version not in (TEXT_VERSION, CHAT_VERSION):
+        return f"format version {shown(version)}, this program reads 1 and 2"
     missing = {"dtype", "vocab_size", "eos_id", "tokenizer_hash", "shards"} - set(index)
     if missing:
         return f"lacks {', '.join(sorted(missing))}"
     if not _count(index["vocab_size"]) or index["vocab_size"] > LARGEST_VOCABULARY:
         return f"vocab_size is {shown(index['vocab_size'])}"
-    dtype = _dtype_name(index["vocab_size"])
+    dtype = token_dtype(index["vocab_size"]).name
     if index["dtype"] != dtype:
         return f"dtype is {shown(index['dtype'])}, a vocabulary of that size is kept as {dtype}"
     if not _count(index["eos_id"], smallest=0) or index["eos_id"] >= index["vocab_size"]:
@@ -301,10 +351,6 @@ def shard_problem(shard: Any) -> str | None:
     if not _digest(shard["sha256"]):
         return f"sha256 of shard {name} is {shown(shard['sha256'])}"
     return None
-
-
-def _dtype_name(vocab_size: int) -> str:
-    return token_dtype(vocab_size).name
 
 
 def _count(value: Any, smallest: int = 1) -> bool:

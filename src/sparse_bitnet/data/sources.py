@@ -8,7 +8,10 @@
 | ``parquet:PATH[#FIELD]``        | one a row                                                      |
 | ``hf:NAME[:CONFIG][:SPLIT][#FIELD]`` | one a row of a Hugging Face dataset, by name or directory |
 
-Whatever cannot be read as text stops the run with the file and line: a document that is silently
+A field named ``messages`` holds conversations, each a list of ``{"role": …, "content": …}``; any
+other field holds text.
+
+Whatever cannot be read stops the run with the file and line: a document that is silently
 left out would shift the position of all that follow.
 """
 
@@ -28,8 +31,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sparse_bitnet.core.errors import DataError, MissingExtraError
+from sparse_bitnet.data.chat import Messages, check_messages
 
-DEFAULT_FIELD = "text"
+DEFAULT_FIELD, CHAT_FIELD = "text", "messages"
 # Tests, installed packages, and encodings: half a million numbers of character tables.
 NOT_LIBRARY = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"),
@@ -57,37 +61,51 @@ class Source(ABC):
 
     Attributes:
         spec: the text it was opened from.
+        field: the one that holds a document, where the format has fields.
         fingerprint: changes when the content changes; taken from names, sizes and times of files,
             so that it costs nothing on terabytes.
         size: bytes on disk, the unit of ``Record.position``; None when unknown.
     """
 
+    field = DEFAULT_FIELD
+
     def __init__(self, spec: str, fingerprint: str, size: int | None) -> None:
         self.spec, self.fingerprint, self.size = spec, fingerprint, size
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether the documents are conversations."""
+        return self.field == CHAT_FIELD
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
         """Every document unparsed, so that the ones before a starting point are skipped fast."""
 
     @abstractmethod
-    def parse(self, record: Record) -> str:
-        """The text of one record.
+    def parse(self, record: Record) -> str | Messages:
+        """The text of one record, or its conversation.
 
         Raises:
             DataError: naming the place.
         """
 
-    def read(self, start: int = 0) -> Iterator[tuple[str, int]]:
-        """``(document, position)`` from document number ``start`` on.
+    def read(self, start: int = 0) -> Iterator[tuple[str | Messages, Record]]:
+        """Documents with the records they stand in, from document number ``start`` on.
 
         Raises:
             DataError: naming the place of what cannot be read.
         """
         for record in islice(self.records(), start, None):
-            yield self.parse(record), record.position
+            yield self.parse(record), record
 
     def __iter__(self) -> Iterator[str]:
-        return (text for text, _ in self.read())
+        for document, record in self.read():
+            if not isinstance(document, str):
+                raise DataError(
+                    f"{record.place}: a conversation, where text is wanted; make shards of it with "
+                    "`sparse-bitnet data prepare`"
+                )
+            yield document
 
 
 def open_source(spec: str) -> Source:
@@ -99,7 +117,7 @@ def open_source(spec: str) -> Source:
     """
     kind, _, where = spec.partition(":")
     if spec == "stdlib":
-        return TextFiles(spec, _library_files())
+        return TextFiles(spec, library_files())
     if where and kind == "text":
         return TextFiles(spec, _match(where, spec, ()))
     if where and kind == "jsonl":
@@ -121,7 +139,7 @@ class FileSource(Source):
     """A source of files.
 
     Attributes:
-        files: in order; ``field`` names the one that holds the text, where the format has fields.
+        files: in order.
     """
 
     def __init__(self, spec: str, files: list[Path], field: str = DEFAULT_FIELD) -> None:
@@ -150,7 +168,7 @@ class TextFiles(FileSource):
         for path, size, before in self._with_sizes():
             yield Record(path, str(path), before + size)
 
-    def parse(self, record: Record) -> str:
+    def parse(self, record: Record) -> str | Messages:
         try:
             return record.raw.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -179,7 +197,7 @@ class JsonLines(FileSource):
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def parse(self, record: Record) -> str:
+    def parse(self, record: Record) -> str | Messages:
         try:
             row = json.loads(record.raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -191,7 +209,7 @@ class JsonLines(FileSource):
             ) from error
         if not isinstance(row, dict):
             raise DataError(f"{record.place}: holds a {type(row).__name__}, not a JSON object")
-        return _field_text(row, self.field, record.place)
+        return _field_value(row, self.field, record.place)
 
 
 class ParquetFiles(FileSource):
@@ -218,12 +236,12 @@ class ParquetFiles(FileSource):
                     f"{path}: not a readable Parquet file ({error}); fetch it again"
                 ) from error
 
-    def parse(self, record: Record) -> str:
+    def parse(self, record: Record) -> str | Messages:
         try:
             value = record.raw.as_py()
         except UnicodeDecodeError as error:
             raise DataError(f"{record.place}: not UTF-8 ({error.reason})") from error
-        return _field_text({self.field: value}, self.field, record.place)
+        return _field_value({self.field: value}, self.field, record.place)
 
 
 class HubDataset(Source):
@@ -269,11 +287,12 @@ class HubDataset(Source):
                 raise DataError(f"{self.spec}, row {number}: cannot be read: {error}") from error
             yield Record(row, f"{self.spec}, row {number}", 0)
 
-    def parse(self, record: Record) -> str:
-        return _field_text(record.raw, self.field, record.place)
+    def parse(self, record: Record) -> str | Messages:
+        return _field_value(record.raw, self.field, record.place)
 
 
-def _library_files() -> list[Path]:
+def library_files() -> list[Path]:
+    """The sources of this Python's standard library, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -332,11 +351,13 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _field_text(row: dict[str, Any], field: str, place: str) -> str:
+def _field_value(row: dict[str, Any], field: str, place: str) -> str | Messages:
     """The text in a field; refuses what UTF-8 cannot hold (JSON can escape half a character)."""
     if field not in row:
         raise DataError(_no_field(place, field, list(row)))
     text = row[field]
+    if field == CHAT_FIELD:
+        return check_messages(text, place)
     if not isinstance(text, str):
         raise DataError(f"{place}: field {field!r} holds {type(text).__name__}, not text")
     try:

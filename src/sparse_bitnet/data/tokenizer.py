@@ -5,17 +5,28 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.data.chat import Chat
+from sparse_bitnet.data.shards import token_dtype
 from sparse_bitnet.files import read_json
 
 EOS = "<|endoftext|>"
@@ -55,10 +66,15 @@ class Encoder:
         self.hash = tokenizer_hash(tokenizer)
         self._fast: Tokenizer | None = None
         if isinstance(tokenizer, PreTrainedTokenizerFast):
-            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            self._fast.no_truncation()
-            self._fast.no_padding()
+            self._fast = _plain_backend(tokenizer)
             self._fast.encode_special_tokens = True
+            self._for_chats = _plain_backend(tokenizer)
+            # Offsets of whole tokens, the spaces that they begin with included.
+            self._for_chats.post_processor = processors.ByteLevel(trim_offsets=False)
+
+    def dtype(self, has_answers: bool) -> np.dtype[Any]:
+        """In which shards keep its tokens."""
+        return token_dtype(self.vocab_size, has_answers)
 
     def encode(self, documents: Iterable[str]) -> np.ndarray:
         """Token ids of the documents one after the other, each ended by EOS: uint32 ``[tokens]``.
@@ -69,7 +85,7 @@ class Encoder:
         Raises:
             DataError: if the tokenizer gives an id beyond its own vocabulary.
         """
-        arrays: list[np.ndarray] = []
+        arrays = [np.empty(0, dtype=np.uint32)]
         pending: list[str | None] = []  # None ends a document
         characters = 0
         for document in documents:
@@ -81,10 +97,41 @@ class Encoder:
                     pending, characters = [], 0
             pending.append(None)
         arrays += self._arrays(pending)
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32)
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+        return self._checked(np.concatenate(arrays))
+
+    def encode_chats(self, chats: Sequence[Chat]) -> np.ndarray:
+        """Tokens of conversations one after the other: ``[tokens]`` of ``shards.token_dtype``.
+
+        The template's special tokens are encoded as such, and nothing is added. A token counts as
+        an answer's where its first character does; the first token of a conversation never does.
+
+        Raises:
+            DataError: if the tokenizer is in Python only, which tells no token's place, or gives an
+                id beyond its own vocabulary.
+        """
+        if self._fast is None:
             raise DataError(
-                f"{self.where}: gave token id {int(tokens.max())}, beyond its own vocabulary of "
+                f"{self.where}: a tokenizer without tokenizer.json does not say where in the text "
+                "its tokens stand, so answers cannot be found; convert it to a fast tokenizer"
+            )
+        arrays = []
+        encoded = self._for_chats.encode_batch([c.text for c in chats], add_special_tokens=False)
+        for chat, encoding in zip(chats, encoded, strict=True):
+            tokens = np.zeros(len(encoding), dtype=self.dtype(has_answers=True))
+            tokens["id"] = self._checked(np.array(encoding.ids, dtype=np.uint32))
+            begins = np.array([start for start, _ in encoding.offsets])
+            for start, end in chat.answers:
+                tokens["answer"] |= (begins >= start) & (begins < end)
+            tokens["answer"][:1] = 0
+            tokens["first"][:1] = 1
+            arrays.append(tokens)
+        return np.concatenate(arrays)
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        largest = int(tokens.max(initial=0))
+        if largest >= self.vocab_size:
+            raise DataError(
+                f"{self.where}: gave token id {largest}, beyond its own vocabulary of "
                 f"{self.vocab_size}"
             )
         return tokens
@@ -107,6 +154,13 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

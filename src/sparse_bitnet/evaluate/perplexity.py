@@ -16,6 +16,8 @@ Every token but the first is scored exactly once, and after the first window eac
 window − stride + 1 tokens of context. Stride = window is fastest; it is what training's validation
 loss computes. A small stride gives every token nearly a full window of context, at window / stride
 times the cost. The last window starts early enough to be a full one.
+
+Shards of conversations are scored one conversation at a time, and their answers alone.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Perplexity:
         byte_perplexity: 2^bits_per_byte.
         tokens: number of scored tokens.
         bytes: UTF-8 bytes of the scored text, or None.
+        answers_only: whether the tokens are those of answers in conversations.
     """
 
     loss: float
@@ -69,9 +72,12 @@ class Perplexity:
     byte_perplexity: float | None
     tokens: int
     bytes: int | None
+    answers_only: bool = False
 
     @classmethod
-    def of(cls, nats: float, tokens: int, text_bytes: int | None = None) -> Perplexity:
+    def of(
+        cls, nats: float, tokens: int, text_bytes: int | None = None, answers_only: bool = False
+    ) -> Perplexity:
         """From the summed loss of ``tokens`` tokens, which spell ``text_bytes`` bytes."""
         loss = nats / tokens
         bits = nats / math.log(2) / text_bytes if text_bytes else None
@@ -82,13 +88,14 @@ class Perplexity:
             byte_perplexity=None if bits is None else _power(2.0, bits),
             tokens=tokens,
             bytes=text_bytes,
+            answers_only=answers_only,
         )
 
     def __str__(self) -> str:
         line = f"perplexity {self.perplexity:.2f} (loss {self.loss:.4f} nats/token"
         if self.bits_per_byte is not None:
             line += f", {self.bits_per_byte:.4f} bits/byte"
-        return f"{line}) over {self.tokens:,} tokens"
+        return f"{line}) over {self.tokens:,} tokens{' of answers' if self.answers_only else ''}"
 
 
 def perplexity(
@@ -109,7 +116,8 @@ def perplexity(
     The result does not depend on the batch size (beyond rounding).
 
     Args:
-        source: token shards; a one-dimensional integer array or tensor of token ids; UTF-8 text
+        source: token shards, of which answers alone are scored where they hold conversations; a
+            one-dimensional integer array or tensor of token ids; UTF-8 text
             files (paths, directories or globs); or a source that is already open. Documents of
             text are joined as in shards, with the end-of-sequence token, and one more stands
             before the first, so that its first word is scored as well.
@@ -120,7 +128,7 @@ def perplexity(
         batch_size: windows at once; by default chosen, and halved whenever memory runs out.
         limit: score at most this many tokens, the first ones.
         text_bytes: UTF-8 bytes that the tokens of an array spell, for the byte-normalised figures;
-            those of text and shards are known. A limit that cuts the text leaves them unknown.
+            those of text and its shards are known. A limit that cuts the text leaves them unknown.
         title: of the progress bar.
 
     Raises:
@@ -137,24 +145,29 @@ def perplexity(
         raise ConfigError(f"limit {limit} is out of range: score at least 1 token")
     vocab = vocabulary(model)
     text = _open(source, tokenizer, text_bytes, vocab)
-    total = text.total if limit is None else min(text.total, limit + 1)
+    total = text.total if limit is None else text.cut(limit)
     if total < 2:
         raise DataError(f"{text.name}: too short, {total} token(s); perplexity needs at least 2")
-    window = min(window, total - 1)
-    last = total - 1 - window
-    windows = 1 + math.ceil(last / stride)
-
-    def first(row: int) -> int:
-        return min(row * stride, last)
+    plans = [
+        _windows(begin, min(end, total), window, stride) for begin, end in text.documents(total)
+    ]
+    firsts, ends, scored_to = (np.concatenate(column) for column in zip(*plans, strict=True))
 
     def read(start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[rows, window + 1]`` of some windows, and which targets they are charged for."""
-        starts = [first(row) for row in range(start, end)]
-        scored_to = [first(row - 1) + window if row else 0 for row in range(start, end)]
-        tokens = torch.from_numpy(text.windows(starts, window + 1).astype(np.int64))
+        """Tokens ``[rows, longest]`` of some windows, padded on the right, and which of them they
+        are charged for."""
+        rows = slice(start, end)
+        starts, lengths = firsts[rows], ends[rows] - firsts[rows]
+        tokens = np.zeros((len(starts), lengths.max()), dtype=np.int64)
+        wanted = np.zeros(tokens.shape, dtype=bool)
+        for row, (first, length, scored) in enumerate(
+            zip(starts, lengths, scored_to[rows], strict=True)
+        ):
+            tokens[row, :length] = text.read(first, length)
+            wanted[row, :length] = text.learned(first, length)
+            wanted[row, : scored - first + 1] = False
         _refuse_foreign(tokens, starts, vocab, text.name)
-        targets = torch.tensor(starts).unsqueeze(-1) + torch.arange(1, window + 1)
-        return tokens, targets > torch.tensor(scored_to).unsqueeze(-1)
+        return torch.from_numpy(tokens), torch.from_numpy(wanted)
 
     nats = 0.0
     scored = 0
@@ -165,25 +178,56 @@ def perplexity(
             nonlocal nats, scored
             tokens, wanted = read(start, end)
             log_p = token_log_probabilities(
-                model, tokens[:, :-1], tokens[:, 1:], wanted, plain_head
+                model, tokens[:, :-1], tokens[:, 1:], wanted[:, 1:], plain_head
             )
             nats -= log_p.sum().item()
             scored += len(log_p)
-            task.advance(len(log_p), f"ppl {_power(math.e, nats / scored):.2f}")
+            task.advance(len(log_p), f"ppl {_power(math.e, nats / max(1, scored)):.2f}")
 
-        in_batches(windows, choose_batch(model, window, plain_head, batch_size), work)
+        in_batches(len(firsts), choose_batch(model, window, plain_head, batch_size), work)
     # How many bytes the first tokens of a longer text spell is not known.
-    return Perplexity.of(nats, scored, text.bytes if total == text.total else None)
+    known = text.bytes if total == text.total else None
+    return Perplexity.of(nats, scored, known, text.shards is not None)
+
+
+def _windows(begin: int, end: int, window: int, stride: int) -> tuple[NDArray[np.int64], ...]:
+    """Of the tokens ``[begin, end)``: where each window begins and ends, its last target included,
+    and up to which token others have scored."""
+    window = min(window, end - begin - 1)
+    last = end - 1 - window
+    firsts = np.minimum(begin + stride * np.arange(1 + math.ceil((last - begin) / stride)), last)
+    return firsts, firsts + window + 1, np.concatenate([[begin], firsts[:-1] + window])
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A run of token ids, read by ``windows(starts, length)`` as integers ``[starts, length]``."""
+    """A run of token ids, read by ``read(start, count)``: in one piece, or conversations where
+    ``shards`` are given."""
 
     name: str
     total: int
     bytes: int | None
-    windows: Callable[[list[int], int], NDArray[np.integer]]
+    read: Callable[[int, int], NDArray[np.integer]]
+    shards: TokenShards | None = None
+
+    def learned(self, start: int, count: int) -> NDArray[np.bool_] | bool:
+        """Which of some tokens are scored."""
+        return True if self.shards is None else self.shards.marks([start], count)[0][0]
+
+    def documents(self, total: int) -> list[tuple[int, int]]:
+        """Where each begins and ends, of the first ``total`` tokens; of two tokens at least."""
+        if self.shards is None:
+            return [(0, total)]
+        begins = self.shards.document_starts()
+        ends = np.minimum([*begins[1:], self.total], total)
+        return [(b, e) for b, e in zip(begins.tolist(), ends.tolist(), strict=True) if e - b > 1]
+
+    def cut(self, limit: int) -> int:
+        """How many tokens hold the first ``limit`` scored ones."""
+        if self.shards is None:
+            return min(self.total, limit + 1)
+        places = np.flatnonzero(self.learned(0, self.total))
+        return self.total if len(places) <= limit else int(places[limit - 1]) + 1
 
 
 def _open(
@@ -196,8 +240,9 @@ def _open(
         source.require_vocabulary(vocab)
         if tokenizer is not None:
             source.require_tokenizer(tokenizer_hash(tokenizer))
-        name = f"token shards {source.path}"
-        return _Text(name, source.total_tokens, source.total_bytes, source.windows)
+        name, chats = f"token shards {source.path}", source if source.has_answers else None
+        text_bytes = None if chats else source.total_bytes
+        return _Text(name, source.total_tokens, text_bytes, source.tokens, chats)
     if isinstance(source, np.ndarray | Tensor):
         name = "token array"
     else:
@@ -209,11 +254,7 @@ def _open(
             f"token array: shape {tuple(array.shape)} of {array.dtype}; token ids are a "
             "one-dimensional array of integers"
         )
-
-    def windows(starts: list[int], length: int) -> NDArray[np.integer]:
-        return np.stack([array[start : start + length] for start in starts])
-
-    return _Text(name, len(array), text_bytes, windows)
+    return _Text(name, len(array), text_bytes, lambda start, count: array[start : start + count])
 
 
 def encode_text(
@@ -244,12 +285,14 @@ def encode_text(
     return np.concatenate([[encoder.eos_id], ids]), sum(len(d.encode()) for d in documents)
 
 
-def _refuse_foreign(tokens: Tensor, starts: list[int], vocab: int, name: str) -> None:
-    foreign = ((tokens < 0) | (tokens >= vocab)).nonzero()
+def _refuse_foreign(
+    tokens: NDArray[np.int64], starts: NDArray[np.int64], vocab: int, name: str
+) -> None:
+    foreign = np.argwhere((tokens < 0) | (tokens >= vocab))
     if len(foreign):
-        row, column = foreign[0].tolist()
+        row, column = foreign[0]
         raise DataError(
-            f"{name}: token id {int(tokens[row, column])} at position {starts[row] + column} is "
+            f"{name}: token id {tokens[row, column]} at position {starts[row] + column} is "
             f"outside the model's vocabulary of {vocab} ids; the tokens were made with another "
             "tokenizer, prepare them with the model's own"
         )

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.data.loader import Loader
+from sparse_bitnet.data.loader import IGNORED, Batch, Loader
 from sparse_bitnet.data.shards import TokenShards
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.train.config import TrainConfig
@@ -21,6 +22,9 @@ VALIDATION_SEED = 0  # every run of every seed is measured on the same sequences
 
 class Batches:
     """The token batches of a run: training by step, and a fixed set for validation.
+
+    Attributes:
+        has_documents: whether some sequences hold several documents (see data.loader.Batch).
 
     Raises:
         ConfigError: if the ranks do not divide the batch.
@@ -34,7 +38,7 @@ class Batches:
                 f"data.batch_size is {data.batch_size}: it must be a multiple of the "
                 f"{ranks.world_size} ranks"
             )
-        self._device = ranks.device
+        self._device, self._ranks = ranks.device, ranks
         local = data.batch_size // ranks.world_size
         self._micro = min(data.micro_batch_size or local, local)
         if local % self._micro:
@@ -51,32 +55,51 @@ class Batches:
             "tokenizer": train[first].tokenizer_hash,
             "tokens": [shards.total_tokens for shards in train.values()],
         }
-        place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        size = (data.sequence_length, data.batch_size)
+        options: dict[str, Any] = {
+            "sequence_length": data.sequence_length,
+            "batch_size": data.batch_size,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "separate_documents": data.separate_documents,
+        }
         mixture = [(train[path], weight) for path, weight in directories.items()]
-        self._train = Loader(mixture, *size, seed=config.run.seed, **place)
+        self._train = Loader(mixture, seed=config.run.seed, **options)
+        self.has_documents = self._train.has_documents
         self._validation = None
         self._validation_steps = 0
         if held and config.run.validation_sequences:
             mixture = [(held[path], directories[path]) for path in held]
-            self._validation = Loader(mixture, *size, seed=VALIDATION_SEED, **place)
+            self._validation = Loader(mixture, seed=VALIDATION_SEED, **options)
             count = min(config.run.validation_sequences, sum(self._validation.windows))
             self._validation_steps = max(1, count // data.batch_size)
 
-    def train(self, step: int) -> list[Tensor]:
-        """This rank's micro-batches of a step: ``[micro, length + 1]`` on the device."""
-        return self._to_device(self._train.batch(step))
+    def train(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the device."""
+        return list(self._micro_batches([self._train.batch(step)]))
 
-    def validation(self) -> Iterator[Tensor]:
+    def validation(self) -> Iterator[Batch]:
         """This rank's validation micro-batches; none if there is no validation split."""
         if self._validation is not None:
-            for step in range(self._validation_steps):
-                yield from self._to_device(self._validation.batch(step))
+            steps = range(self._validation_steps)
+            yield from self._micro_batches(map(self._validation.batch, steps))
 
-    def _to_device(self, batch: Tensor) -> list[Tensor]:
-        if self._device.type == "cuda":
-            batch = batch.pin_memory().to(self._device, non_blocking=True)
-        return list(batch.split(self._micro))
+    def _micro_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Cut and moved to the device. Where only some labels are learned, they are divided by the
+        mean over micro-batches and ranks of how many: then the mean of the losses is that over all
+        labels."""
+        parts: Iterable[Batch] = (part for batch in batches for part in batch.split(self._micro))
+        divisor = None
+        if self.has_documents:
+            parts = list(parts)
+            learned = torch.stack([(part.labels != IGNORED).sum() for part in parts])
+            divisor = self._ranks.mean(learned.float().mean().to(self._device))
+        for part in parts:
+            yield part.map(self._to_device)._replace(divisor=divisor)
+
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tokens
+        return tokens.pin_memory().to(self._device, non_blocking=True)
 
 
 def _open(directories: Iterable[str]) -> tuple[dict[str, TokenShards], dict[str, TokenShards]]:

@@ -141,6 +141,9 @@ class DataConfig:
     """Tokens a sequence."""
     batch_size: int = 32
     """Sequences an optimizer step, over all ranks and micro-batches."""
+    separate_documents: bool = False
+    """Documents of text do not attend to each other: attention and positions begin anew behind each
+    end of a document. Conversations never do."""
     micro_batch_size: int | None = None
     """Sequences a rank takes at once; the rest is gradient accumulation. Default: all."""
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparse_bitnet.data.loader import Batch
+
 WARMUPS = 3  # compilation, kernel choices and workspaces, before anything is recorded
 
 
@@ -27,18 +29,19 @@ class GraphedBackward:
     """
 
     def __init__(
-        self, backward: Callable[[Sequence[Tensor]], Tensor], parameters: Sequence[Tensor]
+        self, backward: Callable[[Sequence[Batch]], Tensor], parameters: Sequence[Tensor]
     ) -> None:
         self._backward, self._parameters = backward, parameters
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
+        self._inputs: list[Batch] = []
         self._loss: Tensor | None = None
 
-    def __call__(self, micro_batches: Sequence[Tensor]) -> Tensor:
+    def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
         if self._graph is None:
             self._graph = self._capture(micro_batches)
         for mine, given in zip(self._inputs, micro_batches, strict=True):
-            mine.copy_(given, non_blocking=True)
+            mine.inputs.copy_(given.inputs, non_blocking=True)
+            mine.labels.copy_(given.labels, non_blocking=True)
         self._graph.replay()
         assert self._loss is not None
         return self._loss.clone()  # the next replay writes over it
@@ -47,8 +50,8 @@ class GraphedBackward:
         """Capture anew at the next call."""
         self._graph = None
 
-    def _capture(self, micro_batches: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        self._inputs = [batch.clone() for batch in micro_batches]
+    def _capture(self, micro_batches: Sequence[Batch]) -> torch.cuda.CUDAGraph:
+        self._inputs = [batch.map(Tensor.clone) for batch in micro_batches]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         # Dropout of the replay starts where an eager step's would, so a resumed run repeats it.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.nn import set_pattern, set_quantization
 from sparse_bitnet.train.batches import Batches
 from sparse_bitnet.train.checkpoint import Checkpoints
@@ -23,7 +24,12 @@ from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import save_trained
 from sparse_bitnet.train.graph import GraphedBackward
 from sparse_bitnet.train.loss import CausalLoss
-from sparse_bitnet.train.model import build_model, convert_model, maskless_attention
+from sparse_bitnet.train.model import (
+    build_model,
+    check_documents,
+    convert_model,
+    maskless_attention,
+)
 from sparse_bitnet.train.monitor import Clock, History, Monitor, Reading
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
 from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
@@ -96,8 +102,10 @@ class _Run:
             seed=config.run.seed,
             device=here.device,
             tokenizer=self.batches.tokenizer,
-            sample=lambda: here.from_main(self.batches.train(0)[0].cpu()).to(here.device),
+            sample=lambda: here.from_main(self.batches.train(0)[0].inputs.cpu()).to(here.device),
         )
+        if self.batches.has_documents:
+            check_documents(self.model)
         conversion = convert_model(self.model, config.sparsity)
         self.linear_weights = conversion.weights
         self._say(str(conversion))
@@ -135,7 +143,8 @@ class _Run:
         blend = self.config.sparsity.quantization
         complete: list[bool] = []
         with contextlib.ExitStack() as open_ones:
-            for model in (self.model, *([self.teacher.model] if self.teacher else ())):
+            models = (self.model, *([self.teacher.model] if self.teacher else ()))
+            for model in () if self.batches.has_documents else models:
                 open_ones.enter_context(maskless_attention(model))
             history = open_ones.enter_context(self._history())
             bar = open_ones.enter_context(self._progress())
@@ -210,11 +219,11 @@ class _Run:
         backward = self.graph or self._accumulate
         return self.here.mean(backward(self.batches.train(step)))
 
-    def _accumulate(self, micro_batches: Sequence[Tensor]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> Tensor:
         total = torch.zeros(2 if self.teacher else 1, device=self.here.device)
-        for tokens in micro_batches:
+        for batch in micro_batches:
             with self._autocast():
-                loss, parts = self.loss_of(tokens, self.teacher)
+                loss, parts = self.loss_of(batch, self.teacher)
             (loss / len(micro_batches)).backward()
             total += parts / len(micro_batches)
         return total
@@ -222,6 +231,11 @@ class _Run:
     def _graph(self) -> GraphedBackward:
         if self.config.teacher.device:
             raise ConfigError("run.cuda_graph holds one device: leave teacher.device out")
+        if self.batches.has_documents:
+            raise ConfigError(
+                "run.cuda_graph cannot hold where documents begin, which changes with every batch: "
+                "leave it out for conversations and data.separate_documents"
+            )
         if self.here.device.type != "cuda" or self.here.is_distributed:
             raise ConfigError(
                 "run.cuda_graph needs one process on CUDA; this run has "
@@ -273,15 +287,15 @@ class _Run:
         """Mean loss over the validation sequences, nats a token; None without a split."""
         self.loss_of.eval()
         losses = []
-        for tokens in self.batches.validation():
+        for batch in self.batches.validation():
             with self._autocast():
-                losses.append(self.loss_of(tokens)[0].float())
+                losses.append(self.loss_of(batch)[0].float())
         self.loss_of.train()
         return self.here.mean(torch.stack(losses).mean()).item() if losses else None
 
     def _measure_teacher(self, teacher: Teacher, history: History) -> None:
         """Its own validation loss, which the student's is to come near."""
-        losses = [teacher.loss(tokens).float() for tokens in self.batches.validation()]
+        losses = [teacher.loss(batch).float() for batch in self.batches.validation()]
         if losses:
             loss = self.here.mean(torch.stack(losses).mean()).item()
             if not history.rows:  # a run that was stopped before its first checkpoint has it

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.nn import DerivedModule
 from sparse_bitnet.nn.head import has_plain_head
 
@@ -78,16 +79,18 @@ def chunked_loss(
     labels: Tensor,
     chunk: int | None = None,
     targets: Targets | None = None,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of ``hidden @ head.T`` against ``labels``, and against a teacher if there is one.
 
     Args:
         hidden: ``[..., features]``; the logits themselves where ``head`` is None.
         head: ``[vocabulary, features]``, the output head's weight.
-        labels: ``[...]``, int64 token ids.
+        labels: ``[...]``, int64 token ids; −100 where neither labels nor teacher count.
         chunk: tokens at a time; by default as many as make 2²⁹ logits on CUDA, else 2²⁷, those of
             the teacher included.
         targets: the teacher's, for the same tokens.
+        divisor: by how many labels the sum is divided, a scalar; by default by all of them.
 
     Returns:
         The loss, a scalar, differentiable in ``hidden`` and ``head``; and its parts without
@@ -98,7 +101,8 @@ def chunked_loss(
     if targets is not None:
         vocabulary *= 2
     tokens = chunk or _chunk(labels.numel(), vocabulary, hidden.device.type)
-    loss, parts = _ChunkedLoss.apply(hidden.flatten(0, -2), head, labels.flatten(), tokens, targets)
+    some = hidden.flatten(0, -2), head, labels.flatten()
+    loss, parts = _ChunkedLoss.apply(*some, tokens, targets, divisor)
     return loss, parts
 
 
@@ -122,7 +126,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _loss_and_slope(
     logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: Weighing | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sums of the loss's parts, and the derivative of the loss by the logits.
+    """Sums of the loss's parts over tokens that have a label, and the derivative of the loss by
+    the logits, also of tokens that have none.
 
     That of cross-entropy is the softmax, less one at the label; that of T²·KL is T times the
     difference of the softened distributions.
@@ -132,13 +137,14 @@ def _loss_and_slope(
         how: the weights and the temperature.
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = labels.unsqueeze(-1)
+    counted = labels != IGNORED
+    rows = labels.clamp(min=0).unsqueeze(-1)
     log_p = exact.log_softmax(-1)
-    loss = -log_p.gather(-1, rows).sum()
+    loss = -log_p.gather(-1, rows).squeeze(-1).masked_fill(~counted, 0).sum()
     slope = log_p.exp_().scatter_add_(-1, rows, -torch.ones_like(rows, dtype=exact.dtype))
     if teacher is None or how is None:
         return loss.unsqueeze(0), slope.to(logits.dtype)
-    divergence, slope_of_it = _divergence(exact, teacher.to(exact.dtype), how.temperature)
+    divergence, slope_of_it = _divergence(exact, teacher.to(exact.dtype), counted, how.temperature)
     slope = how.cross_entropy * slope + how.divergence * slope_of_it
     return torch.stack([loss, divergence]), slope.to(logits.dtype)
 
@@ -153,17 +159,21 @@ def _loss_and_slope_for_fusion(
     slope = log_p.exp() - is_label.float()
     if teacher is None or how is None:
         return loss.unsqueeze(0), slope.to(logits.dtype)
-    divergence, slope_of_it = _divergence(logits.float(), teacher.float(), how.temperature)
+    counted = labels != IGNORED
+    divergence, slope_of_it = _divergence(logits.float(), teacher.float(), counted, how.temperature)
     slope = how.cross_entropy * slope + how.divergence * slope_of_it
     return torch.stack([loss, divergence]), slope.to(logits.dtype)
 
 
-def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """T²·KL(teacher ‖ student) summed over tokens, and its derivative by the student's logits."""
+def _divergence(
+    student: Tensor, teacher: Tensor, counted: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """T²·KL(teacher ‖ student) summed over the counted tokens, and its derivative by the student's
+    logits of all."""
     log_p = (teacher / temperature).log_softmax(-1)
     log_q = (student / temperature).log_softmax(-1)
     p = log_p.exp()
-    total = temperature**2 * (p * (log_p - log_q)).sum()
+    total = temperature**2 * (p * (log_p - log_q)).sum(-1).masked_fill(~counted, 0).sum()
     return total, temperature * (log_q.exp() - p)
 
 
@@ -182,6 +192,7 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         tokens: int,
         targets: Targets | None,
+        divisor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         compute = hidden.dtype
@@ -195,6 +206,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if head is not None and needs_head:
             d_head = torch.zeros_like(head, dtype=exact)
         rows = None if head is None else head.to(compute)
+        ignored = (labels == IGNORED).unsqueeze(-1)
         evaluate = _fused() if hidden.is_cuda else _loss_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, labels.numel(), tokens):
@@ -206,13 +218,17 @@ class _ChunkedLoss(torch.autograd.Function):
                 else:
                     more, slope = evaluate(logits, labels[part], targets.logits(part), targets.how)
                 sums += more
+                # Tokens without a label leave no gradient: masked here, where a row is features
+                # and not a vocabulary.
                 if d_hidden is not None:
                     d_hidden[part] = slope if rows is None else slope @ rows
+                    d_hidden[part].masked_fill_(ignored[part], 0)
                 if d_head is not None:
-                    _add_product(d_head, slope, x)
+                    _add_product(d_head, slope, x.masked_fill(ignored[part], 0))
         ctx.save_for_backward(d_hidden, d_head)
-        ctx.head_dtype, ctx.count = None if head is None else head.dtype, labels.numel()
-        parts = sums / labels.numel()
+        ctx.head_dtype = None if head is None else head.dtype
+        ctx.divisor = labels.numel() if divisor is None else divisor
+        parts = sums / ctx.divisor
         ctx.mark_non_differentiable(parts)
         if targets is None:
             return parts[0].clone(), parts
@@ -222,12 +238,12 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         d_hidden, d_head = ctx.saved_tensors
-        upstream = grads[0] / ctx.count
+        upstream = grads[0] / ctx.divisor
         if d_hidden is not None:
             d_hidden = d_hidden * upstream
         if d_head is not None:
             d_head = (d_head * upstream).to(ctx.head_dtype)
-        return d_hidden, d_head, None, None, None
+        return d_hidden, d_head, None, None, None, None
 
 
 class CausalLoss(nn.Module):
@@ -247,25 +263,31 @@ class CausalLoss(nn.Module):
         plain = isinstance(head, nn.Linear) and not isinstance(head, DerivedModule)
         self.chunked = plain and head.bias is None and has_plain_head(model)
 
-    def last_hidden(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def last_hidden(
+        self, inputs: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The last hidden state and the head's weight; or the logits, and None."""
+        # Where positions begin anew, transformers lets attention begin anew.
+        given = {"input_ids": inputs, "use_cache": False}
+        if positions is not None:
+            given["position_ids"] = positions
         if not self.chunked:
-            return self.model(input_ids=inputs, use_cache=False).logits, None
-        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+            return self.model(**given).logits, None
+        hidden = self.model.base_model(**given).last_hidden_state
         return hidden, self.model.get_output_embeddings().weight
 
     def forward(
-        self, tokens: Tensor, teacher: Callable[[Tensor], Targets] | None = None
+        self, batch: Batch, teacher: Callable[[Batch], Targets] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss over ``[sequences, length + 1]`` token ids, and its parts.
+        """Mean loss over a batch's labels, and its parts.
 
         Args:
-            teacher: gives the targets of ``[sequences, length]`` token ids.
+            teacher: gives the targets of a batch.
 
         Returns:
             As :func:`chunked_loss`.
         """
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
         # Before the student keeps its activations.
-        targets = None if teacher is None else teacher(inputs)
-        return chunked_loss(*self.last_hidden(inputs), labels, targets=targets)
+        targets = None if teacher is None else teacher(batch)
+        hidden, head = self.last_hidden(batch.inputs, batch.positions)
+        return chunked_loss(hidden, head, batch.labels, targets=targets, divisor=batch.divisor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,6 +130,37 @@ def maskless_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def check_documents(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose tokens see the document before their own.
+
+    transformers' attention begins anew where positions do; a recurrence does not. Decided by two
+    forwards: a document behind another one must have the logits that it has alone.
+
+    Raises:
+        ConfigError: naming the architecture.
+    """
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, 12), generator=generator)
+    positions = torch.arange(6).repeat(2).unsqueeze(0).to(model.device)
+    tokens = tokens.to(model.device)
+    sees_positions = "position_ids" in inspect.signature(model.forward).parameters
+    apart = False
+    if sees_positions:
+        packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 6:]
+        alone = model(input_ids=tokens[:, 6:], use_cache=False).logits
+        # Sums in another order; what leaks from another document is as large as the logits.
+        apart = bool((packed - alone).abs().max() <= 1e-2 * alone.abs().max())
+    model.train(training)
+    if not apart:
+        raise ConfigError(
+            f"{type(model).__name__} lets tokens see the documents before their own in a sequence: "
+            "it cannot train on conversations or with data.separate_documents"
+        )
 
 
 def convert_model(model: PreTrainedModel, config: SparsityConfig) -> Conversion:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
@@ -63,17 +64,19 @@ class Teacher:
         self._home = device
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Targets:
-        """Targets on the student's device for ``[sequences, length]`` token ids."""
+    def __call__(self, batch: Batch) -> Targets:
+        """Targets of a batch, on the student's device."""
+        given = batch.map(lambda one: one.to(self.device))
         with self._autocast():
-            hidden, _ = self._loss_of.last_hidden(inputs.to(self.device))
+            hidden, _ = self._loss_of.last_hidden(given.inputs, given.positions)
         return Targets(hidden.to(self._home), self._head, self._how)
 
     @torch.no_grad()
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Its own cross-entropy on ``[sequences, length + 1]`` token ids, nats a token."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Its own cross-entropy on a batch, nats a token."""
         with self._autocast():
-            return self._loss_of(tokens.to(self.device))[0].to(self._home)
+            loss, _ = self._loss_of(batch.map(lambda one: one.to(self.device)))
+        return loss.to(self._home)
 
     def _autocast(self) -> torch.autocast:
         kind = self.device.type

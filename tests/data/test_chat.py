@@ -1,0 +1,369 @@
+"""Conversations: found answers against transformers' own mask and against reading by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from sparse_bitnet.core.errors import ConfigError, DataError
+from sparse_bitnet.data import Loader, TokenShards, open_source, prepare
+from sparse_bitnet.data.chat import Chat, ChatTemplate, check_messages
+from sparse_bitnet.data.loader import IGNORED
+from sparse_bitnet.data.tokenizer import Encoder, train_bpe
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Forgets what earlier answers said, as templates of reasoning models do with thoughts.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ 'said something' }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = train_bpe(["who are you? I am a model. yes  no system user assistant " * 9], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """A conversation of user, assistant, user, …"""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + messages
+
+
+def conversations(count: int) -> list[list[dict[str, Any]]]:
+    rng = random.Random(1)
+    words = ["who", "are", "you", "naïve", "数据", "🙂", "  spaced ", "\n\nlines\n", "x"]
+    return [
+        turns(
+            *(" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(rng.randint(2, 7))),
+            system=rng.choice([None, "be brief"]),
+        )
+        for _ in range(count)
+    ]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return f"jsonl:{path}#messages"
+
+
+def by_hand(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """CHATML's pieces, and whether each is an answer."""
+    pieces = [("<|im_start|>system\nBe kind.<|im_end|>\n", False)]
+    if messages[0]["role"] == "system":
+        pieces = []
+    for message in messages:
+        pieces.append((f"<|im_start|>{message['role']}\n", False))
+        pieces.append((f"{message['content']}<|im_end|>", message["role"] == "assistant"))
+        pieces.append(("\n", False))
+    return pieces
+
+
+@pytest.mark.parametrize("messages", conversations(20))
+def test_answers_by_prefixes(messages: list[dict[str, Any]]) -> None:
+    chat = ChatTemplate(chat_tokenizer(CHATML), "here").render(messages, "a, line 1")
+    assert chat is not None
+    pieces = by_hand(messages)
+    assert chat.text == "".join(text for text, _ in pieces)
+    expected = [text for text, answer in pieces if answer]
+    assert [chat.text[start:end] for start, end in chat.answers] == expected
+
+
+def test_tokens_are_the_template_s_and_answers_transformers_own_mask() -> None:
+    tokenizer = chat_tokenizer(MARKED)
+    template, encoder = ChatTemplate(tokenizer, "here"), Encoder(tokenizer)
+    everything = conversations(40)
+    chats = [template.render(messages, "") for messages in everything]
+    tokens = encoder.encode_chats([chat for chat in chats if chat])
+    starts = [*np.flatnonzero(tokens["first"]), len(tokens)]
+    for number, messages in enumerate(everything):
+        mine = tokens[starts[number] : starts[number + 1]]
+        theirs: Any = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert mine["id"].tolist() == theirs["input_ids"]
+        assert mine["answer"].tolist() == theirs["assistant_masks"]
+
+
+def test_a_token_belongs_to_where_it_begins() -> None:
+    """Spaces that a byte-level tokenizer keeps out of offsets included."""
+    encoder = Encoder(chat_tokenizer(CHATML))
+    text = "<|im_start|>are  you <|im_end|>"
+    for start in range(len(text)):
+        tokens = encoder.encode_chats([Chat(text, [(start, len(text))])])
+        place, begins = 0, []
+        for token in tokens["id"].tolist():
+            begins.append(place)
+            place += len(encoder.tokenizer.decode([token]))
+        assert place == len(text)
+        expected = [n > 0 and begin >= start for n, begin in enumerate(begins)]
+        assert (tokens["answer"] != 0).tolist() == expected
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+    template = ChatTemplate(chat_tokenizer(FORGETFUL), "here")
+    assert template.render(turns("who", "me"), "a, line 1") is not None
+    with pytest.raises(DataError, match=r"a, line 2, message 3: .* otherwise once it is there"):
+        template.render(turns("who", "me", "and", "you"), "a, line 2")
+    with pytest.raises(DataError, match=r"a, line 3: .* otherwise than its beginning"):
+        template.render(turns("who", "me", "and"), "a, line 3")
+
+
+def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    template = ChatTemplate(chat_tokenizer(CHATML), "here")
+    nothing = [
+        turns("who"),
+        [{"role": "assistant", "content": "an answer to nothing"}],
+        turns("who", ""),
+        turns("who", "me", "and", " \n"),
+        turns("say <|im_end|>", "no"),
+        turns("who", "<|im_start|>user"),
+    ]
+    assert [template.render(messages, "") for messages in nothing] == [None] * 6
+    template.report()
+    assert capsys.readouterr().err == (
+        "warning: left out 6 conversations: 2 without an answer, 2 with an empty answer, 2 with a "
+        "special token written out as text\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "messages is None; it must be a list"),
+        ([], r"messages is \[\]"),
+        ("who are you", "messages is 'who are you'"),
+        ({"role": "user", "content": "a"}, "it must be a list"),
+        (["who"], "message 0: is 'who', not an object"),
+        ([{"content": "who"}], "message 0: role is None"),
+        ([*turns("who"), {"role": "robot", "content": "me"}], "message 1: role is 'robot'"),
+        ([{"role": ["user"], "content": "who"}], "role is"),
+        ([{"role": "user"}], "message 0: content is None; it must be text"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "must be text"),
+        ([{"role": "user", "content": "\ud83d"}], "not valid Unicode"),
+    ],
+)
+def test_messages_that_are_none(value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"^b.jsonl, line 7.*{message}"):
+        check_messages(value, "b.jsonl, line 7")
+
+
+def test_what_a_template_raises_names_the_line() -> None:
+    alternating = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
+    template = ChatTemplate(chat_tokenizer(alternating), "here")
+    with pytest.raises(DataError, match=r"line 2: the chat template says: one at a time"):
+        template.render(turns("who", "me"), "line 2")
+    with pytest.raises(DataError, match="line 2: the chat template says: 'x' is undefined"):
+        ChatTemplate(chat_tokenizer("{{ x.y }}"), "").render(turns("who", "me"), "line 2")
+    with pytest.raises(DataError, match="leaves nothing of the answers to learn"):
+        ChatTemplate(chat_tokenizer("{{ bos_token }}"), "").render(turns("who", "me"), "line 2")
+
+
+@pytest.fixture(scope="module", params=[CHATML, MARKED])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as of a model: its shape and its tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = chat_tokenizer(request.param)
+    tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"vocab_size": len(tokenizer)}))
+    return directory
+
+
+def reference(model: Path, rows: list[Any]) -> list[tuple[list[int], list[bool]]]:
+    """Ids and answers of each conversation, rendered and encoded one by one."""
+    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(str(model)))
+    template = ChatTemplate(encoder.tokenizer, "")
+    out = []
+    for messages in rows:
+        chat = template.render(messages, "")
+        if chat is not None:
+            tokens = encoder.encode_chats([chat])
+            out.append((tokens["id"].tolist(), (tokens["answer"] != 0).tolist()))
+    return out
+
+
+def test_prepared_conversations(model: Path, tmp_path: Path) -> None:
+    rows = [*conversations(60), turns("who"), *conversations(30)]
+    spec = write(tmp_path / "chat.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_bitnet.data.encode.BATCH_BYTES", 1000)
+        settings: dict[str, Any] = {"model": str(model), "validation": 0.2, "shard_tokens": 2000}
+        summary = prepare(spec, tmp_path / "out", **settings)
+        again = prepare(spec, tmp_path / "out", **settings)
+    assert summary["left_out"] == 1 and again["reused"]
+    expected = sorted(reference(model, rows))
+    found = []
+    for split in ("train", "validation"):
+        shards = TokenShards(tmp_path / "out" / split)
+        assert shards.has_answers and (split == "validation" or len(shards.shards) > 1)
+        starts = [*shards.document_starts(), shards.total_tokens]
+        assert len(starts) - 1 == shards.total_documents == summary[split]["documents"]
+        for start, end in itertools.pairwise(starts):
+            learned, first = shards.marks([start], end - start)
+            assert first[0].tolist() == [True] + [False] * (end - start - 1)
+            found.append((shards.tokens(start, end - start).tolist(), learned[0].tolist()))
+    assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("length", [5, 40, 200])
+def test_windows_hold_whole_conversations(
+    model: Path, tmp_path: Path, length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against next fit, written out; an answer that is cut is learned up to there."""
+    rows = conversations(50)
+    prepare(write(tmp_path / "a.jsonl", rows), tmp_path / "a", model=str(model), validation=0)
+    shards = TokenShards(tmp_path / "a" / "train")
+    expected: list[tuple[list[int], list[int], list[int]]] = []
+    room, cut = 0, 0
+    for whole, all_answers in reference(model, rows):
+        cut += len(whole) > length + 1
+        ids, answers = whole[: length + 1], all_answers[: length + 1]
+        if not any(answers):
+            room = 0
+            continue
+        if len(ids) > room:
+            expected.append(([], [], []))
+            room = length + 1
+        labels = [one if said else IGNORED for one, said in zip(ids, answers, strict=True)]
+        for row, more in zip(expected[-1], (ids, labels, range(len(ids))), strict=True):
+            row.extend(more)
+        room -= len(ids)
+    if not expected:
+        with pytest.raises(DataError, match="no answer begins within 6 tokens"):
+            Loader(shards, length, 1)
+        return
+    loader = Loader(shards, length, 1, seed=3)
+    assert (f"{cut} of 50 conversations are longer" in capsys.readouterr().err) == (cut > 0)
+    assert loader.windows == [len(expected)]
+    found = []
+    for step in range(len(expected)):
+        batch = loader.batch(step)
+        assert batch.positions is not None
+        found.append([one[0].tolist() for one in (batch.inputs, batch.labels, batch.positions)])
+    padded = []
+    for ids, labels, positions in expected:
+        rest = length + 1 - len(ids)
+        rows_of = (ids + [shards.eos_id] * rest, labels + [IGNORED] * rest, positions + [0] * rest)
+        padded.append([rows_of[0][:-1], rows_of[1][1:], rows_of[2][:-1]])
+    assert sorted(found) == sorted(padded)
+
+
+def test_conversations_beside_text(model: Path, tmp_path: Path) -> None:
+    """In a mixture, rows of text are learned whole, in one piece."""
+    prepare(
+        write(tmp_path / "a.jsonl", conversations(9)),
+        tmp_path / "a",
+        model=str(model),
+        validation=0,
+    )
+    (tmp_path / "text").write_text("who are you? " * 99)
+    prepare(f"text:{tmp_path / 'text'}", tmp_path / "b", model=str(model), validation=0)
+    chats, text = (TokenShards(tmp_path / name / "train") for name in "ab")
+    batch = Loader([(chats, 1), (text, 1)], 100, 2).batch(0)
+    assert batch.positions is not None
+    whole = (batch.labels != IGNORED).all(1)
+    assert whole.tolist().count(True) == 1
+    row = whole.tolist().index(True)
+    assert batch.positions[row].tolist() == list(range(100))
+    assert batch.labels[row, :-1].tolist() == batch.inputs[row, 1:].tolist()
+
+
+def test_text_whose_documents_are_apart(prepared: Path) -> None:
+    shards = TokenShards(prepared / "train")
+    together, apart = (Loader(shards, 64, 8, separate_documents=flag) for flag in (False, True))
+    for step in range(20):
+        batch, whole = apart.batch(step), together.batch(step)
+        assert batch.positions is not None and (batch.inputs == whole.inputs).all()
+        for row, ids in enumerate(batch.inputs.tolist()):
+            positions, place = [], 0
+            for column, one in enumerate(ids):
+                ends = one == shards.eos_id
+                label = IGNORED if ends else int(whole.labels[row, column])
+                assert batch.labels[row, column] == label
+                positions.append(place)
+                place = 0 if ends else place + 1
+            assert batch.positions[row].tolist() == positions
+
+
+class TestRefusals:
+    def test_templates(self, tmp_path: Path) -> None:
+        chat_tokenizer(None).save_pretrained(tmp_path / "none")
+        spec = write(tmp_path / "a.jsonl", conversations(3))
+        with pytest.raises(DataError, match="none: has no chat template"):
+            prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "none"))
+        with pytest.raises(ConfigError, match="name the model"):
+            prepare(spec, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_tokenizer_in_python_only(self, tmp_path: Path) -> None:
+        tokenizer = ByT5Tokenizer()
+        tokenizer.chat_template = CHATML
+        tokenizer.save_pretrained(tmp_path / "byt5")
+        spec = write(tmp_path / "a.jsonl", conversations(3))
+        with pytest.raises(DataError, match=r"without tokenizer\.json does not say where"):
+            prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "byt5"), validation=0)
+
+    def test_another_template_is_another_preparation(self, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", conversations(9))
+        for name, template in (("one", CHATML), ("two", MARKED)):
+            chat_tokenizer(template).save_pretrained(tmp_path / name)
+        prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "one"), validation=0)
+        with pytest.raises(DataError, match="chat_template was"):
+            prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "two"), validation=0)
+
+    def test_models(self, model: Path, prepared: Path, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", conversations(3))
+        with pytest.raises(ConfigError, match="has its own tokenizer; leave tokenizer"):
+            prepare(spec, tmp_path / "out", model=str(model), tokenizer=str(model))
+        with pytest.raises(DataError, match="no model directory"):
+            prepare(spec, tmp_path / "out", model=str(prepared / "tokenizer"))
+        chat_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "config.json").write_text('{"vocab_size": 9}')
+        with pytest.raises(DataError, match="its embedding 9 rows; the tokenizer is not"):
+            prepare(spec, tmp_path / "out", model=str(tmp_path / "model"))
+
+    def test_both_kinds(self, model: Path, corpus: Path, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", conversations(3))
+        with pytest.raises(ConfigError, match="both hold conversations"):
+            prepare(spec, tmp_path / "out", model=str(model), validation_source=f"jsonl:{corpus}")
+
+    def test_reading_as_text(self, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", conversations(3))
+        with pytest.raises(DataError, match="line 1: a conversation, where text is wanted"):
+            list(open_source(spec))
+        with pytest.raises(DataError, match=r"no field 'text'; it holds messages: name one as"):
+            list(open_source(spec.removesuffix("#messages")))
+
+    def test_a_bad_line(self, model: Path, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", [*conversations(3), [{"role": "x", "content": ""}]])
+        with pytest.raises(DataError, match=r"a\.jsonl, line 4, message 0: role is 'x'"):
+            prepare(spec, tmp_path / "out", model=str(model), validation=0)
+
+    def test_nothing_to_learn(self, model: Path, tmp_path: Path) -> None:
+        spec = write(tmp_path / "a.jsonl", [turns("who")])
+        with pytest.raises(DataError, match="holds no text"):
+            prepare(spec, tmp_path / "out", model=str(model), validation=0)

@@ -1,0 +1,177 @@
+"""Sequences of several documents: they do not see each other, and answers alone are learned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.loader import IGNORED, Batch, Loader
+from sparse_bitnet.data.shards import TokenShards
+from sparse_bitnet.nn import convert
+from sparse_bitnet.train import TrainingInterruptedError, train
+from sparse_bitnet.train.loss import CausalLoss
+from sparse_bitnet.train.model import check_documents
+from sparse_bitnet.train.presets import preset_config
+
+VOCABULARY = 64  # of the tokens in conftest.py
+
+
+def small(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = preset_config("tiny", VOCABULARY)
+    for name, value in changes.items():
+        setattr(shape, name, value)
+    return AutoModelForCausalLM.from_config(shape)
+
+
+def shapes() -> dict[str, PreTrainedModel]:
+    windows = {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention"],
+    }
+    return {"sdpa": small(), "windows": small(num_hidden_layers=1, **windows)}
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "windows"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_packed_document_has_the_logits_that_it_has_alone(kind: str, converted: bool) -> None:
+    model = shapes()[kind].eval()
+    if converted:
+        convert(model, "6:8")
+    lengths = [[5, 1, 9, 3], [18], [1, 1, 2, 14]]
+    tokens = torch.randint(VOCABULARY, (3, 18))
+    positions = torch.tensor([[p for n in row for p in range(n)] for row in lengths])
+    loss_of = CausalLoss(model)
+    with torch.no_grad():
+        hidden, head = loss_of.last_hidden(tokens, positions)
+        assert head is not None
+        for row, documents in enumerate(lengths):
+            start = 0
+            for length in documents:
+                here = slice(start, start + length)
+                alone = model(tokens[row : row + 1, here]).logits[0]
+                # Sums of attention in another order; where activations are rounded to int8, one on
+                # the edge may move a step.
+                room = 1e-2 if converted else 1e-5
+                torch.testing.assert_close(hidden[row, here] @ head.T, alone, rtol=0, atol=room)
+                start += length
+        mixed = model(tokens).logits[0] - hidden[0] @ head.T
+    assert mixed.abs().max() > 0.05  # which is what they would see of each other
+
+
+def test_what_a_recurrence_leaks_is_refused() -> None:
+    check_documents(small())
+    shape = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="MambaForCausalLM lets tokens see the documents before"):
+        check_documents(AutoModelForCausalLM.from_config(shape))
+
+
+def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
+    """Summed over the labels of each document alone, and how many they are."""
+    assert batch.positions is not None
+    total, count = torch.zeros(()), 0
+    for ids, labels, positions in zip(batch.inputs, batch.labels, batch.positions, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            if (labels[start:end] != IGNORED).any():
+                logits = model(ids[start:end].unsqueeze(0)).logits[0]
+                total = total + F.cross_entropy(logits, labels[start:end], reduction="sum")
+                count += int((labels[start:end] != IGNORED).sum())
+    return total, count
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_a_step_is_the_mean_over_all_answers(
+    recipe: Any, chats: Path, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    """Micro-batches of other counts included: the gradient of the first step, and both losses."""
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "sparse_bitnet.train.loop.clip_gradients",
+        lambda parameters, _: seen.append([p.grad.clone() for p in parameters]) or torch.zeros(()),
+    )
+    config = recipe(
+        data={"path": str(chats), "micro_batch_size": micro},
+        sparsity={"kind": "bf16", "pattern": "dense"},
+        schedule={"steps": 1},
+        optimizer={"learning_rate": 1e-9, "weight_decay": 0.0},
+    )
+    result = train(config)
+    model = result.model
+    assert model is not None
+    model.train()
+    loss, count = slow_loss(model, Loader(TokenShards(chats / "train"), 32, 8, seed=0).batch(0))
+    (loss / count).backward()
+    assert result.loss == pytest.approx(loss.item() / count, rel=1e-4)
+    wanted = [p.grad for p in model.parameters()]
+    for got, expected in zip(seen[0], wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    validation = Loader(TokenShards(chats / "validation"), 32, 8, seed=0)
+    parts = [slow_loss(model, validation.batch(step)) for step in range(2)]
+    mean = sum(part.item() for part, _ in parts) / sum(count for _, count in parts)
+    assert result.validation_loss == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_run_on_conversations_learns_and_resumes_exactly(recipe: Any, chats: Path) -> None:
+    """With a teacher, quantization that comes in, and checkpointing: stopped by a signal and gone
+    on with, the weights are those of an undisturbed run."""
+    teacher = recipe.directory / "teacher"
+    small().save_pretrained(teacher)
+    sections = {
+        "data": {"path": str(chats), "micro_batch_size": 4},
+        "model": {"activation_checkpointing": True},
+        "sparsity": {"quantization": {"until": 0.3}},
+        "teacher": {"source": str(teacher), "weight": 0.1},
+        "schedule": {"steps": 24},
+        "run": {"checkpoint_every": 8},
+    }
+    whole = train(recipe("whole", **sections))
+    rows = [json.loads(line) for line in Path(whole.history).read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+
+    def stop(done: int, _: PreTrainedModel) -> None:
+        if done == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterruptedError):
+        train(recipe("stopped", **sections), on_step=stop)
+    resumed = train(recipe("stopped", **sections))
+    assert whole.model is not None and resumed.model is not None
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
+    """EOS is id 0 of these tokens; the loss of a run changes, and it still learns."""
+    runs = {
+        flag: train(recipe(str(flag), data={"separate_documents": flag})) for flag in (False, True)
+    }
+    assert runs[True].loss != runs[False].loss and runs[True].loss < 4.2
+
+
+def test_a_cuda_graph_is_refused(recipe: Any, chats: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot hold where documents begin"):
+        train(recipe(data={"path": str(chats)}, run={"cuda_graph": True}))
+
+
+def test_a_damaged_mark_is_found(chats: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(chats / "train", tmp_path / "train"))
+    data = bytearray((copy / "0.bin").read_bytes())
+    data[2] ^= 1  # the first token's answer byte
+    (copy / "0.bin").write_bytes(data)
+    with pytest.raises(Exception, match="its sha256 is not the index's"):
+        TokenShards(copy)
