@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from sparse_bitnet.core import CheckpointError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
+from sparse_bitnet.nn.record import forget
 from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -29,6 +30,8 @@ SIDE_FILE = "sparse_bitnet.json"  # what export.py writes beside a trained model
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
     """The float32 causal language model of a directory, on the CPU, in evaluation mode.
+
+    Of a converted model's directory, the dense model of its master weights.
 
     Args:
         directory: as ``save_pretrained`` writes it.
@@ -44,10 +47,11 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     try:
         _check_config(directory)
         _check_sums(directory)
+        config = AutoConfig.from_pretrained(directory, **LOCAL)
+        forget(config)
+        options |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
         with no_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, **LOCAL, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **LOCAL, **options)
         model: PreTrainedModel
         model, report = loaded
         for what, names in (
