@@ -82,7 +82,7 @@ def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str
     """What a packed, trained or ordinary directory holds, measured: patterns, zeros, bits, sizes.
 
     Args:
-        directory: of the model.
+        directory: of the model, or a GGUF file.
         as_json: print JSON instead of a table.
     """
     report = inspecting.inspect(directory)
@@ -104,7 +104,7 @@ def evaluate(
     """Perplexity, cloze accuracy and lm-eval tasks of a model: packed, trained or ordinary.
 
     Args:
-        directory: of the model.
+        directory: of the model, or a GGUF file.
         baseline: another model's, measured likewise and compared with.
         measurements: what to measure, and how.
         dtype: to compute in; the stored one when left out.

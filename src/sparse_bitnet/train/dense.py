@@ -1,4 +1,5 @@
-"""Load dense Hugging Face directories safely: no remote code, no network, no random weights.
+"""Load dense Hugging Face directories and GGUF files safely: no remote code, no network, no random
+weights.
 
 transformers is made for models that one trusts. It offers to run code that a directory brings,
 fetches a kernel that a ``config.json`` names, and gives a weight that the files lack random values
@@ -14,10 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from sparse_bitnet.core import CheckpointError, check_finite, shown
+from sparse_bitnet.core import CheckpointError, MissingExtraError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
 from sparse_bitnet.nn.record import forget
 from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
@@ -73,14 +80,74 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     return model.eval()
 
 
+def is_gguf(path: str | Path) -> bool:
+    """True for a GGUF file, by its name."""
+    path = Path(path)
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, as transformers dequantizes it, and its tokenizer.
+
+    transformers does not save what it dequantized itself, so the tensors go into a fresh model.
+
+    Raises:
+        MissingExtraError: without the package ``gguf``.
+        CheckpointError: if transformers cannot read the file, or a value is NaN or infinite.
+    """
+    path = Path(path)
+    gguf_package("reading")
+    place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
+    try:
+        with no_bars():
+            read_shape(path)  # transformers would first build as many layers as it is told
+            read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **place)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+        values = read.config.to_dict()
+        values.pop("quantization_config", None)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            type(read.config).from_dict(values)
+        )
+        model.load_state_dict(read.state_dict())
+        for name, tensor in model.state_dict().items():
+            check_finite(tensor, name)
+    except Exception as error:  # gguf, transformers and torch each have their own
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:500]}") from error
+    return model.eval(), tokenizer
+
+
+def gguf_package(what: str = "exporting to") -> Any:
+    """The package ``gguf``.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
+        ) from error
+    return gguf
+
+
 def read_shape(path: str | Path) -> Any:
-    """The transformers configuration of a ``config.json``, or of a directory that has one.
+    """The transformers configuration of a ``config.json``, a directory that has one, or a GGUF
+    file.
 
     Raises:
         OSError: if there is none.
         ValueError: if it is damaged, names code to be fetched, or has more layers than any model.
+        MissingExtraError: for a GGUF file, without the package ``gguf``.
     """
     path = Path(path)
+    if is_gguf(path):
+        gguf_package("reading")
+        with no_bars():
+            found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
+        if not 0 <= found.num_hidden_layers <= MOST_LAYERS:
+            raise ValueError(f"it describes {found.num_hidden_layers} layers")
+        return found
     config = _read_config(path / "config.json" if path.is_dir() else path)
     layers = config.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= MOST_LAYERS:
