@@ -1,4 +1,4 @@
-"""Every verb that reads a model, on an ordinary directory and on a GGUF file with the same values."""
+"""Every verb that reads a model, on an ordinary directory and on a GGUF file of the same values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import requests
 import torch
-from running_server import running
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from running_server import running
 from sparse_bitnet.cli import main
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.export.gguf.read import import_gguf

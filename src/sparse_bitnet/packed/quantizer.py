@@ -87,9 +87,10 @@ class SparseBitNetQuantizer(HfQuantizer):
             raise _foreign(model, str(error)) from None
         if checkpoint_files:
             verify_files(_inside(checkpoint_files, model), model)
-        ignored: Any = model._keys_to_ignore_on_load_unexpected
+        like: Any = model
+        ignored = like._keys_to_ignore_on_load_unexpected
         kind = set if isinstance(ignored, set) else list  # of transformers 5.4
-        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), re.escape(HINT)])
+        like._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), re.escape(HINT)])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
