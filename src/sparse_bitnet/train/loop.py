@@ -396,7 +396,7 @@ def _choose(wanted: str, automatic: str) -> str:
 def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
     if reading is None:
         return {}
-    columns = ["flip_rate", "zeros"] if reading.dead is None else ["flip_rate", "zeros", "dead"]
+    columns = ["flip_rate", "zeros_before_mask", *([] if reading.dead is None else ["dead"])]
     figures: dict[str, Any] = {name: getattr(reading, name) for name in columns}
     if layers_every and done % layers_every == 0:
         figures["layers"] = {
@@ -410,5 +410,5 @@ def _summary(row: dict[str, Any]) -> str:
     flips = "" if row["flip_rate"] is None else f"  flips {row['flip_rate']:.2%}"
     return (
         f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{flips}  "
-        f"zeros {row['zeros']:.1%}"
+        f"zeros before mask {row['zeros_before_mask']:.1%}"
     )
