@@ -168,30 +168,15 @@ def load_trained(
     Raises:
         CheckpointError: if the directory is missing, damaged or not a trained model.
     """
-    model, tokenizer, sparsity = load_master(directory)
+    directory = Path(directory)
+    sparsity = read_trained(directory).sparsity
+    model = read_dense(directory, exact=True, use_safetensors=True)
+    tokenizer = own_tokenizer(directory)
     model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
     convert(
         model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
     )
     return model, tokenizer
-
-
-def load_master(
-    directory: str | Path,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, SparsityConfig]:
-    """Read such a directory as the dense model of its master weights.
-
-    Returns:
-        The model on the CPU, float32, in evaluation mode, not converted; the tokenizer, or None if
-        the directory has none; and what the linears became in training.
-
-    Raises:
-        CheckpointError: if the directory is missing, damaged or not a trained model.
-    """
-    directory = Path(directory)
-    sparsity = read_trained(directory).sparsity
-    model = read_dense(directory, exact=True, use_safetensors=True)
-    return model, own_tokenizer(directory), sparsity
 
 
 def own_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:

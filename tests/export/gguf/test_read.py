@@ -50,7 +50,7 @@ def test_a_file_that_we_wrote(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")(TEXT) == tokenizer(TEXT)
     with pytest.raises(ConfigError, match="exists; give a new directory"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "dense")
-    with pytest.raises(ConfigError, match="without options"):
+    with pytest.raises(ConfigError, match="without a pattern"):
         import_checkpoint(tmp_path / "m.gguf", tmp_path / "other", pattern="6:8")
 
 
