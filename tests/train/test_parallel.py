@@ -112,7 +112,11 @@ def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> 
     teacher.save_pretrained(tmp_path / "teacher")
     values = recipes_in(tmp_path).values(
         "two",
-        teacher={"source": str(tmp_path / "teacher"), "temperature": 2.0},
+        teacher={
+            "source": str(tmp_path / "teacher"),
+            "temperature": 2.0,
+            "hidden_layers": [0, 1],
+        },
         sparsity={"quantization": {"until": 0.7}},
         schedule={"steps": 6},
         run={"checkpoint_every": 4, "keep": 2},

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch
-from sparse_bitnet.nn import convert
+from sparse_bitnet.nn import SparseBitLinear, convert
 from sparse_bitnet.train.callback import SparseBitNetCallback
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.hidden import HiddenStates
@@ -48,7 +48,7 @@ def run(directory: Path, model: PreTrainedModel, accumulation: int) -> tuple[Tra
     """Four steps of eight rows with the example's class; and the rows of the first step."""
 
     class Distilling(TeacherMixin, Trainer):
-        teacher = TeacherConfig(str(directory), temperature=2.0, hidden_layers={0: 0, 1: 1})
+        teacher = TeacherConfig(str(directory), temperature=2.0, hidden_layers=[0, 1])
 
     arguments = TrainingArguments(
         str(directory / "out"),
@@ -100,7 +100,7 @@ def test_as_in_the_docs(tmp_path: Path) -> None:
 
 def test_the_losses_are_the_loops(tmp_path: Path) -> None:
     dense(7).save_pretrained(tmp_path)
-    config = TeacherConfig(str(tmp_path), temperature=2.0, hidden_layers={0: 0, 1: 1})
+    config = TeacherConfig(str(tmp_path), temperature=2.0, hidden_layers=[0, 1])
 
     class Distilling(TeacherMixin, Trainer):
         teacher = config
@@ -131,3 +131,16 @@ def test_batches_without_labels(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
     with pytest.raises(ConfigError, match="the batches have no labels"):
         Distilling(dense(3), arguments).compute_loss(dense(3).train(), {"input_ids": None})
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense(7).save_pretrained("dense")
+    text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert code.count('TrainingArguments("out", ') == 1
+    code = code.replace('TrainingArguments("out", ', 'TrainingArguments("out", use_cpu=True, ')
+    exec(compile(code, "docs/trainer.md", "exec"), {"rows": rows(), "__name__": "example"})
+    assert (tmp_path / "packed" / "model.safetensors").is_file()
+    again = AutoModelForCausalLM.from_pretrained("trained")
+    assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)

@@ -118,9 +118,9 @@ class TeacherConfig:
     """Weight of the ordinary loss beside it."""
     temperature: float = 1.0
     """T, by which both models' logits are divided in the teacher's term."""
-    hidden_layers: dict[int, int] = field(default_factory=dict)
-    """Blocks whose outputs H compares: the student's number and the teacher's, both from 0.
-    {14: 14, 29: 29}: two of the thirty of a teacher of the same shape. Empty: no H."""
+    hidden_layers: list[int] = field(default_factory=list)
+    """Blocks whose outputs H compares, by number from 0, in a teacher of the student's shape.
+    [14, 29]: two of thirty. Empty: no H."""
     hidden_weight: float = 1.0
     """Of H, the mean of ‖student − teacher‖² / ‖teacher‖² over tokens and these blocks."""
     device: str = ""

@@ -118,7 +118,7 @@ class _Run:
         self.linear_weights = conversion.weights
         self._say(str(conversion))
         self.teacher = self._load_teacher() if config.teacher.source else None
-        compared = config.teacher.hidden_layers if self.teacher else {}
+        compared = config.teacher.hidden_layers if self.teacher else []
         states = HiddenStates(blocks(self.model), compared, "student") if compared else None
         self.loss_of = CausalLoss(self.model, states)
         self.parts = ("loss", "teacher_loss", "hidden_loss")[

@@ -64,7 +64,7 @@ class Teacher:
         self._how = Weighing(
             config.weight, config.cross_entropy, config.temperature, config.hidden_weight
         )
-        self._states = HiddenStates(blocks(self.model), config.hidden_layers.values(), "teacher")
+        self._states = HiddenStates(blocks(self.model), config.hidden_layers, "teacher")
         head = self.model.get_output_embeddings().weight
         self._head = head.to(device) if self._loss_of.chunked else None
         self._home = device

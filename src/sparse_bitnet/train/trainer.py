@@ -1,7 +1,7 @@
 """Hugging Face ``Trainer`` with a teacher: the losses of ``--teacher`` in two lines.
 
     class Distilling(TeacherMixin, Trainer):
-        teacher = TeacherConfig("dense", temperature=2.0, hidden_layers={14: 14, 29: 29})
+        teacher = TeacherConfig("dense", temperature=2.0, hidden_layers=[14, 29])
 
     trainer = Distilling(model, args, train_dataset=..., callbacks=[SparseBitNetCallback("6:8")])
 
