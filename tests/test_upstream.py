@@ -63,6 +63,7 @@ NAMES = [
     f"{QUANTIZER}._process_model_after_weight_loading",
     f"{QUANTIZER}.update_weight_conversions",
     f"{QUANTIZER}.get_state_dict_and_metadata",
+    f"{QUANTIZER}.remove_quantization_config",
     *(
         f"{MANAGER}.{name}"
         for name in ("start", "stop", "destroy", "pause", "cancel_request", "get_result")
@@ -171,6 +172,11 @@ def test_continuous_batching_settings() -> None:
     wanted |= {"use_cuda_graph", "use_async_batching", "allow_block_sharing"}
     wanted |= {"auto_switch_to_flash"}
     assert wanted <= set(inspect.signature(ContinuousBatchingConfig).parameters)
+
+
+def test_a_quantizer_sees_the_configuration_before_files_are_looked_for() -> None:
+    base = resolve(QUANTIZER)
+    assert hasattr(base, "update_attn_implementation") or hasattr(base, "update_tp_plan")
 
 
 def requirements() -> dict[str, Requirement]:

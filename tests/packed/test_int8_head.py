@@ -1,24 +1,19 @@
 """Packing with an int8 head: stored, loaded, saved again, inspected, measured, refused."""
 
 import json
-import re
 
 import pytest
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from sparse_bitnet.core import ConfigError, PackedFormatError
 from sparse_bitnet.export.exportable import open_exportable
 from sparse_bitnet.nn.int8_head import Int8Embedding, Int8Head, TiedInt8Head
-from sparse_bitnet.packed import verbs
 from sparse_bitnet.packed.inspect import inspect
 from sparse_bitnet.packed.load import load, load_packed
 from sparse_bitnet.packed.tensor_file import checksum_metadata
 from sparse_bitnet.packed.write import pack
-from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.export import save_trained
 
 EMBED = "model.embed_tokens"
 TIED = pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
@@ -104,23 +99,6 @@ def test_exports_read_the_rounded_values(tmp_path, kind, trained):
     name = f"{EMBED if kind == 'qwen2' else 'lm_head'}.weight"
     assert not any(key.endswith("_scale") for key in others)
     assert torch.allclose(others[name], rounded(model).lm_head.weight, atol=1e-6)
-
-
-def test_its_effect_on_perplexity_is_printed(tmp_path, trained, tokenizer, capsys):
-    for kind in ("qwen2", "qwen2-untied"):
-        save_trained(trained(kind), tokenizer, tmp_path / kind, SparsityConfig(pattern="6:8"))
-        (tmp_path / "text.txt").write_text("def main():\n    return the name of the file\n" * 8)
-        options = ["--head", "int8", "--text", f"text:{tmp_path / 'text.txt'}", "--window", "32"]
-        arguments = [str(tmp_path / kind), str(tmp_path / f"{kind}-packed"), *options]
-        config = (tyro.conf.PositionalRequiredArgs,)
-        tyro.cli(verbs.pack, args=arguments, config=config)
-        printed = capsys.readouterr().out
-        assert "perplexity on text: " in printed and " in int8 (" in printed
-        was, now = re.search(r"text: (\S+) with .*, (\S+) in int8", printed).groups()
-        assert float(was) == pytest.approx(float(now), rel=0.01)
-    with pytest.raises(ConfigError, match="measure what an int8 head changes; add --head int8"):
-        verbs.pack(tmp_path / "qwen2", tmp_path / "x", text="text:none")
-    assert not (tmp_path / "x").exists()
 
 
 def test_refused(tmp_path, trained):

@@ -67,9 +67,9 @@ def test_schedule_and_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [row["density"] for row in rows] == [1.0, 1.0, 0.75, 0.75]
     assert ["flip_rate" in row for row in rows] == [False, False, True, True]
     assert all(0 < row["flip_rate"] < 0.5 for row in rows[2:])
-    assert all(0.2 < row["zeros"] < 0.5 for row in rows)
+    assert all(0.2 < row["zeros_before_mask"] < 0.5 for row in rows)
     # Callbacks after this one see the figures too; the summary of the run has none.
-    assert ["zeros" in logs for logs in spy.logs] == [True] * 4 + [False]
+    assert ["zeros_before_mask" in logs for logs in spy.logs] == [True] * 4 + [False]
     assert "flip_rate" in capsys.readouterr().out
 
 

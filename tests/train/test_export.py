@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.data.tokenizer import train_bpe
-from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights, set_pattern
+from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.export import (
     SIDE_FILE,
-    is_trained,
-    load_master,
     load_trained,
     read_trained,
     save_trained,
@@ -65,14 +62,11 @@ def test_round_trip(tmp_path: Path, sparsity: SparsityConfig) -> None:
     assert read_trained(tmp_path / "out").run == {"steps": 3}
 
 
-def test_others_read_it_as_an_ordinary_checkpoint(tmp_path: Path) -> None:
+def test_transformers_reads_it_as_converted(tmp_path: Path) -> None:
     model = trained(SparsityConfig())
     save_trained(model, None, tmp_path / "out", SparsityConfig())
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    assert plain.dtype == torch.float32
-    convert(plain, "6:8")
-    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_experts_round_trip(tmp_path: Path) -> None:
@@ -197,30 +191,6 @@ def test_directories_without_checksums_load(tmp_path: Path) -> None:
             load_trained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
-def test_what_save_pretrained_writes_of_a_converted_model(tmp_path: Path, kind: Any) -> None:
-    """Pattern, method, rules and version stand in config.json; it loads as it was."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 64)).eval()
-    method = Method(order="mask-then-quant")
-    convert(model, "6:8", kind=kind, method=method, rules={r"down_proj$": "2:4", "k_proj": "skip"})
-    set_pattern(model, "4:8")
-    tokens = torch.randint(64, (2, 9))
-    expected = model(tokens).logits
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())["sparse_bitnet"]
-    assert written["pattern"] == "4:8" and written["version"] == version("sparse-bitnet")
-    assert is_trained(tmp_path)
-    again, tokenizer = load_trained(tmp_path)
-    assert tokenizer is None
-    assert torch.equal(again(tokens).logits, expected)
-    sparsity = read_trained(tmp_path).sparsity
-    assert (sparsity.kind, sparsity.method) == (kind, method)
-    # A dense model of the master weights does not say that it is converted.
-    load_master(tmp_path)[0].save_pretrained(tmp_path / "dense")
-    assert not is_trained(tmp_path / "dense")
-
-
 @pytest.mark.parametrize("damage", [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}])
 def test_a_damaged_record(tmp_path: Path, damage: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
@@ -228,6 +198,7 @@ def test_a_damaged_record(tmp_path: Path, damage: dict[str, Any]) -> None:
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"sparse_bitnet": values["sparse_bitnet"] | damage}))
+    values["quantization_config"] |= damage
+    path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged or foreign"):
         load_trained(tmp_path)

@@ -54,7 +54,7 @@ def test_a_run_from_start_to_model(recipe: Any, capsys: pytest.CaptureFixture[st
     row = rows(result)[1]
     assert row["pattern"] == "6:8"
     assert 0 < row["flip_rate"] < 0.2
-    assert 0.2 < row["zeros"] < 0.5
+    assert 0.2 < row["zeros_before_mask"] < 0.5
     assert row["tokens_per_second"] > 0
     assert len(row["layers"]) == 14
     assert "layers" not in rows(result)[0]

@@ -54,12 +54,12 @@ def test_against_loops(kind: str) -> None:
         zero = sum(abs(w) <= gamma / 2 for row in module.weight.tolist() for w in row)
         layer = reading.layers[f"{index}.weight"]
         assert layer.flip_rate == pytest.approx(flipped / len(pairs))
-        assert layer.zeros == pytest.approx(zero / len(pairs))
+        assert layer.zeros_before_mask == pytest.approx(zero / len(pairs))
         assert layer.size == len(pairs)
         flips, zeros, total = flips + flipped, zeros + zero, total + len(pairs)
     assert flips > 0
     assert reading.flip_rate == pytest.approx(flips / total)
-    assert reading.zeros == pytest.approx(zeros / total)
+    assert reading.zeros_before_mask == pytest.approx(zeros / total)
     assert list(reading.layers) == ["0.weight", "1.weight", "2.weight"]
 
 
@@ -158,7 +158,7 @@ def test_without_a_first_half_only_zeros_are_measured() -> None:
     convert(model, "2:4")
     reading = Monitor(model).after_step()
     assert reading.flip_rate is None
-    assert 0 < reading.zeros < 1
+    assert 0 < reading.zeros_before_mask < 1
 
 
 def test_the_mask_measured_is_the_method_s() -> None:
@@ -198,7 +198,7 @@ def test_experts_have_a_scale_each(monkeypatch: pytest.MonkeyPatch) -> None:
         for half in halves
         for e in range(3)
     )
-    assert whole.layers[name].zeros == pytest.approx(zero / experts.numel())
+    assert whole.layers[name].zeros_before_mask == pytest.approx(zero / experts.numel())
     # In small portions: the same figures.
     monkeypatch.setattr("sparse_bitnet.train.monitor.ELEMENTS_AT_ONCE", 1)
     assert Monitor(model).after_step() == whole

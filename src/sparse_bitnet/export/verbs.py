@@ -58,27 +58,18 @@ def export(
 
 
 def import_checkpoint(
-    source: Path,
-    directory: Path,
-    *,
-    pattern: str = "dense",
-    text: str | None = None,
-    window: int | None = None,
-    limit: int | None = None,
+    source: Path, directory: Path, *, pattern: str = "dense"
 ) -> ImportResult | ImportedGguf:
     """Read a checkpoint of transformers' bitnet format as a trained model, or a GGUF file as a
     float32 one to start from.
 
     Args:
-        source: directory of the checkpoint, with safetensors; or a GGUF file (without options).
+        source: directory of the checkpoint, with safetensors; or a GGUF file (without a pattern).
         directory: the model to write.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are.
-        text: measure perplexity before and after masking on it: a source such as text:PATH.
-        window: tokens the model reads at once when measuring.
-        limit: measure on at most this many tokens.
     """
     if source.suffix == ".gguf":
-        if (pattern, text, window, limit) != ("dense", None, None, None):
-            raise ConfigError("import: a GGUF file is written as it is, without options")
+        if pattern != "dense":
+            raise ConfigError("import: a GGUF file is written as it is, without a pattern")
         return import_gguf(source, directory)
-    return import_bitnet(source, directory, pattern=pattern, text=text, window=window, limit=limit)
+    return import_bitnet(source, directory, pattern=pattern)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,11 @@ from sparse_bitnet.core import (
 from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
+from sparse_bitnet.nn.record import record, record_pattern
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
 from sparse_bitnet.nn.wrappers import check_adapters
 
-RECORD = "sparse_bitnet"  # of a transformers configuration, what convert did
 Kind = Literal["bitnet", "bf16"]
 LINEAR = {"bitnet": SparseBitLinear, "bf16": SparseLinear}
 EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
@@ -113,10 +112,10 @@ def convert(
 
     Embeddings, the output head, norms and routers stay. Parameters are shared with the old
     modules, so an optimizer made before still holds them; those of another dtype become float32,
-    because master weights are. The state dict keeps its keys, and ``model.config.sparse_bitnet``
-    records what was done, so that a directory of ``save_pretrained`` can be loaded as it was. A
-    model that is on the meta device as a whole gets modules without values; they come with
-    ``to_empty`` and ``load_state_dict``.
+    because master weights are. The state dict keeps its keys. ``save_pretrained`` records what was
+    done, so that ``from_pretrained`` gives the converted model again (see
+    :mod:`sparse_bitnet.nn.record`). A model that is on the meta device as a whole gets modules
+    without values; they come with ``to_empty`` and ``load_state_dict``.
 
     Args:
         model: any causal language model of transformers, or any module with ``nn.Linear`` in it.
@@ -194,7 +193,7 @@ def convert(
         for name in names[module]:
             model.set_submodule(name, new)
         report.modules += 1
-    _record(model, default, kind, method or Method(), rules or {})
+    record(model, default, kind, method or Method(), rules or {})
     report.zero = [
         master.name + index
         for master in master_weights(model)
@@ -222,20 +221,7 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
     """
     for module, one in patterns_of_modules(model, pattern):
         module.set_pattern(one)
-    recorded = getattr(getattr(model, "config", None), RECORD, None)
-    if recorded is not None:
-        recorded["pattern"] = str(Pattern.parse(pattern))
-
-
-def _record(
-    model: nn.Module, pattern: Pattern, kind: Kind, method: Method, rules: dict[str, str]
-) -> None:
-    """Write down in a transformers configuration what the linears became: ``save_pretrained`` then
-    stores it in ``config.json``, and this package converts the model again when it loads it."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
-        values = {"pattern": str(pattern), "kind": kind, "method": asdict(method), "rules": rules}
-        setattr(config, RECORD, {**values, "version": version("sparse-bitnet")})
+    record_pattern(model, Pattern.parse(pattern))
 
 
 def patterns_of_modules(

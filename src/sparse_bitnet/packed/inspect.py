@@ -171,7 +171,10 @@ def inspect(directory: str | Path) -> DirectoryReport:
     """
     directory = Path(directory)
     model, _ = load_unfused(directory, device="cpu")
-    stored_bytes = model.dtype.itemsize
+    files = [directory] if directory.is_file() else list(directory.glob("*.safetensors"))
+    stored_bytes: float = model.dtype.itemsize
+    if directory.is_file():  # GGUF: the mean over all types in it
+        stored_bytes = directory.stat().st_size / sum(p.numel() for p in model.parameters())
     ordinary = not any(isinstance(m, PackedModule | DerivedModule) for m in model.modules())
     if ordinary:
         convert(model, "dense", kind="bf16")
@@ -199,7 +202,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
         storage=packed[0].spec.storage if packed else None,
         activation_bits=sorted({_activation_bits(m) for m in modules.values()}) if ternary else [],
         weights=weights,
-        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        file_bytes=sum(file.stat().st_size for file in files),
         other_parameters=sum(t.numel() for n, t in others.items() if not n.endswith("_scale")),
         other_bytes=sum(tensor.nbytes for tensor in others.values()),
         head=_head(model),
@@ -222,7 +225,7 @@ def _head(model: Any) -> str:
 
 
 def _reports(
-    name: str, module: PackedModule | DerivedModule, stored_bytes: int | None
+    name: str, module: PackedModule | DerivedModule, stored_bytes: float | None
 ) -> list[WeightReport]:
     if isinstance(module, PackedModule):
         reports = []

@@ -27,7 +27,15 @@ from sparse_bitnet.packed.config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
 from sparse_bitnet.packed.tensor_file import read_header
 from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
-from sparse_bitnet.train.dense import LOCAL, foreign_code, no_bars, read_dense, read_shape
+from sparse_bitnet.train.dense import (
+    LOCAL,
+    foreign_code,
+    is_gguf,
+    no_bars,
+    read_dense,
+    read_gguf,
+    read_shape,
+)
 from sparse_bitnet.train.export import is_trained, load_trained, own_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -115,14 +123,14 @@ def load(
     compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model directory to run it, and its tokenizer if it has one: a packed one, a trained
-    one, or an ordinary one of Hugging Face, which computes as transformers does.
+    one, or an ordinary one of Hugging Face (or a GGUF file), which computes as transformers does.
 
     A packed model of the Llama family becomes
     :class:`sparse_bitnet.modeling.DecoderForCausalLM`; others stay in transformers' own classes, as
     ``AutoModelForCausalLM.from_pretrained`` gives all of them.
 
     Args:
-        directory: as written by packing, by training, or by ``save_pretrained``.
+        directory: as written by packing, by training, or by ``save_pretrained``; or a GGUF file.
         dtype: to compute in; the stored one when left out.
         device: where to put the model; the GPU when left out, if there is one.
         compile: on a GPU, let ``generate`` decode with a static key-value cache, compiled, as one
@@ -170,6 +178,10 @@ def load_unfused(
     if not is_packed(directory):
         if is_trained(directory):
             model, tokenizer = load_trained(directory, device)
+        elif is_gguf(directory):
+            model, tokenizer = read_gguf(directory)
+            say(f"{directory}: a {type(model).__name__}, dequantized from GGUF to float32")
+            model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
         else:
             model, tokenizer = _load_ordinary(directory, device), own_tokenizer(directory)
         if dtype is not None:

@@ -1,8 +1,10 @@
-"""Packed models in transformers: importing this module lets ``from_pretrained`` load them.
+"""Packed and converted models in transformers: importing this module lets ``from_pretrained`` load
+them.
 
-transformers calls the quantizer twice: with the model on the meta device, where the named modules
-are swapped for packed ones and the files are checked against the result, and once the tensors are
-in. Buffers have the names of the stored tensors, so no conversion is needed in between.
+transformers calls a quantizer twice: with the model on the meta device, where modules are swapped
+for packed or converted ones (and packed files are checked against the result), and once the tensors
+are in. Parameters and buffers have the names of the stored tensors, so no conversion is needed in
+between.
 """
 
 from __future__ import annotations
@@ -17,9 +19,19 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparse_bitnet.core import ConfigError, PackedFormatError, PatternError, WeightError
+from sparse_bitnet.core import (
+    CheckpointError,
+    ConfigError,
+    Method,
+    PackedFormatError,
+    PatternError,
+    WeightError,
+)
 from sparse_bitnet.files import write_text
+from sparse_bitnet.nn import record
+from sparse_bitnet.nn.convert import convert
 from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
 from sparse_bitnet.nn.pack import swap_packed
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
@@ -75,8 +87,10 @@ class SparseBitNetQuantizer(HfQuantizer):
             raise _foreign(model, str(error)) from None
         if checkpoint_files:
             verify_files(_inside(checkpoint_files, model), model)
-        ignored: Any = model._keys_to_ignore_on_load_unexpected
-        ignored.add(re.escape(HINT))
+        like: Any = model
+        ignored = like._keys_to_ignore_on_load_unexpected
+        kind = set if isinstance(ignored, set) else list  # of transformers 5.4
+        like._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), re.escape(HINT)])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
@@ -133,6 +147,62 @@ def save_pretrained(
         del model.config.auto_map
 
 
+@register_quantization_config(record.QUANT_METHOD)
+class TrainedConfig(QuantizationConfigMixin):
+    """What ``config.json`` says of a converted model's linears, as :mod:`sparse_bitnet.nn.record`
+    writes it.
+
+    Raises:
+        CheckpointError: if a field is missing or unknown.
+    """
+
+    def __init__(self, quant_method: str = record.QUANT_METHOD, **fields: Any) -> None:
+        if fields.keys() != {"version", "pattern", "kind", "method", "rules"}:
+            raise _damaged(f"its fields are {sorted(fields)}")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum is closed
+        self.__dict__.update(fields)
+
+
+@register_quantizer(record.QUANT_METHOD)
+class TrainedQuantizer(HfQuantizer):
+    """Converts a model while it is loaded; what comes out is as :func:`convert` gives it."""
+
+    requires_calibration = True  # a model becomes one by convert, not while loading
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        described = self.quantization_config.to_dict()
+        chosen = {name: described[name] for name in ("pattern", "kind", "rules")}
+        try:
+            convert(model, **chosen, method=Method(**described["method"]))
+        except (ConfigError, PatternError, TypeError, AttributeError) as error:
+            raise _damaged(f"the {type(model).__name__} cannot be converted so: {error}") from None
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        described = model.config.quantization_config.to_dict()
+        # From now on it is a model like any other, which trains.
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
+        model.config.quantization_config = described
+        return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Read the files that are there. (transformers up to 5.17 calls :meth:`update_tp_plan`.)"""
+        if getattr(config, "transformers_weights", None) == record.ABSENT:
+            del config.transformers_weights
+        return config
+
+    update_tp_plan = update_attn_implementation
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
 class PackedModelConfig(PreTrainedConfig):
     """Config class that ``hf_plugin.py`` names; importing it has registered the quantizer."""
 
@@ -154,6 +224,12 @@ def _inside(files: list[str], model: Any) -> list[Path]:
         if root.is_dir() and outside:
             check_shard_name(file, root)
     return [Path(file) for file in files]
+
+
+def _damaged(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: quantization_config is damaged or foreign: {reason}; get the file again"
+    )
 
 
 def _foreign(model: nn.Module, reason: str) -> PackedFormatError:

@@ -13,12 +13,10 @@ from typing import Annotated, Any
 import tyro
 
 from sparse_bitnet.console import out, say
-from sparse_bitnet.core import ConfigError
 from sparse_bitnet.evaluate import Comparison, Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.packed import inspect as inspecting
 from sparse_bitnet.packed import write
-from sparse_bitnet.packed.head_effect import head_effect
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.packed.write import HeadName, PackResult
 
@@ -34,10 +32,6 @@ def pack(
     head: HeadName = "float",
     dtype: DType | None = None,
     tokenizer: Path | None = None,
-    shards: Path | None = None,
-    text: str | None = None,
-    window: int | None = None,
-    limit: int | None = None,
     check: bool = True,
 ) -> PackResult:
     """Write a trained model as a packed directory that transformers loads.
@@ -46,21 +40,13 @@ def pack(
         source: directory of the trained model (model/ of a run).
         directory: the packed directory to write.
         storage: two-bit is fastest to unpack; trits takes 1.6 bits a weight.
-        head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight.
+        head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight; what
+            that costs, `evaluate` of this and of a directory with the float head says.
         dtype: of embeddings, norms, head and biases; the model's own when left out.
         tokenizer: directory of another tokenizer than the source's.
-        shards: token shards on which to measure what the int8 head changes.
-        text: text on which to measure it: a source such as text:PATH or jsonl:PATH.
-        window: tokens the model reads at once when measuring.
-        limit: measure on at most this many tokens.
         check: run a few tokens through the trained model, and compare each layer's result with
             that of its packed form, before anything is written.
     """
-    measures = shards is not None or text is not None
-    if measures and head != "int8":
-        raise ConfigError(
-            "pack: shards and text measure what an int8 head changes; add --head int8"
-        )
     started = time.perf_counter()
     result = write.pack(
         source,
@@ -72,9 +58,6 @@ def pack(
         check=check,
     )
     say(f"packed in {time.perf_counter() - started:.1f} s")
-    if measures:
-        wanted = Measurements(shards=shards, text=text, window=window, limit=limit)
-        out.print(str(head_effect(source, directory, wanted)), markup=False)
     return result
 
 
@@ -82,7 +65,7 @@ def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str
     """What a packed, trained or ordinary directory holds, measured: patterns, zeros, bits, sizes.
 
     Args:
-        directory: of the model.
+        directory: of the model, or a GGUF file.
         as_json: print JSON instead of a table.
     """
     report = inspecting.inspect(directory)
@@ -104,7 +87,7 @@ def evaluate(
     """Perplexity, cloze accuracy and lm-eval tasks of a model: packed, trained or ordinary.
 
     Args:
-        directory: of the model.
+        directory: of the model, or a GGUF file.
         baseline: another model's, measured likewise and compared with.
         measurements: what to measure, and how.
         dtype: to compute in; the stored one when left out.

@@ -31,9 +31,9 @@ from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import convert, converted_modules
+from sparse_bitnet.nn import converted_modules
 from sparse_bitnet.nn.check import check_packed
-from sparse_bitnet.nn.convert import RECORD, warn_of_zeros
+from sparse_bitnet.nn.convert import warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.nn.wrappers import check_adapters, unwrapped
@@ -43,7 +43,7 @@ from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.tensor_file import TensorFileWriter, file_size
 from sparse_bitnet.packed.verify import INDEX, WEIGHTS, refuse_foreign
-from sparse_bitnet.train.export import load_master
+from sparse_bitnet.train.export import load_trained
 
 HeadName = Literal["float", "int8"]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -126,7 +126,8 @@ def pack(
     out = Path(out)
     storage_named(storage)
     _check_target(out)
-    model, own = _open(source) if isinstance(source, str | Path) else (unwrapped(source), None)
+    model, own = load_trained(source) if isinstance(source, str | Path) else (source, None)
+    model = unwrapped(model)
     check_adapters(model, "pack")
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
@@ -142,15 +143,6 @@ def pack(
         plan.write_weights(directory, shard_bytes)
     warn_of_zeros(plan.zero)
     return plan.result(out)
-
-
-def _open(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of a trained directory, converted."""
-    model, tokenizer, sparsity = load_master(directory)
-    convert(
-        model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
-    )
-    return model, tokenizer
 
 
 @dataclass(frozen=True)
@@ -236,8 +228,6 @@ class _Plan:
 
     def write_config(self, directory: Path) -> None:
         config = copy.deepcopy(self.model.config)
-        if hasattr(config, RECORD):
-            delattr(config, RECORD)  # of master weights, which are not stored
         config.quantization_config = SparseBitNetConfig.of(self.specs, self.int8)
         config.auto_map = AUTO_MAP
         config.architectures = [type(self.model).__name__]

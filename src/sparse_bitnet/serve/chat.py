@@ -43,7 +43,7 @@ def chat(
     your line at its end. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves.
 
     Args:
-        directory: of the model and its tokenizer.
+        directory: of the model and its tokenizer, or a GGUF file.
         system: instructions before the first turn; needs a chat template.
         max_new_tokens: an answer has at most so many.
         sampling: how the next token is chosen.

@@ -81,7 +81,7 @@ def generate(
     """Continue a prompt with the model of a packed or trained directory.
 
     Args:
-        directory: of the model and its tokenizer.
+        directory: of the model and its tokenizer, or a GGUF file.
         prompt: the text to continue.
         max_new_tokens: stop after so many, if the model does not stop before.
         sampling: greedy when left out.

@@ -45,7 +45,7 @@ def serve(
     use it.
 
     Args:
-        directory: of the model and its tokenizer.
+        directory: of the model and its tokenizer, or a GGUF file.
         host: address to listen on; 0.0.0.0 for every network of this machine.
         port: to listen on.
         name: what clients call the model; the directory's name when left out.

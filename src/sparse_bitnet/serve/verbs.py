@@ -25,7 +25,7 @@ def generate(
     """Print a prompt and its continuation, streaming the text to the terminal.
 
     Args:
-        directory: of a packed or trained model.
+        directory: of the model and its tokenizer, or a GGUF file.
         prompt: the text to continue.
         max_new_tokens: stop after so many.
         sampling: how the next token is chosen.

@@ -1,9 +1,9 @@
 """How far the weights of a checkpoint have polarized, layer by layer.
 
 Works on whatever holds master weights: the directory of a training run, one of its checkpoints, any
-Hugging Face directory of safetensors, or a single safetensors file. Tensors are read one at a time,
-nothing is unpickled, and of the model only its shapes are built: they tell what training would take
-for a linear layer, and where one matrix holds several.
+Hugging Face directory of safetensors, a single safetensors file, or a GGUF file. Tensors are read
+one at a time (but of GGUF), nothing is unpickled, and of the model only its shapes are built: they
+tell what training would take for a linear layer, and where one matrix holds several.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from sparse_bitnet.study.weights import (
     read_architecture,
     trained_as,
 )
+from sparse_bitnet.train.dense import is_gguf
 
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
@@ -176,7 +177,7 @@ def analyse(
 
     Args:
         checkpoint: a training run, one of its checkpoints, a Hugging Face directory, or a
-            safetensors file.
+            safetensors or GGUF file.
         out: receives ``polarization.json`` and the PNGs; by default ``polarization/`` in the
             checkpoint's directory.
         pattern: whose pruning thresholds to take; by default the one that the checkpoint was
@@ -198,7 +199,8 @@ def analyse(
     trained, source = trained_as(directory)
     kind = trained.kind if trained else ""
     chosen = Pattern.parse(pattern or (trained.pattern if trained else "6:8"))
-    architecture = read_architecture(source or str(beside.resolve()))  # no name of a preset
+    described = directory if is_gguf(directory) else beside
+    architecture = read_architecture(source or str(described.resolve()))  # no name of a preset
     found = _measure(
         directory, architecture, chosen, trained.rules if trained else {}, own=not pattern
     )

@@ -37,6 +37,7 @@ SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
 SNAPSHOT_FILE = "polarization.jsonl"
 POINTS = 250
 LAYER_POINTS = 5
+NAMED = {"zeros": "zeros_before_mask"}  # of a row here → of a row of metrics.jsonl
 
 Report = Callable[[int, int], None]
 
@@ -224,7 +225,7 @@ def _history(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, list
     return {
         "tokens": [row["step"] * tokens_per_step for row in rows],
         **{
-            name: [_rounded(row.get(name)) for row in rows]
+            name: [_rounded(row.get(NAMED.get(name, name))) for row in rows]
             for name in ("loss", "zeros", "flip_rate", "gradient_norm", "learning_rate", "pattern")
         },
     }
@@ -237,7 +238,10 @@ def _layers(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
         "names": names,
         "tokens": [row["step"] * tokens_per_step for row in rows],
         **{
-            figure: [[_rounded(row["layers"][name][figure]) for name in names] for row in rows]
+            figure: [
+                [_rounded(row["layers"][name][NAMED.get(figure, figure)]) for name in names]
+                for row in rows
+            ]
             for figure in ("zeros", "flip_rate")
         },
     }

@@ -23,6 +23,7 @@ from sparse_bitnet.files import read_json, refuse_special
 from sparse_bitnet.nn import convert, master_weights
 from sparse_bitnet.train.checkpoint import MANIFEST
 from sparse_bitnet.train.config import SparsityConfig
+from sparse_bitnet.train.dense import is_gguf, read_gguf
 from sparse_bitnet.train.export import is_trained, read_trained
 from sparse_bitnet.train.recipe import config_from_dict
 
@@ -111,6 +112,12 @@ def linear_weights(
     """
     # A training checkpoint holds the optimizer's moments too, each tensor under what it is.
     prefix = "model." if (directory / MANIFEST).is_file() else ""
+    if is_gguf(directory):
+        for name, tensor in read_gguf(directory)[0].named_parameters():
+            parameter = architecture.find(name, tuple(tensor.shape))
+            if parameter is not None and not parameter.left_out:
+                yield name, tensor.detach(), parameter
+        return
     for file in _weight_files(directory):
         try:
             refuse_special(file)

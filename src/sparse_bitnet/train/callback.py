@@ -28,8 +28,9 @@ class SparseBitNetCallback(TrainerCallback):
     """Pattern schedule, weight-decay schedule, flip rate and zeros for a converted model.
 
     Adds to every row that has a training loss: ``flip_rate`` (a fraction of all masked weights;
-    absent without a mask), ``zeros`` (a fraction of all converted weights), ``density`` (the N/M in
-    force), ``quantization`` (λ, where it has a schedule) and, to every hundredth, ``dead`` (see
+    absent without a mask), ``zeros_before_mask`` (a fraction of all converted weights; what
+    ``inspect`` counts as zeros is after it), ``density`` (the N/M in force), ``quantization`` (λ,
+    where it has a schedule) and, to every hundredth, ``dead`` (see
     :mod:`sparse_bitnet.train.monitor`). They are measured every ``logging_steps``, so
     ``logging_strategy`` must be "steps".
 
@@ -134,7 +135,7 @@ class SparseBitNetCallback(TrainerCallback):
         if logs is None or "loss" not in logs or self._reading is None:
             return
         figures = {
-            "zeros": self._reading.zeros,
+            "zeros_before_mask": self._reading.zeros_before_mask,
             "density": self._pattern_of(state.global_step - 1, state).density,
         }
         if self._sparsity.quantization.until:

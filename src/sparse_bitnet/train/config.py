@@ -107,7 +107,7 @@ class SparsityConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     """A model whose logits the student learns beside the text: the loss is cross_entropy·CE +
-    weight·T²·KL(teacher ‖ student)."""
+    weight·T²·KL(teacher ‖ student) + hidden_weight·H, H the distance of hidden states."""
 
     source: str = ""
     """A Hugging Face directory with the student's vocabulary and the data's tokenizer; empty: no
@@ -118,12 +118,18 @@ class TeacherConfig:
     """Weight of the ordinary loss beside it."""
     temperature: float = 1.0
     """T, by which both models' logits are divided in the teacher's term."""
+    hidden_layers: list[int] = field(default_factory=list)
+    """Blocks whose outputs H compares, by number from 0, in a teacher of the student's shape.
+    [14, 29]: two of thirty. Empty: no H."""
+    hidden_weight: float = 1.0
+    """Of H, the mean of ‖student − teacher‖² / ‖teacher‖² over tokens and these blocks."""
     device: str = ""
     """Where it computes, cuda:1 for example; empty: where the student does."""
 
     def __post_init__(self) -> None:
         _check_range("teacher.weight", self.weight, 0, math.inf)
         _check_range("teacher.cross_entropy", self.cross_entropy, 0, math.inf)
+        _check_range("teacher.hidden_weight", self.hidden_weight, 0, math.inf)
         _check_range("teacher.temperature", self.temperature, 0, math.inf, open_left=True)
         some = self.weight + self.cross_entropy > 0
         _check(some, "teacher.weight", self.weight, "above 0 where teacher.cross_entropy is 0")

@@ -1,4 +1,5 @@
-"""Load dense Hugging Face directories safely: no remote code, no network, no random weights.
+"""Load dense Hugging Face directories and GGUF files safely: no remote code, no network, no random
+weights.
 
 transformers is made for models that one trusts. It offers to run code that a directory brings,
 fetches a kernel that a ``config.json`` names, and gives a weight that the files lack random values
@@ -8,27 +9,39 @@ and a line in a table. Here each of them is an error.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from sparse_bitnet.core import CheckpointError, check_finite, shown
+from sparse_bitnet.core import CheckpointError, MissingExtraError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
+from sparse_bitnet.nn.record import forget
 from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
 MOST_LAYERS = 10_000
+MOST_READS = 2**22  # numbers and strings in a GGUF header; a vocabulary of 200,000 takes 1.5 M
 SIDE_FILE = "sparse_bitnet.json"  # what export.py writes beside a trained model's weights
 
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
     """The float32 causal language model of a directory, on the CPU, in evaluation mode.
+
+    Of a converted model's directory, the dense model of its master weights.
 
     Args:
         directory: as ``save_pretrained`` writes it.
@@ -44,10 +57,11 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     try:
         _check_config(directory)
         _check_sums(directory)
+        config = AutoConfig.from_pretrained(directory, **LOCAL)
+        forget(config)
+        options |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
         with no_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, **LOCAL, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **LOCAL, **options)
         model: PreTrainedModel
         model, report = loaded
         for what, names in (
@@ -69,14 +83,118 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     return model.eval()
 
 
+def is_gguf(path: str | Path) -> bool:
+    """True for a GGUF file, by its name."""
+    path = Path(path)
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, as transformers dequantizes it, and its tokenizer.
+
+    transformers does not save what it dequantized itself, so the tensors go into a fresh model. Of
+    the files beside it nothing is read.
+
+    Raises:
+        MissingExtraError: without the package ``gguf``.
+        CheckpointError: if transformers cannot read the file, a tensor of its architecture is not
+            there, or a value is NaN or infinite.
+    """
+    gguf_package("reading")
+    try:
+        with _alone(Path(path)) as place, no_bars():
+            shape, tensors = _read_gguf_shape(place)
+            # transformers would make all that the header describes before it looks for a tensor.
+            with torch.device("meta"):
+                described = AutoModelForCausalLM.from_config(shape).num_parameters()
+            if described > sum(tensor.n_elements for tensor in tensors):
+                raise ValueError(f"it describes {described:,} weights and has not as many")
+            read, info = AutoModelForCausalLM.from_pretrained(
+                dtype=torch.float32, output_loading_info=True, **place
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"it has no tensor for {min(info['missing_keys'])}")
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+        values = read.config.to_dict()
+        values.pop("quantization_config", None)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            type(read.config).from_dict(values)
+        )
+        model.load_state_dict(read.state_dict())
+        for name, tensor in model.state_dict().items():
+            check_finite(tensor, name)
+    except Exception as error:  # gguf, transformers and torch each have their own
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:500]}") from error
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[dict[str, Any]]:
+    """``from_pretrained``'s arguments for a GGUF file, without the files beside it."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "model.gguf").symlink_to(path.resolve())
+        yield {"pretrained_model_name_or_path": directory, "gguf_file": "model.gguf", **LOCAL}
+
+
+def _read_gguf_shape(place: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The configuration and the tensors that a header describes, if it fits into its file."""
+    gguf = gguf_package("reading")
+
+    class Bounded(gguf.GGUFReader):  # type: ignore[misc]
+        """The package's own reader follows a count beyond the end of the file for ever."""
+
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **orders: Any) -> Any:
+            self.reads += 1
+            end = offset + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data) or self.reads > MOST_READS:
+                raise ValueError("it is cut off, or its header is longer than that of any model")
+            return super()._get(offset, dtype, count, *order, **orders)
+
+    header = Bounded(Path(place["pretrained_model_name_or_path"]) / place["gguf_file"])
+    tensors = list(header.tensors)
+
+    def check(layers: Any) -> None:
+        if type(layers) is not int or not 0 <= layers <= min(len(tensors), MOST_LAYERS):
+            raise ValueError(f"it describes {shown(layers)} layers and has {len(tensors)} tensors")
+
+    for name, field in header.fields.items():
+        if name.endswith(".block_count"):
+            check(field.contents())
+    shape = AutoConfig.from_pretrained(**place)
+    check(shape.num_hidden_layers)
+    return shape, tensors
+
+
+def gguf_package(what: str = "exporting to") -> Any:
+    """The package ``gguf``.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
+        ) from error
+    return gguf
+
+
 def read_shape(path: str | Path) -> Any:
-    """The transformers configuration of a ``config.json``, or of a directory that has one.
+    """The transformers configuration of a ``config.json``, a directory that has one, or a GGUF
+    file.
 
     Raises:
         OSError: if there is none.
         ValueError: if it is damaged, names code to be fetched, or has more layers than any model.
+        MissingExtraError: for a GGUF file, without the package ``gguf``.
     """
     path = Path(path)
+    if is_gguf(path):
+        with _alone(path) as place, no_bars():
+            return _read_gguf_shape(place)[0]
     config = _read_config(path / "config.json" if path.is_dir() else path)
     layers = config.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= MOST_LAYERS:

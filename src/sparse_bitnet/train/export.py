@@ -1,9 +1,9 @@
 """Save a trained model as a Hugging Face directory, and load it.
 
-The directory is an ordinary dense checkpoint of the float32 master weights, so every tool of the
-field can read it; ``sparse_bitnet.json`` says how the linears computed and holds the checksums of
-the weight files, and :func:`load_trained` converts them again. Packing (ternary weights, a small
-file) is another package: ``packed``.
+The weight files hold the float32 master weights under their own names, and ``config.json`` says
+how the linears computed (:mod:`sparse_bitnet.nn.record`). ``sparse_bitnet.json`` says it too, with
+facts about the run and checksums of the weight files. Packing (ternary weights, a small file) is
+another package: ``packed``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError, Method
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
-from sparse_bitnet.nn.convert import RECORD
+from sparse_bitnet.nn.record import is_record
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import SIDE_FILE, no_bars, read_dense
@@ -116,8 +116,8 @@ def _recorded(directory: Path) -> Any:
     loads the model will name."""
     with contextlib.suppress(OSError, ValueError):
         config = read_json(directory / "config.json")
-        if isinstance(config, dict) and "quantization_config" not in config:
-            return config.get(RECORD)
+        if isinstance(config, dict) and is_record(config.get("quantization_config")):
+            return config["quantization_config"]
     return None
 
 
@@ -168,32 +168,15 @@ def load_trained(
     Raises:
         CheckpointError: if the directory is missing, damaged or not a trained model.
     """
-    model, tokenizer, sparsity = load_master(directory)
+    directory = Path(directory)
+    sparsity = read_trained(directory).sparsity
+    model = read_dense(directory, exact=True, use_safetensors=True)
+    tokenizer = own_tokenizer(directory)
     model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
     convert(
         model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
     )
     return model, tokenizer
-
-
-def load_master(
-    directory: str | Path,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, SparsityConfig]:
-    """Read such a directory as the dense model of its master weights.
-
-    Returns:
-        The model on the CPU, float32, in evaluation mode, not converted; the tokenizer, or None if
-        the directory has none; and what the linears became in training.
-
-    Raises:
-        CheckpointError: if the directory is missing, damaged or not a trained model.
-    """
-    directory = Path(directory)
-    sparsity = read_trained(directory).sparsity
-    model = read_dense(directory, exact=True, use_safetensors=True)
-    if hasattr(model.config, RECORD):
-        delattr(model.config, RECORD)  # it is dense until it is converted again
-    return model, own_tokenizer(directory), sparsity
 
 
 def own_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:

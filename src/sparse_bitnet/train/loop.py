@@ -23,6 +23,7 @@ from sparse_bitnet.train.checkpoint import Checkpoints
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import save_trained
 from sparse_bitnet.train.graph import GraphedBackward
+from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import (
     build_model,
@@ -32,7 +33,14 @@ from sparse_bitnet.train.model import (
 )
 from sparse_bitnet.train.monitor import Clock, History, Monitor, Reading
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
-from sparse_bitnet.train.parallel import Ranks, compile_blocks, ranks, shard, uncompile_blocks
+from sparse_bitnet.train.parallel import (
+    Ranks,
+    blocks,
+    compile_blocks,
+    ranks,
+    shard,
+    uncompile_blocks,
+)
 from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
 from sparse_bitnet.train.schedule import (
@@ -109,8 +117,13 @@ class _Run:
         conversion = convert_model(self.model, config.sparsity)
         self.linear_weights = conversion.weights
         self._say(str(conversion))
-        self.loss_of = CausalLoss(self.model)
         self.teacher = self._load_teacher() if config.teacher.source else None
+        compared = config.teacher.hidden_layers if self.teacher else []
+        states = HiddenStates(blocks(self.model), compared, "student") if compared else None
+        self.loss_of = CausalLoss(self.model, states)
+        self.parts = ("loss", "teacher_loss", "hidden_loss")[
+            : 1 + bool(self.teacher) + bool(states)
+        ]
         on_cuda = here.device.type == "cuda"
         self.precision = _choose(config.run.precision, "bf16" if on_cuda else "fp32")
         if _choose(config.run.compile, "on" if on_cuda else "off") == "on":
@@ -173,7 +186,7 @@ class _Run:
                     self._stop_if_not_finite()
                     row = {
                         "step": done,
-                        **dict(zip(("loss", "teacher_loss"), losses.tolist(), strict=False)),
+                        **dict(zip(self.parts, losses.tolist(), strict=True)),
                         "gradient_norm": norm.item(),
                         "pattern": str(pattern),
                         **rates,
@@ -213,14 +226,14 @@ class _Run:
 
     def _backward(self, step: int) -> Tensor:
         """Gradients of one batch, micro-batch by micro-batch; the means of its losses over all
-        ranks: cross-entropy, and the teacher's where there is one."""
+        ranks, as ``self.parts`` names them."""
         # Dropout, where a model has it, is a function of the step too: a resumed run repeats it.
         torch.manual_seed(self.config.run.seed * 1_000_003 + step * 1009 + self.here.rank)
         backward = self.graph or self._accumulate
         return self.here.mean(backward(self.batches.train(step)))
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> Tensor:
-        total = torch.zeros(2 if self.teacher else 1, device=self.here.device)
+        total = torch.zeros(len(self.parts), device=self.here.device)
         for batch in micro_batches:
             with self._autocast():
                 loss, parts = self.loss_of(batch, self.teacher)
@@ -334,6 +347,8 @@ class _Run:
         config, steps = self.config, self.config.schedule.steps
         self.loss_of.eval()
         uncompile_blocks(self.model)
+        if self.loss_of.states is not None:
+            self.loss_of.states.remove()
         self.optimizer.zero_grad()
         checkpoint = self.checkpoints.latest()
         result = TrainResult(
@@ -396,7 +411,7 @@ def _choose(wanted: str, automatic: str) -> str:
 def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
     if reading is None:
         return {}
-    columns = ["flip_rate", "zeros"] if reading.dead is None else ["flip_rate", "zeros", "dead"]
+    columns = ["flip_rate", "zeros_before_mask", *([] if reading.dead is None else ["dead"])]
     figures: dict[str, Any] = {name: getattr(reading, name) for name in columns}
     if layers_every and done % layers_every == 0:
         figures["layers"] = {
@@ -410,5 +425,5 @@ def _summary(row: dict[str, Any]) -> str:
     flips = "" if row["flip_rate"] is None else f"  flips {row['flip_rate']:.2%}"
     return (
         f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{flips}  "
-        f"zeros {row['zeros']:.1%}"
+        f"zeros before mask {row['zeros_before_mask']:.1%}"
     )

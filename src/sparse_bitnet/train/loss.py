@@ -13,7 +13,7 @@ stores. Every chunk passes over that gradient once, so few large chunks are fast
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.nn import DerivedModule
 from sparse_bitnet.nn.head import has_plain_head
+from sparse_bitnet.train.hidden import HiddenStates, hidden_loss
 
 LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**27}  # 1 GB in bf16, 512 MB in float32
 
@@ -33,14 +34,15 @@ LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**27}  # 1 GB in bf16, 512 MB in float3
 class Weighing:
     """How much labels and a teacher count.
 
-    The loss is ``cross_entropy``·CE + ``divergence``·T²·KL(teacher ‖ student), where both
-    distributions are softened by the temperature T; T² keeps the size of the gradient (Hinton,
-    Vinyals, Dean, arXiv 1503.02531).
+    The loss is ``cross_entropy``·CE + ``divergence``·T²·KL(teacher ‖ student) + ``hidden``·H, where
+    both distributions are softened by the temperature T; T² keeps the size of the gradient (Hinton,
+    Vinyals, Dean, arXiv 1503.02531). H is :func:`sparse_bitnet.train.hidden.hidden_loss`.
     """
 
     divergence: float = 1.0
     cross_entropy: float = 1.0
     temperature: float = 1.0
+    hidden: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ class Targets:
         hidden: ``[..., features]`` of the teacher, or its logits where ``head`` is None.
         head: ``[vocabulary, features]``, the teacher's output head, on the student's device.
         how: what they count.
+        states: ``[sequences, length, features]``, outputs of its blocks that the student's are
+            compared with.
     """
 
     hidden: Tensor
     head: Tensor | None
     how: Weighing
+    states: Sequence[Tensor] = ()
 
     def logits(self, tokens: slice) -> Tensor:
         """Of some tokens, as if all sequences were one."""
@@ -254,26 +259,30 @@ class CausalLoss(nn.Module):
 
     Most architectures' logits are ``hidden @ head.T``, which are made chunk by chunk. Those that
     scale, cap or bias them (Gemma, Granite, Phi) make them whole: decided once.
+
+    Args:
+        model: the causal language model.
+        states: of its blocks, where a teacher's are to be met.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, states: HiddenStates | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.states = model, states
         head = model.get_output_embeddings()
         plain = isinstance(head, nn.Linear) and not isinstance(head, DerivedModule)
         self.chunked = plain and head.bias is None and has_plain_head(model)
 
-    def last_hidden(
-        self, inputs: Tensor, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The last hidden state and the head's weight; or the logits, and None."""
-        # Where positions begin anew, transformers lets attention begin anew.
-        given = {"input_ids": inputs, "use_cache": False}
-        if positions is not None:
-            given["position_ids"] = positions
+    def last_hidden(self, **given: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The last hidden state and the head's weight; or the logits, and None.
+
+        Args:
+            given: ``input_ids`` and what else the model takes. Where ``position_ids`` begin anew,
+                transformers lets attention begin anew.
+        """
+        inputs: dict[str, Any] = {key: one for key, one in given.items() if one is not None}
         if not self.chunked:
-            return self.model(**given).logits, None
-        hidden = self.model.base_model(**given).last_hidden_state
+            return self.model(**inputs, use_cache=False).logits, None
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden, self.model.get_output_embeddings().weight
 
     def forward(
@@ -285,9 +294,27 @@ class CausalLoss(nn.Module):
             teacher: gives the targets of a batch.
 
         Returns:
-            As :func:`chunked_loss`.
+            As :func:`chunked_loss`; with ``states`` and a teacher, H is the third part.
         """
         # Before the student keeps its activations.
         targets = None if teacher is None else teacher(batch)
-        hidden, head = self.last_hidden(batch.inputs, batch.positions)
-        return chunked_loss(hidden, head, batch.labels, targets=targets, divisor=batch.divisor)
+        hidden, head = self.last_hidden(input_ids=batch.inputs, position_ids=batch.positions)
+        loss, parts = chunked_loss(hidden, head, batch.labels, None, targets, batch.divisor)
+        return self.with_hidden(loss, parts, targets, batch.labels, batch.divisor)
+
+    def with_hidden(
+        self,
+        loss: Tensor,
+        parts: Tensor,
+        targets: Targets | None,
+        labels: Tensor,
+        divisor: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and parts with H added, where hidden states are compared."""
+        if self.states is None:
+            return loss, parts
+        own = self.states.take()
+        if targets is None:
+            return loss, parts
+        apart = hidden_loss(own, targets.states, labels, divisor)
+        return loss + targets.how.hidden * apart, torch.cat([parts, apart.detach().view(1)])

@@ -56,7 +56,7 @@ class Layer:
     ``dead`` in all readings but the last of a window."""
 
     flip_rate: float | None
-    zeros: float
+    zeros_before_mask: float
     size: int
     dead: float | None = None
 
@@ -68,9 +68,9 @@ class Reading:
     layers: dict[str, Layer]
 
     @property
-    def zeros(self) -> float:
-        """Zeros before the mask, over all converted weights."""
-        return self._mean("zeros") or 0.0
+    def zeros_before_mask(self) -> float:
+        """Over all converted weights."""
+        return self._mean("zeros_before_mask") or 0.0
 
     @property
     def flip_rate(self) -> float | None:

@@ -14,7 +14,9 @@ from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.dense import read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
+from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
+from sparse_bitnet.train.parallel import blocks
 
 
 class Teacher:
@@ -28,7 +30,7 @@ class Teacher:
         config: where it is, where it computes, and what it counts.
         device: the student's.
         vocabulary: rows of the student's output head.
-        tokenizer: the hash of the data's.
+        tokenizer: the hash of the data's; None is not compared.
 
     Raises:
         ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, or
@@ -37,14 +39,15 @@ class Teacher:
     """
 
     def __init__(
-        self, config: TeacherConfig, device: torch.device, vocabulary: int, tokenizer: str
+        self, config: TeacherConfig, device: torch.device, vocabulary: int, tokenizer: str | None
     ) -> None:
         directory = Path(config.source)
         if not (directory / "config.json").is_file():
             raise ConfigError(
                 f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
             )
-        _check_tokenizer(directory, tokenizer)
+        if tokenizer is not None:
+            _check_tokenizer(directory, tokenizer)
         trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
         rows = model.get_output_embeddings().weight.shape[0]
@@ -58,24 +61,33 @@ class Teacher:
         model = model.to(self.device, torch.bfloat16 if halved else None)  # type: ignore[arg-type]
         self.model = model.requires_grad_(False).eval()
         self._loss_of = CausalLoss(self.model).eval()
-        self._how = Weighing(config.weight, config.cross_entropy, config.temperature)
+        self._how = Weighing(
+            config.weight, config.cross_entropy, config.temperature, config.hidden_weight
+        )
+        self._states = HiddenStates(blocks(self.model), config.hidden_layers, "teacher")
         head = self.model.get_output_embeddings().weight
         self._head = head.to(device) if self._loss_of.chunked else None
         self._home = device
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
         """Targets of a batch, on the student's device."""
-        given = batch.map(lambda one: one.to(self.device))
+        return self.targets(input_ids=batch.inputs, position_ids=batch.positions)
+
+    @torch.no_grad()
+    def targets(self, **given: Tensor | None) -> Targets:
+        """Targets for what a model is given, on the student's device."""
+        there = {key: one if one is None else one.to(self.device) for key, one in given.items()}
         with self._autocast():
-            hidden, _ = self._loss_of.last_hidden(given.inputs, given.positions)
-        return Targets(hidden.to(self._home), self._head, self._how)
+            hidden, _ = self._loss_of.last_hidden(**there)
+        states = [state.to(self._home) for state in self._states.take()]
+        return Targets(hidden.to(self._home), self._head, self._how, states)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """Its own cross-entropy on a batch, nats a token."""
         with self._autocast():
             loss, _ = self._loss_of(batch.map(lambda one: one.to(self.device)))
+        self._states.take()
         return loss.to(self._home)
 
     def _autocast(self) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import struct
 
 import pytest
@@ -115,14 +114,11 @@ def test_imports_compute_what_stock_transformers_computes(tmp_path, stock, logit
     assert close(stock(tmp_path / "again"), expected)
 
 
-def test_masked_measured_finetuned_packed_and_run(tmp_path, tokenizer, logits):
+def test_masked_finetuned_packed_and_run(tmp_path, tokenizer, logits):
     source = write_checkpoint(tmp_path / "source", *FORMS["autobitlinear"], tokenizer=tokenizer)
     (tmp_path / "text.txt").write_text(TEXT)
     text = f"text:{tmp_path / 'text.txt'}"
-    result = import_bitnet(source, tmp_path / "m", pattern="6:8", text=text, window=32)
-    assert result.one_shot is not None
-    assert result.one_shot.before.loss != result.one_shot.after.loss
-    assert re.search(r"perplexity \d+\.\d\d before, \d+\.\d\d with 6:8 in one shot", str(result))
+    import_bitnet(source, tmp_path / "m", pattern="6:8")
     report = inspect(tmp_path / "m")
     assert {weight.met for weight in report.weights} <= {"6:8", "5:8"}
 
@@ -300,8 +296,6 @@ def test_generation_settings(tmp_path, capsys):
 
 def test_other_refusals(tmp_path):
     source = write_checkpoint(tmp_path / "s", *FORMS["bitlinear"])
-    with pytest.raises(ConfigError, match="has no tokenizer to read a text with"):
-        import_bitnet(source, tmp_path / "out", text="stdlib")
     with pytest.raises(ConfigError, match="exists and is not a trained model"):
         import_bitnet(source, source)
     import_bitnet(source, tmp_path / "kept")

@@ -63,7 +63,7 @@ def test_a_file_that_we_wrote(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "other")
-    with pytest.raises(ConfigError, match="without options"):
+    with pytest.raises(ConfigError, match="without a pattern"):
         import_checkpoint(tmp_path / "m.gguf", tmp_path / "other", pattern="6:8")
 
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.export.bitnet.checkpoint import BitNetCheckpoint
-from sparse_bitnet.export.bitnet.one_shot import OneShot, mask_one_shot
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.verify import read_json, refuse_foreign
 from sparse_bitnet.train import SparsityConfig, save_trained
@@ -27,7 +26,6 @@ class ImportResult:
         format: linear class and quantization mode of the checkpoint.
         modules, weights: how many are ternary.
         pattern: that they keep now.
-        one_shot: perplexity before and after masking, if a text was given.
     """
 
     directory: Path
@@ -36,34 +34,24 @@ class ImportResult:
     modules: int
     weights: int
     pattern: str
-    one_shot: OneShot | None
 
     def __str__(self) -> str:
-        head = (
+        return (
             f"{self.directory}: {self.architecture} from {self.format}, {self.modules} layers with "
             f"{self.weights:,} ternary weights, pattern {self.pattern}"
         )
-        return head if self.one_shot is None else f"{head}\n{self.one_shot}"
 
 
-def import_bitnet(
-    source: str | Path,
-    out: str | Path,
-    *,
-    pattern: str = "dense",
-    text: str | None = None,
-    window: int | None = None,
-    limit: int | None = None,
-) -> ImportResult:
+def import_bitnet(source: str | Path, out: str | Path, *, pattern: str = "dense") -> ImportResult:
     """Read a checkpoint of ``quant_method: bitnet`` and write it as a trained directory.
 
     Args:
         source: directory of the checkpoint; its weights have to be safetensors.
         out: the trained directory to write; it appears whole or not at all. A trained directory
             that is there already is replaced, unless it holds files of somebody else.
-        pattern: N:M to mask to in one shot; dense leaves the weights as they are.
-        text: measure perplexity on it before and after masking: a source such as text:PATH.
-        window, limit: tokens the model reads at once, and tokens to score at most.
+        pattern: N:M to mask to in one shot; dense leaves the weights as they are. γ stays that of
+            the dense weight. Where magnitudes are equal, as in weights that were stored ternary,
+            zeros go first and then those further right.
 
     Raises:
         PackedFormatError: if the checkpoint is damaged, or its parts contradict each other.
@@ -78,18 +66,13 @@ def import_bitnet(
     checkpoint = BitNetCheckpoint(source)
     model = checkpoint.load()
     tokenizer = _load_tokenizer(source)
-    if text is not None and tokenizer is None:
-        raise ConfigError(f"{source} has no tokenizer to read a text with; leave out the text")
-    conversion = convert(model, "dense" if text else pattern, rules=checkpoint.rules)
+    conversion = convert(model, pattern, rules=checkpoint.rules)
     lost = sorted(checkpoint.ternary & conversion.skipped.keys())
     if lost:
         raise ConfigError(
             f"{source}: {lost[0]} is ternary there and cannot be here, because "
             f"{conversion.skipped[lost[0]]}; this checkpoint cannot be imported"
         )
-    one_shot = None
-    if text is not None and tokenizer is not None:
-        one_shot = mask_one_shot(model, tokenizer, pattern, text, window=window, limit=limit)
     sparsity = SparsityConfig(pattern=pattern, rules=checkpoint.rules)
     save_trained(model, tokenizer, out, sparsity, run={"imported": checkpoint.format})
     return ImportResult(
@@ -99,7 +82,6 @@ def import_bitnet(
         conversion.modules,
         conversion.weights,
         pattern,
-        one_shot,
     )
 
 

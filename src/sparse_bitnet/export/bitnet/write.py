@@ -27,7 +27,6 @@ from sparse_bitnet.export.exportable import Exportable, ExportResult, open_expor
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
-from sparse_bitnet.nn.convert import RECORD
 from sparse_bitnet.packed.tensor_file import TensorFileWriter
 from sparse_bitnet.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
 from sparse_bitnet.packed.write import Layout
@@ -128,9 +127,8 @@ def _write_config(source: Exportable, directory: Path, linear_class: LinearClass
             )
     config = copy.deepcopy(model.config)
     config.quantization_config = BitNetQuantConfig(kept, linear_class, "offline")
-    for name in ("auto_map", RECORD):
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "auto_map"):
+        del config.auto_map
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.save_pretrained(directory)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_bitnet.console import progress
-from sparse_bitnet.core import ConfigError, MissingExtraError, WeightError
+from sparse_bitnet.core import ConfigError, WeightError
 from sparse_bitnet.export.exportable import Exportable, ExportResult, open_exportable
 from sparse_bitnet.export.gguf.model import (
     ROPE_FREQS,
@@ -39,6 +39,7 @@ from sparse_bitnet.export.gguf.model import (
 )
 from sparse_bitnet.export.gguf.tokenizer import Vocabulary, vocabulary
 from sparse_bitnet.files import atomic_file
+from sparse_bitnet.train.dense import gguf_package
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -319,13 +320,3 @@ def _check_f16(values: Tensor, where: str) -> None:
             f"{where}: {float(values.abs().max()):.3g} does not fit fp16, which ends at "
             f"{LARGEST_F16:.0f}; the model cannot be stored in this format"
         )
-
-
-def gguf_package(what: str = "exporting to") -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{what} GGUF needs the package gguf: pip install 'sparse-bitnet[gguf]'"
-        ) from error
-    return gguf

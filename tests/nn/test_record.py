@@ -1,0 +1,179 @@
+"""A converted model's directory: transformers gives the converted model again, or fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from sparse_bitnet.core import CheckpointError, ConfigError, Method
+from sparse_bitnet.nn import SparseBitLinear, convert, master_weights, set_pattern
+from sparse_bitnet.nn.record import ABSENT
+from sparse_bitnet.packed.write import pack
+from sparse_bitnet.train.callback import SparseBitNetCallback
+from sparse_bitnet.train.dense import read_dense
+from sparse_bitnet.train.export import is_trained, load_trained
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+def described(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen2_moe", "mixtral", "gemma2"])
+@pytest.mark.parametrize("kind", ["bitnet", "bf16"])
+def test_from_pretrained_gives_the_converted_model_again(
+    tiny: Tiny, tokens: Tensor, logits: Any, tmp_path: Path, architecture: str, kind: Any
+) -> None:
+    model = tiny(architecture)
+    method = Method(order="mask-then-quant")
+    rules = {r"v_proj$": "2:4", "k_proj": "skip"}
+    convert(model, "6:8", kind=kind, method=method, rules=rules)
+    set_pattern(model, "4:8")
+    model.save_pretrained(tmp_path / "first")
+    written = described(tmp_path / "first")["quantization_config"]
+    assert written["pattern"] == "4:8" and written["version"] == version("sparse-bitnet")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    for one, other in zip(master_weights(again), master_weights(model), strict=True):
+        assert (one.name, one.pattern) == (other.name, other.pattern)
+        assert type(one.module) is type(other.module) and one.module.method == method
+        assert torch.equal(one.weight, other.weight)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    # It is an ordinary model, which trains and is saved as the first was.
+    assert not again.is_quantized and not hasattr(again, "hf_quantizer")
+    assert not hasattr(again.config, "_is_quantized")
+    again.train()(input_ids=tokens, labels=tokens).loss.backward()
+    again.save_pretrained(tmp_path / "second")
+    assert described(tmp_path / "second") == described(tmp_path / "first")
+    # By our own readers: converted, and the dense model of the master weights.
+    assert is_trained(tmp_path / "first")
+    assert torch.equal(logits(load_trained(tmp_path / "first")[0], tokens), logits(model, tokens))
+    dense = read_dense(tmp_path / "first")
+    dense.save_pretrained(tmp_path / "dense")
+    assert not is_trained(tmp_path / "dense")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) is type(dense)
+
+
+def test_master_weights_stay_float32(tiny: Tiny, tokens: Tensor, tmp_path: Path) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert again.model.embed_tokens.weight.dtype == dtype
+        for one, other in zip(master_weights(again), master_weights(model), strict=True):
+            assert torch.equal(one.weight, other.weight)
+        assert again(input_ids=tokens).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("first", ["", "import sparse_bitnet\n"], ids=["without", "with"])
+def test_in_another_process(tiny: Tiny, tmp_path: Path, first: str) -> None:
+    """Without the package an error whose last line says what to install; never a dense model."""
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    code = (
+        f"{first}from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == ("SparseBitLinear\n" if first else ""), done.stderr
+    if not first:
+        assert ABSENT in done.stderr and "Unknown quantization type" in done.stderr
+
+
+def test_copies_save_themselves(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    for number, other in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        with torch.no_grad():
+            other.model.norm.weight.fill_(number + 2)
+        other.save_pretrained(tmp_path / str(number))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert again.model.norm.weight[0] == number + 2
+        assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)
+
+
+def test_uploading_from_within(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    with pytest.raises(ConfigError, match=r"model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_others_have_no_record() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    convert(model, "6:8")
+    assert not hasattr(model, "save_pretrained")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"pattern": "8:6"},
+        {"pattern": None},
+        {"kind": "int3"},
+        {"kind": 3},
+        {"method": 1},
+        {"method": {"speed": 1}},
+        {"rules": ["k_proj"]},
+        {"rules": {"nowhere": "skip"}},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_record(tiny: Tiny, tmp_path: Path, damage: dict[str, Any]) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    values = described(tmp_path)
+    values["quantization_config"] |= damage
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_trainer_resumes_and_packs(tiny: Tiny, tokens: Tensor, tmp_path: Path) -> None:
+    """A checkpoint of ``Trainer``: resumed from, loaded, trained on, packed."""
+
+    def trainer(model: PreTrainedModel, steps: int) -> Trainer:
+        rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
+        options: dict[str, Any] = {"use_cpu": True, "report_to": [], "save_steps": 2, "seed": 1}
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=steps, learning_rate=0.01, **options
+        )
+        callbacks = [SparseBitNetCallback("6:8")]
+        return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+
+    def converted() -> PreTrainedModel:
+        model = tiny()
+        convert(model, "6:8")
+        return model
+
+    whole = trainer(converted(), 4)
+    whole.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = trainer(converted(), 4)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    wanted = whole.model.eval()(input_ids=tokens).logits
+    assert torch.equal(resumed.model.eval()(input_ids=tokens).logits, wanted)
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(last(input_ids=tokens).logits, wanted)
+    pack(tmp_path / "run" / "checkpoint-4", tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(packed(input_ids=tokens).logits, wanted)
+    trainer(last, 1).train()  # a loaded model trains like a converted one

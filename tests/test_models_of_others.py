@@ -1,0 +1,124 @@
+"""Every verb that reads a model, on an ordinary directory and on a GGUF file of the same values."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from running_server import running
+from sparse_bitnet.cli import main
+from sparse_bitnet.data.tokenizer import train_bpe
+from sparse_bitnet.export.gguf.read import import_gguf
+from sparse_bitnet.export.gguf.write import export_gguf
+from sparse_bitnet.nn import convert
+from sparse_bitnet.train import SparsityConfig, save_trained
+
+TEXT = "def main():\n    return the name of the file 1234\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``plain``, a directory, and ``model.gguf``; and a text to measure them on."""
+    directory = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    convert(model, "6:8")
+    tokenizer = train_bpe([TEXT] * 30, 320)
+    save_trained(model, tokenizer, directory / "trained", SparsityConfig())
+    export_gguf(directory / "trained", directory / "model.gguf", odd_rows="f16")
+    import_gguf(directory / "model.gguf", directory / "plain")
+    (directory / "text.txt").write_text(TEXT * 8)
+    return directory
+
+
+@pytest.fixture(params=["plain", "model.gguf"])
+def source(request: pytest.FixtureRequest, models: Path) -> Path:
+    return models / request.param
+
+
+Verb = Callable[..., str]
+
+
+@pytest.fixture
+def verb(capsys: pytest.CaptureFixture[str]) -> Verb:
+    """What a command prints."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        main([str(one) for one in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_evaluate(models: Path, verb: Verb) -> None:
+    options = ["--text", f"text:{models / 'text.txt'}", "--window", 32, "--device", "cpu", "--json"]
+    found = json.loads(verb("evaluate", models / "model.gguf", models / "plain", *options))
+    assert found["differences"] == {"text: nats a token": 0.0}
+
+
+def test_inspect(source: Path, verb: Verb) -> None:
+    assert "Qwen2ForCausalLM, ordinary" in verb("inspect", source)
+    found = json.loads(verb("inspect", source, "--json"))
+    parameters = found["count"] + found["other_parameters"]
+    assert found["file_bytes"] > parameters  # at least a byte each, in either form
+    stored = 32 if source.is_dir() else 8 * source.stat().st_size / parameters
+    assert found["bits"] == pytest.approx(stored)
+
+
+def test_generate(source: Path, verb: Verb) -> None:
+    printed = verb("generate", source, "def main", "--max-new-tokens", 4, "--device", "cpu")
+    assert printed.startswith("def main") and len(printed) > len("def main\n")
+
+
+def test_chat(source: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("def main\n"))
+    assert verb("chat", source, "--max-new-tokens", 4, "--device", "cpu").strip()
+
+
+def test_serve(source: Path) -> None:
+    asked: dict[str, Any] = {"model": source.name, "prompt": "def main", "max_tokens": 4}
+    with running(source, device="cpu") as address:
+        answer = requests.post(f"{address}/v1/completions", json=asked, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_polarization(source: Path, models: Path, verb: Verb, tmp_path: Path) -> None:
+    verb("polarization", source, "--out", tmp_path)
+    found = json.loads((tmp_path / "polarization.json").read_text())
+    layers = [layer["name"] for layer in found["layers"]]
+    assert len(layers) == 14 and layers[0] == "model.layers.0.mlp.down_proj.weight"
+    # Ternary weights before the mask's zeros: what the mask took stays zero in the file.
+    assert found["overall"]["zeros_before_mask"] > 0.25
+
+
+def test_estimate(source: Path, verb: Verb) -> None:
+    printed = verb("estimate", source)
+    assert "14 modules" in printed and "H200" in printed
+
+
+def test_files_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(50))
+    for arguments in (["inspect", path], ["estimate", path], ["polarization", path]):
+        with pytest.raises(SystemExit):
+            main([str(one) for one in arguments])
+        assert "broken.gguf" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""``Trainer`` with a teacher: the example of the docs, and its losses against those of the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.loader import IGNORED, Batch
+from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.train.callback import SparseBitNetCallback
+from sparse_bitnet.train.config import TeacherConfig
+from sparse_bitnet.train.hidden import HiddenStates
+from sparse_bitnet.train.loss import CausalLoss
+from sparse_bitnet.train.parallel import blocks
+from sparse_bitnet.train.presets import preset_config
+from sparse_bitnet.train.teacher import Teacher
+from sparse_bitnet.train.trainer import TeacherMixin
+
+CPU = torch.device("cpu")
+
+
+def dense(seed: int, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape = preset_config("tiny", 64)
+    for name, value in changes.items():
+        setattr(shape, name, value)
+    return AutoModelForCausalLM.from_config(shape)
+
+
+def rows() -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    found = []
+    for number in range(16):
+        ids = torch.randint(64, (12,))
+        labels = ids.clone()
+        labels[: number % 5] = IGNORED  # as of prompts: rows differ in how many count
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def run(directory: Path, model: PreTrainedModel, accumulation: int) -> tuple[Trainer, Any]:
+    """Four steps of eight rows with the example's class; and the rows of the first step."""
+
+    class Distilling(TeacherMixin, Trainer):
+        teacher = TeacherConfig(str(directory), temperature=2.0, hidden_layers=[0, 1])
+
+    arguments = TrainingArguments(
+        str(directory / "out"),
+        max_steps=4,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.01,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = Distilling(
+        model,
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=[SparseBitNetCallback("6:8")],
+    )
+    trainer.train()
+    return trainer, next(iter(trainer.get_train_dataloader()))
+
+
+def converted() -> PreTrainedModel:
+    model = dense(3)
+    convert(model, "6:8")
+    return model
+
+
+def test_as_in_the_docs(tmp_path: Path) -> None:
+    """The losses of the loop's own module, logged; accumulation changes nothing."""
+    dense(7).save_pretrained(tmp_path)
+    trainer, _ = run(tmp_path, converted(), 1)
+    found = [row for row in trainer.state.log_history if "loss" in row]
+    names = ("cross_entropy", "teacher_loss", "hidden_loss")
+    for row in found:
+        assert row["loss"] == pytest.approx(sum(row[name] for name in names), abs=2e-3)
+        assert "zeros_before_mask" in row
+    assert all(found[-1][name] < found[0][name] for name in names)
+    assert any("eval_loss" in row for row in trainer.state.log_history)
+    again, _ = run(tmp_path, converted(), 2)
+    others = [row for row in again.state.log_history if "loss" in row]
+    for row, other in zip(found, others, strict=True):
+        for name in ("loss", *names):
+            assert other[name] == pytest.approx(row[name], rel=2e-3), name
+
+
+def test_the_losses_are_the_loops(tmp_path: Path) -> None:
+    dense(7).save_pretrained(tmp_path)
+    config = TeacherConfig(str(tmp_path), temperature=2.0, hidden_layers=[0, 1])
+
+    class Distilling(TeacherMixin, Trainer):
+        teacher = config
+
+    model = converted().train()
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "labels")}
+    loss = Distilling(model, arguments).compute_loss(model, batch)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model = converted().train()
+    states = HiddenStates(blocks(model), config.hidden_layers, "student")
+    labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    same = Batch(batch["input_ids"], labels, divisor=(labels != IGNORED).sum())
+    wanted, _ = CausalLoss(model, states)(same, Teacher(config, CPU, 64, None))
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_without_labels(tmp_path: Path) -> None:
+    dense(7).save_pretrained(tmp_path / "dense")
+
+    class Distilling(TeacherMixin, Trainer):
+        teacher = TeacherConfig(str(tmp_path / "dense"))
+
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    with pytest.raises(ConfigError, match="the batches have no labels"):
+        Distilling(dense(3), arguments).compute_loss(dense(3).train(), {"input_ids": None})
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense(7).save_pretrained("dense")
+    text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert code.count('TrainingArguments("out", ') == 1
+    code = code.replace('TrainingArguments("out", ', 'TrainingArguments("out", use_cpu=True, ')
+    exec(compile(code, "docs/trainer.md", "exec"), {"rows": rows(), "__name__": "example"})
+    assert (tmp_path / "packed" / "model.safetensors").is_file()
+    again = AutoModelForCausalLM.from_pretrained("trained")
+    assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)
