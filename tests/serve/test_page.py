@@ -75,7 +75,7 @@ def opened(browser, url):
     """The page, which may ask its own server only and show no dialog and no error."""
     page = browser.new_page()
     asked, wrong = [], []
-    page.on("request", lambda request: asked.append(request))
+    page.on("request", lambda request: asked.extend([request]))  # a handler has to take attributes
     page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(url)
