@@ -11,8 +11,6 @@ namespace {
 #define VBMI 1
 #include "avx512.inc"
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 
 constexpr int64_t SIDE = 16;  // tokens or rows of a tile
 constexpr int64_t DEPTH = 4;  // blocks of a panel, 128 KiB of codes

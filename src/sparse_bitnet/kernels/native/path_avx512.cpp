@@ -10,8 +10,6 @@ namespace {
 #define VBMI 0
 #include "avx512.inc"
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 }  // namespace
 
 const Path avx512_path = {8, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,

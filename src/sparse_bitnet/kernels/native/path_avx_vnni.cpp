@@ -10,8 +10,6 @@ namespace {
 #define VNNI 1
 #include "avx2.inc"
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 }  // namespace
 
 const Path avx_vnni_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,

@@ -97,8 +97,6 @@ struct V {
 };
 
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 
 }  // namespace
 

@@ -143,8 +143,6 @@ struct V {
 };
 
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 
 }  // namespace
 
