@@ -8,7 +8,7 @@ prefills 512 tokens and decodes 64 more, given ones, with every engine, one afte
 whatever else the machine does hits all alike; then the read bandwidth of the memory is measured.
 Engines live in processes of their own and sleep between their turns. Reported are medians; ratios
 are medians over rounds of the ratio within a round. ``--neighbours`` decodes again beside so many
-busy processes. Results go to ``results/cpu/<processor>/<shape>-<vocabulary>.json``.
+busy processes. Results go to ``results/cpu/<processor>/<shape>-<layers>-layers-<vocabulary>.json``.
 
 llama.cpp is left out without ``--llama``, the interpreter of an environment with ``llama-cpp-cffi``
 (0.4.42); ``gguf`` is needed beside this package then.
@@ -280,7 +280,8 @@ def main() -> None:
     result = measure(names, options)
     result["ratios"] = ratios(result)
     processor = re.sub(r"[^A-Za-z0-9.]+", "_", cpu_name()).strip("_")
-    output = RESULTS / processor / f"{options.shape}-{options.vocabulary}.json"
+    size = f"{options.layers}-layers-{options.vocabulary}"
+    output = RESULTS / processor / f"{options.shape}-{size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(result, indent=2) + "\n")
     out.print(table(result))

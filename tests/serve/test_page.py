@@ -75,7 +75,7 @@ def opened(browser, url):
     """The page, which may ask its own server only and show no dialog and no error."""
     page = browser.new_page()
     asked, wrong = [], []
-    page.on("request", asked.append)
+    page.on("request", lambda request: asked.extend([request]))  # a handler has to take attributes
     page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(url)
@@ -139,6 +139,25 @@ def test_it_streams_and_stops(page):
     assert len(page.locator(".assistant").first.text_content()) == length
     page.click("#again")
     assert page.locator("article").count() == 0
+
+
+def test_new_while_an_answer_streams(page, url):
+    say(page, "def main():", 20_000)
+    while len(page.locator(".assistant").text_content()) <= 40:
+        page.wait_for_timeout(20)
+    page.click("#again")
+    page.locator("#send:enabled").wait_for()
+    assert page.locator("article, .speed, .error").count() == 0
+    while not _is_idle(url):  # the place of the answer that nobody reads is free again
+        page.wait_for_timeout(20)
+    say(page, "again", 5)
+    page.locator(".speed").wait_for()
+    assert page.asked[-1].post_data_json["messages"] == [{"role": "user", "content": "again"}]
+    assert page.locator(".user").count() == page.locator(".assistant").count() == 1
+
+
+def _is_idle(url):
+    return re.search(r"^sparse_bitnet_running 0(\.0)?$", requests.get(f"{url}/metrics").text, re.M)
 
 
 def test_markup_in_an_answer_is_text(page, tokenizer, monkeypatch):

@@ -233,7 +233,7 @@ int64_t product(const Linear &call) {
     if (few) {
         parallel(parts, &job, run_few);
     } else {
-        Spread spread(call, call.layout >= BYTES ? 1 : path->group);
+        Spread spread(call, call.layout >= BYTES ? 1 : TOKEN_GROUP);
         if (spread.memory.start == nullptr) return 2;
         job.spread = &spread;
         parallel(parts, &job, run_spread);

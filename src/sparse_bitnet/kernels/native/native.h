@@ -34,6 +34,7 @@ constexpr int64_t BLOCK = 256;     // weights that meet one block of activations
 constexpr int64_t PLANE = 64;      // activations of a plane of a block
 constexpr int64_t PLANES = 4;      // plane p of a block holds activations p, 4 + p, 8 + p, …
 constexpr int64_t PANEL_ROWS = 32; // rows whose codes are kept while all tokens pass
+constexpr int64_t TOKEN_GROUP = 16;  // tokens of a group, where there are many; else one
 constexpr int64_t PREFETCH_BYTES = 4096;
 
 constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
@@ -114,7 +115,6 @@ struct LayerPath {
 // The same functions for every instruction set. Rows are [first, last) of the weight.
 struct Path {
     int64_t few_tokens;  // up to here weights are unpacked in registers, every time
-    int64_t group;       // tokens of a group, for more tokens than that; otherwise one
     // Activations of one token → planes, scale and sum.
     void (*spread)(const Linear &, int64_t token, int8_t *planes, int64_t plane_step, float *scale,
                    int32_t *sum);
@@ -144,6 +144,13 @@ extern const Path neon_path;
 #endif
 
 }  // namespace sparse_bitnet
+
+// A loop of few turns, unrolled before arrays that it indexes become registers.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // BEGIN_TARGET("avx2,f16c") … END_TARGET: functions in between may use those instructions.
 #define SPARSE_BITNET_PRAGMA(text) _Pragma(#text)

@@ -10,11 +10,10 @@ namespace {
 #define VBMI 0
 #include "avx512.inc"
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 }  // namespace
 
-const Path avx512_path = {8, 1, spread_any, few, many, many_scratch, &layer_path, ternarize_rows};
+const Path avx512_path = {8, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
+                                ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

@@ -10,7 +10,7 @@ namespace {
 
 struct V {
     static constexpr int64_t width = 16;
-    static constexpr int tokens = 4;
+    static constexpr int tokens = 4, many_tokens = 8;
     static constexpr bool fuses = true;  // multiply and add in one instruction
     static constexpr bool reads_six_bit = false;
     using Bytes = uint8x16_t;
@@ -31,6 +31,20 @@ struct V {
     static Bytes code(Bytes v, int plane) {
         return vandq_u8(vshlq_u8(v, vdupq_n_s8(int8_t(-2 * plane))), vdupq_n_u8(3));
     }
+    static void transpose(Bytes v[width / 4]) {
+        uint32_t from[width / 4][width / 4], to[width / 4][width / 4];
+        __builtin_memcpy(from, v, sizeof from);
+        for (int i = 0; i < width / 4; ++i)
+            for (int j = 0; j < width / 4; ++j) to[j][i] = from[i][j];
+        __builtin_memcpy(v, to, sizeof to);
+    }
+    static Bytes repeat(const void *p) {
+        uint32_t word;
+        __builtin_memcpy(&word, p, 4);
+        return vreinterpretq_u8_u32(vdupq_n_u32(word));
+    }
+    static Sum sums(const int32_t *p) { return vld1q_s32(p); }
+    static void store(int32_t *p, Sum v) { vst1q_s32(p, v); }
     // Codes are below 128, so a signed product serves.
     static Sum dot(Sum sum, Bytes codes, Bytes x) { return signed_dot(sum, codes, x); }
     static Sum signed_dot(Sum sum, Bytes w, Bytes x) {
@@ -83,12 +97,11 @@ struct V {
 };
 
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 
 }  // namespace
 
-const Path neon_path = {4, 1, spread_any, few, many, many_scratch, &layer_path, ternarize_rows};
+const Path neon_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
+                                ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

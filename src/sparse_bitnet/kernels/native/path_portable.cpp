@@ -6,14 +6,14 @@ namespace {
 
 struct V {
     static constexpr int64_t width = 16;
-    static constexpr int tokens = 1;
+    static constexpr int tokens = 1, many_tokens = 4;
     static constexpr bool fuses = false;  // multiply and add in one instruction
     static constexpr bool reads_six_bit = false;
     struct Bytes {
         uint8_t lane[width];
     };
     struct Sum {
-        int32_t lane[width];
+        int32_t lane[width / 4];
     };
 
     static Sum zero() { return Sum{}; }
@@ -31,18 +31,34 @@ struct V {
         for (int i = 0; i < width; ++i) v.lane[i] = (v.lane[i] >> 2 * plane) & 3;
         return v;
     }
+    static void transpose(Bytes v[width / 4]) {
+        uint32_t from[width / 4][width / 4], to[width / 4][width / 4];
+        __builtin_memcpy(from, v, sizeof from);
+        for (int i = 0; i < width / 4; ++i)
+            for (int j = 0; j < width / 4; ++j) to[j][i] = from[i][j];
+        __builtin_memcpy(v, to, sizeof to);
+    }
+    static Bytes repeat(const void *p) {
+        Bytes v;
+        for (int i = 0; i < width; i += 4) __builtin_memcpy(v.lane + i, p, 4);
+        return v;
+    }
+    static Sum sums(const int32_t *p) {
+        Sum v;
+        __builtin_memcpy(v.lane, p, sizeof v.lane);
+        return v;
+    }
+    static void store(int32_t *p, Sum v) { __builtin_memcpy(p, v.lane, sizeof v.lane); }
     static Sum dot(Sum sum, Bytes codes, Bytes x) {
-        for (int i = 0; i < width; ++i) sum.lane[i] += int16_t(codes.lane[i]) * int8_t(x.lane[i]);
+        for (int i = 0; i < width; ++i) sum.lane[i / 4] += codes.lane[i] * int8_t(x.lane[i]);
         return sum;
     }
     static Sum signed_dot(Sum sum, Bytes w, Bytes x) {
-        for (int i = 0; i < width; ++i) sum.lane[i] += int8_t(w.lane[i]) * int8_t(x.lane[i]);
+        for (int i = 0; i < width; ++i) sum.lane[i / 4] += int8_t(w.lane[i]) * int8_t(x.lane[i]);
         return sum;
     }
     static int32_t total(Sum sum) {
-        int32_t all = 0;
-        for (int i = 0; i < width; ++i) all += sum.lane[i];
-        return all;
+        return sum.lane[0] + sum.lane[1] + sum.lane[2] + sum.lane[3];
     }
     static void total4(Sum a, Sum b, Sum c, Sum d, int32_t *out) {
         out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
@@ -127,11 +143,10 @@ struct V {
 };
 
 #include "kernel.inc"
-#include "layer.inc"
-#include "ternarize.inc"
 
 }  // namespace
 
-const Path portable_path = {4, 1, spread_any, few, many, many_scratch, &layer_path, ternarize_rows};
+const Path portable_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
+                                ternarize_rows};
 
 }  // namespace sparse_bitnet
