@@ -109,9 +109,10 @@ def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
                 described = AutoModelForCausalLM.from_config(shape).num_parameters()
             if described > sum(tensor.n_elements for tensor in tensors):
                 raise ValueError(f"it describes {described:,} weights and has not as many")
-            read, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 dtype=torch.float32, output_loading_info=True, **place
             )
+            read, info = loaded
             if info["missing_keys"]:
                 raise ValueError(f"it has no tensor for {min(info['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(**place)
@@ -138,9 +139,9 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_gguf_shape(place: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The configuration and the tensors that a header describes, if it fits into its file."""
-    gguf = gguf_package("reading")
+    gguf: Any = gguf_package("reading")
 
-    class Bounded(gguf.GGUFReader):  # type: ignore[misc]
+    class Bounded(gguf.GGUFReader):
         """The package's own reader follows a count beyond the end of the file for ever."""
 
         reads = 0
