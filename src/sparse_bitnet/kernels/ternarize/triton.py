@@ -44,20 +44,21 @@ CHUNK = 2048
 TILE = 2048  # weights a program holds
 
 
-@triton.jit(do_not_specialize=["part", "first", "count"])
+@triton.jit(do_not_specialize=["part", "first"])
 def _sums_kernel(
-    weight_ptr, sums_ptr, stride, first, count, length, part, parts, CHUNK: tl.constexpr
+    weight_ptr, sums_ptr, stride, columns, first, count, length, part, parts, CHUNK: tl.constexpr
 ):
     """Σ|w| and how many, of the program's piece of one shard of one expert."""
     piece, pieces = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     expert, experts = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    weight_ptr += expert * stride + first
+    weight_ptr += expert * stride + first.to(tl.int64) * columns
     start = piece * length
     end = tl.minimum(start + length, count)
     total = tl.zeros((CHUNK,), tl.float64)
     for at in range(start, end, CHUNK):
         lanes = at + tl.arange(0, CHUNK)
-        value = tl.load(weight_ptr + lanes, mask=lanes < end, other=0.0)
+        # Pieces are whole chunks, so only the last piece ends inside of one.
+        value = tl.load(weight_ptr + lanes, mask=lanes < count, other=0.0)
         total += tl.abs(value.to(tl.float32)).to(tl.float64)
     sums_ptr += (expert * parts + part) * pieces + piece
     tl.store(sums_ptr, tl.sum(total))
@@ -208,7 +209,8 @@ def scale_sums(weight: Tensor, shard_sizes: tuple[int, ...] = ()) -> Tensor:
             weight,
             sums,
             out * columns,
-            first * columns,
+            columns,
+            first,
             count,
             triton.cdiv(triton.cdiv(count, pieces), CHUNK) * CHUNK,
             part,
