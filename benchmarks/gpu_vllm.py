@@ -53,7 +53,7 @@ def write_model(directory: Path, kind: str, layers: int) -> None:
     from sparse_bitnet.nn.pack import swap_packed
     from sparse_bitnet.nn.packed_module import PackedSpec
     from sparse_bitnet.packed.config import SparseBitNetConfig
-    from sparse_bitnet.packed.tensor_file import TensorFileWriter
+    from sparse_bitnet.packed.tensor_file import write_tensors
 
     config = Qwen2Config(**{**SHAPE, "num_hidden_layers": layers}, dtype="bfloat16")
     config.architectures = ["Qwen2ForCausalLM"]
@@ -72,11 +72,11 @@ def write_model(directory: Path, kind: str, layers: int) -> None:
     config.quantization_config = SparseBitNetConfig.of(specs, [])
     config.save_pretrained(directory)
     state = model.state_dict()
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    writer = TensorFileWriter(directory / "model.safetensors", shapes)
-    for name, (dtype, shape) in shapes.items():
-        writer.write(name, random_tensor(name, dtype, shape, pattern))
-    writer.close()
+    tensors = {
+        name: random_tensor(name, tensor.dtype, tuple(tensor.shape), pattern).cpu()
+        for name, tensor in state.items()
+    }
+    write_tensors(directory / "model.safetensors", tensors)
     torch.cuda.empty_cache()
 
 

@@ -1,4 +1,4 @@
-"""Packing with an int8 head: stored, loaded, saved again, inspected, measured, refused."""
+"""Packing with an int8 head: stored, loaded, saved again, inspected, refused."""
 
 import json
 

@@ -97,7 +97,7 @@ def test_dtype_of_the_rest_is_the_models_own(tmp_path, build, logits):
 
 def test_shards(tmp_path, trained, logits):
     model = trained("qwen2")
-    pack(model, tmp_path / "out", shard_bytes=10_000)
+    pack(model, tmp_path / "out", shard_bytes=3_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))

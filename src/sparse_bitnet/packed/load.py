@@ -25,7 +25,7 @@ from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.packed.config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
-from sparse_bitnet.packed.tensor_file import read_header
+from sparse_bitnet.packed.tensor_file import read_tensors
 from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
 from sparse_bitnet.train.dense import (
     LOCAL,
@@ -88,7 +88,7 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
         refuse_special(*directory.iterdir())
     except ValueError as error:
         raise PackedFormatError(f"{error}; get the directory again") from None
-    tensors = sum(len(read_header(path).tensors) for path in weight_files(directory))
+    tensors = sum(len(read_tensors(path).tensors) for path in weight_files(directory))
     layers = config.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= tensors:
         # Checked here because transformers would first build that many layers.

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError, PackedFormatError
@@ -21,10 +20,9 @@ from sparse_bitnet.nn.packed_module import PackedModule
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import (
     REMEDY,
-    Entry,
-    Header,
+    TensorFile,
     parse_json,
-    read_header,
+    read_tensors,
     verify_checksums,
 )
 
@@ -106,26 +104,19 @@ def check_shard_name(name: object, where: Path) -> None:
         )
 
 
-def verify_files(files: Iterable[Path], model: nn.Module) -> None:
+def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
     """Check weight files against a model with (empty) packed modules, then their checksums.
 
     Raises:
         PackedFormatError: naming the file and what is wrong with it.
     """
-    headers = {path: read_header(path) for path in files}
-    for path in headers:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise PackedFormatError(f"{path}: {error}; {REMEDY}") from None
-    _check_tensors(headers, model)
-    for path, header in headers.items():
-        for _ in verify_checksums(path, header):
-            pass
+    files = [read_tensors(path) for path in paths]
+    _check_tensors(files, model)
+    for file in files:
+        verify_checksums(file)
 
 
-def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
+def _check_tensors(files: list[TensorFile], model: nn.Module) -> None:
     expected = dict(model.state_dict())
     exact = {
         f"{name}.{key}" if name else key
@@ -135,8 +126,9 @@ def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
         if not buffer.is_floating_point() or key.endswith("_scale")
     }
     found: dict[str, Path] = {}
-    for path, header in headers.items():
-        for name, entry in header.tensors.items():
+    for file in files:
+        path = file.path
+        for name, tensor in file.tensors.items():
             if name == HINT:
                 continue
             here = name_in(model, name, expected)
@@ -152,7 +144,7 @@ def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
                 raise PackedFormatError(
                     f"{path}: tensor {name} is in {found[here].name} too; {REMEDY}"
                 )
-            _check_entry(path, name, entry, expected[here], here in exact)
+            _check_tensor(path, name, tensor, expected[here], here in exact)
             found[here] = path
     missing = expected.keys() - found.keys()
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -160,21 +152,21 @@ def _check_tensors(headers: dict[Path, Header], model: nn.Module) -> None:
         if target in found or source in found:
             missing -= {target, source}
     if missing:
-        places = ", ".join(path.name for path in headers)
+        places = ", ".join(file.path.name for file in files)
         raise PackedFormatError(
-            f"{next(iter(headers)).parent}: {len(missing)} tensors of the model are missing from "
+            f"{files[0].path.parent}: {len(missing)} tensors of the model are missing from "
             f"{places}, {min(missing)} for example; {REMEDY}"
         )
 
 
-def _check_entry(path: Path, name: str, entry: Entry, wanted: Tensor, exact: bool) -> None:
+def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor, exact: bool) -> None:
     """Bytes and scales have one dtype; other floats may be stored in any."""
-    fits = entry.dtype == wanted.dtype or (
-        not exact and entry.dtype.is_floating_point and wanted.dtype.is_floating_point
+    fits = found.dtype == wanted.dtype or (
+        not exact and found.dtype.is_floating_point and wanted.dtype.is_floating_point
     )
-    if entry.shape != tuple(wanted.shape) or not fits:
+    if found.shape != wanted.shape or not fits:
         raise PackedFormatError(
-            f"{path}: tensor {name} is {entry.dtype} {list(entry.shape)}, but config.json asks for "
+            f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, but config.json asks for "
             f"{wanted.dtype} {list(wanted.shape)}; one of the two was edited, {REMEDY}"
         )
 

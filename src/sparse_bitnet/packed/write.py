@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +29,7 @@ from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import converted_modules
+from sparse_bitnet.nn import DerivedModule, converted_modules, master_weights
 from sparse_bitnet.nn.check import check_packed
 from sparse_bitnet.nn.convert import warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
@@ -41,12 +39,11 @@ from sparse_bitnet.packed.config import HINT, SparseBitNetConfig
 from sparse_bitnet.packed.load import DType, is_packed
 from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.packed.sizes import readable_bytes
-from sparse_bitnet.packed.tensor_file import TensorFileWriter, file_size
-from sparse_bitnet.packed.verify import INDEX, WEIGHTS, refuse_foreign
+from sparse_bitnet.packed.tensor_file import file_size, write_tensors
+from sparse_bitnet.packed.verify import INDEX, refuse_foreign
 from sparse_bitnet.train.export import load_trained
 
 HeadName = Literal["float", "int8"]
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 SHARD_BYTES = 5 * 10**9
 
 
@@ -98,8 +95,7 @@ def pack(
 ) -> PackResult:
     """Write a trained model as a packed directory that ``from_pretrained`` loads.
 
-    One module after the other is packed and written, so that little more memory is needed than the
-    trained model takes.
+    Little more memory is needed than the trained model takes: that of the packed one.
 
     Args:
         source: a converted model, also inside DDP or ``torch.compile``, or the directory of a
@@ -132,17 +128,25 @@ def pack(
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
         tokenizer = _read_tokenizer(tokenizer)
-    plan = _Plan(model, storage, head, None if dtype is None else getattr(torch, dtype))
     if check:
         check_packed(model, storage)
+    form = _PackedForm(model, storage, head, None if dtype is None else getattr(torch, dtype))
     with atomic_directory(out) as directory:
-        plan.write_config(directory)
+        form.write_config(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
             _warn_if_replaced(directory, tokenizer)
-        plan.write_weights(directory, shard_bytes)
-    warn_of_zeros(plan.zero)
-    return plan.result(out)
+        form.write_weights(directory, shard_bytes)
+    warn_of_zeros(form.zero)
+    return PackResult(
+        directory=out,
+        modules=len(form.modules),
+        weights=form.weights,
+        packed_bytes=_size(form.packed),
+        other_bytes=_size(form.others),
+        float32_bytes=form.float32_bytes,
+        zero=form.zero,
+    )
 
 
 @dataclass(frozen=True)
@@ -169,15 +173,21 @@ def packed_sizes(
         ConfigError: if nothing in the model is ternary, or the head cannot be int8.
     """
     storage_named(storage)
-    plan = _Plan(model, storage, head, getattr(torch, dtype))
-    result = plan.result(Path())
-    return PackedSizes(
-        result.packed_bytes, result.other_bytes, file_size(plan.others | plan.packed)
-    )
+    form = _PackedForm(model, storage, head, getattr(torch, dtype), empty=True)
+    return PackedSizes(_size(form.packed), _size(form.others), file_size(form.tensors))
 
 
-class _Plan:
-    """Plan of the files, made from shapes alone, and how to compute each tensor."""
+class _PackedForm:
+    """Tensors and config.json of a model's packed form.
+
+    Args:
+        dtype: of embeddings, norms, head and biases; their own if None.
+        empty: leave all tensors empty, on the meta device: they tell sizes.
+
+    Attributes:
+        packed: packed weights and their scales, by their names in the files.
+        others: embeddings, norms, head and biases.
+    """
 
     def __init__(
         self,
@@ -185,46 +195,66 @@ class _Plan:
         storage: StorageName,
         head: HeadName,
         dtype: torch.dtype | None,
+        empty: bool = False,
     ) -> None:
-        self.model, self.modules = model, dict(converted_modules(model))
-        self.storage, self.dtype = storage, dtype
+        self.model, self.dtype, self.empty = model, dtype, empty
+        self.modules = dict(converted_modules(model))
         if not self.modules:
             raise ConfigError(
                 "pack: the model has no ternary modules; convert and train it first (a packed "
                 "model cannot be packed again)"
             )
-        self.specs = {
-            name: packed_spec(module, storage, name) for name, module in self.modules.items()
-        }
-        self.zero: list[str] = []
-        self.packed: Layout = {}
-        self.others: Layout = {HINT: (torch.uint8, (0,))}
-        for name, module in self.modules.items():
-            empty = empty_packed(module, self.specs[name], name)
-            for key, tensor in empty.state_dict().items():
-                part = self.others if key == "bias" else self.packed
-                part[f"{name}.{key}"] = (self._stored_dtype(tensor, key), tuple(tensor.shape))
-        inside = tuple(f"{name}." for name in self.modules)
-        self.dense = {
-            name: tensor
-            for name, tensor in distinct_tensors(model).items()
-            if not name.startswith(inside)
-        }
+        self.specs = {n: packed_spec(module, storage, n) for n, module in self.modules.items()}
         self.int8 = int8_modules(model) if head == "int8" else []
+        self.weights = sum(master.weight.numel() for master in master_weights(model))
+        self.zero: list[str] = []
+        state = distinct_tensors(model)
+        self.float32_bytes = 4 * sum(tensor.numel() for tensor in state.values())
+        self.packed: dict[str, Tensor] = {}
+        self.others = {HINT: torch.empty(0, dtype=torch.uint8)}
+        with progress(f"packing as {storage}", len(self.modules)) as task:
+            for name, module in self.modules.items():
+                self._add_module(name, module)
+                task.advance()
+        inside = tuple(f"{name}." for name in self.modules)
+        dense = {n: tensor for n, tensor in state.items() if not n.startswith(inside)}
         # A tied head is among the names and has no tensor of its own.
-        tables = [self.dense.pop(f"{name}.weight", None) for name in self.int8]
-        self.tables = {n: t for n, t in zip(self.int8, tables, strict=True) if t is not None}
-        for name, tensor in self.dense.items():
-            self.others[name] = (self._stored_dtype(tensor), tuple(tensor.shape))
-        for name, tensor in self.tables.items():
-            self.others[f"{name}.weight"] = (torch.int8, tuple(tensor.shape))
-            self.others[f"{name}.weight_scale"] = (torch.float32, tuple(tensor.shape[:1]))
+        names = [f"{name}.weight" for name in self.int8 if f"{name}.weight" in dense]
+        tables = {name: dense.pop(name) for name in names}
+        for name, tensor in dense.items():
+            if tensor.is_floating_point() and not empty:
+                check_finite(tensor, name)
+            self.others[name] = self._cast(tensor)
+        for name, tensor in tables.items():
+            if empty:
+                weight = tensor.to("meta", torch.int8)
+                scale = tensor.new_empty(len(tensor), dtype=torch.float32, device="meta")
+            else:
+                weight, scale = quantize_rows(tensor, name)
+            self.others |= {name: weight, f"{name}_scale": scale}
 
-    def _stored_dtype(self, tensor: Tensor, key: str = "") -> torch.dtype:
-        """Scales stay in float32; other floats are stored as asked."""
-        if self.dtype is None or not tensor.is_floating_point() or key.endswith("_scale"):
-            return tensor.dtype
-        return self.dtype
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.others | self.packed
+
+    def _add_module(self, name: str, module: DerivedModule) -> None:
+        spec = self.specs[name]
+        if self.empty:
+            packed = empty_packed(module, spec, name)
+        else:
+            packed = pack_module(module, spec.storage, name)
+            for key, master in module.master_parameters().items():
+                zero = zero_matrices(master, module.shard_sizes_of(key))
+                self.zero += [f"{name}.{key}{index}" for index in zero]
+        for key, tensor in packed.state_dict().items():
+            if key == "bias":
+                self.others[f"{name}.bias"] = self._cast(tensor)
+            else:
+                self.packed[f"{name}.{key}"] = tensor
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.to("meta" if self.empty else tensor.device, dtype or tensor.dtype)
 
     def write_config(self, directory: Path) -> None:
         config = copy.deepcopy(self.model.config)
@@ -238,72 +268,13 @@ class _Plan:
             self.model.generation_config.save_pretrained(directory)
 
     def write_weights(self, directory: Path, shard_bytes: int) -> None:
-        layout = self.others | self.packed
-        shards = _cut(layout, shard_bytes)
-        names = [WEIGHTS]
-        if len(shards) > 1:
-            stem = WEIGHTS.removesuffix(".safetensors")
-            names = [
-                f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-                for number in range(1, len(shards) + 1)
-            ]
-            weight_map = {
-                tensor: file for file, s in zip(names, shards, strict=True) for tensor in s
-            }
-            total = sum(_size(*entry) for entry in layout.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        tensors = self.tensors
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+        for file, names in split.filename_to_tensors.items():
+            write_tensors(directory / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        with ExitStack() as stack:
-            writers: dict[str, TensorFileWriter] = {}
-            files = []
-            for file, shard in zip(names, shards, strict=True):
-                writer = TensorFileWriter(directory / file, {n: layout[n] for n in shard})
-                stack.callback(writer.abandon)
-                writers |= dict.fromkeys(shard, writer)
-                files.append(writer)
-            for name, tensor in self._tensors():
-                writers[name].write(name, tensor.to(layout[name][0]))
-            for writer in files:
-                writer.close()
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.dense.items():
-            if tensor.is_floating_point():
-                check_finite(tensor, name)
-            yield name, tensor
-        for name, tensor in self.tables.items():
-            weight, scale = quantize_rows(tensor, f"{name}.weight")
-            yield f"{name}.weight", weight
-            yield f"{name}.weight_scale", scale
-        yield HINT, torch.empty(0, dtype=torch.uint8)
-        with progress(f"packing as {self.storage}", len(self.modules)) as task:
-            for name, module in self.modules.items():
-                packed = pack_module(module, self.storage, name)
-                for key, master in module.master_parameters().items():
-                    zero = zero_matrices(master, module.shard_sizes_of(key))
-                    self.zero += [f"{name}.{key}{index}" for index in zero]
-                for key, tensor in packed.state_dict().items():
-                    yield f"{name}.{key}", tensor
-                task.advance()
-
-    def result(self, directory: Path) -> PackResult:
-        masters = [w for m in self.modules.values() for w in m.master_parameters().values()]
-        weights = sum(weight.numel() for weight in masters)
-        floats = [tensor.numel() for tensor in (*self.dense.values(), *self.tables.values())]
-        biases = [
-            math.prod(self.others[f"{name}.bias"][1])
-            for name in self.modules
-            if f"{name}.bias" in self.others
-        ]
-        return PackResult(
-            directory=directory,
-            modules=len(self.modules),
-            weights=weights,
-            packed_bytes=sum(_size(*entry) for entry in self.packed.values()),
-            other_bytes=sum(_size(*entry) for entry in self.others.values()),
-            float32_bytes=4 * (weights + sum(floats) + sum(biases)),
-            zero=self.zero,
-        )
 
 
 def _read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -347,18 +318,5 @@ def distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if n in kept or t.numel() == 0}
 
 
-def _cut(layout: Layout, shard_bytes: int) -> list[list[str]]:
-    """Tensor names by file: as many as fit, at least one a file."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, entry in layout.items():
-        if shards[-1] and size + _size(*entry) > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _size(*entry)
-    return shards
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -39,7 +38,7 @@ from sparse_bitnet.core.ternary import SMALLEST_SCALE
 from sparse_bitnet.files import refuse_special
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
-from sparse_bitnet.packed.tensor_file import Entry, read_header
+from sparse_bitnet.packed.tensor_file import read_tensors
 from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
 from sparse_bitnet.train.dense import foreign_code, no_bars
 
@@ -171,7 +170,7 @@ class BitNetCheckpoint:
                 "checkpoint again"
             )
 
-    def _fits(self, name: str, entry: Entry) -> tuple[bool, str]:
+    def _fits(self, name: str, entry: Tensor) -> tuple[bool, str]:
         shape = self._expected[name]
         module, _, part = name.rpartition(".")
         plain = entry.shape == shape and entry.dtype.is_floating_point
@@ -231,10 +230,7 @@ class BitNetCheckpoint:
         return tensor
 
     def _read(self, name: str) -> Tensor:
-        path, _ = self._entries[name]
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return self._entries[name][1]
 
 
 def _master(ternary: Tensor, gamma: float) -> Tensor:
@@ -243,17 +239,11 @@ def _master(ternary: Tensor, gamma: float) -> Tensor:
     return ternary.float() * (gamma / density if density else 0.0)
 
 
-def _entries(directory: Path) -> dict[str, tuple[Path, Entry]]:
+def _entries(directory: Path) -> dict[str, tuple[Path, Tensor]]:
     """Tensor name → the file that holds it, and what its header says."""
-    found: dict[str, tuple[Path, Entry]] = {}
+    found: dict[str, tuple[Path, Tensor]] = {}
     for path in weight_files(directory):
-        header = read_header(path)
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise PackedFormatError(f"{path}: {error}; get the checkpoint again") from None
-        for name, entry in header.tensors.items():
+        for name, entry in read_tensors(path).tensors.items():
             if name in found:
                 raise PackedFormatError(
                     f"{path}: tensor {name} is in {found[name][0].name} too; get the checkpoint "

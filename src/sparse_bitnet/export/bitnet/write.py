@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import BitNetQuantConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -27,9 +26,8 @@ from sparse_bitnet.export.exportable import Exportable, ExportResult, open_expor
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
-from sparse_bitnet.packed.tensor_file import TensorFileWriter
+from sparse_bitnet.packed.tensor_file import write_tensors
 from sparse_bitnet.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
-from sparse_bitnet.packed.write import Layout
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 
@@ -59,18 +57,11 @@ def export_bitnet(
                 f"{name}: the bitnet format stores four rows in a byte, and there are {rows}; "
                 "leave the layer out with a rule in training, or run the model with sparse-bitnet"
             )
-    layout = _layout(source)
     with atomic_directory(out) as temporary:
         _write_config(source, temporary, linear_class)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(temporary)
-        writer = TensorFileWriter(temporary / WEIGHTS, layout)
-        try:
-            for name, tensor in _tensors(source, linear_class):
-                writer.write(name, tensor.to(layout[name][0]))
-            writer.close()
-        finally:
-            writer.abandon()
+        write_tensors(temporary / WEIGHTS, dict(_tensors(source, linear_class)))
     size = sum(file.stat().st_size for file in out.iterdir())
     lost = [
         "the pattern is kept as zeros and no longer named",
@@ -79,16 +70,6 @@ def export_bitnet(
         "to get the logits of training",
     ]
     return ExportResult(out, f"bitnet ({linear_class})", source.weights, size, lost)
-
-
-def _layout(source: Exportable) -> Layout:
-    layout: Layout = {n: (t.dtype, tuple(t.shape)) for n, t in source.others.items()}
-    for name, (rows, columns) in source.shapes.items():
-        layout[f"{name}.weight"] = (torch.uint8, (rows // PER_BYTE, columns))
-        layout[f"{name}.weight_scale"] = (torch.float32, (1,))
-        if name in source.biases:
-            layout[f"{name}.bias"] = (torch.float32, (rows,))
-    return layout
 
 
 def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[str, Tensor]]:
