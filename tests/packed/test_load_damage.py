@@ -194,7 +194,7 @@ def test_configs_that_only_our_door_can_refuse_in_our_words(packed, change, mess
         load_packed(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"a": 1, "a": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_damaged_json(packed, name, text):
     directory = packed("sharded")

@@ -99,23 +99,14 @@ def gpu_state() -> dict[str, Any]:
     # By its name: nvidia-smi counts the GPUs that CUDA_VISIBLE_DEVICES hides too.
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    fields = list(SMI_FIELDS.values())
-    for query in (fields, [f.removesuffix(".instant") for f in fields]):  # older drivers
-        told = _smi(uuid, query)
-        if len(told) == len(SMI_FIELDS):
-            values = dict(zip(SMI_FIELDS, told, strict=True))
-            return {name: _number(text) for name, text in values.items() if text[:1] != "["}
-    return {}
-
-
-def _smi(uuid: str, fields: list[str]) -> list[str]:
-    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}"]
+    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={','.join(SMI_FIELDS.values())}"]
     command.append("--format=csv,noheader,nounits")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [value.strip() for value in done.stdout.strip().split(",")]
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return {k: _number(v) for k, v in zip(SMI_FIELDS, values, strict=False) if v[:1] != "["}
 
 
 def _number(text: str) -> float | str:

@@ -111,28 +111,6 @@ def verify_checksums(file: TensorFile) -> None:
             )
 
 
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object, refusing repeated keys.
-
-    Raises:
-        PackedFormatError: naming ``path``.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key is repeated")
-        return result
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise PackedFormatError(f"{path}: not valid JSON ({error}); {REMEDY}") from None
-    return value
-
-
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names, wide dtypes first: each tensor then starts at a multiple of its element size.
 

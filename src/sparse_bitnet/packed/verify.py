@@ -13,15 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_bitnet import files
 from sparse_bitnet.core import ConfigError, PackedFormatError
-from sparse_bitnet.files import refuse_special
 from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.nn.packed_module import PackedModule
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import (
     REMEDY,
     TensorFile,
-    parse_json,
     read_tensors,
     verify_checksums,
 )
@@ -30,7 +29,6 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-LARGEST_JSON = 2**28
 # What this package and transformers write into the directory of a language model.
 WRITTEN = re.compile(
     r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|polarization|"
@@ -41,19 +39,20 @@ WRITTEN = re.compile(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file of a packed directory.
+    """The JSON object in a small file of a packed directory.
 
     Raises:
         PackedFormatError: if it is missing, absurdly large, or not a JSON object.
     """
     try:
-        refuse_special(path)
-        if path.stat().st_size > LARGEST_JSON:
-            raise PackedFormatError(f"{path}: too large to be a model's {path.name}; {REMEDY}")
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:
+        value = files.read_json(path)
+        if not isinstance(value, dict):
+            raise ValueError("not valid JSON: it is not an object")
+    except OSError as error:
         raise PackedFormatError(f"{path}: cannot be read ({error}); {REMEDY}") from None
-    return parse_json(text, path)
+    except ValueError as error:
+        raise PackedFormatError(f"{path}: {error}; {REMEDY}") from None
+    return value
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -110,13 +109,13 @@ def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
     Raises:
         PackedFormatError: naming the file and what is wrong with it.
     """
-    files = [read_tensors(path) for path in paths]
-    _check_tensors(files, model)
-    for file in files:
+    opened = [read_tensors(path) for path in paths]
+    _check_tensors(opened, model)
+    for file in opened:
         verify_checksums(file)
 
 
-def _check_tensors(files: list[TensorFile], model: nn.Module) -> None:
+def _check_tensors(opened: list[TensorFile], model: nn.Module) -> None:
     expected = dict(model.state_dict())
     exact = {
         f"{name}.{key}" if name else key
@@ -126,7 +125,7 @@ def _check_tensors(files: list[TensorFile], model: nn.Module) -> None:
         if not buffer.is_floating_point() or key.endswith("_scale")
     }
     found: dict[str, Path] = {}
-    for file in files:
+    for file in opened:
         path = file.path
         for name, tensor in file.tensors.items():
             if name == HINT:
@@ -152,9 +151,9 @@ def _check_tensors(files: list[TensorFile], model: nn.Module) -> None:
         if target in found or source in found:
             missing -= {target, source}
     if missing:
-        places = ", ".join(file.path.name for file in files)
+        places = ", ".join(file.path.name for file in opened)
         raise PackedFormatError(
-            f"{files[0].path.parent}: {len(missing)} tensors of the model are missing from "
+            f"{opened[0].path.parent}: {len(missing)} tensors of the model are missing from "
             f"{places}, {min(missing)} for example; {REMEDY}"
         )
 
