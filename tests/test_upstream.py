@@ -38,6 +38,7 @@ NAMES = [
     "torch._dynamo.reset",
     "torch._inductor.config.combo_kernels",
     "torch.nn.Module._apply",
+    "torch.nn.Module._save_to_state_dict",
     "torch.Tensor._make_wrapper_subclass",
     "torch.distributed.fsdp.fully_shard",
     # transformers: outside of its documented interface.
@@ -121,6 +122,7 @@ PARAMETERS = {
 }
 # Attributes that a constructor sets, which a class alone does not show.
 ATTRIBUTES = {
+    "torch.nn.Module.__init__": ('"_parameters"', '"_buffers"'),
     f"{MANAGER}.__init__": ("logit_processor",),
     f"{H11}.RequestResponseCycle.__init__": ("self.more_body", "self.response_complete"),
     "transformers.cache_utils.StaticLayer.__init__": ("self.cumulative_length",),

@@ -38,7 +38,7 @@ VERBS = {
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
     "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),
     "bench": ("bench.inference", "bench", "prefill and decode speed of a model shape, here"),
-    "kernels": ("kernels.explain", "explain", "which kernel serves what on this machine, and why"),
+    "kernels": ("kernels.registry", "explain", "which kernel serves what on this machine, and why"),
 }
 # Verbs whose options are not known before their first argument is read.
 READ_THEIR_OWN_ARGUMENTS = {"train"}

@@ -39,7 +39,5 @@ def test_gradients(fake_gpu: FakeTensorMode, use_fp8: bool, one_scale: bool) -> 
     ternary = torch.empty(OUT, IN, dtype=torch.int8, device="cuda")
     w_scale = torch.empty(OUT, device="cuda")
     dx, dw = gradients(dy, x_q, x_scale, ternary, w_scale, one_scale=one_scale, use_fp8=use_fp8)
-    assert dx is not None
-    assert dw is not None
     assert (dx.shape, dw.shape, dw.dtype) == (x.shape, ternary.shape, torch.float32)
     assert dw.device.type == "cuda"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_bitnet.core import BackendError, quantize_int8
+from sparse_bitnet.core import BackendError, ConfigError, quantize_int8
 from sparse_bitnet.kernels import native, platform, registry
 from sparse_bitnet.kernels.matmul import hopper, reference, triton_two_bit
 from sparse_bitnet.kernels.matmul.reference import ternary_matmul
 from sparse_bitnet.kernels.registry import (
     BACKENDS,
     backend_of,
+    explain,
     integer_linear,
     prepare,
     ternary_linear,
@@ -103,6 +104,14 @@ def test_a_cpu_has_the_compiled_library() -> None:
     with native.forced("reference"):
         assert backend_of(torch.device("cpu")).name == "reference"
     assert backend_of(torch.device("meta")).name == "reference"
+
+
+def test_explains_what_serves_a_device() -> None:
+    backend = backend_of(torch.device("cpu"))
+    said = f"cpu: packed weights are multiplied by {backend.name} ({native.explanation()})"
+    assert explain("cpu") == said
+    with pytest.raises(ConfigError, match="device 'cudaa' cannot be used here"):
+        explain("cudaa")
 
 
 def test_a_new_backend_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:

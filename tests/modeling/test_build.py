@@ -44,11 +44,6 @@ def test_a_fused_linear_is_fused_again() -> None:
     assert torch.equal(whole(x), torch.cat([first(x), second(x)], -1))
 
 
-def test_unlike_linears_are_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be fused: Linear in_features=4"):
-        fuse([nn.Linear(4, 4), nn.Linear(8, 4)])
-
-
 def test_names_and_shapes(packed: Packed) -> None:
     decoder = build_decoder(packed("qwen3"))
     layer = decoder.model.layers[1]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparse_bitnet.core.errors import BackendError
+from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.kernels.quantize_activations import quantize_activations
 
 
@@ -86,6 +87,21 @@ def register_backend(backend: Backend) -> None:
 def backend_of(device: torch.device) -> Backend:
     """The backend that serves a device."""
     return min((b for b in BACKENDS.values() if b.serves(device)), key=lambda b: b.rank)
+
+
+def explain(device: str | None = None) -> str:
+    """Which backend multiplies by packed weights on a device, and why.
+
+    Args:
+        device: the first CUDA device if left out, or CPU where there is none.
+
+    Raises:
+        ConfigError: if the device cannot be used.
+    """
+    where = usable_device(device)
+    backend = backend_of(where)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
+    return f"{name}: packed weights are multiplied by {backend.name} ({backend.reason(where)})"
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,7 @@ def _gate_up(layer: Any) -> list[Any]:
 
 
 def fuse(linears: list[Any]) -> nn.Module:
-    """One linear whose output is that of the given ones side by side.
-
-    Raises:
-        ConfigError: if they are of different kinds, or of different inputs.
-    """
-    if not _can_fuse(linears):
-        kinds = ", ".join(f"{type(linear).__name__} {linear.extra_repr()}" for linear in linears)
-        raise ConfigError(f"these layers cannot be fused: {kinds}")
+    """One linear whose output is that of the given ones, which :func:`_can_fuse`, side by side."""
     first, rows = linears[0], sum(linear.out_features for linear in linears)
     bias = _fused_bias(linears)
     if isinstance(first, PackedLinear):

@@ -21,6 +21,7 @@ from sparse_bitnet.packed.load import load_unfused
 from sparse_bitnet.packed.sizes import least_bits, readable_bytes
 from sparse_bitnet.packed.write import distinct_tensors
 
+Kind = Literal["packed", "trained", "trained bf16", "ordinary"]
 GROUP_WITHOUT_PATTERN = 8  # where a dense module is looked at for N of M
 
 
@@ -71,7 +72,7 @@ class DirectoryReport:
     """
 
     directory: str
-    kind: Literal["packed", "trained", "trained bf16", "ordinary"]
+    kind: Kind
     architecture: str
     storage: str | None
     activation_bits: list[int]
@@ -195,26 +196,23 @@ def inspect(directory: str | Path) -> DirectoryReport:
     ternary = all(
         isinstance(m, PackedModule | SparseBitLinear | SparseBitExperts) for m in modules.values()
     )
+    bits = {
+        m.spec.activation_bits if isinstance(m, PackedModule) else m.method.activation_bits
+        for m in modules.values()
+    }
+    kind: Kind = "packed" if packed else "trained" if ternary else "trained bf16"
     return DirectoryReport(
         directory=str(directory),
-        kind=_kind(ordinary, bool(packed), ternary),
+        kind="ordinary" if ordinary else kind,
         architecture=type(model).__name__,
         storage=packed[0].spec.storage if packed else None,
-        activation_bits=sorted({_activation_bits(m) for m in modules.values()}) if ternary else [],
+        activation_bits=sorted(bits) if ternary else [],
         weights=weights,
         file_bytes=sum(file.stat().st_size for file in files),
         other_parameters=sum(t.numel() for n, t in others.items() if not n.endswith("_scale")),
         other_bytes=sum(tensor.nbytes for tensor in others.values()),
         head=_head(model),
     )
-
-
-def _kind(
-    ordinary: bool, packed: bool, ternary: bool
-) -> Literal["packed", "trained", "trained bf16", "ordinary"]:
-    if ordinary:
-        return "ordinary"
-    return "packed" if packed else "trained" if ternary else "trained bf16"
 
 
 def _head(model: Any) -> str:
@@ -227,31 +225,21 @@ def _head(model: Any) -> str:
 def _reports(
     name: str, module: PackedModule | DerivedModule, stored_bytes: float | None
 ) -> list[WeightReport]:
+    values, bits = {}, {}
     if isinstance(module, PackedModule):
-        reports = []
+        declared = module.spec.pattern
         for key, shape in module.weight_shapes.items():
+            values[key] = module.unpack(key)
             stored = module.get_buffer(key).nbytes + module.get_buffer(f"{key}_scale").nbytes
-            bits = 8 * stored / math.prod(shape)
-            reports.append(
-                _report(
-                    f"{name}.{key}",
-                    module.unpack(key),
-                    module.spec.pattern,
-                    bits,
-                    module.shard_sizes_of(key),
-                )
-            )
-        return reports
-    ternary = derived_ternary(module)
+            bits[key] = 8 * stored / math.prod(shape)
+    else:
+        declared, ternary = module.pattern, derived_ternary(module)
+        for key, weight in module.master_parameters().items():
+            values[key] = ternary[key][0] if ternary else _masked(weight, module, key)
+            bits[key] = 8 * (stored_bytes or weight.element_size())
     return [
-        _report(
-            f"{name}.{key}",
-            ternary[key][0] if ternary else _masked(weight, module, key),
-            module.pattern,
-            8 * (stored_bytes or weight.element_size()),
-            module.shard_sizes_of(key),
-        )
-        for key, weight in module.master_parameters().items()
+        _report(f"{name}.{key}", values[key], declared, bits[key], module.shard_sizes_of(key))
+        for key in values
     ]
 
 
@@ -270,9 +258,3 @@ def _report(
 def _masked(weight: Tensor, module: DerivedModule, key: str) -> Tensor:
     mask = method_mask(weight, module.pattern, module.method, module.shard_sizes_of(key))
     return weight.detach() if mask is None else weight.detach() * mask
-
-
-def _activation_bits(module: PackedModule | DerivedModule) -> int:
-    if isinstance(module, PackedModule):
-        return module.spec.activation_bits
-    return module.method.activation_bits

@@ -223,18 +223,14 @@ def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def load_with_tokenizer(
-    directory: str | Path,
-    *,
-    dtype: DType | None = None,
-    device: str | torch.device | None = None,
-    compile: bool = False,
+    directory: str | Path, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """:func:`load`, for uses that need the tokenizer too.
+    """:func:`load` with its ``options``, for uses that need the tokenizer too.
 
     Raises:
         ConfigError: if the directory has no tokenizer.
     """
-    model, tokenizer = load(directory, dtype=dtype, device=device, compile=compile)
+    model, tokenizer = load(directory, **options)
     if tokenizer is None:
         raise ConfigError(
             f"{directory} has no tokenizer; copy its files there, or pack the model again with one"
