@@ -122,7 +122,8 @@ PARAMETERS = {
 }
 # Attributes that a constructor sets, which a class alone does not show.
 ATTRIBUTES = {
-    "torch.nn.Module.__init__": ('"_parameters"', '"_buffers"'),
+    "torch.nn.Module.register_parameter": ("self._parameters[name]",),
+    "torch.nn.Module.register_buffer": ("self._buffers[name]",),
     f"{MANAGER}.__init__": ("logit_processor",),
     f"{H11}.RequestResponseCycle.__init__": ("self.more_body", "self.response_complete"),
     "transformers.cache_utils.StaticLayer.__init__": ("self.cumulative_length",),
