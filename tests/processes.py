@@ -6,9 +6,12 @@ That import takes four seconds of a core, again in every process that is started
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 SECONDS = 240
@@ -47,6 +50,22 @@ def run_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
         for process in processes:
             process.kill()
     return list(found.values())
+
+
+def train_on_ranks(recipe: Path, ranks: int) -> None:
+    """What ``torchrun`` does with a recipe, without its own start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_processes(_train_as_rank, [(rank, ranks, port, recipe) for rank in range(ranks)])
+
+
+def _train_as_rank(rank: int, ranks: int, port: int, recipe: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in place.items()}}
+    from sparse_bitnet.train import load_recipe, train
+
+    train(load_recipe(recipe))
 
 
 def _call(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

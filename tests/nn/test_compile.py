@@ -50,7 +50,7 @@ def test_blocks_follow_a_schedule_of_patterns(
     tiny: Tiny, tokens: Tensor, kind: Any, gradient: Any
 ) -> None:
     method = Method(gradient=gradient)
-    eager, model = tiny(), tiny()
+    eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
         convert(each, "6:8", kind=kind, method=method)
     for block in model.model.layers:
@@ -63,8 +63,9 @@ def test_blocks_follow_a_schedule_of_patterns(
     assert compiled == [compiled[0]] * 2 + [at_the_end] * 5
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
-    """The backend that people use; small, because its C++ compiler is slow."""
+    """The backend that people use, through patterns; train/test_compiled.py has it in one step."""
     eager = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16))
     convert(eager, "6:8")
     model = copy.deepcopy(eager)
@@ -127,7 +128,7 @@ def test_evaluation_sees_loaded_weights(tiny: Tiny, tokens: Tensor) -> None:
 
 def test_experts_run_compiled_with_graph_breaks(tiny: Tiny, tokens: Tensor) -> None:
     """Which experts are hit depends on the data, so the graph breaks there; results do not."""
-    eager, model = tiny("mixtral"), tiny("mixtral")
+    eager, model = (tiny("mixtral", num_hidden_layers=1) for _ in range(2))
     for each in (eager, model):
         convert(each, "6:8")
     for block in model.model.layers:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from processes import context
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
@@ -39,8 +40,6 @@ blocks:
 """
 STEPS = 24
 WEIGHTS = 2 * (64 * 64 * 3 + 3 * 64 * 128)
-
-RUN = "import sys; from sparse_bitnet.study.sweep import sweep; sweep(*sys.argv[1:])"
 
 
 def write_recipe(tmp_path: Path, tokens: Path, steps: int = STEPS, more: str = "") -> Path:
@@ -76,19 +75,20 @@ def test_four_cells_killed_and_resumed(
     tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = write_recipe(tmp_path, toy_tokens), tmp_path / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(recipe), str(out)], env=environment)
+    process = context.Process(target=sweep, args=(recipe, out))
+    process.start()
     deadline = time.monotonic() + 120
     try:
         # Killed once a cell is finished and the next has a checkpoint.
         while not (finished(out) and unfinished_with_checkpoint(out)):
-            assert process.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert process.pid is not None
         workers = children(process.pid)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     before = (out / "rows.jsonl").read_bytes()
     while any(alive(pid) for pid in workers):  # a worker ends by itself when its sweep is gone
         assert time.monotonic() < deadline

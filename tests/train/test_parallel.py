@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from processes import train_on_ranks
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.checkpoint import MANIFEST
@@ -25,16 +26,21 @@ from sparse_bitnet.train.recipe import config_from_dict
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def command(values: dict[str, Any], directory: Path, *mode: str, processes: int = 2) -> list[str]:
+def written(values: dict[str, Any], directory: Path) -> Path:
     path = directory / f"{Path(values['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(values: dict[str, Any], directory: Path, *mode: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={processes}", str(WORKER), str(path), *mode]
+    recipe = str(written(values, directory))
+    return [*launcher, "--nproc-per-node=2", str(WORKER), recipe, *mode]
 
 
-def torchrun(values: dict[str, Any], directory: Path, processes: int = 2) -> None:
+def torchrun(values: dict[str, Any], directory: Path) -> None:
     done = subprocess.run(
-        command(values, directory, processes=processes),
+        command(values, directory),
         capture_output=True,
         text=True,
         timeout=240,
@@ -122,7 +128,7 @@ def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> 
         run={"checkpoint_every": 4, "keep": 2},
         data={"micro_batch_size": 4},
     )
-    torchrun(values, tmp_path)
+    train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
     ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
     assert len(ours) == 8
@@ -132,7 +138,7 @@ def test_a_teacher_and_gradual_quantization(recipes_in: Any, tmp_path: Path) -> 
     source = Path(values["run"]["directory"]) / "checkpoints" / "step-00000004"
     checkpoints = Path(resumed["run"]["directory"]) / "checkpoints"
     shutil.copytree(source, checkpoints / source.name)
-    torchrun(resumed, tmp_path)
+    train_on_ranks(written(resumed, tmp_path), 2)
     late = [row for row in theirs if row["step"] > 4]
     assert late[0]["quantization"] == 1
     for a, b in zip(rows(resumed["run"]["directory"]), late, strict=True):
@@ -192,7 +198,7 @@ def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
 
     with pytest.raises(TrainingInterruptedError):
         train(config_from_dict(values, "test"), stop)
-    torchrun(values, tmp_path)
+    train_on_ranks(written(values, tmp_path), 2)
     for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
 
@@ -202,7 +208,7 @@ def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
     values = recipes_in(tmp_path).values(
         "whole", run={"checkpoint_every": 6, "keep": 3}, data={"micro_batch_size": 2}
     )
-    torchrun(values, tmp_path)
+    train_on_ranks(written(values, tmp_path), 2)
     whole = Path(values["run"]["directory"])
     cut = as_one(values, "cut")
     directory = Path(cut["run"]["directory"])
@@ -215,7 +221,7 @@ def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
 
     with pytest.raises(TrainingInterruptedError):
         train(config_from_dict(cut, "test"), stop)
-    torchrun(cut, tmp_path, processes=4)
+    train_on_ranks(written(cut, tmp_path), 4)
     late = [row for row in rows(whole) if row["step"] > 6]
     found = rows(directory)
     assert len(found) == len(late)

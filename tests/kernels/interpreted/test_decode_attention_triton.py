@@ -14,15 +14,14 @@ def plain(query, keys, values, seen, scale):
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("batch", "heads", "key_heads", "length", "width"),
+    ("batch", "heads", "key_heads", "length", "width", "dtype"),
     [
-        (1, 4, 2, 1, 16),
-        (2, 7, 1, 65, 64),
-        (1, 14, 2, 200, 32),
-        (3, 2, 2, 130, 24),
-        (1, 20, 1, 64, 16),
+        (1, 4, 2, 1, 16, torch.float32),
+        (2, 7, 1, 65, 64, torch.float16),
+        (1, 14, 2, 200, 32, torch.float32),
+        (3, 2, 2, 130, 24, torch.float32),
+        (1, 20, 1, 64, 16, torch.float16),
     ],
 )
 @pytest.mark.parametrize("masked", ["all", "one", "each"])
@@ -63,7 +62,7 @@ def test_strides_and_no_sequence() -> None:
     assert empty.shape == (0, 4, 1, 16)
 
 
-@pytest.mark.parametrize("first", [0, 1, 70, 1100, 1290])
+@pytest.mark.parametrize("first", [0, 70, 1290])
 def test_padding_on_the_left_of_many_shares(first) -> None:
     """The first shares, more than are joined at once, see nothing."""
     query, keys, values = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 1, 1300, 16)
