@@ -192,7 +192,8 @@ class PartWriter:
         for split, tokens in encoded.items():
             if split not in self._open:
                 path = self.out / split / f"{part:05d}.bin"
-                file = self._files.enter_context(_atomic_binary(path))
+                temporary = self._files.enter_context(atomic_file(path))
+                file = self._files.enter_context(temporary.open("wb"))
                 self._open[split] = _ShardWriter(path.name, file)
             data = tokens.astype(self.dtype).tobytes()
             self._open[split].add(
@@ -228,12 +229,6 @@ class _ShardWriter:
 
     def shard(self) -> Shard:
         return Shard(self.name, self.tokens, self.documents, self.bytes, self.digest.hexdigest())
-
-
-@contextmanager
-def _atomic_binary(path: Path) -> Iterator[BinaryIO]:
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        yield file
 
 
 def _in_order(
