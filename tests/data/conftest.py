@@ -40,6 +40,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """The corpus as shards of about ten thousand tokens. Read only: copy it to damage it."""
     out = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_bitnet.data.encode.BATCH_BYTES", 4096)
+        patch.setattr("sparse_bitnet.data.encode.PORTION_BYTES", 4096)
         prepare(f"jsonl:{corpus}", out, vocab_size=384, validation=0.1, shard_tokens=10_000)
     return out

@@ -210,7 +210,7 @@ def test_prepared_conversations(model: Path, tmp_path: Path) -> None:
     rows = [*conversations(60), turns("who"), *conversations(30)]
     spec = write(tmp_path / "chat.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_bitnet.data.encode.BATCH_BYTES", 1000)
+        patch.setattr("sparse_bitnet.data.encode.PORTION_BYTES", 1000)
         settings: dict[str, Any] = {"model": str(model), "validation": 0.2, "shard_tokens": 2000}
         summary = prepare(spec, tmp_path / "out", **settings)
         again = prepare(spec, tmp_path / "out", **settings)

@@ -20,7 +20,7 @@ from sparse_bitnet.data.tokenizer import load_tokenizer, vocabulary_size
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_bitnet.data.encode.BATCH_BYTES", 4096)
+    monkeypatch.setattr("sparse_bitnet.data.encode.PORTION_BYTES", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ KILLER = """
 import importlib, os, signal, sys
 import sparse_bitnet.data.encode as encode
 from sparse_bitnet.data import prepare
-encode.BATCH_BYTES = 4096
+encode.PORTION_BYTES = 4096
 source, out, *kills = sys.argv[1:]
 for kill in kills:
     module, name, count = kill.split(":")

@@ -28,7 +28,7 @@ from sparse_bitnet.data.sources import Source
 from sparse_bitnet.data.tokenizer import Encoder, document_hash
 from sparse_bitnet.files import atomic_file
 
-BATCH_BYTES = 1 << 19  # one worker's portion: a tenth of a second
+PORTION_BYTES = 1 << 19  # one worker's portion: a tenth of a second
 MEGABYTE = 1_000_000
 
 
@@ -73,7 +73,7 @@ class Selection:
 
 
 @dataclass
-class Batch:
+class Portion:
     """Documents that one worker encodes at once.
 
     Attributes:
@@ -89,21 +89,21 @@ class Batch:
     position: int = 0
 
 
-def batches(documents: Iterable[tuple[Any, str, int, int]]) -> Iterator[Batch]:
-    """The documents of a selection in batches of half a megabyte of text."""
-    batch = Batch()
+def portions(documents: Iterable[tuple[Any, str, int, int]]) -> Iterator[Portion]:
+    """The documents of a selection in portions of half a megabyte of text."""
+    portion = Portion()
     for document, split, size, position in documents:
-        batch.read += 1
-        batch.bytes += size
-        batch.position = position
+        portion.read += 1
+        portion.bytes += size
+        portion.position = position
         if size:
-            batch.documents.setdefault(split, []).append(document)
-            batch.split_bytes[split] = batch.split_bytes.get(split, 0) + size
-        if batch.bytes >= BATCH_BYTES:
-            yield batch
-            batch = Batch()
-    if batch.bytes:
-        yield batch
+            portion.documents.setdefault(split, []).append(document)
+            portion.split_bytes[split] = portion.split_bytes.get(split, 0) + size
+        if portion.bytes >= PORTION_BYTES:
+            yield portion
+            portion = Portion()
+    if portion.bytes:
+        yield portion
 
 
 def encode(
@@ -117,7 +117,7 @@ def encode(
 ) -> None:
     """Encode a source (``number`` in the journal) from where the journal's parts of it end.
 
-    A part ends with the batch that fills a shard of either split, so it depends on the documents
+    A part ends with the portion that fills a shard of either split, so it depends on the documents
     alone, and the next part may start in another process.
 
     Raises:
@@ -128,11 +128,11 @@ def encode(
     done = [part for part in journal.parts if part.source == number]
     documents, text_bytes = (done[-1].documents, done[-1].bytes) if done else (0, 0)
     started, before = time.monotonic(), text_bytes
-    todo = batches(selection.documents(documents, text_bytes, template))
+    todo = portions(selection.documents(documents, text_bytes, template))
     encode_documents = encoder.encode_chats if source.has_chats else encoder.encode
 
-    def work(batch: Batch) -> dict[str, np.ndarray]:
-        return {split: encode_documents(some) for split, some in batch.documents.items()}
+    def work(portion: Portion) -> dict[str, np.ndarray]:
+        return {split: encode_documents(some) for split, some in portion.documents.items()}
 
     with (
         _one_thread_each(),
@@ -140,15 +140,15 @@ def encode(
         PartWriter(out, encoder.dtype(source.has_chats)) as writer,
         ThreadPoolExecutor(workers) as pool,
     ):
-        for batch, encoded in _in_order(pool, work, todo, ahead=2 * workers):
-            documents += batch.read
-            text_bytes += batch.bytes
-            writer.add(batch, encoded, len(journal.parts))
+        for portion, encoded in _in_order(pool, work, todo, ahead=2 * workers):
+            documents += portion.read
+            text_bytes += portion.bytes
+            writer.add(portion, encoded, len(journal.parts))
             if writer.tokens >= shard_tokens:
                 journal.parts.append(Part(number, documents, text_bytes, writer.close()))
                 journal.save(out)
             rate = (text_bytes - before) / MEGABYTE / (time.monotonic() - started)
-            show(batch.position, text_bytes, f", {rate:.1f} MB/s")
+            show(portion.position, text_bytes, f", {rate:.1f} MB/s")
         if writer.tokens:
             journal.parts.append(Part(number, documents, text_bytes, writer.close()))
             journal.save(out)
@@ -188,15 +188,16 @@ class PartWriter:
         """In the larger of the files."""
         return max((writer.tokens for writer in self._open.values()), default=0)
 
-    def add(self, batch: Batch, encoded: dict[str, np.ndarray], part: int) -> None:
+    def add(self, portion: Portion, encoded: dict[str, np.ndarray], part: int) -> None:
         for split, tokens in encoded.items():
             if split not in self._open:
                 path = self.out / split / f"{part:05d}.bin"
-                file = self._files.enter_context(_atomic_binary(path))
+                temporary = self._files.enter_context(atomic_file(path))
+                file = self._files.enter_context(temporary.open("wb"))
                 self._open[split] = _ShardWriter(path.name, file)
             data = tokens.astype(self.dtype).tobytes()
             self._open[split].add(
-                data, len(tokens), len(batch.documents[split]), batch.split_bytes[split]
+                data, len(tokens), len(portion.documents[split]), portion.split_bytes[split]
             )
 
     def close(self) -> dict[str, Shard]:
@@ -230,25 +231,19 @@ class _ShardWriter:
         return Shard(self.name, self.tokens, self.documents, self.bytes, self.digest.hexdigest())
 
 
-@contextmanager
-def _atomic_binary(path: Path) -> Iterator[BinaryIO]:
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        yield file
-
-
 def _in_order(
     pool: ThreadPoolExecutor,
-    work: Callable[[Batch], dict[str, np.ndarray]],
-    todo: Iterable[Batch],
+    work: Callable[[Portion], dict[str, np.ndarray]],
+    todo: Iterable[Portion],
     ahead: int,
-) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Each batch with the tokens of its splits, in the order of the batches.
+) -> Iterator[tuple[Portion, dict[str, np.ndarray]]]:
+    """Each portion with the tokens of its splits, in the order of the portions.
 
-    At most ``ahead`` batches are read before they are due, which bounds memory.
+    At most ``ahead`` portions are read before they are due, which bounds memory.
     """
-    waiting: deque[tuple[Batch, Future[dict[str, np.ndarray]]]] = deque()
-    for batch in todo:
-        waiting.append((batch, pool.submit(work, batch)))
+    waiting: deque[tuple[Portion, Future[dict[str, np.ndarray]]]] = deque()
+    for portion in todo:
+        waiting.append((portion, pool.submit(work, portion)))
         if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result()

@@ -75,7 +75,19 @@ def prepare(
         DataError: if the source cannot be read, is empty or leaves a split empty, or if ``out``
             holds something else.
     """
-    _check_settings(model, tokenizer, vocab_size, validation, max_bytes, shard_tokens, workers)
+    if model is not None and tokenizer is not None:
+        raise ConfigError(f"model {model} has its own tokenizer; leave tokenizer {tokenizer} out")
+    if vocab_size is not None and (named := tokenizer or model) is not None:
+        raise ConfigError(
+            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {named} is given; "
+            "leave one of them out"
+        )
+    if not 0 <= validation < 1:
+        raise ConfigError(f"validation is {validation}; it is a fraction of at least 0, below 1")
+    numbers = {"max_bytes": max_bytes, "shard_tokens": shard_tokens, "workers": workers}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
     started, out = time.monotonic(), Path(out)
     limit = NO_LIMIT if max_bytes is None else float(max_bytes)
     held_out = validation if validation_source is None else 0.0
@@ -126,8 +138,7 @@ def prepare(
         "vocab_size": train.vocab_size,
         TRAIN: _totals(train),
         VALIDATION: _totals(validated) if validated else None,
-        "left_out": _documents_read(journal)
-        - sum(shards.total_documents for shards in (train, validated) if shards),
+        "left_out": _left_out(journal),
         "reused": reused,
         "seconds": time.monotonic() - started,
     }
@@ -137,14 +148,18 @@ def _given_tokenizer(model: str | None, tokenizer: str | None) -> Encoder | None
     name = tokenizer if model is None else model
     if name is None:
         return None
+    config = Path(name) / "config.json"
+    if model is not None and not config.is_file():
+        raise DataError(
+            f"{model}: no model directory (it has no config.json); a GGUF file becomes one by "
+            "`sparse-bitnet import`, and a tokenizer alone is named by --tokenizer"
+        )
     encoder = Encoder(load_tokenizer(name), name)
     if model is not None:
-        if not (Path(model) / "config.json").is_file():
-            raise DataError(
-                f"{model}: no model directory (it has no config.json); a GGUF file becomes one by "
-                "`sparse-bitnet import`, and a tokenizer alone is named by --tokenizer"
-            )
-        rows = read_json(Path(model) / "config.json").get("vocab_size")
+        try:
+            rows = read_json(config).get("vocab_size")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{config}: damaged ({error})") from error
         if isinstance(rows, int) and rows < encoder.vocab_size:
             raise DataError(
                 f"{model}: its tokenizer has {encoder.vocab_size} tokens, its embedding {rows} "
@@ -170,9 +185,11 @@ def _chat_settings(sources: list[Source], encoder: Encoder | None) -> dict[str, 
     return {"chat_template": hashlib.sha256(template.text.encode()).hexdigest()}
 
 
-def _documents_read(journal: Journal) -> int:
-    read = {part.source: part.documents for part in journal.parts}  # the last one of each
-    return sum(read.values())
+def _left_out(journal: Journal) -> int:
+    """Documents that were read, less those in the shards."""
+    read = {part.source: part.documents for part in journal.parts}  # the last part of each
+    shards = [shard for part in journal.parts for shard in part.shards.values()]
+    return sum(read.values()) - sum(shard.documents for shard in shards)
 
 
 def _tokenizer(
@@ -248,31 +265,6 @@ def _write_indexes(out: Path, journal: Journal, encoder: Encoder, has_answers: b
         )
         if shards and not (path.is_file() and path.read_bytes() == text.encode()):
             write_text(path, text)
-
-
-def _check_settings(
-    model: str | None,
-    tokenizer: str | None,
-    vocab_size: int | None,
-    validation: float,
-    max_bytes: int | None,
-    shard_tokens: int,
-    workers: int | None,
-) -> None:
-    if model is not None and tokenizer is not None:
-        raise ConfigError(f"model {model} has its own tokenizer; leave tokenizer {tokenizer} out")
-    given = tokenizer or model
-    if given is not None and vocab_size is not None:
-        raise ConfigError(
-            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {given} is "
-            "given; leave one of them out"
-        )
-    if not 0 <= validation < 1:
-        raise ConfigError(f"validation is {validation}; it is a fraction of at least 0, below 1")
-    numbers = {"max_bytes": max_bytes, "shard_tokens": shard_tokens, "workers": workers}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
 def _totals(shards: TokenShards) -> dict[str, int]:
