@@ -124,3 +124,17 @@ def test_refusals(recipe: Any, directory: Path, tmp_path: Path) -> None:
     dense(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "wide")
     with pytest.raises(ConfigError, match="have 64 features and the teacher's 128"):
         train(recipe(teacher={"source": str(tmp_path / "wide"), "hidden_layers": [0]}))
+
+
+def test_a_teacher_on_a_device_of_its_own(directory: Path) -> None:
+    """Whatever is moved there and back; a machine without a GPU knows one device by two names."""
+    batch = Batch.of(torch.randint(64, (2, 9)))
+    found = [
+        Teacher(TeacherConfig(str(directory), hidden_layers=LAYERS, device=name), CPU, 64, None)(
+            batch
+        )
+        for name in ("", "cpu:0")
+    ]
+    assert torch.equal(found[0].hidden, found[1].hidden)
+    for one, other in zip(found[0].states, found[1].states, strict=True):
+        assert torch.equal(one, other)

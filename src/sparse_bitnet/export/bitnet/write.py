@@ -67,7 +67,8 @@ def export_bitnet(
         "the pattern is kept as zeros and no longer named",
         "transformers unpacks every weight to the model's dtype whenever it is used",
         "in bfloat16 or float16 it also rounds the scales and sums; load with dtype=torch.float32 "
-        "to get the logits of training",
+        "to get the logits of training (every layer's to 1e-6 of its size; an activation that this "
+        "rounds the other way is carried on, far in a deep model that was never trained ternary)",
     ]
     return ExportResult(out, f"bitnet ({linear_class})", source.weights, size, lost)
 
