@@ -13,7 +13,10 @@ TARGETS = ("x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ziglang") is None, reason="needs ziglang (pip install ziglang)")
+@pytest.mark.timeout(1800)  # the first time the compiler builds each system's C++ library
+@pytest.mark.skipif(
+    find_spec("ziglang") is None, reason="needs ziglang (pip install -c constraints.txt ziglang)"
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_links(target: str, tmp_path: Path) -> None:
     sources = [str(file) for file in Path(native.__file__).parent.glob("*.cpp")]
