@@ -185,30 +185,33 @@ def checked(kind: type[T], values: Any, place: str) -> T:
     """A dataclass from plain values: an unknown key, a wrong type or value is an error.
 
     Args:
+        values: plain values, or JSON in bytes.
         place: named in errors, a file for example.
 
     Raises:
         ConfigError: naming ``place``, the keys and what was expected.
     """
+    adapter = _adapter(kind)  # type: ignore[arg-type]  # it is hashable
+    read = adapter.validate_json if isinstance(values, bytes) else adapter.validate_python
     try:
-        return _adapter(kind).validate_python(values)  # type: ignore[arg-type]  # it is hashable
+        return read(values)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         problems = "; ".join(_problem(kind, one) for one in found[:3])
-        raise ConfigError(f"{place}: {problems}") from None
+        raise ConfigError(f"{place}: {problems}".removeprefix(": ")) from None
 
 
-def _problem(kind: type, error: Any) -> str:
+def _problem(kind: Any, error: Any) -> str:
     key = ".".join(part if isinstance(part, str) else shown(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         for part in error["loc"][:-1]:
-            kind = get_type_hints(kind)[part]
-        names = [field.name for field in dataclasses.fields(kind)]
+            kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
+        names = [*get_type_hints(kind)] if isinstance(kind, type) else []
         near = difflib.get_close_matches(str(error["loc"][-1])[:100], names, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
         return f"{key[:100]} is unknown; {hint}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-    if error["type"] == "value_error":  # raised by one of our dataclasses
+    if error["type"] in ("value_error", "json_invalid"):  # raised by one of our dataclasses
         return f"{key}: {message}".removeprefix(": ")
     form = " such as '{0.5: dense}'" if error["type"] == "dict_type" else ""
     return f"{key or 'it'} is {shown(error['input'])}: {message}{form}"
