@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -151,37 +150,6 @@ def test_wrong_training_settings_are_found_before_anything_runs(tmp_path: Path) 
 def test_shipped_recipes_are_valid(name: str) -> None:
     recipe = read_sweep(RECIPES / f"{name}.yaml")
     assert recipe.name == name
-
-
-def test_evidence_has_the_whole_grid() -> None:
-    cells = set(read_sweep(RECIPES / "evidence-5m.yaml").cells)
-
-    def has(**values: object) -> bool:
-        return Cell.from_dict({"tokens_per_weight": 100, **values}, "test") in cells
-
-    eights = [f"{n}:8" for n in range(2, 8)]
-    for kind in ("bf16", "bitnet"):
-        assert all(has(kind=kind, pattern=p) for p in ["dense", *eights, "2:4", "3:4"])
-        seeds = [(s, p) for s in (0, 1, 2) for p in ("dense", "6:8", "4:8", "3:8")]
-        assert all(has(kind=kind, pattern=p, seed=s) for s, p in seeds)
-    for pattern in ("6:8", "4:8"):
-        for method in (
-            "mask-then-quant",
-            "mask-from-quantized",
-            "masked-gradient",
-            "4-bit-activations",
-        ):
-            assert has(pattern=pattern, method=method)
-        assert all(has(pattern=pattern, until={part: "dense"}) for part in (0.25, 0.5, 0.75))
-    assert any(len(cell.until) == 2 for cell in cells)
-
-
-def test_training_length_has_its_own() -> None:
-    cells = read_sweep(RECIPES / "evidence-length.yaml").cells
-    found = {(c.kind, c.pattern, c.tokens_per_weight, c.seed) for c in cells}
-    kinds, patterns = ("bf16", "bitnet"), ("dense", "4:8")
-    lengths, seeds = (4.0, 16.0, 64.0, 128.0), (0, 1, 2)
-    assert found == set(itertools.product(kinds, patterns, lengths, seeds))
 
 
 def test_a_row_of_an_older_version_keeps_its_cell(tmp_path: Path) -> None:

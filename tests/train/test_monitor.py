@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from sparse_bitnet.core import Method, MissingExtraError, Pattern, method_mask, ternarize
 from sparse_bitnet.nn import convert, set_pattern
 from sparse_bitnet.train.monitor import History, Monitor, read_history
-from sparse_bitnet.train.presets import preset_config
 
 
 def kept(row: list[float], n: int, m: int) -> list[bool]:
@@ -199,18 +198,6 @@ def test_experts_have_a_scale_each() -> None:
         for e in range(3)
     )
     assert whole.layers[name].zeros_before_mask == pytest.approx(zero / experts.numel())
-
-
-def test_schedules_change_what_is_measured() -> None:
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 16))
-    convert(model, "6:8")
-    set_pattern(model, "dense")
-    monitor = Monitor(model)
-    monitor.before_step()
-    assert monitor.after_step().flip_rate is None
-    set_pattern(model, "6:8")
-    monitor.before_step()
-    assert monitor.after_step().flip_rate == 0.0
 
 
 def test_history_resumes_and_skips_what_a_crash_cut(tmp_path: Path) -> None:
