@@ -45,7 +45,7 @@ class QuantizationConfig:
     """How quantization comes in: λ, from full precision (0) to ternary weights and integer
     activations (1). For a start from pretrained weights, which do not survive it at once."""
 
-    until: Fraction = 0.0
+    until: float = 0.0
     """Fraction of training at which λ reaches 1; 0: quantized from the first step. The pattern has
     a schedule of its own, sparsity.until."""
     shape: Literal["linear", "sigmoid"] = "linear"
@@ -56,6 +56,8 @@ class QuantizationConfig:
     {"layers.[0-9][.]": 0.4} with until 0.3: these reach 1 at 0.7."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.until <= 1:
+            raise ConfigError(f"until: {self.until} is no fraction of training from 0 to 1")
         for rule, begin in self.begin.items():
             try:
                 re.compile(rule)
@@ -65,6 +67,7 @@ class QuantizationConfig:
                 raise ConfigError(f"begin of {rule} is {begin}: at least 0, at most 1 − until")
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class SparsityConfig:
     """What the linears become."""
