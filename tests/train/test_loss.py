@@ -197,7 +197,7 @@ def distillation(student: Tensor, teacher: Tensor, labels: Tensor, how: Weighing
     p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
     divergence = t**2 * (p * (p.log() - q.log())).sum(-1).mean()
     entropy = F.cross_entropy(student, labels)
-    return [how.cross_entropy * entropy + how.weight * divergence, entropy, divergence]
+    return [how.cross_entropy * entropy + how.divergence * divergence, entropy, divergence]
 
 
 @settings(deadline=None, max_examples=40)
