@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from decoders import interleaved
 from sparse_bitnet import console, files
-from sparse_bitnet.bench.harness import interleaved
 from sparse_bitnet.kernels.environment import measured_on
 
 __all__ = ["FEWEST_CALLS", "copies_beyond_cache", "interleaved", "report", "summary", "write"]

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoders import capture
 from gpu_common import FEWEST_CALLS, copies_beyond_cache, interleaved, summary, write
 from gpu_tiles import SHAPES
 from sparse_bitnet import console
-from sparse_bitnet.bench.harness import capture
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 from sparse_bitnet.kernels.registry import (
     TernaryWeight,

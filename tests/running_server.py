@@ -15,7 +15,7 @@ from sparse_bitnet.serve import serve as serving
 @contextmanager
 def running(directory: Path, **options: Any) -> Iterator[str]:
     """Its address, while the block runs; it has to end within 20 seconds after that."""
-    built = serving.build_server(directory, host="127.0.0.1", port=0, **options)
+    built = serving.build_server(directory, serving.Options(host="127.0.0.1", port=0, **options))
     thread = threading.Thread(target=built.uvicorn.run, daemon=True)
     thread.start()
     while not built.uvicorn.started:

@@ -36,8 +36,8 @@ VERBS = {
     "estimate": ("estimate.estimate", "estimate", "memory, speed, cost of a model before training"),
     "sweep": ("study.sweep", "sweep", "run a grid of trainings, resumable"),
     "report": ("study.report", "report", "plots and tables of a sweep as one HTML page"),
-    "polarization": ("study.polarization", "analyse", "weight statistics of any checkpoint"),
-    "bench": ("bench.inference", "bench", "prefill and decode speed of a model shape, here"),
+    "polarization": ("study.polarization", "analyse", "weight statistics of any model"),
+    "bench": ("bench", "bench", "prefill and decode speed of model directories, here"),
     "kernels": ("kernels.registry", "explain", "which kernel serves what on this machine, and why"),
 }
 # Verbs whose options are not known before their first argument is read.

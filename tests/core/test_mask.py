@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_bitnet.core import (
     DENSE,
     Pattern,
     PatternError,
-    WeightError,
-    flip_rate,
     nm_mask,
     worst_group,
 )
@@ -89,25 +86,6 @@ def test_leaves_the_weight_and_its_graph_alone() -> None:
     before = weight.detach().clone()
     assert not nm_mask(weight, Pattern(6, 8)).requires_grad
     assert torch.equal(weight, before)
-
-
-@given(data=st.data(), shape=st.tuples(st.integers(0, 4), st.integers(0, 9)))
-@settings(deadline=None, max_examples=40)
-def test_flip_rate_equals_the_loop(data: st.DataObject, shape: tuple[int, int]) -> None:
-    size = shape[0] * shape[1]
-    flags = st.lists(st.booleans(), min_size=size, max_size=size)
-    before, after = data.draw(flags), data.draw(flags)
-
-    def as_mask(values: list[bool]) -> Tensor:
-        return torch.tensor(values, dtype=torch.bool).reshape(shape)
-
-    changed = sum(a != b for a, b in zip(before, after, strict=True))
-    assert flip_rate(as_mask(before), as_mask(after)) == (changed / size if size else 0.0)
-
-
-def test_flip_rate_refuses_masks_of_two_weights() -> None:
-    with pytest.raises(WeightError, match=r"masks \(4, 8\) and \(8,\) are not of one weight"):
-        flip_rate(torch.ones(4, 8, dtype=torch.bool), torch.ones(8, dtype=torch.bool))
 
 
 @given(data=st.data(), m=st.integers(1, 32), rows=st.integers(1, 4), groups=st.integers(1, 3))

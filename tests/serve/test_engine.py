@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from sparse_bitnet.bench.harness import random_decoder
+from decoders import random_decoder
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
 from sparse_bitnet.packed.load import load

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_bitnet import cli
-from sparse_bitnet.core import ConfigError, PatternError
-from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import (
     config_from_dict,
@@ -96,16 +95,14 @@ def test_yaml_1_2_numbers(file: Path) -> None:
         (["--optimizer.lerning-rate", "1"], "--optimizer.learning-rate"),
         (["--run.seed.x", "1"], "Unrecognized options: --run.seed.x"),
         (["--optimizer.learning-rate", "fast"], "--optimizer.learning-rate"),
-        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate is nan: it must be above"),
         (["--schedule.steps", "1.5"], "--schedule.steps"),
-        (["--schedule.steps", "0"], "schedule.steps is 0: it must be a whole number"),
         (["--optimizer.betas", "0.9"], "--optimizer.betas"),
         (["--sparsity.kind", "int4"], "--sparsity.kind"),
         (["--data.path"], "--data.path"),
         (["stray"], "Unrecognized options: stray"),
         (["--sparsity.until", "{0.5: ["], "is not YAML"),
-        (["--sparsity.until", "{half: dense}"], "is 'half': it must be a number"),
-        (["--sparsity.until", "0.25:dense"], "must be a mapping such as '{0.5: dense}'"),
+        (["--sparsity.until", "{half: dense}"], "is 'half': it must be a valid number"),
+        (["--sparsity.until", "0.25:dense"], "must be a valid dictionary such as '{0.5: dense}'"),
         (["--sparsity.pattern", "6of8"], "6of8"),
     ],
 )
@@ -124,7 +121,9 @@ def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
     file.write_text("data: {path: x}\nsteps: 5\n")
     assert f"{file}: steps is unknown; choose among data, model" in error_of(file)
     file.write_text("- a\n")
-    assert "expected a mapping" in error_of(file)
+    assert "it must be a dictionary" in error_of(file)
+    file.write_text("1: 2\ndata: {path: x}\n")
+    assert f"{file}: 1 is 1: Keys should be strings" in error_of(file)
     file.write_text("a: [")
     assert f"{file} is not YAML" in error_of(file)
     file.write_bytes(b"\xff\xfe")
@@ -133,51 +132,32 @@ def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
     assert "cannot be read" in error_of(file)
 
 
-def test_hostile_yaml_builds_no_objects(file: Path) -> None:
-    file.write_text("data: !!python/object/apply:os.system ['true']\n")
-    assert "is not YAML" in error_of(file)
-
-
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("data", {"path": ""}, "data.path is '': it must be either"),
-        ("data", {"mixture": {"a": 1.0}}, "it must be either a prepared directory here or"),
-        ("data", {"sequence_length": 0}, "data.sequence_length is 0: it must be a whole number"),
-        ("data", {"batch_size": 6, "micro_batch_size": 4}, "a divisor of data.batch_size = 6"),
+        ("data", {"path": ""}, "path is '': give either a prepared directory or a mixture"),
+        ("data", {"mixture": {"a": 1.0}}, "give either a prepared directory or a mixture"),
+        ("data", {"sequence_length": 0}, "data.sequence_length is 0: it must be greater than 0"),
         ("model", {"source": ""}, "model.source is ''"),
         ("model", {"vocab_size": -1}, "model.vocab_size is -1"),
-        ("model", {"attention": "flash"}, "it must be one of: sdpa, eager"),
-        ("sparsity", {"kind": "int4"}, "sparsity.kind is 'int4': it must be one of: bitnet, bf16"),
-        ("sparsity", {"until": {1.5: "dense"}}, "sparsity.until is 1.5: it must be a fraction"),
-        (
-            "sparsity",
-            {"quantization": {"until": 0.2, "begin": {"(": 0.4}}},
-            "begin[(]: not a regular expression",
-        ),
-        (
-            "sparsity",
-            {"quantization": {"until": 0.2, "begin": {"": 0.4}}},
-            "it must be a part of module names",
-        ),
-        ("sparsity", {"method": {"gradient": "none"}}, "method.gradient is 'none'"),
-        ("optimizer", {"learning_rate": 0}, "it must be above 0 and at most 10"),
-        ("optimizer", {"betas": [0.9, 1.0]}, "two numbers in [0, 1)"),
-        ("optimizer", {"epsilon": 0}, "optimizer.epsilon is 0.0"),
-        ("optimizer", {"weight_decay": -1}, "optimizer.weight_decay is -1.0: it must be at least"),
-        ("optimizer", {"clip": -1}, "optimizer.clip is -1.0: it must be at least 0"),
-        ("schedule", {"steps": 0}, "schedule.steps is 0"),
-        ("schedule", {"warmup": 2}, "schedule.warmup is 2.0: it must be at least 0 and at most 1"),
-        ("schedule", {"final": -0.1}, "schedule.final is -0.1"),
-        ("schedule", {"weight_decay": "linear"}, "one of: auto, cosine, constant"),
-        ("schedule", {"weight_decay_until": 0}, "schedule.weight_decay_until is 0.0"),
-        ("run", {"directory": ""}, "run.directory is ''"),
+        ("model", {"attention": "flash"}, "it must be 'sdpa' or 'eager'"),
+        ("sparsity", {"kind": "int4"}, "sparsity.kind is 'int4': it must be 'bitnet' or 'bf16'"),
+        ("sparsity", {"until": {1.5: "dense"}}, "1.5 is no fraction of training"),
+        ("sparsity", {"until": "0.25:dense"}, "a valid dictionary such as '{0.5: dense}'"),
+        ("sparsity", {"pattern": "6of8"}, "'6of8' is not understood"),
+        ("sparsity", {"until": {0.5: "9:8"}}, "9:8 is out of range"),
+        ("sparsity", {"rules": {"x": "none"}}, "'none' is not understood"),
+        ("sparsity", {"quantization": {"begin": {"(": 0.4}}}, "( is no regular expression"),
+        ("sparsity", {"quantization": {"until": 0.7, "begin": {"a": 0.4}}}, "at most 1 − until"),
+        ("sparsity", {"kind": "bf16", "quantization": {"until": 0.7}}, "bf16 has no quantization"),
+        ("sparsity", {"method": {"gradient": "none"}}, "it must be 'dense' or 'masked'"),
+        ("optimizer", {"learning_rate": 0}, "it must be greater than 0"),
+        ("optimizer", {"learning_rate": float("nan")}, "it must be a finite number"),
+        ("optimizer", {"betas": [0.9, 1.0]}, "betas.1 is 1.0: it must be less than 1"),
+        ("schedule", {"steps": 1.5}, "schedule.steps is 1.5: it must be a valid integer"),
+        ("schedule", {"warmup": 2}, "schedule.warmup is 2: it must be less than or equal to 1"),
         ("run", {"seed": -1}, "run.seed is -1"),
-        ("run", {"device": "tpu"}, "run.device is 'tpu': it must be one of: auto, cpu, cuda"),
-        ("run", {"precision": "fp8"}, "one of: auto, fp32, bf16"),
-        ("run", {"log_every": 0}, "run.log_every is 0"),
-        ("run", {"keep": 0}, "run.keep is 0"),
-        ("run", {"checkpoint_every": -1}, "run.checkpoint_every is -1: it must be at least 0"),
+        ("run", {"checkpoint_every": -1}, "run.checkpoint_every is -1: it must be greater than or"),
     ],
 )
 def test_ranges(section: str, values: dict[str, Any], message: str) -> None:
@@ -189,10 +169,16 @@ def test_ranges(section: str, values: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_patterns_are_checked_at_once() -> None:
-    for sparsity in ({"pattern": "6of8"}, {"until": {0.5: "9:8"}}, {"rules": {"x": "none"}}):
-        with pytest.raises(PatternError):
-            config_from_dict({"data": {"path": "x"}, "sparsity": sparsity}, "here")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate is nan: it must be"),
+        (["--schedule.steps", "0"], "command line: schedule.steps is 0: it must be greater than 0"),
+    ],
+)
+def test_ranges_on_the_command_line(file: Path, override: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(file, override)
 
 
 def test_round_trip(file: Path) -> None:
@@ -218,11 +204,6 @@ def test_help_names_every_option() -> None:
     for option in ("--optimizer.learning-rate", "--sparsity.until", "--run.directory"):
         assert option in text
     assert "Peak learning rate" in text
-
-
-def test_sections_have_defaults(file: Path) -> None:
-    assert load_recipe(file).sparsity.pattern == "6:8"
-    assert isinstance(load_recipe(file), TrainConfig)
 
 
 @pytest.mark.parametrize(

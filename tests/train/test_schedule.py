@@ -112,7 +112,5 @@ def test_layers_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("begin", [-0.1, 0.8])
 def test_a_beginning_that_leaves_no_time(begin: float) -> None:
-    with pytest.raises(
-        ConfigError, match=r"begin\[x\] is .*: it must be at least 0, at most 1 − until"
-    ):
+    with pytest.raises(ConfigError, match=r"begin of x is .*: at least 0, at most 1 − until"):
         QuantizationConfig(0.3, begin={"x": begin})

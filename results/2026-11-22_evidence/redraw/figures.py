@@ -18,12 +18,19 @@ from sparse_bitnet.study.plots import (
 )
 
 
+class Published(Curve):
+    """A curve of the paper, drawn hollow and dashed."""
+
+
+HOLLOW = {"linestyle": "--", "linewidth": 1.2, "markerfacecolor": "white", "alpha": 0.75}
+
+
 @styled
 def collapse(curves: Sequence[Curve], patterns: Sequence[str], limit: float, title: str) -> bytes:
     """Normalised perplexity against the pattern, with the line that is called collapse."""
     figure, ((axis,),) = subplots(1, 1, 7.0, 4.4)
     for curve in curves:
-        draw_curve(axis, curve)
+        draw_curve(axis, curve, **(HOLLOW if isinstance(curve, Published) else {}))
     axis.axhline(limit, color=GREY, linewidth=1, linestyle=":")
     axis.annotate(
         f"+{limit - 1:.0%}", (0, limit), xytext=(-4, 3), textcoords="offset points", color=GREY

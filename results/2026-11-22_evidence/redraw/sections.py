@@ -108,7 +108,7 @@ def collapse(runs: Runs) -> Section:
     for kind, values in published.NORMALISED_PPL.items():
         x = [EIGHTS.index(p) for p in values]
         label = f"{NAME[kind]}, published 0.5B"
-        curves.append(Curve(label, x, list(values.values()), None, kind, published=True))
+        curves.append(figures.Published(label, x, list(values.values()), None, kind))
     picture = figures.collapse(
         curves, EIGHTS, published.COLLAPSE_AT, f"Normalised perplexity, {runs.label}"
     )

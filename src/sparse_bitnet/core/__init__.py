@@ -14,15 +14,10 @@ from sparse_bitnet.core.errors import (
     WeightError,
     shown,
 )
-from sparse_bitnet.core.mask import flip_rate, nm_mask, worst_group
+from sparse_bitnet.core.mask import nm_mask, worst_group
 from sparse_bitnet.core.method import Method
 from sparse_bitnet.core.pattern import DENSE, Pattern
-from sparse_bitnet.core.polarization import (
-    Polarization,
-    polarization,
-    pruning_thresholds,
-    zero_fraction,
-)
+from sparse_bitnet.core.polarization import Polarization, polarization, pruning_thresholds
 from sparse_bitnet.core.ternary import (
     absmean,
     check_finite,
@@ -57,7 +52,6 @@ __all__ = [
     "check_finite",
     "check_row",
     "check_shard_sizes",
-    "flip_rate",
     "method_mask",
     "nm_mask",
     "polarization",
@@ -73,6 +67,5 @@ __all__ = [
     "ternarize",
     "ternarize_with",
     "worst_group",
-    "zero_fraction",
     "zero_matrices",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_bitnet.core.errors import WeightError
 from sparse_bitnet.core.pattern import Pattern
 
 
@@ -41,19 +40,6 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
         rank[distance:] -= passes
         rank[:-distance] += passes
     return (rank < pattern.n).movedim(0, -1).flatten(-2)
-
-
-def flip_rate(before: Tensor, after: Tensor) -> float:
-    """Fraction of mask entries that changed between two masks of one shape; 0 if they are empty.
-
-    Raises:
-        WeightError: if the shapes differ.
-    """
-    if before.shape != after.shape:
-        raise WeightError(
-            f"flip_rate: masks {tuple(before.shape)} and {tuple(after.shape)} are not of one weight"
-        )
-    return int((before != after).sum()) / max(1, before.numel())
 
 
 def worst_group(weight: Tensor, m: int) -> int:

@@ -76,12 +76,6 @@ def polarization(
     )
 
 
-def zero_fraction(weight: Tensor, shard_sizes: tuple[int, ...] = ()) -> float:
-    """Fraction of weights ``[..., out, in]`` that round to zero before any mask: |w| ≤ γ/2."""
-    rows = row_scale(absmean(weight, shard_sizes), shard_sizes, weight.shape[-2]).unsqueeze(-1)
-    return _fraction(weight.detach().float().abs() <= rows * DEAD_ZONE)
-
-
 def _fraction(which: Tensor) -> float:
     return int(which.sum()) / max(1, which.numel())
 

@@ -30,12 +30,7 @@ from sparse_bitnet.serve.grammar import Grammars
 from sparse_bitnet.serve.metrics import Metrics
 from sparse_bitnet.serve.middleware import error_body, error_event
 from sparse_bitnet.serve.page import page
-from sparse_bitnet.serve.requests import (
-    InvalidRequest,
-    check_chat,
-    check_completion,
-    sampling_options,
-)
+from sparse_bitnet.serve.requests import Chat, Completion, InvalidRequest, read, sampling_options
 from sparse_bitnet.serve.text import TextStream, split_tool_calls
 
 RETRY_AFTER = "1"  # seconds
@@ -104,26 +99,22 @@ class _Server:
         return Response(text, media_type=kind)
 
     async def completions(self, request: Request) -> Response:
-        body = await _body(request)
-        check_completion(body)
-        self._check_name(body.get("model"))
-        prompt = body["prompt"]
-        alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-        prompts = [self._encode(one) for one in ([prompt] if alone else prompt)]
-        return await self._answer(request, body, prompts, chat=False)
+        body = read(Completion, await request.body())
+        self._check_name(body.model)
+        return await self._answer(request, body, [self._encode(one) for one in body.prompt])
 
     async def chat(self, request: Request) -> Response:
-        body = await _body(request)
-        check_chat(body, self._tokenizer)
-        self._check_name(body.get("model"))
-        options = dict(body.get("chat_template_kwargs") or {})
-        if body.get("tools") and body.get("tool_choice") != "none":
-            options["tools"] = body["tools"]
+        body = read(Chat, await request.body())
+        body.check_template(self._tokenizer)
+        self._check_name(body.model)
+        options = dict(body.chat_template_kwargs or {})
+        if body.has_tools:
+            options["tools"] = body.tools
         try:
-            prompt = encode_chat(self._tokenizer, body["messages"], **options)
+            prompt = encode_chat(self._tokenizer, body.messages, **options)
         except ConfigError as error:
             raise InvalidRequest(f"messages: {error}") from None
-        return await self._answer(request, body, [prompt], chat=True)
+        return await self._answer(request, body, [prompt])
 
     def _check_name(self, name: str | None) -> None:
         if name is not None and name != self._name:
@@ -138,13 +129,12 @@ class _Server:
         return ids
 
     async def _answer(
-        self, request: Request, body: dict[str, Any], prompts: list[list[int]], chat: bool
+        self, request: Request, body: Completion | Chat, prompts: list[list[int]]
     ) -> Response:
-        form = body.get("response_format")
-        matcher = await asyncio.to_thread(self._grammars.matcher, form)  # may take a second
-        answer = _Answer(self, body, prompts, chat, matcher)
-        self._metrics.requests.labels("chat" if chat else "completions").inc()
-        if body.get("stream"):
+        matcher = await asyncio.to_thread(self._grammars.matcher, body.response_format)
+        answer = _Answer(self, body, prompts, matcher)
+        self._metrics.requests.labels("chat" if answer.is_chat else "completions").inc()
+        if body.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         task = asyncio.create_task(answer.whole())
         gone = asyncio.create_task(_hung_up(request))
@@ -166,21 +156,15 @@ class _Answer:
     """
 
     def __init__(
-        self,
-        server: _Server,
-        body: dict[str, Any],
-        prompts: list[list[int]],
-        chat: bool,
-        matcher: Any,
+        self, server: _Server, body: Completion | Chat, prompts: list[list[int]], matcher: Any
     ) -> None:
-        self._server, self._body, self._chat = server, body, chat
+        self._body, self.is_chat = body, isinstance(body, Chat)
         self._engine, self._tokenizer = server._engine, server._tokenizer
         self._metrics = server._metrics
-        self._tools = chat and bool(body.get("tools")) and body.get("tool_choice") != "none"
-        kind = "chat.completion" if chat else "text_completion"
+        self._tools = isinstance(body, Chat) and body.has_tools
         self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": kind,
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.is_chat else "text_completion",
             "created": int(time.time()),
             "model": server._name,
         }
@@ -194,10 +178,9 @@ class _Answer:
                     "shorten it",
                     "context_length_exceeded",
                 )
-        if any(not 0 <= int(key) < len(self._tokenizer) for key in body.get("logit_bias") or {}):
+        if any(not 0 <= token < len(self._tokenizer) for token in body.logit_bias or ()):
             raise InvalidRequest("logit_bias: a token id is beyond the vocabulary")
-        count = body.get("n") or 1
-        all_prompts = [prompt for prompt in prompts for _ in range(count)]
+        all_prompts = [prompt for prompt in prompts for _ in range(body.n or 1)]
         options = [
             sampling_options(body, context - len(prompt), index, matcher)
             for index, prompt in enumerate(all_prompts)
@@ -226,7 +209,7 @@ class _Answer:
             asyncio.create_task(self._stream(index, one, queue))
             for index, one in enumerate(self._generations)
         ]
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         head = self._head | {"object": kind}
         try:
             running = len(tasks)
@@ -239,7 +222,7 @@ class _Answer:
                     return
                 else:
                     yield _event(head | {"choices": [choice]})
-            if (self._body.get("stream_options") or {}).get("include_usage"):
+            if (self._body.stream_options or {}).get("include_usage"):
                 yield _event(head | {"choices": [], "usage": self._usage()})
             yield b"data: [DONE]\n\n"
         finally:
@@ -251,12 +234,12 @@ class _Answer:
         """Put a choice's chunks into the queue, then None."""
 
         def chunk(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> None:
-            body = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+            body = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
             tail = {"logprobs": logprobs, "finish_reason": reason}
             queue.put_nowait({"index": index, **body, **tail})
 
         try:
-            if self._chat:
+            if self.is_chat:
                 chunk({"role": "assistant", "content": ""})
             whole = ""
             async for text, entries in self._pieces(one):
@@ -279,9 +262,9 @@ class _Answer:
 
     async def _pieces(self, one: Generation) -> AsyncIterator[tuple[str, list[Any]]]:
         """Text and the log-probabilities of its tokens, until the end or a stop string."""
-        stop = self._body.get("stop") or []
+        stop = self._body.stop or []
         stream = TextStream(self._tokenizer, [stop] if isinstance(stop, str) else stop)
-        if self._body.get("echo"):
+        if isinstance(self._body, Completion) and self._body.echo:
             yield str(self._tokenizer.decode(one.prompt, skip_special_tokens=True)), []
         before = one.started
         async for token in one:
@@ -297,7 +280,7 @@ class _Answer:
 
     def _choice(self, index: int, one: Generation, text: str, entries: list[Any]) -> dict[str, Any]:
         tail = {"logprobs": self._logprobs(entries), "finish_reason": self._reason(one)}
-        if not self._chat:
+        if not self.is_chat:
             return {"index": index, "text": text, **tail}
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if self._tools:
@@ -313,7 +296,7 @@ class _Answer:
     def _logprobs(self, entries: list[Any]) -> dict[str, Any] | None:
         if not entries:
             return None
-        if not self._chat:
+        if not self.is_chat:
             return {
                 "tokens": [self._word(entry.id) for entry in entries],
                 "token_logprobs": [entry.logprob for entry in entries],
@@ -356,16 +339,6 @@ def _tool_calls(calls: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not understood: {str(error)[:200]}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body is not understood: it is no JSON object")
-    return body
 
 
 async def _hung_up(request: Request) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template, up to where an answer begins.
 
@@ -214,7 +214,10 @@ def encode_chat(
     """
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, **options
+            list(messages),  # type: ignore[arg-type]  # it takes lists of parts too
+            add_generation_prompt=True,
+            return_dict=True,
+            **options,
         )
         return list(encoded["input_ids"])
     except Exception as error:  # jinja's own, and whatever an expression raises

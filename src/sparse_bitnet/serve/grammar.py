@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparse_bitnet.serve.requests import InvalidRequest
+from sparse_bitnet.serve.requests import Form, InvalidRequest
 
 ANY_OBJECT = {"type": "object"}
 SPACES: Any = {"whitespace_pattern": " ?"}
@@ -27,23 +27,22 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: set[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, eos
 
-    def matcher(self, response_format: dict[str, Any] | None) -> Any:
+    def matcher(self, form: Form | None) -> Any:
         """An ``LLMatcher`` before its first token; None where text is asked for.
 
         Raises:
             InvalidRequest: for a schema that cannot be followed, or without llguidance.
         """
-        kind = (response_format or {}).get("type", "text")
-        if response_format is None or kind == "text":
+        if form is None or form.type == "text":
             return None
         try:
             from llguidance import LLMatcher
         except ImportError:
             raise InvalidRequest(
-                f"response_format {kind} needs, where the server runs: "
+                f"response_format {form.type} needs, where the server runs: "
                 "pip install 'sparse-bitnet[json]'"
             ) from None
-        schema = ANY_OBJECT if kind == "json_object" else response_format["json_schema"]["schema"]
+        schema = ANY_OBJECT if form.json_schema is None else form.json_schema.schema
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACES)
         wrong = LLMatcher.validate_grammar(grammar, self._vocabulary_tree)
         if wrong:

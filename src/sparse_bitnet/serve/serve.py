@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import socket
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
@@ -23,29 +26,11 @@ SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 
-def serve(
-    directory: Path,
-    *,
-    host: str = "localhost",
-    port: int = 8000,
-    name: str | None = None,
-    api_key: Path | None = None,
-    allowed_hosts: tuple[str, ...] = (),
-    cors_origins: tuple[str, ...] = (),
-    cache_tokens: int | None = None,
-    max_running: int = MOST_RUNNING,
-    max_waiting: int = MOST_WAITING,
-    dtype: DType | None = None,
-    device: str | None = None,
-) -> None:
-    """Serve a packed or trained model to OpenAI clients, until Ctrl-C.
+@dataclass(frozen=True)
+class Options:
+    """How a model is served.
 
-    Routes: /v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health,
-    /metrics. Many requests are computed at once. Without an API key anyone who reaches the port may
-    use it.
-
-    Args:
-        directory: of the model and its tokenizer, or a GGUF file.
+    Attributes:
         host: address to listen on; 0.0.0.0 for every network of this machine.
         port: to listen on.
         name: what clients call the model; the directory's name when left out.
@@ -60,32 +45,48 @@ def serve(
         max_waiting: sequences that wait for a place; beyond, requests get status 429.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
+    """
+
+    host: str = "localhost"
+    port: int = 8000
+    name: str | None = None
+    api_key: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    cache_tokens: int | None = None
+    max_running: int = MOST_RUNNING
+    max_waiting: int = MOST_WAITING
+    dtype: DType | None = None
+    device: str | None = None
+
+
+DEFAULTS = Options()
+
+
+def serve(directory: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS) -> None:
+    """Serve a packed or trained model to OpenAI clients, until Ctrl-C.
+
+    Routes: /v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health,
+    /metrics. Many requests are computed at once. Without an API key anyone who reaches the port may
+    use it.
+
+    Args:
+        directory: of the model and its tokenizer, or a GGUF file.
+        server: where and how.
 
     Raises:
         MissingExtraError: without the extra ``serve``.
         ConfigError: for a port out of range or taken, or a directory without tokenizer.
         PackedFormatError, CheckpointError: if the directory cannot be loaded.
     """
-    server = build_server(
-        directory,
-        host=host,
-        port=port,
-        name=name,
-        api_key=api_key,
-        allowed_hosts=allowed_hosts,
-        cors_origins=cors_origins,
-        cache_tokens=cache_tokens,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        dtype=dtype,
-        device=device,
-    )
-    chat = "" if server.has_chat_template else " (no chat template: /v1/completions only)"
-    say(f"serving {server.name} at http://{host}:{port}/v1{chat}; Ctrl-C stops")
+    built = build_server(directory, server)
+    chat = "" if built.has_chat_template else " (no chat template: /v1/completions only)"
+    address = f"http://{server.host}:{server.port}/v1"
+    say(f"serving {built.name} at {address}{chat}; Ctrl-C stops")
     try:
-        server.uvicorn.run()
+        built.uvicorn.run()
     finally:
-        server.engine.close()
+        built.engine.close()
 
 
 class Server:
@@ -96,21 +97,7 @@ class Server:
         self.name, self.has_chat_template = name, has_chat_template
 
 
-def build_server(
-    directory: str | Path,
-    *,
-    host: str = "localhost",
-    port: int = 8000,
-    name: str | None = None,
-    api_key: Path | None = None,
-    allowed_hosts: tuple[str, ...] = (),
-    cors_origins: tuple[str, ...] = (),
-    cache_tokens: int | None = None,
-    max_running: int = MOST_RUNNING,
-    max_waiting: int = MOST_WAITING,
-    dtype: DType | None = None,
-    device: str | None = None,
-) -> Server:
+def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
     """:func:`serve`, ready but not listening yet; its engine runs until it is closed.
 
     Raises:
@@ -123,18 +110,20 @@ def build_server(
 
     from sparse_bitnet.serve.app import build_app
 
+    host, port = options.host, options.port
     if not 0 <= port < 2**16:
         raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
-    hosts, key = middleware.allowed_hosts(host, allowed_hosts), middleware.read_key(api_key)
+    hosts = middleware.allowed_hosts(host, options.allowed_hosts)
+    key = middleware.read_key(options.api_key)
     _check_free(host, port)
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    engine = Engine(model, cache_tokens, max_running, max_waiting)
-    name = name or Path(directory).resolve().name
+    model, tokenizer = load_with_tokenizer(directory, dtype=options.dtype, device=options.device)
+    engine = Engine(model, options.cache_tokens, options.max_running, options.max_waiting)
+    name = options.name or Path(directory).resolve().name
     app: Any = build_app(engine, tokenizer, name, int(Path(directory).stat().st_mtime))
     most_bytes = BYTES + BYTES_PER_TOKEN * min(engine.context, 2**20)
     app = middleware.guard(app, hosts=hosts, key=key, most_bytes=most_bytes)
-    if cors_origins:
-        app = CORSMiddleware(app, cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    if origins := options.cors_origins:
+        app = CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     config = uvicorn.Config(
         app,
         host=host,

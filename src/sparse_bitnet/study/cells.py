@@ -23,15 +23,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sparse_bitnet.core import ConfigError, Pattern, PatternError, SparseBitNetError, shown
-from sparse_bitnet.train.config import TrainConfig
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt, with_config
+
+from sparse_bitnet.core import ConfigError, Pattern, SparseBitNetError, shown
+from sparse_bitnet.train.config import STRICT, Positive, TrainConfig
 from sparse_bitnet.train.presets import PRESETS
-from sparse_bitnet.train.recipe import config_from_dict, identity, read_yaml, section, value_of
+from sparse_bitnet.train.recipe import checked, config_from_dict, identity, read_yaml
 
 # The method's names in recipes, rows and reports.
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "masked-gradient": {"gradient": "masked"},
     "4-bit-activations": {"activation_bits": 4},
 }
-KINDS = ("bf16", "bitnet")
+Kind = Literal["bf16", "bitnet"]
 # Settings of a training recipe that each cell of a sweep sets: setting → what to write instead.
 _AXIS = "give {} in a block or in defaults"
 SET_BY_CELLS = {
@@ -53,6 +55,23 @@ SET_BY_CELLS = {
 }
 
 
+def _one_of(choices: Collection[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in choices:
+            raise ConfigError(f"{shown(name)}; choose among {', '.join(choices)}")
+        return name
+
+    return check
+
+
+def _ascending(until: Any) -> Any:
+    return tuple(sorted(until.items())) if isinstance(until, dict) else until or ()
+
+
+PatternText = Annotated[str, AfterValidator(lambda text: str(Pattern.parse(text)))]
+
+
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep.
@@ -69,13 +88,13 @@ class Cell:
         learning_rate: the highest of the schedule; None for the recipe's.
     """
 
-    kind: str = "bitnet"
-    pattern: str = "6:8"
-    size: str = "study-5m"
+    kind: Kind = "bitnet"
+    pattern: PatternText = "6:8"
+    size: Annotated[str, AfterValidator(_one_of(PRESETS))] = "study-5m"
     seed: int = 0
-    method: str = "published"
-    until: tuple[tuple[float, str], ...] = ()
-    tokens_per_weight: float = 100.0
+    method: Annotated[str, AfterValidator(_one_of(METHODS))] = "published"
+    until: Annotated[tuple[tuple[float, PatternText], ...], BeforeValidator(_ascending)] = ()
+    tokens_per_weight: Positive = 100.0
     learning_rate: float | None = None
 
     @classmethod
@@ -85,24 +104,7 @@ class Cell:
         Raises:
             ConfigError: for an unknown name or value, naming ``place``.
         """
-        given = dict(values)
-        until = value_of(dict[float, str], given.pop("until", None) or {}, "until", place)
-        cell = section(cls, given, place)
-        try:
-            pattern = str(Pattern.parse(cell.pattern))
-            schedule = tuple(sorted((part, str(Pattern.parse(p))) for part, p in until.items()))
-        except PatternError as error:
-            raise ConfigError(f"{place}: {error}") from error
-        return dataclasses.replace(cell, pattern=pattern, until=schedule)
-
-    def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("size", tuple(PRESETS)), ("method", (*METHODS,))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name} is {shown(getattr(self, name))}; choose among {', '.join(choices)}"
-                )
-        if not self.tokens_per_weight > 0:
-            raise ConfigError(f"tokens_per_weight is {self.tokens_per_weight}: above 0")
+        return checked(cls, values, place)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as a recipe and a row hold them."""
@@ -138,33 +140,26 @@ class Evaluation:
         cloze_questions: how many.
     """
 
-    window: int = 0
-    validation_tokens: int = 0
+    window: NonNegativeInt = 0
+    validation_tokens: NonNegativeInt = 0
     cloze_text: str = ""
-    cloze_questions: int = 1000
-
-    def __post_init__(self) -> None:
-        if min(self.window, self.validation_tokens, self.cloze_questions - 1) < 0:
-            raise ConfigError(
-                "evaluation: window and validation_tokens are 0 or more, cloze_questions 1 or more"
-            )
+    cloze_questions: PositiveInt = 1000
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class _File:
     """A recipe as it is written."""
 
     name: str = ""
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
-    kinds: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    kinds: dict[Kind, dict[str, dict[str, Any]]] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     blocks: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for kind, sections in {"base": self.base, **self.kinds}.items():
-            if kind not in ("base", *KINDS):
-                raise ConfigError(f"kinds: {kind} is none of {', '.join(KINDS)}")
+        for kind, sections in (("base", self.base), *self.kinds.items()):
             for (part, name), remedy in SET_BY_CELLS.items():
                 if name in sections.get(part, {}):
                     raise ConfigError(f"{kind}: {part}.{name} would have no effect; {remedy}")
@@ -178,7 +173,7 @@ class SweepRecipe:
 
     name: str
     base: dict[str, Any]
-    kinds: dict[str, dict[str, Any]]
+    kinds: dict[Kind, dict[str, dict[str, Any]]]
     evaluation: Evaluation
     cells: list[Cell]
     blocks: dict[Cell, list[str]] = field(default_factory=dict)
@@ -224,7 +219,7 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         ConfigError: for a file that cannot be read, an unknown key, a value out of range.
     """
     path = Path(path)
-    file = section(_File, read_yaml(path) or {}, str(path))
+    file = checked(_File, read_yaml(path) or {}, str(path))
     blocks: dict[Cell, list[str]] = {}
     for index, block in enumerate(file.blocks):
         name = block.get("name", f"block {index + 1}")
@@ -288,7 +283,7 @@ def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iter
     for name, listed in zip(axes, lists, strict=True):
         if not listed:
             raise ConfigError(f"{place}: {name} is an empty list; leave it out or give values")
-    cells = value_of(list[dict[str, Any]], block.get("cells", [{}]), "cells", place)
+    cells = checked(list[dict[str, Any]], block.get("cells", [{}]), f"{place}, cells")
     for explicit in cells or [{}]:
         for values in itertools.product(*lists):
             chosen = {**defaults, **dict(zip(axes, values, strict=True)), **explicit}

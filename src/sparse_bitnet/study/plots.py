@@ -2,8 +2,7 @@
 
 Colours are those of Okabe and Ito, which people with any common colour blindness tell apart; line
 style and marker say the same thing again. BF16 is vermilion and round, BitNet is blue and square,
-everywhere, and these two colours mean nothing else where kinds are compared; what is published is
-hollow and dashed.
+everywhere, and these two colours mean nothing else where kinds are compared.
 """
 
 from __future__ import annotations
@@ -77,7 +76,6 @@ class Curve:
     y: Sequence[float]
     error: Sequence[float] | None = None
     kind: str = ""
-    published: bool = False
     seeds: Sequence[Sequence[float]] = ()
 
 
@@ -106,7 +104,7 @@ def lines(
     figure, ((axis,),) = subplots(1, 1, 7.0, 4.2)
     plain = 0
     for curve in curves:
-        if curve.kind or curve.published:
+        if curve.kind:
             draw_curve(axis, curve, markers=len(curve.x) <= 12)
         else:
             style = {"color": CYCLE[plain % len(CYCLE)], "linestyle": STYLES[plain % len(STYLES)]}
@@ -236,7 +234,8 @@ def _polarization(axis: Any, one: Histogram) -> None:
     axis.set_title(one.title, fontsize=9)
 
 
-def draw_curve(axis: Any, curve: Curve, markers: bool = True) -> None:
+def draw_curve(axis: Any, curve: Curve, markers: bool = True, **looks: Any) -> None:
+    """With error bars; ``looks`` are matplotlib's, beside those of the kind."""
     colour = COLOR.get(curve.kind, GREY)
     axis.errorbar(
         curve.x,
@@ -246,12 +245,9 @@ def draw_curve(axis: Any, curve: Curve, markers: bool = True) -> None:
         label=curve.label,
         color=colour,
         capsize=3,
-        linestyle="--" if curve.published else "-",
-        linewidth=1.2 if curve.published else 1.9,
         marker=MARKER.get(curve.kind, "^") if markers else None,
         markersize=5.5,
-        markerfacecolor="white" if curve.published else colour,
-        alpha=0.75 if curve.published else 1.0,
+        **{"linewidth": 1.9} | looks,
     )
     _seeds(axis, curve, colour)
 

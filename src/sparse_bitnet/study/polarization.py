@@ -1,9 +1,7 @@
-"""How far the weights of a checkpoint have polarized, layer by layer.
+"""How far the weights of a model have polarized, layer by layer.
 
-Works on whatever holds master weights: the directory of a training run, one of its checkpoints, any
-Hugging Face directory of safetensors, a single safetensors file, or a GGUF file. Tensors are read
-one at a time (but of GGUF), nothing is unpickled, and of the model only its shapes are built: they
-tell what training would take for a linear layer, and where one matrix holds several.
+Works on whatever holds master weights: a training run, its ``model/``, a Hugging Face directory, a
+GGUF file.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +18,19 @@ import torch
 from torch import nn
 
 from sparse_bitnet.console import progress, say
-from sparse_bitnet.core import (
-    CheckpointError,
-    Pattern,
-    Polarization,
-    check_finite,
-    polarization,
-)
+from sparse_bitnet.core import CheckpointError, Pattern, Polarization, polarization
 from sparse_bitnet.files import write_text
-from sparse_bitnet.nn import master_weights
+from sparse_bitnet.nn import Conversion, MasterWeight, convert, master_weights
+from sparse_bitnet.packed.load import is_packed
 from sparse_bitnet.study import plots
-from sparse_bitnet.study.weights import (
-    PACKED,
-    Architecture,
-    linear_weights,
-    model_directory,
-    read_architecture,
-    trained_as,
-)
-from sparse_bitnet.train.dense import is_gguf
+from sparse_bitnet.train.dense import is_gguf, read_dense, read_gguf
+from sparse_bitnet.train.export import is_trained, load_master
 
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
 DIGITS = 5
+# Of a plot or a table: what they show beside the histograms.
+FRACTIONS = {"zeros_before_mask": "zeros before the mask", "dead_zone_groups": "lose nothing"}
 
 
 @dataclass(frozen=True)
@@ -57,17 +45,13 @@ class LayerStatistics:
     statistics: Polarization
 
     @property
-    def size(self) -> int:
-        return int(torch.Size(self.shape).numel())
+    def block(self) -> int | None:
+        """Index of its decoder block; None outside the blocks."""
+        return block_number(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "shard_sizes": list(self.shard_sizes),
-            "pattern": self.pattern,
-            **as_dict(self.statistics),
-        }
+        values = {"name": self.name, "shape": list(self.shape), "pattern": self.pattern}
+        return {**values, "shard_sizes": list(self.shard_sizes), **as_dict(self.statistics)}
 
 
 def as_dict(statistics: Polarization) -> dict[str, Any]:
@@ -78,29 +62,25 @@ def as_dict(statistics: Polarization) -> dict[str, Any]:
     }
 
 
-def pool(parts: Sequence[tuple[Polarization, int]]) -> Polarization:
+def pool(layers: Sequence[LayerStatistics]) -> Polarization:
     """Statistics of several matrices together, each by its number of weights.
 
     Histograms are exact (each matrix counts in units of its own γ); kurtosis is the mean over the
     matrices.
     """
-    total = sum(size for _, size in parts)
+    sizes = [torch.Size(layer.shape).numel() for layer in layers]
 
     def mean(values: Iterable[float]) -> float:
-        pairs = zip(values, parts, strict=True)
-        return sum(value * size for value, (_, size) in pairs) / total
+        return sum(v * size for v, size in zip(values, sizes, strict=True)) / sum(sizes)
 
-    def bins(name: str) -> list[float]:
-        return [mean(column) for column in zip(*(getattr(p, name) for p, _ in parts), strict=True)]
+    def pooled(name: str) -> Any:
+        values = [getattr(layer.statistics, name) for layer in layers]
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values, strict=True)]
+        return mean(values)
 
-    return Polarization(
-        edges=parts[0][0].edges,
-        magnitudes=bins("magnitudes"),
-        thresholds=bins("thresholds"),
-        zeros_before_mask=mean(p.zeros_before_mask for p, _ in parts),
-        dead_zone_groups=mean(p.dead_zone_groups for p, _ in parts),
-        kurtosis=mean(p.kurtosis for p, _ in parts),
-    )
+    names = [field.name for field in dataclasses.fields(Polarization) if field.name != "edges"]
+    return Polarization(edges=layers[0].statistics.edges, **{name: pooled(name) for name in names})
 
 
 def block_number(name: str) -> int | None:
@@ -110,28 +90,30 @@ def block_number(name: str) -> int | None:
 
 
 @torch.no_grad()
-def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
-    """First block, last block and all blocks of a converted model, each pooled.
+def _measure(weight: MasterWeight) -> LayerStatistics:
+    """Dense weights get the thresholds of 6:8, where 8 divides their rows, to be compared by."""
+    pattern, shape = weight.pattern, tuple(weight.weight.shape)
+    if pattern.is_dense and shape[-1] % PROBE.m == 0:
+        pattern = PROBE
+    found = polarization(weight.weight, pattern, weight.shard_sizes)
+    return LayerStatistics(weight.name, shape, weight.shard_sizes, str(pattern), found)
 
-    Dense weights get the thresholds of 6:8 where 8 divides their rows, to be compared by.
-    """
-    found: dict[str, list[tuple[Polarization, int]]] = {"early": [], "late": [], "all": []}
-    weights = list(master_weights(model))
-    numbers = [n for n in (block_number(w.name) for w in weights) if n is not None]
-    used = "dense"
-    for weight in weights:
-        pattern = _probe(weight.pattern, weight.weight.shape[-1])
-        used = used if pattern.is_dense else str(pattern)
-        one = polarization(weight.weight, pattern, weight.shard_sizes), weight.weight.numel()
-        number = block_number(weight.name)
-        found["all"].append(one)
-        if numbers and number == min(numbers):
-            found["early"].append(one)
-        if numbers and number == max(numbers):
-            found["late"].append(one)
+
+def _early_and_late(layers: Sequence[LayerStatistics]) -> dict[str, list[LayerStatistics]]:
+    """First block, last block, and all."""
+    numbers = [layer.block for layer in layers if layer.block is not None]
+    ends = {"early": min(numbers), "late": max(numbers)} if numbers else {}
+    found = {name: [one for one in layers if one.block == end] for name, end in ends.items()}
+    return {**found, "all": list(layers)}
+
+
+def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
+    """First block, last block and all blocks of a converted model, each pooled."""
+    layers = [_measure(weight) for weight in master_weights(model)]
+    used = next((one.pattern for one in reversed(layers) if one.pattern != "dense"), "dense")
     return [
         {"position": position, "pattern": used, **as_dict(pool(parts))}
-        for position, parts in found.items()
+        for position, parts in _early_and_late(layers).items()
         if parts
     ]
 
@@ -141,9 +123,8 @@ class Analysis:
     """What was measured; its text is a table.
 
     Attributes:
-        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``pattern``,
-            ``overall``, ``layers``, ``scales`` (how many γ a matrix has, and why) and ``left_out``
-            (name → reason, for matrices that training would leave as they are).
+        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``overall``, ``layers``,
+            and ``left_out`` (name → reason, for modules that training leaves as they are).
     """
 
     values: dict[str, Any]
@@ -159,74 +140,55 @@ class Analysis:
                 f"{layer['zeros_before_mask']:5.1%}  {layer['dead_zone_groups']:12.1%}  "
                 f"{layer['kurtosis']:8.2f}"
             )
-        lines.append(f"γ: {self.values['scales']}")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.values["left_out"].items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [
-            f"left out: {len(names)} matrices, {names[0]} for example: {reason}"
-            for reason, names in reasons.items()
-        ]
+        lines += [f"left out: {name}: {why}" for name, why in self.values["left_out"].items()]
         return "\n".join(lines)
 
 
 def analyse(
     checkpoint: str | Path, out: str | Path | None = None, *, pattern: str | None = None
 ) -> Analysis:
-    """The verb ``polarization``: measure every linear of a checkpoint, write JSON and plots.
+    """The verb ``polarization``: measure every linear of a model, write JSON and plots.
 
     Args:
-        checkpoint: a training run, one of its checkpoints, a Hugging Face directory, or a
-            safetensors or GGUF file.
+        checkpoint: a training run, its ``model`` directory, a Hugging Face directory, or a GGUF
+            file.
         out: receives ``polarization.json`` and the PNGs; by default ``polarization/`` in the
-            checkpoint's directory.
-        pattern: whose pruning thresholds to take; by default the one that the checkpoint was
-            trained with (matrix by matrix, where it had rules), else 6:8.
+            model's directory, or beside its file.
+        pattern: whose pruning thresholds to take; by default the one that the model was trained
+            with (matrix by matrix, where it had rules), else 6:8.
 
     Returns:
         For every matrix: zeros before any mask, groups of which masking takes nothing but such
-        zeros, kurtosis; with histograms of |w|/γ and of the thresholds. γ is that of training, one
-        for each of the matrices fused into one, if the configuration can be read.
+        zeros, kurtosis; with histograms of |w|/γ and of the thresholds, γ as in training.
 
     Raises:
         CheckpointError: if there are no readable master weights.
+        ConfigError: if training would convert none of them.
         PatternError: if the pattern does not fit a weight.
-        WeightError: if a weight holds NaN or infinity.
         MissingExtraError: without matplotlib.
     """
-    directory = model_directory(Path(checkpoint))
-    beside = directory if directory.is_dir() else directory.parent
-    trained, source = trained_as(directory)
-    kind = trained.kind if trained else ""
-    chosen = Pattern.parse(pattern or (trained.pattern if trained else "6:8"))
-    described = directory if is_gguf(directory) else beside
-    architecture = read_architecture(source or str(described.resolve()))  # no name of a preset
-    found = _measure(
-        directory, architecture, chosen, trained.rules if trained else {}, own=not pattern
-    )
-    layers, left = found.layers, found.left
-    if not layers:
-        why = next((f"{name} is left out: {reason}" for name, reason in left.items()), PACKED)
-        raise CheckpointError(
-            f"{directory} holds no floating-point matrix of a linear layer; {why}"
-        )
-    scales = architecture.scales
-    if architecture.parameters and found.unknown:
-        scales += f"; one each for {found.unknown} matrices that the model holds otherwise"
-    overall = pool([(layer.statistics, layer.size) for layer in layers])
+    directory = Path(checkpoint)
+    directory = directory / "model" if (directory / "model").is_dir() else directory
+    model, kind, conversion = _converted(directory, pattern)
+    layers = []
+    weights = list(master_weights(model))
+    with progress("polarization", len(weights)) as task:
+        for weight in weights:
+            layers.append(_measure(weight))
+            task.advance(detail=weight.name)
+    overall = pool(layers)
     result = {
         "checkpoint": str(checkpoint),
         "kind": kind or "unknown",
-        "pattern": str(_probe(chosen, 0)),
         "overall": as_dict(overall),
         "layers": [layer.to_dict() for layer in layers],
-        "scales": scales,
-        "left_out": left,
+        "left_out": conversion.skipped,
     }
+    beside = directory if directory.is_dir() else directory.parent
     target = Path(out) if out is not None else beside / "polarization"
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
-    for name, png in _pictures(layers, overall, kind).items():
+    for name, png in _pictures(layers, kind).items():
         (target / name).write_bytes(png)
     patterns = sorted({layer.pattern for layer in layers})
     say(
@@ -237,90 +199,51 @@ def analyse(
     return Analysis(result)
 
 
-@dataclass
-class _Found:
-    """Layers in their order, matrices left out (name → reason), and how many others there are."""
-
-    layers: list[LayerStatistics]
-    left: dict[str, str]
-    unknown: int = 0
-
-
-def _measure(
-    directory: Path,
-    architecture: Architecture,
-    pattern: Pattern,
-    rules: Mapping[str, str],
-    own: bool,
-) -> _Found:
-    """All linears that training did not skip; ``own``: with the patterns that rules gave them."""
-    found = _Found([], {})
-    with progress("polarization") as task, torch.no_grad():
-        for name, weight, parameter in linear_weights(directory, architecture):
-            module = name.rpartition(".")[0]
-            choice = next((value for rule, value in rules.items() if re.search(rule, module)), None)
-            if choice == "skip":
-                continue
-            if parameter and parameter.left_out:
-                found.left[name] = parameter.left_out
-                continue
-            found.unknown += parameter is None
-            shard_sizes = parameter.shard_sizes if parameter else ()
-            check_finite(weight, name)
-            given = Pattern.parse(choice) if choice and own else pattern
-            used = _probe(given, weight.shape[-1])
-            used.check_divides(weight.shape[-1], name)
-            statistics = polarization(weight, used, shard_sizes)
-            found.layers.append(
-                LayerStatistics(name, tuple(weight.shape), shard_sizes, str(used), statistics)
-            )
-            task.advance(detail=name)
-    found.layers.sort(key=lambda layer: _natural(layer.name))
-    return found
-
-
-def _probe(pattern: Pattern, in_features: int) -> Pattern:
-    """The pattern itself, or for a dense one the 6:8 that it is compared by, where that fits."""
-    return PROBE if pattern.is_dense and in_features % PROBE.m == 0 else pattern
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Order ``layers.10`` behind ``layers.9``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _pictures(
-    layers: Sequence[LayerStatistics], overall: Polarization, kind: str
-) -> dict[str, bytes]:
-    """``polarization.png``: first block, last block, all. ``layers.png``: figures by block."""
-
-    def histogram(title: str, statistics: Polarization) -> plots.Histogram:
-        return plots.Histogram(
-            title, statistics.edges, statistics.magnitudes, statistics.thresholds, kind
+def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Conversion]:
+    """The model with its linears converted as in training, if it was trained; and its kind."""
+    if is_gguf(directory):
+        model, _ = read_gguf(directory)
+        return model, "", convert(model, pattern or PROBE)
+    if not directory.is_dir() or is_packed(directory):
+        raise CheckpointError(
+            f"{directory} has no master weights; give a training run or a Hugging Face directory "
+            "of safetensors (of a packed model, the one that it was packed from)"
         )
+    if not is_trained(directory):
+        model = read_dense(directory)
+        return model, "", convert(model, pattern or PROBE)
+    model, _, trained = load_master(directory)
+    rules = trained.rules
+    if pattern:  # also where a rule had another
+        rules = {rule: value for rule, value in rules.items() if value == "skip"}
+    wanted = pattern or trained.pattern
+    report = convert(model, wanted, kind=trained.kind, method=trained.method, rules=rules)
+    return model, trained.kind, report
 
-    blocks: dict[int, list[tuple[Polarization, int]]] = {}
-    for layer in layers:
-        number = block_number(layer.name)
-        if number is not None:
-            blocks.setdefault(number, []).append((layer.statistics, layer.size))
-    shown = [histogram("all linears", overall)]
-    if len(blocks) > 1:
-        first, last = min(blocks), max(blocks)
-        shown = [
-            histogram(f"block {first}", pool(blocks[first])),
-            histogram(f"block {last}", pool(blocks[last])),
-            *shown,
-        ]
+
+def _pictures(layers: Sequence[LayerStatistics], kind: str) -> dict[str, bytes]:
+    """``polarization.png``: first block, last block, all. ``layers.png``: figures by block."""
+    blocks = {
+        number: [layer for layer in layers if layer.block == number]
+        for number in sorted({one.block for one in layers if one.block is not None})
+    }
+    shown = [
+        plots.Histogram(
+            f"{name}: block {parts[0].block}" if name != "all" else "all linears",
+            one.edges,
+            one.magnitudes,
+            one.thresholds,
+            kind,
+        )
+        for name, parts in _early_and_late(layers).items()
+        for one in [pool(parts)]
+    ]
     pictures = {"polarization.png": plots.polarization([shown], "Weights in units of γ")}
     if len(blocks) > 1:
-        pooled = {number: pool(parts) for number, parts in sorted(blocks.items())}
+        pooled = {number: pool(parts) for number, parts in blocks.items()}
         curves = [
             plots.Curve(label, list(pooled), [getattr(p, name) for p in pooled.values()])
-            for label, name in (
-                ("zeros before the mask", "zeros_before_mask"),
-                ("groups that lose nothing", "dead_zone_groups"),
-            )
+            for name, label in FRACTIONS.items()
         ]
         pictures["layers.png"] = plots.lines(
             curves, "Polarization by block", "decoder block", "fraction"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.core import CheckpointError, ConfigError, DataError, Method
+from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
@@ -29,6 +29,7 @@ from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import SIDE_FILE, no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
+from sparse_bitnet.train.recipe import checked
 
 FORMAT = 1
 
@@ -139,13 +140,8 @@ def read_trained(directory: str | Path) -> Trained:
             raise CheckpointError(
                 f"{path} has format {values['format']!r}; this version reads format {FORMAT}"
             )
-        sparsity = SparsityConfig(
-            pattern=values["pattern"],
-            kind=values["kind"],
-            method=Method(**values["method"]),
-            rules=values["rules"],
-        )
-        return Trained(sparsity, values["run"])
+        described = {name: values[name] for name in ("pattern", "kind", "method", "rules")}
+        return Trained(checked(SparsityConfig, described, path.name), values["run"])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} is not a trained model: it has no {SIDE_FILE}, and its config.json does "

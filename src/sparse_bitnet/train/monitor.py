@@ -7,9 +7,8 @@
 - **Dead**: the fraction of weights that every one of the last hundred readings found zero, masked
   or rounded: capacity that the model does not use.
 
-They read every master weight, so they are taken at logging steps only. Weights of one shape are
-stacked and measured together: a hundred small matrices cost a handful of kernels and a single
-synchronisation. Sharded weights are gathered first, so figures are those of the whole weight.
+They read every master weight, so they are taken at logging steps only, with one synchronisation.
+Sharded weights are gathered first, so figures are those of the whole weight.
 
 Dead weights need a memory: one bit a weight (of the sixteen bytes that training takes), spread over
 the ranks where weights are sharded. It is no part of a checkpoint: a window of readings that a
@@ -34,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from sparse_bitnet.core import (
-    Method,
     MissingExtraError,
     Pattern,
     absmean,
@@ -46,7 +44,6 @@ from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import MasterWeight, master_weights
 from sparse_bitnet.nn.derived import whole
 
-ELEMENTS_AT_ONCE = 2**26
 WINDOW = 100  # readings in which a dead weight is never non-zero
 
 
@@ -101,92 +98,94 @@ class Monitor:
 
     def __init__(self, model: nn.Module, readings: int = 0) -> None:
         self._model = model
-        self._masks: list[Tensor | None] | None = None
+        self._masks: dict[str, Tensor | None] = {}
         self._readings = readings
-        # Which weights were ever non-zero in this window: by batch, bits [count, ⌈size / 8⌉].
-        # None if a part of the window went unseen, or under another pattern.
+        # Which weights were ever non-zero in this window: by index, bits [⌈size / 8⌉]. None if a
+        # part of the window went unseen, or under another pattern.
         self._alive: dict[int, Tensor] | None = None
         self._patterns: list[Pattern] = []
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Remember the masks: one byte a weight, until :meth:`after_step`."""
-        self._masks = [
-            method_mask(stack, batch.pattern, batch.method, batch.shard_sizes)
-            for batch, stack in _batches(self._model)
-        ]
+        self._masks = {weight.name: weight.mask for weight in master_weights(self._model)}
 
     @torch.no_grad()
     def after_step(self) -> Reading:
         """Compare with the remembered masks (if any) and count zeros. Synchronises once."""
-        names: list[tuple[str, int, bool]] = []
-        flips, zeros, dead = [], [], []
-        patterns = [weight.pattern for weight in master_weights(self._model)]
+        weights = list(master_weights(self._model))
+        patterns = [weight.pattern for weight in weights]
         if self._readings % WINDOW == 0:
             self._alive, self._patterns = {}, patterns
         elif patterns != self._patterns:
             self._alive = None
         self._readings += 1
-        for index, (batch, stack) in enumerate(_batches(self._model)):
-            before = self._masks[index] if self._masks is not None else None
-            after = method_mask(stack, batch.pattern, batch.method, batch.shard_sizes)
-            flips.append(torch.zeros(len(stack), dtype=torch.int64, device=stack.device))
-            masked = False
-            if before is not None and after is not None:
-                flips[-1], masked = (before != after).flatten(1).sum(1), True
-            rows = row_scale(absmean(stack, batch.shard_sizes), batch.shard_sizes, stack.shape[-2])
-            zeros.append((stack.abs() <= rows.unsqueeze(-1) / 2).flatten(1).sum(1))
-            dead.append(self._count_dead(index, batch, stack, after))
-            names += [(name, stack[0].numel(), masked) for name in batch.names]
-        self._masks = None
-        counts = torch.stack([torch.cat(flips), torch.cat(zeros), torch.cat(dead)])
-        if self._ends_window() and _sharing(self._model)[1] > 1:
+        flips, zeros, dead, masked = [], [], [], []
+        for index, one in enumerate(weights):
+            weight, before = whole(one.weight), self._masks.get(one.name)
+            mask = method_mask(weight, one.pattern, one.module.method, one.shard_sizes)
+            flips.append(torch.zeros((), dtype=torch.int64, device=weight.device))
+            masked.append(before is not None and mask is not None)
+            if before is not None and mask is not None:
+                flips[-1] = before.ne(mask).sum()
+            zeros.append((weight.abs() <= _scale(one, weight) / 2).sum())
+            dead.append(self._count_dead(index, one, weight, mask))
+        self._masks = {}
+        counts = torch.stack([*map(torch.stack, (flips, zeros, dead))])
+        ends = self._ends_window()
+        if ends and _sharing(self._model)[1] > 1:
             dist.all_reduce(counts[2])
-        layers = {
-            name: Layer(
-                flipped / size if masked else None,
-                zero / size,
-                size,
-                unused / size if self._ends_window() else None,
-            )
-            for (name, size, masked), flipped, zero, unused in zip(
-                names, *counts.tolist(), strict=True
-            )
-        }
-        order = [weight.name for weight in master_weights(self._model)]
-        return Reading({name: layers[name] for name in order})
+        return Reading(
+            {
+                one.name: Layer(
+                    flipped / size if was_masked else None,
+                    zero / size,
+                    size,
+                    unused / size if ends else None,
+                )
+                for one, was_masked, flipped, zero, unused in zip(
+                    weights, masked, *counts.tolist(), strict=True
+                )
+                for size in [one.weight.numel()]
+            }
+        )
 
     def _ends_window(self) -> bool:
         return self._alive is not None and self._readings % WINDOW == 0
 
-    def _count_dead(self, index: int, batch: _Batch, stack: Tensor, mask: Tensor | None) -> Tensor:
-        """Note which weights are non-zero now; ``[count]``: those that never were in the window,
-        once it ends, on the rank that keeps this batch."""
-        none = torch.zeros(len(stack), dtype=torch.int64, device=stack.device)
+    def _count_dead(
+        self, index: int, one: MasterWeight, weight: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Note which weights are non-zero now; the count of those that never were in the window,
+        once it ends, on the rank that keeps this weight."""
+        none = torch.zeros((), dtype=torch.int64, device=weight.device)
         rank, world_size = _sharing(self._model)
         if self._alive is None or index % world_size != rank:
             return none
-        flags = _nonzero(batch, stack, mask).flatten(1)
-        bits = functional.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))
-        place = torch.arange(8, dtype=torch.uint8, device=stack.device)
+        flags = _nonzero(one, weight, mask).flatten()
+        bits = functional.pad(flags, (0, -len(flags) % 8)).unflatten(0, (-1, 8))
+        place = torch.arange(8, dtype=torch.uint8, device=weight.device)
         alive = (bits.to(torch.uint8) << place).sum(-1, dtype=torch.uint8)
         if index in self._alive:
             alive |= self._alive[index]
         self._alive[index] = alive
-        if not self._ends_window():
-            return none
-        used = (alive.unsqueeze(-1) >> place & 1).flatten(1).sum(1)
-        return flags.shape[1] - used
+        return (
+            len(flags) - (alive.unsqueeze(-1) >> place & 1).sum() if self._ends_window() else none
+        )
 
 
-def _nonzero(batch: _Batch, stack: Tensor, mask: Tensor | None) -> Tensor:
+def _scale(one: MasterWeight, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """γ of every row, of the kept weights alone with a mask: ``[..., out, 1]``."""
+    scale = absmean(weight, one.shard_sizes, mask)
+    return row_scale(scale, one.shard_sizes, weight.shape[-2]).unsqueeze(-1)
+
+
+def _nonzero(one: MasterWeight, weight: Tensor, mask: Tensor | None) -> Tensor:
     """Which weights the model computes with: kept by the mask, and not rounded to zero."""
-    if batch.is_ternary:
-        of = mask if batch.method.order == "mask-then-quant" else None
-        scale = row_scale(absmean(stack, batch.shard_sizes, of), batch.shard_sizes, stack.shape[-2])
-        flags = round_ternary(stack, scale.unsqueeze(-1)) != 0
-    else:
-        flags = stack != 0
+    flags = weight != 0
+    if one.module.is_ternary:
+        kept = mask if one.module.method.order == "mask-then-quant" else None
+        flags = round_ternary(weight, _scale(one, weight, kept)) != 0
     return flags if mask is None else flags & mask
 
 
@@ -194,30 +193,6 @@ def _sharing(model: nn.Module) -> tuple[int, int]:
     """Rank and number of the processes that share the memory of a model's weights."""
     sharded = any(isinstance(weight.weight, DTensor) for weight in master_weights(model))
     return (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    names: list[str]
-    pattern: Pattern
-    method: Method
-    shard_sizes: tuple[int, ...]
-    is_ternary: bool
-
-
-def _batches(model: nn.Module) -> Iterator[tuple[_Batch, Tensor]]:
-    """Master weights stacked ``[count, …, out, in]`` where shape, pattern and method are equal."""
-    groups: dict[Any, list[MasterWeight]] = {}
-    for weight in master_weights(model):
-        module = weight.module
-        key = (weight.pattern, module.method, weight.shard_sizes, module.is_ternary)
-        groups.setdefault((weight.weight.shape, key), []).append(weight)
-    for (shape, key), members in groups.items():
-        count = max(1, ELEMENTS_AT_ONCE // max(1, shape.numel()))
-        for start in range(0, len(members), count):
-            part = members[start : start + count]
-            stack = torch.stack([whole(weight.weight) for weight in part])
-            yield _Batch([weight.name for weight in part], *key), stack
 
 
 class History:

@@ -1,8 +1,7 @@
 """Recipes: a YAML file first, then ``--section.key value`` from the command line.
 
-The file is converted strictly, and so is a configuration that a checkpoint or a sweep brings: a
-wrong key or value is named with its place. The command line is tyro's, with the file's values as
-defaults.
+The command line is tyro's, with the file's values as defaults. Pydantic checks the result, and a
+configuration that a checkpoint or a sweep brings: a wrong key or value is named with its place.
 
 YAML is read with the number rules of YAML 1.2. Version 1.1, PyYAML's own, reads ``6:8`` as the
 sexagesimal number 368 and ``1e-3`` as text, both of which stand in every recipe.
@@ -16,19 +15,18 @@ import difflib
 import hashlib
 import io
 import json
-import math
 import re
-import types
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from sparse_bitnet.core import ConfigError, PatternError, shown
-from sparse_bitnet.train.config import DataConfig, TrainConfig
+from sparse_bitnet.core import ConfigError, shown
+from sparse_bitnet.train.config import STRICT, DataConfig, TrainConfig
 
 # What may differ between a run and its continuation: it changes neither weights nor losses.
 # Of the section `run` that is all but these.
@@ -71,7 +69,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         SystemExit: for wrong overrides, or ``--help`` among them, once tyro has said what is wrong.
     """
     config = config_from_dict(read_yaml(path) or {}, str(path))
-    return _parse_arguments(overrides, config) if overrides else config
+    if not overrides:
+        return config
+    return config_from_dict(to_dict(_parse_arguments(overrides, config)), "command line")
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -105,7 +105,7 @@ def config_from_dict(values: Any, place: str) -> TrainConfig:
     Raises:
         ConfigError: as :func:`load_recipe`.
     """
-    return section(TrainConfig, values, place)
+    return checked(TrainConfig, values, place)
 
 
 def options_help() -> str:
@@ -132,7 +132,7 @@ def _mappings_are_yaml(
         return None
 
     def read(arguments: list[str]) -> Any:
-        return value_of(info.type, parse_yaml(arguments[0], "it"), "mapping", "command line")
+        return checked(info.type, parse_yaml(arguments[0], "it"), "command line")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -181,78 +181,42 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-def section(kind: type[T], values: Any, place: str, prefix: str = "") -> T:
-    """A dataclass from a mapping of its fields, strictly.
+def checked(kind: type[T], values: Any, place: str) -> T:
+    """A dataclass from plain values: an unknown key, a wrong type or value is an error.
 
     Args:
+        values: plain values, or JSON in bytes.
         place: named in errors, a file for example.
-        prefix: of the keys, ``optimizer.`` for example.
 
     Raises:
-        ConfigError: for an unknown key or a value of the wrong type; and whatever ``kind`` raises.
+        ConfigError: naming ``place``, the keys and what was expected.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{place}: {prefix.rstrip('.') or 'it'}: expected a mapping, found {shown(values)}"
-        )
-    fields, made = _fields(kind), {}  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name not in fields:
-            key = name if isinstance(name, str) else shown(name)
-            near = difflib.get_close_matches(key[:100], fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(fields)}"
-            raise ConfigError(f"{place}: {prefix}{key} is unknown; {hint}")
-        made[name] = value_of(fields[name], value, f"{prefix}{name}", place)
+    adapter = _adapter(kind)  # type: ignore[arg-type]  # it is hashable
+    read = adapter.validate_json if isinstance(values, bytes) else adapter.validate_python
     try:
-        return kind(**made)
-    except (ConfigError, PatternError) as error:
-        raise type(error)(f"{place}: {error}") from error
+        return read(values)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        problems = "; ".join(_problem(kind, one) for one in found[:3])
+        raise ConfigError(f"{place}: {problems}".removeprefix(": ")) from None
 
 
-def value_of(hint: Any, value: Any, key: str, place: str) -> Any:
-    """A plain value as a field's type.
-
-    Raises:
-        ConfigError: naming the key and the type, for a value that is none.
-    """
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return section(hint, value, place, f"{key}.")  # type: ignore[arg-type]
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:  # a type or None
-        return None if value is None else value_of(inner[0], value, key, place)
-    if origin is Literal and not isinstance(value, dict | list):
-        return value  # the section checks its choices and names them all
-    if origin is list and isinstance(value, list):
-        return [value_of(inner[0], v, f"{key}[{i}]", place) for i, v in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {
-            value_of(inner[0], k, f"{key} (key)", place): value_of(
-                inner[1], v, f"{key}[{k}]", place
-            )
-            for k, v in value.items()
-        }
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
-        return tuple(value_of(a, v, key, place) for a, v in zip(inner, value, strict=True))
-    if hint is float and type(value) in (int, float, str):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(number := float(value)):
-                return number
-    elif hint is str and type(value) in (int, float):
-        return str(value)  # a directory named 2024, say
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    if origin is dict:
-        form = "{0.5: dense}" if inner == (float, str) else "{name: value}"
-        raise ConfigError(
-            f"{place}: {key} is {shown(value)}: it must be a mapping such as '{form}'"
-        )
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = "a list" if origin is list else wanted.get(hint, str(hint).replace("typing.", ""))
-    raise ConfigError(f"{place}: {key} is {shown(value)}: it must be {expected}")
+def _problem(kind: Any, error: Any) -> str:
+    key = ".".join(part if isinstance(part, str) else shown(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        for part in error["loc"][:-1]:
+            kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
+        names = [*get_type_hints(kind)] if isinstance(kind, type) else []
+        near = difflib.get_close_matches(str(error["loc"][-1])[:100], names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
+        return f"{key[:100]} is unknown; {hint}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    if error["type"] in ("value_error", "json_invalid"):  # raised by one of our dataclasses
+        return f"{key}: {message}".removeprefix(": ")
+    form = " such as '{0.5: dense}'" if error["type"] == "dict_type" else ""
+    return f"{key or 'it'} is {shown(error['input'])}: {message}{form}"
 
 
-@cache  # a sweep of a thousand cells asks a million times
-def _fields(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=None if dataclasses.is_dataclass(kind) else STRICT)

@@ -67,6 +67,18 @@ class TrainResult:
         """exp of the validation loss, per token."""
         return None if self.validation_loss is None else math.exp(self.validation_loss)
 
+    def __str__(self) -> str:
+        lines = {
+            "steps": f"{self.steps:,} ({self.tokens:,} tokens)",
+            "loss": self.loss and f"{self.loss:.4f} nats a token at the last step",
+            "validation": self.validation_loss
+            and f"{self.validation_loss:.4f} nats a token, perplexity {self.perplexity:.2f}",
+            "metrics": self.history,
+            "checkpoint": self.checkpoint,
+            "model": self.model_directory,
+        }
+        return "\n".join(f"{name:10}  {text}" for name, text in lines.items() if text is not None)
+
 
 _PLAIN = ("steps", "tokens", "loss", "validation_loss", "seconds", "linear_weights")
 

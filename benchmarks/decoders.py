@@ -1,4 +1,4 @@
-"""Random decoders to be timed, and timing in turns; the scripts under benchmarks/ use them too."""
+"""Random decoders to be timed, and timing in turns."""
 
 from __future__ import annotations
 

@@ -1,27 +1,15 @@
-"""The timed decoders compute what a decoder computes; the verb times them and says what it did."""
+"""The timed decoders compute what a decoder computes, and rows have what was measured."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sparse_bitnet.bench.harness import interleaved, random_decoder
-from sparse_bitnet.bench.inference import (
-    Case,
-    Row,
-    _cache,
-    _static_cache,
-    _static_step,
-    _step,
-    bench,
-    call_of,
-    measure,
-)
+from decoders import interleaved, random_decoder
+from inference import Case, Row, _cache, _static_cache, _static_step, _step, call_of, measure
 from sparse_bitnet.core import ConfigError
 
 SMALL: dict[str, Any] = {"vocabulary": 64, "device": "cpu", "dtype": torch.float32}
@@ -97,33 +85,3 @@ def test_ratios() -> None:
     row = Row("tiny", Case("decode", 4, 8), {"bf16": [8.0, 9.0, 1.0], "6:8": [2.0]})
     assert row.ratio("6:8", "bf16") == 4.0 and row.ratio("6:8", "dense") is None
     assert row.to_dict()["tokens_per_second"]["6:8"] == 2e6
-
-
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "bench.json"
-    told = bench(
-        "tiny", prefill=("1x8",), decode=(1,), context=4, kinds=("bf16", "2:4"), repeats=1, out=out
-    )
-    assert "prefill 1 × 8" in told and "decode batch 1" in told and "2:4" in told
-    written = json.loads(out.read_text())
-    assert [len(row["microseconds"]["2:4"]["all"]) for row in written["rows"]] == [1, 1]
-    assert written["environment"]["torch"] == torch.__version__
-    assert {"sparse-bitnet", "transformers", "commit", "cpu", "gpu"} <= set(written["environment"])
-    if not torch.cuda.is_available():
-        assert "no NVIDIA GPU here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prefill": ("4by8",)}, "'4by8' is not understood: write SEQUENCESxTOKENS"),
-        ({"prefill": ("1x1",)}, "is not understood"),
-        ({"head": "fp4"}, "head is 'fp4'; choose bf16 or int8"),
-        ({"decode": (8, 0)}, "decode 0 is no batch"),
-        ({"repeats": 0}, "have to be at least 1"),
-        ({"preset": "gpt-5"}, "preset 'gpt-5' is unknown"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        bench(**options)

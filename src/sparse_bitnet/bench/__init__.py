@@ -1,1 +1,0 @@
-"""Prefill and decode speed of whole models, for the verb and for benchmarks/."""
