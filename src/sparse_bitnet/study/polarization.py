@@ -24,7 +24,7 @@ from sparse_bitnet.nn import Conversion, MasterWeight, convert, master_weights
 from sparse_bitnet.packed.load import is_packed
 from sparse_bitnet.study import plots
 from sparse_bitnet.train.dense import is_gguf, read_dense, read_gguf
-from sparse_bitnet.train.export import is_trained, load_master
+from sparse_bitnet.train.export import is_trained, read_trained
 
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
@@ -212,8 +212,8 @@ def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Co
     if not is_trained(directory):
         model = read_dense(directory)
         return model, "", convert(model, pattern or PROBE)
-    model, _, trained = load_master(directory)
-    rules = trained.rules
+    trained = read_trained(directory).sparsity
+    model, rules = read_dense(directory, exact=True, use_safetensors=True), trained.rules
     if pattern:  # also where a rule had another
         rules = {rule: value for rule, value in rules.items() if value == "skip"}
     wanted = pattern or trained.pattern
