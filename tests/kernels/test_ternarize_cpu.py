@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sparse_bitnet.core import DENSE, Method, Pattern, PatternError, row_scale
+from sparse_bitnet.core import DENSE, Method, Pattern, PatternError
 from sparse_bitnet.core import ternarize as reference
+from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels import native, ternarize
-from sparse_bitnet.kernels.ternarize import cpu, ternarize_with
+from sparse_bitnet.kernels.ternarize import cpu, two_bits
 
 
 @pytest.fixture(params=native.available(), autouse=True)
@@ -40,8 +41,9 @@ def test_equals_the_reference(shape, shard_sizes, pattern, dtype):
     expected, expected_scale = reference(weight, pattern, None, shard_sizes)
     assert ternary.dtype == torch.int8 and torch.equal(ternary, expected)
     assert torch.equal(scale, expected_scale)
-    rows = row_scale(scale, shard_sizes, shape[-2])
-    assert torch.equal(ternarize_with(weight, rows, pattern, Method()), expected)
+    for given in (None, scale):
+        packed, _ = two_bits(weight, pattern, Method(), shard_sizes, given)
+        assert torch.equal(two_bit.unpack_rows(packed, shape[-1]), expected)
 
 
 def test_halves_round_to_even():
