@@ -171,8 +171,8 @@ def test_rooflines_by_hand(tmp_path):
     price = f"{found.bf16.decode_seconds * 1e3:.4f}"  # 3.6 an hour is a thousandth a second
     assert f"  decode{price:>36}" in str(found)
     assert found.bf16.training_bytes == 16 * (weights + found.other_parameters)
-    # Backward reads the ternary weights, a byte each.
-    assert found.packed.training_bytes - found.bf16.training_bytes == weights
+    # Backward reads the ternary weights, two bits each.
+    assert found.packed.training_bytes - found.bf16.training_bytes == weights // 4
     int8 = estimate("qwen2.5-1.5b", head="int8", prompt=1024, context=1)
     assert found.packed.decode_seconds - int8.packed.decode_seconds == pytest.approx(head / 4.8e12)
 

@@ -113,7 +113,7 @@ class Cost:
     decode_bound: str
     operations_per_token: float  # without attention
     bytes_per_token: float  # read to decode one token: weights and KV cache
-    training_bytes: int  # masters, Adam's moments, gradients; a byte a ternary weight for backward
+    training_bytes: int  # masters, Adam's moments, gradients; ternary weights kept for backward
     activation_bytes: float  # that training keeps for backward, a token
 
 
@@ -207,6 +207,7 @@ def estimate(
     def cost(packed: bool) -> Cost:
         prefill, prefill_bound, _ = roofline(batch * prompt, prompt, packed)
         decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
+        for_backward = 0.25 if device.is_gpu else 1.0  # bytes a ternary weight
         ternary = sum(x.weights * x.bytes_a_weight(device) + 4 * x.rows for x in linears)
         files = sizes.file_bytes if packed else 2 * dense_parameters
         return Cost(
@@ -218,7 +219,8 @@ def estimate(
             decode_bound=decode_bound,
             operations_per_token=2 * (sum(x.weights * x.active for x in linears) + shape.head),
             bytes_per_token=read / batch,
-            training_bytes=dense_parameters * (4 + 4 + 8) + (weights if packed else 0),
+            training_bytes=dense_parameters * (4 + 4 + 8)
+            + (int(weights * for_backward) if packed else 0),
             activation_bytes=shape.kept_bytes("bitnet" if packed else "bf16"),
         )
 
