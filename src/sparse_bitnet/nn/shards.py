@@ -16,7 +16,6 @@ of it (:class:`sparse_bitnet.nn.gathered.GatheredTernary`).
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from typing import Any
 
 import torch
@@ -94,6 +93,8 @@ class _Source:
 
     def __init__(self, module: DerivedModule, name: str, shape: torch.Size, group: _Group) -> None:
         self.module, self.name, self.shape, self.group = module, name, shape, group
+        # A mesh counts its ranks in Python every time that it is asked, and a shard has one mesh.
+        self._place: tuple[int, int] | None = None
         group.members.append(self)
 
     def local(self) -> Tensor:
@@ -102,14 +103,13 @@ class _Source:
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         return plain(local.detach())
 
-    # A mesh counts its ranks in Python every time that it is asked, and it is asked in every layer.
-    @cache  # noqa: B019 (it lives as long as the shard)
     def place(self, mesh: DeviceMesh) -> tuple[int, int]:
         """Rows (or experts) of every shard but the last ones, and the first of this rank's."""
-        length = -(-self.shape[0] // mesh.size())
-        return length, mesh.get_local_rank() * length
+        if self._place is None:
+            length = -(-self.shape[0] // mesh.size())
+            self._place = length, mesh.get_local_rank() * length
+        return self._place
 
-    @cache  # noqa: B019
     def local_sizes(self, mesh: DeviceMesh) -> tuple[int, ...]:
         """How many of this rank's rows belong to each logical matrix of a fused weight."""
         whole = self.module.shard_sizes_of(self.name) or (self.shape[-2],)

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from sparse_bitnet.core import DENSE, Method, Pattern, ternarize, ternarize_with
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.kernels.ternarize import triton, triton_select
+
+kernels = importlib.import_module("sparse_bitnet.kernels.ternarize")  # a function has its name
 
 PATTERNS = ["dense", "2:4", "1:4", "6:8", "7:16", "5:7", "9:32"]
 
@@ -121,6 +124,24 @@ def test_rows_of_one_rank_of_several() -> None:
     rows = torch.tensor([0.5, 0.5, 0.5, 1.5])
     assert torch.equal(ternary, ternarize_with(weight, rows, Pattern(6, 8), Method()))
     assert same is scale
+
+
+def test_what_sharded_training_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as FSDP2's hook does, on a rank without rows of one matrix, and of any dtype."""
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+    weight, scale = torch.randn(4, 16), torch.tensor([0.5, 7.0])
+    for sizes in ((4, 0), (0, 4)):
+        packed, _ = kernels.two_bits(weight, Pattern(6, 8), Method(), sizes, scale)
+        rows = scale[0 if sizes[0] else 1].expand(4)
+        expected = ternarize_with(weight, rows, Pattern(6, 8), Method())
+        assert torch.equal(two_bit.unpack_rows(packed, 16), expected)
+        sums, counts = kernels.scale_sums(weight, Pattern(6, 8), Method(), sizes).sum(-1)
+        assert counts.tolist() == [16.0 * n for n in sizes]
+        torch.testing.assert_close(sums.sum(), weight.double().abs().sum())
+    close = torch.ones(1, 8, dtype=torch.float64)
+    close[0, 0] -= 1e-12  # smaller, but not as float32
+    packed, _ = kernels.two_bits(close, Pattern(7, 8), Method())
+    assert two_bit.unpack_rows(packed, 8).tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
 
 
 def test_the_last_group_of_a_row_does_not_see_the_next_row() -> None:

@@ -61,7 +61,7 @@ def two_bits(
         ternary, scale = ternarize(weight, pattern, method, shard_sizes)
     else:
         rows = row_scale(scale, shard_sizes, weight.shape[-2])
-        if _published(method) and weight.numel() and cpu.serves(weight):
+        if _published(method) and cpu.serves(weight):
             ternary = cpu.ternarize_with(weight, rows, pattern)
         else:
             ternary = reference.ternarize_with(weight, rows, pattern, method)
@@ -94,13 +94,16 @@ def _triton(
     from sparse_bitnet.kernels.ternarize import triton
 
     pattern.check_divides(weight.shape[-1])
-    check_shard_sizes(shard_sizes, weight.shape[-2])
+    if scale is None:  # a rank may hold no rows of a matrix
+        check_shard_sizes(shard_sizes, weight.shape[-2])
     with torch.cuda.device_of(weight):
         return triton.ternarize(weight.detach().contiguous(), pattern, shard_sizes, scale)
 
 
 def _runs_triton(weight: Tensor, pattern: Pattern, method: Method) -> bool:
     if not (_published(method) and weight.ndim >= 2 and weight.numel() and runs_triton(weight)):
+        return False
+    if weight.dtype.itemsize > 4:  # float64 magnitudes may differ where float32's tie
         return False
     from sparse_bitnet.kernels.ternarize import triton
 
