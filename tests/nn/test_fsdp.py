@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sparse_bitnet.estimate.devices import GPUS
 from sparse_bitnet.estimate.sharding import sharding
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.nn.gathered import GatheredTernary
+from sparse_bitnet.nn.shards import MasterShard, _Group, _Source
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +109,14 @@ def test_weights_that_a_forward_cannot_use_are_refused(two_ranks: dict[str, Any]
 
 def test_state_dict_is_that_of_the_dense_model(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["state dict"]
+
+
+def test_a_shard_does_not_keep_its_module() -> None:
+    """FSDP2 holds shards; the module that they lead to can go."""
+    layer = nn.SparseBitLinear(torch.nn.Linear(8, 8))
+    source = _Source(layer, "weight", layer.weight.shape, _Group())
+    layer.weight = torch.nn.Parameter(MasterShard(layer.weight.detach(), source))
+    there = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert there() is None

@@ -15,6 +15,7 @@ of it (:class:`sparse_bitnet.nn.gathered.GatheredTernary`).
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -92,10 +93,17 @@ class _Source:
     """Which weight a shard belongs to."""
 
     def __init__(self, module: DerivedModule, name: str, shape: torch.Size, group: _Group) -> None:
-        self.module, self.name, self.shape, self.group = module, name, shape, group
+        self._module = weakref.ref(module)  # whose parameter leads here: else nothing would be freed
+        self.name, self.shape, self.group = name, shape, group
         # A mesh counts its ranks in Python every time that it is asked, and a shard has one mesh.
         self._place: tuple[int, int] | None = None
         group.members.append(self)
+
+    @property
+    def module(self) -> DerivedModule:
+        module = self._module()
+        assert module is not None
+        return module
 
     def local(self) -> Tensor:
         """The shard as it is now, ``[rows, in]`` or ``[experts, out, in]``."""
