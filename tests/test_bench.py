@@ -21,7 +21,10 @@ def test_two_models_take_turns(pristine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"repeats": 0}, "numbers of 1 or more"), ({"prompt": 10**6}, "exceed .*context of")],
+    [
+        ({"repeats": 0}, "repeats is 0"),
+        ({"prompt": 10**6}, "exceed .*context of"),
+    ],
 )
 def test_refusals(pristine: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -46,8 +46,11 @@ def bench(
         ConfigError: for a number below 1, or beyond a model's context.
         PackedFormatError, CheckpointError: if a directory cannot be loaded.
     """
-    if not directories or min(batch, prompt, new, repeats) < 1:
-        raise ConfigError("bench: give one directory at least, and numbers of 1 or more")
+    if not directories:
+        raise ConfigError("bench: give a model's directory, or several")
+    for name, number in (("batch", batch), ("prompt", prompt), ("new", new), ("repeats", repeats)):
+        if number < 1:
+            raise ConfigError(f"bench: {name} is {number}; it has to be 1 or more")
     models = {
         str(path): load(path, dtype=dtype, device=device, compile=compile)[0]
         for path in directories

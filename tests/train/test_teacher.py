@@ -229,3 +229,16 @@ def test_another_teacher_is_another_run(recipe: Any, directory: Path, tmp_path: 
     shutil.copytree(directory, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"teacher\.source is"):
         train(recipe(teacher={"source": str(tmp_path / "other")}, schedule={"steps": 2}))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"weight": 5.0}, "weight is 5.0 but there is no teacher"),
+        ({"hidden_layers": [0]}, "hidden_layers is .0. but there is no teacher"),
+        ({"source": "dense", "hidden_layers": [1, 0, 1]}, "names a block twice"),
+    ],
+)
+def test_settings_that_would_do_nothing(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        TeacherConfig(**given)

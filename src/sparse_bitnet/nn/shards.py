@@ -93,7 +93,7 @@ class _Source:
     """Which weight a shard belongs to."""
 
     def __init__(self, module: DerivedModule, name: str, shape: torch.Size, group: _Group) -> None:
-        self._module = weakref.ref(module)  # whose parameter leads here: else nothing would be freed
+        self._module = weakref.ref(module)  # its parameter leads here: else nothing were freed
         self.name, self.shape, self.group = name, shape, group
         # A mesh counts its ranks in Python every time that it is asked, and a shard has one mesh.
         self._place: tuple[int, int] | None = None

@@ -7,7 +7,7 @@ where pydantic checks types and ranges.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, with_config
@@ -119,6 +119,19 @@ class TeacherConfig:
     """Of H, the mean of ‖student − teacher‖² / ‖teacher‖² over tokens and these blocks."""
     device: str = ""
     """Where it computes, cuda:1 for example; empty: where the student does."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.hidden_layers)) < len(self.hidden_layers):
+            raise ConfigError(f"hidden_layers {self.hidden_layers} names a block twice")
+        if self.source:
+            return
+        for one in fields(self):
+            default = [] if one.name == "hidden_layers" else one.default
+            if getattr(self, one.name) != default:
+                raise ConfigError(
+                    f"{one.name} is {shown(getattr(self, one.name))} but there is no teacher: give "
+                    "its source (--teacher DIRECTORY), or leave it out"
+                )
 
 
 @dataclass(frozen=True)
