@@ -611,7 +611,9 @@ def test_tools_that_are_no_text(url, tool):
     assert answer.status_code == 400, answer.text
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_tensors", "tools"])
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "return_tensors", "tools", "messages", "tokenizer"]
+)
 def test_arguments_of_the_template_that_are_not_for_clients(client, name):
     kwargs = {"chat_template_kwargs": {name: "{% for i in range(10**9) %}{% endfor %}"}}
     refused(

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.core.errors import shown
-from sparse_bitnet.serve.generate import COLDEST
+from sparse_bitnet.serve.generate import COLDEST, encode_chat
 from sparse_bitnet.serve.sampling import SamplingOptions
 from sparse_bitnet.train.recipe import checked
 
@@ -185,7 +185,8 @@ class Chat(Body):
         if self.tools and not ("tools" in template and "<tool_call>" in template):
             raise InvalidRequest("tools: this model's chat template defines no form of tool calls")
         # Whoever could name these could run a template of their own.
-        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        ours = inspect.signature(encode_chat).parameters
+        own = ours | inspect.signature(tokenizer.apply_chat_template).parameters
         for name in (self.chat_template_kwargs or {}).keys() & own.keys():
             raise InvalidRequest(f"chat_template_kwargs.{name} is not for requests to set")
 
