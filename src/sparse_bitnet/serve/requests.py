@@ -93,6 +93,15 @@ class Form:
             )
 
 
+@with_config(STRICT)
+@dataclass(frozen=True)
+class StreamOptions:
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
 class Part(TypedDict):
     """A piece of a message; images and the like are refused."""
 
@@ -115,7 +124,7 @@ class Body:
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_temperature)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Count | None = None
