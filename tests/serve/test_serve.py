@@ -530,6 +530,8 @@ def test_an_over_long_prompt(client):
         ({"seed": 10**30}, "seed is 1000000"),
         ({"stop": ""}, "is '': String should have at least 1 character"),
         ({"stop": [1]}, "is 1: it must be a valid string"),
+        ({"extra_body": {"stream_options": {"foo": 1}}}, "stream_options.foo is unknown; choose"),
+        ({"extra_body": {"stream_options": {"include_usage": "x"}}}, "include_usage is 'x'"),
         ({"stop": "x" * 129}, "String should have at most 128 characters"),
         ({"stop": ["x"] * 17}, "List should have at most 16 items"),
         ({"n": 17}, "n is 17: it must be less than or equal to 16"),
@@ -611,7 +613,9 @@ def test_tools_that_are_no_text(url, tool):
     assert answer.status_code == 400, answer.text
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_tensors", "tools"])
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "return_tensors", "tools", "messages", "tokenizer"]
+)
 def test_arguments_of_the_template_that_are_not_for_clients(client, name):
     kwargs = {"chat_template_kwargs": {name: "{% for i in range(10**9) %}{% endfor %}"}}
     refused(

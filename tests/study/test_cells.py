@@ -138,6 +138,7 @@ def test_refusals_name_place_and_remedy(tmp_path: Path, text: str, message: str)
         read_sweep(write(tmp_path, text))
     assert message in str(error.value)
     assert "sweep.yaml" in str(error.value)
+    assert "such as" not in str(error.value)  # the hint for a schedule of patterns
 
 
 def test_wrong_training_settings_are_found_before_anything_runs(tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
     assert error_of(file) == f"{file}: schedule.step is unknown; did you mean steps?"
     file.write_text("data: {path: x}\nsteps: 5\n")
     assert f"{file}: steps is unknown; choose among data, model" in error_of(file)
+    file.write_text("run: {seed: 1}\n")
+    assert error_of(file) == f"{file}: data is missing"
+    file.write_text("data: {path: x}\nsparsity: {rules: 3}\n")  # which is no schedule
+    assert error_of(file) == f"{file}: sparsity.rules is 3: it must be a valid dictionary"
     file.write_text("- a\n")
     assert "it must be a dictionary" in error_of(file)
     file.write_text("1: 2\ndata: {path: x}\n")

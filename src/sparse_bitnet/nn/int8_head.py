@@ -1,10 +1,10 @@
 """The output head, and the embedding tied to it, in int8 with a scale for each row.
 
 Beside ternary linears the head is the largest matrix of a small model: at 151,936 tokens it is 75 %
-of a packed Qwen2.5-0.5B. Row-wise int8 halves it (from bfloat16) and cost 0.01 to 0.2 % of
-perplexity, by model and text (docs/deploy.md). Of a model whose embedding is the head's weight one
-int8 table serves both: its rows are looked up going in and multiplied with coming out. An embedding
-of its own stays as it is, as looking rows up costs nothing.
+of a packed Qwen2.5-0.5B. Row-wise int8 halves it (from bfloat16) and cost 0.010 and 0.025 % of
+perplexity on two models (docs/deploy.md). Of a model whose embedding is the head's weight one int8
+table serves both: its rows are looked up going in and multiplied with coming out. An embedding of
+its own stays as it is, as looking rows up costs nothing.
 """
 
 from __future__ import annotations

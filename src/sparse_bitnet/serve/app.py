@@ -222,7 +222,7 @@ class _Answer:
                     return
                 else:
                     yield _event(head | {"choices": [choice]})
-            if (self._body.stream_options or {}).get("include_usage"):
+            if self._body.stream_options and self._body.stream_options.include_usage:
                 yield _event(head | {"choices": [], "usage": self._usage()})
             yield b"data: [DONE]\n\n"
         finally:

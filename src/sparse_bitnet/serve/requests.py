@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.core.errors import shown
-from sparse_bitnet.serve.generate import COLDEST
+from sparse_bitnet.serve.generate import COLDEST, encode_chat
 from sparse_bitnet.serve.sampling import SamplingOptions
 from sparse_bitnet.train.recipe import checked
 
@@ -93,6 +93,15 @@ class Form:
             )
 
 
+@with_config(STRICT)
+@dataclass(frozen=True)
+class StreamOptions:
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
 class Part(TypedDict):
     """A piece of a message; images and the like are refused."""
 
@@ -115,7 +124,7 @@ class Body:
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_temperature)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Count | None = None
@@ -185,7 +194,8 @@ class Chat(Body):
         if self.tools and not ("tools" in template and "<tool_call>" in template):
             raise InvalidRequest("tools: this model's chat template defines no form of tool calls")
         # Whoever could name these could run a template of their own.
-        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        ours = inspect.signature(encode_chat).parameters
+        own = ours | inspect.signature(tokenizer.apply_chat_template).parameters
         for name in (self.chat_template_kwargs or {}).keys() & own.keys():
             raise InvalidRequest(f"chat_template_kwargs.{name} is not for requests to set")
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -202,19 +202,29 @@ def checked(kind: type[T], values: Any, place: str) -> T:
 
 
 def _problem(kind: Any, error: Any) -> str:
-    key = ".".join(part if isinstance(part, str) else shown(part) for part in error["loc"])
+    loc = error["loc"]
+    key = ".".join(part if isinstance(part, str) else shown(part) for part in loc)
     if error["type"] == "unexpected_keyword_argument":
-        for part in error["loc"][:-1]:
-            kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
-        names = [*get_type_hints(kind)] if isinstance(kind, type) else []
-        near = difflib.get_close_matches(str(error["loc"][-1])[:100], names, 1)
+        names = [*get_type_hints(_type_at(kind, loc[:-1]))]
+        near = difflib.get_close_matches(str(loc[-1])[:100], names, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
         return f"{key[:100]} is unknown; {hint}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
     if error["type"] in ("value_error", "json_invalid"):  # raised by one of our dataclasses
         return f"{key}: {message}".removeprefix(": ")
-    form = " such as '{0.5: dense}'" if error["type"] == "dict_type" else ""
+    is_schedule = error["type"] == "dict_type" and _type_at(kind, loc) == dict[float, str]
+    form = " such as '{0.5: dense}'" if is_schedule else ""
     return f"{key or 'it'} is {shown(error['input'])}: {message}{form}"
+
+
+def _type_at(kind: Any, loc: Sequence[Any]) -> Any:
+    """The type at a place in nested dataclasses; of ``Form | None`` the dataclass."""
+    for part in loc:
+        kind = get_type_hints(kind).get(part, kind) if dataclasses.is_dataclass(kind) else kind
+        kind = next(filter(dataclasses.is_dataclass, get_args(kind)), kind)
+    return kind
 
 
 @cache
