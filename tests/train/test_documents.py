@@ -56,7 +56,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(kind: str, converted
     positions = torch.tensor([[p for n in row for p in range(n)] for row in lengths])
     loss_of = CausalLoss(model)
     with torch.no_grad():
-        hidden, head = loss_of.last_hidden(tokens, positions)
+        hidden, head = loss_of.last_hidden(input_ids=tokens, position_ids=positions)
         assert head is not None
         for row, documents in enumerate(lengths):
             start = 0
