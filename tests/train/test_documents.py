@@ -14,16 +14,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    JambaConfig,
+    Lfm2Config,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch, Loader
 from sparse_bitnet.data.shards import TokenShards
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import TrainingInterruptedError, train
+from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.presets import preset_config
+from sparse_bitnet.train.teacher import Teacher
 
 VOCABULARY = 64  # of the tokens in conftest.py
 
@@ -56,7 +67,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(kind: str, converted
     positions = torch.tensor([[p for n in row for p in range(n)] for row in lengths])
     loss_of = CausalLoss(model)
     with torch.no_grad():
-        hidden, head = loss_of.last_hidden(tokens, positions)
+        hidden, head = loss_of.last_hidden(input_ids=tokens, position_ids=positions)
         assert head is not None
         for row, documents in enumerate(lengths):
             start = 0
@@ -72,11 +83,66 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(kind: str, converted
     assert mixed.abs().max() > 0.05  # which is what they would see of each other
 
 
-def test_what_a_recurrence_leaks_is_refused() -> None:
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+        MixtralConfig(**SMALL),
+    ],
+)
+def test_attention_that_begins_anew_is_accepted(shape: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
     check_documents(small())
-    shape = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match="MambaForCausalLM lets tokens see the documents before"):
-        check_documents(AutoModelForCausalLM.from_config(shape))
+    check_documents(AutoModelForCausalLM.from_config(shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
+        Lfm2Config(layer_types=["conv", "full_attention"], **SMALL),
+        JambaConfig(num_experts=2, **SMALL),
+    ],
+)
+def test_what_a_recurrence_leaks_is_refused(shape: PreTrainedConfig) -> None:
+    """Little of it in an untrained model: 5e-5 of the logits in Lfm2, 1e-3 in Jamba."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    with pytest.raises(ConfigError, match="ForCausalLM lets tokens see the documents before"):
+        check_documents(model)
+
+
+def test_a_teacher_that_leaks_is_refused(recipe: Any, chats: Path, tokens: Path) -> None:
+    """For conversations; ordinary text has no documents to keep apart."""
+    torch.manual_seed(0)
+    shape = Lfm2Config(layer_types=["conv", "full_attention"], **SMALL)
+    teacher = recipe.directory / "teacher"
+    AutoModelForCausalLM.from_config(shape).save_pretrained(teacher)
+    sections: dict[str, Any] = {"teacher": {"source": str(teacher)}, "schedule": {"steps": 1}}
+    with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
+        train(recipe("chats", data={"path": str(chats)}, **sections))
+    train(recipe("text", data={"path": str(tokens)}, **sections))
+
+
+@pytest.mark.parametrize("shape", [preset_config("tiny", VOCABULARY), MixtralConfig(**SMALL)])
+def test_a_trained_teacher_is_accepted(shape: PreTrainedConfig, tmp_path: Path) -> None:
+    """Its activations are rounded to int8, of each token by itself."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    teacher = TeacherConfig(str(tmp_path))
+    Teacher(teacher, torch.device("cpu"), VOCABULARY, None, documents=True)
 
 
 def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:

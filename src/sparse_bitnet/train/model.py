@@ -137,7 +137,7 @@ def check_documents(model: PreTrainedModel) -> None:
     """Refuse an architecture whose tokens see the document before their own.
 
     transformers' attention begins anew where positions do; a recurrence does not. Decided by two
-    forwards: a document behind another one must have the logits that it has alone.
+    forwards: another document before it must not change a document's logits.
 
     Raises:
         ConfigError: naming the architecture.
@@ -146,15 +146,20 @@ def check_documents(model: PreTrainedModel) -> None:
     model.eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (1, 12), generator=generator)
+    tokens = tokens.repeat(2, 1)
+    tokens[1, :6] = (tokens[1, :6] + 1) % model.config.get_text_config().vocab_size
     positions = torch.arange(6).repeat(2).unsqueeze(0).to(model.device)
-    tokens = tokens.to(model.device)
     sees_positions = "position_ids" in inspect.signature(model.forward).parameters
     apart = False
     if sees_positions:
-        packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 6:]
-        alone = model(input_ids=tokens[:, 6:], use_cache=False).logits
-        # Sums in another order; what leaks from another document is as large as the logits.
-        apart = bool((packed - alone).abs().max() <= 1e-2 * alone.abs().max())
+        one, other = (
+            model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:]
+            for ids in tokens.to(model.device).split(1)
+        )
+        # Both have the same shapes and so the same sums: without a leak they are equal, but for
+        # experts, which add other tokens' rows in another order (2e-7 in float32). An untrained
+        # short convolution leaks 5e-5, its weights and gates being small.
+        apart = bool((one - other).abs().max() <= 1e-5 * one.abs().max())
     model.train(training)
     if not apart:
         raise ConfigError(

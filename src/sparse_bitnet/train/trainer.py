@@ -44,6 +44,16 @@ class TeacherMixin:
     _parts: Tensor | float = 0.0
     _batches = 0
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """``Trainer.train``; afterwards the teacher is gone, and the hooks on the model."""
+        trainer: Any = super()
+        try:
+            return trainer.train(*args, **options)
+        finally:
+            if self._pair is not None and self._pair[0].states is not None:
+                self._pair[0].states.remove()
+            self._pair = None
+
     def compute_loss(
         self,
         model: Any,
@@ -78,10 +88,12 @@ class TeacherMixin:
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """``Trainer.log``, with the means of the parts since the last."""
+        """``Trainer.log``, with the means of the parts since the last, over all ranks as ``loss``."""
         if "loss" in logs and isinstance(self._parts, Tensor):
             names = ("cross_entropy", "teacher_loss", "hidden_loss")
-            logs |= dict(zip(names, (self._parts / self._batches).tolist(), strict=False))
+            me: Any = self
+            parts = me.accelerator.reduce(self._parts / self._batches, "mean")
+            logs |= dict(zip(names, parts.tolist(), strict=False))
             self._parts, self._batches = 0.0, 0
         trainer: Any = super()
         trainer.log(logs, *args, **options)
