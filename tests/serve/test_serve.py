@@ -528,8 +528,9 @@ def test_an_over_long_prompt(client):
         ({"top_p": 0}, "top_p is 0"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": 10**30}, "seed is 1000000"),
-        ({"stop": ""}, "is '': String should have at least 1 character"),
-        ({"stop": [1]}, "is 1: it must be a valid string"),
+        ({"stop": ""}, "stop.0 is '': String should have at least 1 character"),
+        ({"stop": [1]}, "stop.0 is 1: it must be a valid string"),
+        ({"extra_body": {"stop": 5}}, "stop: it has to be text or a list of texts, not 5"),
         ({"extra_body": {"stream_options": {"foo": 1}}}, "stream_options.foo is unknown; choose"),
         ({"extra_body": {"stream_options": {"include_usage": "x"}}}, "include_usage is 'x'"),
         ({"stop": "x" * 129}, "String should have at most 128 characters"),
@@ -562,15 +563,19 @@ def test_fields_that_make_no_sense(client, options, message):
     [
         ([], "messages is []"),
         ("hello", "messages is 'hello'"),
-        (["hello"], "messages.0 is 'hello'"),
-        ([{"content": "x"}], "messages.0.role"),
+        (["hello"], "messages.0 is 'hello': it must be an object"),
+        ([{"content": "x"}], "messages.0.role is missing"),
         ([{"role": "king", "content": "x"}], "messages.0.role is 'king'"),
         ([{"role": "user"}], "messages.0: its content is missing"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
-            "it must be 'text'",
+            "messages.0.content.0.type is 'image_url': it must be 'text'; "
+            "messages.0.content.0.text is missing",
         ),
-        ([*USER, {"role": "user", "content": 5}], "is 5: it must be a valid string"),
+        (
+            [*USER, {"role": "user", "content": 5}],
+            "messages.1.content: it has to be text or a list of parts, not 5",
+        ),
         ([{"role": "tool", "content": "x"}], "the chat template says: no tools here"),
     ],
 )
@@ -579,9 +584,26 @@ def test_messages_that_make_no_sense(client, messages, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"response_format": {"type": "text", "foo": 1}},
+            "response_format.foo is unknown; choose among type, json_schema",
+        ),
+        ({"tools": [1]}, "tools.0 is 1: it must be an object"),
+    ],
+)
+def test_fields_of_a_chat_that_make_no_sense(client, options, message):
+    create = client.chat.completions.create
+    body = refused(lambda: create(model="tiny", messages=USER, extra_body=options), 400, message)
+    assert body["message"] == message
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"", "Invalid JSON"),
+        (b"{}", "prompt is missing"),
         (b"{", "Invalid JSON"),
         (b'{"model": "tiny", "prompt": }', "Invalid JSON: expected value at line 1 column 29"),
         (b"[]", "it must be an object"),

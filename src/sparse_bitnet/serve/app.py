@@ -262,8 +262,7 @@ class _Answer:
 
     async def _pieces(self, one: Generation) -> AsyncIterator[tuple[str, list[Any]]]:
         """Text and the log-probabilities of its tokens, until the end or a stop string."""
-        stop = self._body.stop or []
-        stream = TextStream(self._tokenizer, [stop] if isinstance(stop, str) else stop)
+        stream = TextStream(self._tokenizer, self._body.stop or [])
         if isinstance(self._body, Completion) and self._body.echo:
             yield str(self._tokenizer.decode(one.prompt, skip_special_tokens=True)), []
         before = one.started

@@ -10,7 +10,15 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Required, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    with_config,
+)
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
@@ -62,8 +70,21 @@ def _has_content(message: Any) -> Any:
     return message
 
 
+def _stops(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError(f"it has to be text or a list of texts, not {shown(value)}")
+    return [value] if isinstance(value, str) else value
+
+
+def _text_or_parts(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError(f"it has to be text or a list of parts, not {shown(value)}")
+    return value if isinstance(value, str) else check(value)
+
+
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=128)]
+Stops = Annotated[list[Stop], Field(min_length=1, max_length=16), BeforeValidator(_stops)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -114,7 +135,7 @@ class Message(TypedDict, total=False):
     """A turn of a conversation, with whatever else the chat template knows of it."""
 
     role: Required[Literal["system", "developer", "user", "assistant", "tool"]]
-    content: str | list[Part] | None
+    content: Annotated[list[Part], WrapValidator(_text_or_parts)] | None
 
 
 @with_config(STRICT)
@@ -132,7 +153,7 @@ class Body:
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=16)] | None = None
+    stop: Stops | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     user: str | None = None
     response_format: Form | None = None
