@@ -30,9 +30,11 @@ from sparse_bitnet.data.loader import IGNORED, Batch, Loader
 from sparse_bitnet.data.shards import TokenShards
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import TrainingInterruptedError, train
+from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.presets import preset_config
+from sparse_bitnet.train.teacher import Teacher
 
 VOCABULARY = 64  # of the tokens in conftest.py
 
@@ -118,6 +120,29 @@ def test_what_a_recurrence_leaks_is_refused(shape: PreTrainedConfig) -> None:
     model = AutoModelForCausalLM.from_config(shape)
     with pytest.raises(ConfigError, match="ForCausalLM lets tokens see the documents before"):
         check_documents(model)
+
+
+def test_a_teacher_that_leaks_is_refused(recipe: Any, chats: Path, tokens: Path) -> None:
+    """For conversations; ordinary text has no documents to keep apart."""
+    torch.manual_seed(0)
+    shape = Lfm2Config(layer_types=["conv", "full_attention"], **SMALL)
+    teacher = recipe.directory / "teacher"
+    AutoModelForCausalLM.from_config(shape).save_pretrained(teacher)
+    sections: dict[str, Any] = {"teacher": {"source": str(teacher)}, "schedule": {"steps": 1}}
+    with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
+        train(recipe("chats", data={"path": str(chats)}, **sections))
+    train(recipe("text", data={"path": str(tokens)}, **sections))
+
+
+@pytest.mark.parametrize("shape", [preset_config("tiny", VOCABULARY), MixtralConfig(**SMALL)])
+def test_a_trained_teacher_is_accepted(shape: PreTrainedConfig, tmp_path: Path) -> None:
+    """Its activations are rounded to int8, of each token by itself."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path)
+    teacher = TeacherConfig(str(tmp_path))
+    Teacher(teacher, torch.device("cpu"), VOCABULARY, None, documents=True)
 
 
 def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:

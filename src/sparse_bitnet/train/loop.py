@@ -147,7 +147,8 @@ class _Run:
     def _load_teacher(self) -> Teacher:
         rows = self.model.get_output_embeddings().weight.shape[0]
         tokenizer = self.batches.fingerprint["tokenizer"]
-        return Teacher(self.config.teacher, self.here.device, rows, tokenizer)
+        documents = self.batches.has_documents
+        return Teacher(self.config.teacher, self.here.device, rows, tokenizer, documents)
 
     def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""

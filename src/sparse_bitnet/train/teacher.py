@@ -16,6 +16,7 @@ from sparse_bitnet.train.dense import read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
+from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.parallel import blocks
 
 
@@ -31,15 +32,21 @@ class Teacher:
         device: the student's.
         vocabulary: rows of the student's output head.
         tokenizer: the hash of the data's; None is not compared.
+        documents: whether sequences hold several, which it must keep apart.
 
     Raises:
-        ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, or
-            there is no such device.
+        ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, its
+            tokens see other documents, or there is no such device.
         CheckpointError: if it is damaged.
     """
 
     def __init__(
-        self, config: TeacherConfig, device: torch.device, vocabulary: int, tokenizer: str | None
+        self,
+        config: TeacherConfig,
+        device: torch.device,
+        vocabulary: int,
+        tokenizer: str | None,
+        documents: bool = False,
     ) -> None:
         directory = Path(config.source)
         if not (directory / "config.json").is_file():
@@ -56,6 +63,8 @@ class Teacher:
                 f"teacher.source {config.source} has a vocabulary of {rows}, the student one of "
                 f"{vocabulary}: a teacher must have the student's vocabulary"
             )
+        if documents:
+            check_documents(model)  # in float32 still
         self.device = usable_device(config.device) if config.device else device
         halved = self.device.type == "cuda" and not trained
         model = model.to(self.device, torch.bfloat16 if halved else None)  # type: ignore[arg-type]
