@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_the_losses_are_the_loops(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, wanted)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
+    """No hook, so it can be pickled and an evaluation keeps no activations; it trains again."""
+    dense(7).save_pretrained(tmp_path)
+    model = converted()
+    for _ in range(2):
+        trainer, _ = run(tmp_path, model, 1)
+        assert not any(module._forward_hooks for module in model.modules())
+        pickle.dumps(model)
+    trainer.train()
+    assert "hidden_loss" in trainer.state.log_history[0]
 
 
 def test_batches_without_labels(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ class TeacherMixin:
     _parts: Tensor | float = 0.0
     _batches = 0
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """``Trainer.train``; afterwards the teacher is gone, and the hooks on the model."""
+        trainer: Any = super()
+        try:
+            return trainer.train(*args, **options)
+        finally:
+            if self._pair is not None and self._pair[0].states is not None:
+                self._pair[0].states.remove()
+            self._pair = None
+
     def compute_loss(
         self,
         model: Any,
