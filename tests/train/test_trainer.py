@@ -135,6 +135,23 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     assert "hidden_loss" in trainer.state.log_history[0]
 
 
+def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense(7).save_pretrained(tmp_path)
+    plain, _ = run(tmp_path, converted(), 1)
+    ways = []
+
+    def reduce(_self: Any, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        ways.append(reduction)
+        return tensor + 1  # as if another rank had 2 more
+
+    monkeypatch.setattr("accelerate.Accelerator.reduce", reduce)
+    several, _ = run(tmp_path, converted(), 1)
+    assert ways == ["mean"] * 4
+    for name in ("cross_entropy", "teacher_loss", "hidden_loss"):
+        one, other = (run.state.log_history[0][name] for run in (plain, several))
+        assert other == pytest.approx(one + 1)
+
+
 def test_batches_without_labels(tmp_path: Path) -> None:
     dense(7).save_pretrained(tmp_path / "dense")
 

@@ -88,10 +88,12 @@ class TeacherMixin:
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """``Trainer.log``, with the means of the parts since the last."""
+        """``Trainer.log``, with the means of the parts over steps and, as ``loss``, ranks."""
         if "loss" in logs and isinstance(self._parts, Tensor):
             names = ("cross_entropy", "teacher_loss", "hidden_loss")
-            logs |= dict(zip(names, (self._parts / self._batches).tolist(), strict=False))
+            me: Any = self
+            parts = me.accelerator.reduce(self._parts / self._batches, "mean")
+            logs |= dict(zip(names, parts.tolist(), strict=False))
             self._parts, self._batches = 0.0, 0
         trainer: Any = super()
         trainer.log(logs, *args, **options)
