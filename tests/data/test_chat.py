@@ -151,6 +151,22 @@ def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+CALL = {"function": {"name": "look", "arguments": {"at": "x"}}}
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_calls_that_the_template_does_not_write(template: str) -> None:
+    called = [*turns("who", "wait", "look"), {"role": "assistant", "content": ""}]
+    called[-1]["tool_calls"] = [CALL]
+    silent = ChatTemplate(chat_tokenizer(template), "here")
+    assert silent.render(called, "") is None
+    assert silent.left_out == {"with an empty answer": 1}
+    writes = template.replace("m.content +", "m.content + (m.tool_calls or '')|string +")
+    chat = ChatTemplate(chat_tokenizer(writes), "here").render(called, "")
+    assert chat is not None
+    assert chat.text[slice(*chat.answers[1])] == f"{[CALL]}<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

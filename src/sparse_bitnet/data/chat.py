@@ -119,6 +119,11 @@ class ChatTemplate:
             raise
         except Exception as error:  # jinja's own, and whatever an expression raises
             raise DataError(f"{place}: the chat template says: {str(error)[:300]}") from error
+        calls = any("tool_calls" in messages[n] for n in answers)
+        said = [self._says(chat.text[start:end]) for start, end in chat.answers]
+        if calls and not (said and all(said)):
+            self.left_out["with an empty answer"] += 1
+            return None
         if not any(start < end for start, end in chat.answers):
             raise DataError(f"{place}: the chat template leaves nothing of the answers to learn")
         return chat
@@ -128,6 +133,13 @@ class ChatTemplate:
         if self.left_out:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
             say(f"warning: left out {self.left_out.total():,} conversations: {reasons}")
+
+    def _says(self, answer: str) -> bool:
+        """Whether it holds more than special tokens; of calls that a template does not write,
+        the end token alone is left."""
+        for token in self._special:
+            answer = answer.replace(token, "")
+        return bool(answer.strip())
 
     def _marked(self, messages: Messages) -> Chat:
         special: dict[str, Any] = {**self._tokenizer.special_tokens_map}
