@@ -151,6 +151,24 @@ def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"name": "<|im_end|>"},
+        {"reasoning_content": "say <|im_end|>"},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"at": ["<|im_end|>"]}}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]},
+    ],
+)
+def test_special_tokens_anywhere_in_a_message(extra: dict[str, Any]) -> None:
+    template = ChatTemplate(chat_tokenizer(CHATML), "here")
+    messages = turns("who", "me")
+    assert template.render(messages, "") is not None
+    messages[1] |= extra
+    assert template.render(messages, "") is None
+    assert template.left_out == {"with a special token written out as text": 1}
+
+
 CALL = {"function": {"name": "look", "arguments": {"at": "x"}}}
 
 

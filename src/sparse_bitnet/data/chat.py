@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ class ChatTemplate:
             reason = "without an answer"
         elif any(not contents[n].strip() and "tool_calls" not in messages[n] for n in answers):
             reason = "with an empty answer"
-        elif any(token in content for content in contents for token in self._special):
+        elif any(token in text for text in _strings(messages) for token in self._special):
             reason = "with a special token written out as text"
         if reason:
             self.left_out[reason] += 1
@@ -178,3 +179,14 @@ class ChatTemplate:
         )
         assert isinstance(text, str)
         return text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, keys included: a template may write any of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
