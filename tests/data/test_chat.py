@@ -151,6 +151,30 @@ def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_to_nothing_is_not_learned(template: str) -> None:
+    messages = [{"role": "assistant", "content": "hello"}, *turns("who", "me", "and", "you")]
+    chat = ChatTemplate(chat_tokenizer(template), "here").render(messages, "")
+    assert chat is not None and "hello" in chat.text
+    assert [chat.text[slice(*one)] for one in chat.answers] == ["me<|im_end|>", "you<|im_end|>"]
+
+
+BRACKETS = (  # as Llama 2: nothing asks for an answer, which begins with a space
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "space"), [(CHATML[: CHATML.index("{% if add")], ""), (BRACKETS, " ")]
+)
+def test_a_header_that_no_prompt_asks_for_is_not_learned(template: str, space: str) -> None:
+    chat = ChatTemplate(chat_tokenizer(template), "").render(turns("who", "an x", "a", "ab"), "")
+    assert chat is not None
+    expected = [f"{space}an x<|im_end|>", f"{space}ab<|im_end|>"]
+    assert [chat.text[slice(*one)] for one in chat.answers] == expected
+
+
 @pytest.mark.parametrize(
     "extra",
     [

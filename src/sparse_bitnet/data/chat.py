@@ -10,6 +10,7 @@ answer, its end token included; a template that rewrites what came before is ref
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -148,6 +149,8 @@ class ChatTemplate:
             [messages], chat_template=self.text, return_assistant_tokens_mask=True, **special
         )
         (text,), (answers,) = rendered
+        if messages[0]["role"] == "assistant" and len(messages) > 1:
+            answers = answers[len(self._marked(messages[:1]).answers) :]
         return Chat(text, answers)
 
     def _by_prefixes(self, messages: Messages, answers: list[int], place: str) -> Chat:
@@ -162,6 +165,14 @@ class ChatTemplate:
                     "answer otherwise once it is there, so the answer's place is not known; use a "
                     "template that marks answers with {% generation %}"
                 )
+            if "add_generation_prompt" not in self.text:
+                # Then any answer's header comes with it. Space alone is the answer's own: it is
+                # often one token with the first word.
+                others = [[*messages[:number], {"role": "assistant", "content": c}] for c in "ab"]
+                renderings = [answered, *map(self._render, others)]
+                header = os.path.commonprefix(renderings)  # noqa: RUF071 - of characters
+                if header[len(asked) :].strip():
+                    asked = header.rstrip(" ")
             # What follows the end token, a line's end most often, is never said by the model.
             stretches.append((len(asked), len(answered.rstrip())))
             before = answered
