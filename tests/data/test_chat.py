@@ -209,6 +209,19 @@ def test_calls_that_the_template_does_not_write(template: str) -> None:
     assert chat.text[slice(*chat.answers[1])] == f"{[CALL]}<|im_end|>"
 
 
+def test_calls_marked_apart_from_the_content() -> None:
+    written = (
+        "{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% generation %}{{ (m.tool_calls or '')|string + '<|im_end|>' }}{% endgeneration %}"
+    )
+    start, end = MARKED.index("{% generation %}"), MARKED.index("{% else %}")
+    template = ChatTemplate(chat_tokenizer(MARKED[:start] + written + MARKED[end:]), "here")
+    called = [*turns("who"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    chat = template.render(called, "")
+    assert chat is not None
+    assert [chat.text[slice(*one)] for one in chat.answers] == [f"{[CALL]}<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

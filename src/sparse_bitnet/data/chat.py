@@ -148,7 +148,8 @@ class ChatTemplate:
         rendered: Any = render_jinja_template(
             [messages], chat_template=self.text, return_assistant_tokens_mask=True, **special
         )
-        (text,), (answers,) = rendered
+        (text,), (marked,) = rendered
+        answers = [(start, end) for start, end in marked if start < end]
         if messages[0]["role"] == "assistant" and len(messages) > 1:
             answers = answers[len(self._marked(messages[:1]).answers) :]
         return Chat(text, answers)
