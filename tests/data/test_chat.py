@@ -151,6 +151,77 @@ def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_to_nothing_is_not_learned(template: str) -> None:
+    messages = [{"role": "assistant", "content": "hello"}, *turns("who", "me", "and", "you")]
+    chat = ChatTemplate(chat_tokenizer(template), "here").render(messages, "")
+    assert chat is not None and "hello" in chat.text
+    assert [chat.text[slice(*one)] for one in chat.answers] == ["me<|im_end|>", "you<|im_end|>"]
+
+
+BRACKETS = (  # as Llama 2: nothing asks for an answer, which begins with a space
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "space"), [(CHATML[: CHATML.index("{% if add")], ""), (BRACKETS, " ")]
+)
+def test_a_header_that_no_prompt_asks_for_is_not_learned(template: str, space: str) -> None:
+    chat = ChatTemplate(chat_tokenizer(template), "").render(turns("who", "an x", "a", "ab"), "")
+    assert chat is not None
+    expected = [f"{space}an x<|im_end|>", f"{space}ab<|im_end|>"]
+    assert [chat.text[slice(*one)] for one in chat.answers] == expected
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"name": "<|im_end|>"},
+        {"reasoning_content": "say <|im_end|>"},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"at": ["<|im_end|>"]}}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]},
+    ],
+)
+def test_special_tokens_anywhere_in_a_message(extra: dict[str, Any]) -> None:
+    template = ChatTemplate(chat_tokenizer(CHATML), "here")
+    messages = turns("who", "me")
+    assert template.render(messages, "") is not None
+    messages[1] |= extra
+    assert template.render(messages, "") is None
+    assert template.left_out == {"with a special token written out as text": 1}
+
+
+CALL = {"function": {"name": "look", "arguments": {"at": "x"}}}
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_calls_that_the_template_does_not_write(template: str) -> None:
+    called = [*turns("who", "wait", "look"), {"role": "assistant", "content": ""}]
+    called[-1]["tool_calls"] = [CALL]
+    silent = ChatTemplate(chat_tokenizer(template), "here")
+    assert silent.render(called, "") is None
+    assert silent.left_out == {"with an empty answer": 1}
+    writes = template.replace("m.content +", "m.content + (m.tool_calls or '')|string +")
+    chat = ChatTemplate(chat_tokenizer(writes), "here").render(called, "")
+    assert chat is not None
+    assert chat.text[slice(*chat.answers[1])] == f"{[CALL]}<|im_end|>"
+
+
+def test_calls_marked_apart_from_the_content() -> None:
+    written = (
+        "{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% generation %}{{ (m.tool_calls or '')|string + '<|im_end|>' }}{% endgeneration %}"
+    )
+    start, end = MARKED.index("{% generation %}"), MARKED.index("{% else %}")
+    template = ChatTemplate(chat_tokenizer(MARKED[:start] + written + MARKED[end:]), "here")
+    called = [*turns("who"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    chat = template.render(called, "")
+    assert chat is not None
+    assert [chat.text[slice(*one)] for one in chat.answers] == [f"{[CALL]}<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -10,8 +10,10 @@ answer, its end token included; a template that rewrites what came before is ref
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +107,7 @@ class ChatTemplate:
             reason = "without an answer"
         elif any(not contents[n].strip() and "tool_calls" not in messages[n] for n in answers):
             reason = "with an empty answer"
-        elif any(token in content for content in contents for token in self._special):
+        elif any(token in text for text in _strings(messages) for token in self._special):
             reason = "with a special token written out as text"
         if reason:
             self.left_out[reason] += 1
@@ -119,6 +121,11 @@ class ChatTemplate:
             raise
         except Exception as error:  # jinja's own, and whatever an expression raises
             raise DataError(f"{place}: the chat template says: {str(error)[:300]}") from error
+        calls = any("tool_calls" in messages[n] for n in answers)
+        said = [self._says(chat.text[start:end]) for start, end in chat.answers]
+        if calls and not (said and all(said)):
+            self.left_out["with an empty answer"] += 1
+            return None
         if not any(start < end for start, end in chat.answers):
             raise DataError(f"{place}: the chat template leaves nothing of the answers to learn")
         return chat
@@ -129,12 +136,22 @@ class ChatTemplate:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
             say(f"warning: left out {self.left_out.total():,} conversations: {reasons}")
 
+    def _says(self, answer: str) -> bool:
+        """Whether it holds more than special tokens; of calls that a template does not write,
+        the end token alone is left."""
+        for token in self._special:
+            answer = answer.replace(token, "")
+        return bool(answer.strip())
+
     def _marked(self, messages: Messages) -> Chat:
         special: dict[str, Any] = {**self._tokenizer.special_tokens_map}
         rendered: Any = render_jinja_template(
             [messages], chat_template=self.text, return_assistant_tokens_mask=True, **special
         )
-        (text,), (answers,) = rendered
+        (text,), (marked,) = rendered
+        answers = [(start, end) for start, end in marked if start < end]
+        if messages[0]["role"] == "assistant" and len(messages) > 1:
+            answers = answers[len(self._marked(messages[:1]).answers) :]
         return Chat(text, answers)
 
     def _by_prefixes(self, messages: Messages, answers: list[int], place: str) -> Chat:
@@ -149,6 +166,14 @@ class ChatTemplate:
                     "answer otherwise once it is there, so the answer's place is not known; use a "
                     "template that marks answers with {% generation %}"
                 )
+            if "add_generation_prompt" not in self.text:
+                # Then any answer's header comes with it. Space alone is the answer's own: it is
+                # often one token with the first word.
+                others = [[*messages[:number], {"role": "assistant", "content": c}] for c in "ab"]
+                renderings = [answered, *map(self._render, others)]
+                header = os.path.commonprefix(renderings)  # noqa: RUF071 - of characters
+                if header[len(asked) :].strip():
+                    asked = header.rstrip(" ")
             # What follows the end token, a line's end most often, is never said by the model.
             stretches.append((len(asked), len(answered.rstrip())))
             before = answered
@@ -166,3 +191,14 @@ class ChatTemplate:
         )
         assert isinstance(text, str)
         return text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, keys included: a template may write any of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])

@@ -88,7 +88,7 @@ class TeacherMixin:
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """``Trainer.log``, with the means of the parts since the last, over all ranks as ``loss``."""
+        """``Trainer.log``, with the means of the parts over steps and, as ``loss``, ranks."""
         if "loss" in logs and isinstance(self._parts, Tensor):
             names = ("cross_entropy", "teacher_loss", "hidden_loss")
             me: Any = self
