@@ -30,6 +30,7 @@ from sparse_bitnet.core import ConfigError, Method, Pattern
 from sparse_bitnet.files import write_text
 
 QUANT_METHOD = "sparse_bitnet_trained"
+SIDE_FILE = "sparse_bitnet.json"  # what train/export.py writes beside a trained model's weights
 ABSENT = "to load these weights - pip install sparse-bitnet, import sparse_bitnet.safetensors"
 
 
@@ -60,7 +61,7 @@ class SavePretrained:
         *args: Any,
         **options: Any,
     ) -> None:
-        """Save the model and its record.
+        """Save the model and its record; that of a model that was in the directory goes.
 
         Raises:
             ConfigError: for ``push_to_hub``, which would upload before the directory is complete.
@@ -77,6 +78,7 @@ class SavePretrained:
             del self.model.config.quantization_config
         path = Path(save_directory) / "config.json"
         if is_main_process:
+            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
             values = json.loads(path.read_text(encoding="utf-8"))
             write_text(path, json.dumps(values | {"transformers_weights": ABSENT}, indent=2) + "\n")
 
