@@ -139,6 +139,12 @@ def test_replaces_a_trained_model_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "m.GGUF").touch()
+    with pytest.raises(CheckpointError, match=r"m\.GGUF is a GGUF file; .* import .*, and train"):
+        load_trained(tmp_path / "m.GGUF")
+
+
 def test_models_saved_over_a_trained_one(tmp_path: Path) -> None:
     """Of the same weights, which checksums cannot tell: another pattern, and a dense model."""
     model = trained(SparsityConfig())

@@ -37,6 +37,9 @@ MOST_LAYERS = 10_000
 MOST_READS = 2**22  # numbers and strings in a GGUF header; a vocabulary of 200,000 takes 1.5 M
 
 
+IMPORT_FIRST = "is a GGUF file; make a directory of it first (sparse-bitnet import FILE DIRECTORY)"
+
+
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
     """The float32 causal language model of a directory, on the CPU, in evaluation mode.
 
@@ -85,7 +88,7 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
 def is_gguf(path: str | Path) -> bool:
     """True for a GGUF file, by its name."""
     path = Path(path)
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -27,7 +27,7 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.record import SIDE_FILE, is_record
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.dense import no_bars, read_dense
+from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
@@ -171,6 +171,8 @@ def load_trained(
         CheckpointError: if the directory is missing, damaged or not a trained model.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        raise CheckpointError(f"{directory} {IMPORT_FIRST}, and train that")
     sparsity = read_trained(directory).sparsity
     model = read_dense(directory, exact=True, use_safetensors=True)
     tokenizer = own_tokenizer(directory)
