@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.nn import SparseBitLinear, convert, master_weights, set_pattern
@@ -55,6 +63,7 @@ def test_from_pretrained_gives_the_converted_model_again(
     # It is an ordinary model, which trains and is saved as the first was.
     assert not again.is_quantized and not hasattr(again, "hf_quantizer")
     assert not hasattr(again.config, "_is_quantized")
+    assert not hasattr(again.config, "quantization_config")
     again.train()(input_ids=tokens, labels=tokens).loss.backward()
     again.save_pretrained(tmp_path / "second")
     assert described(tmp_path / "second") == described(tmp_path / "first")
@@ -79,16 +88,84 @@ def test_master_weights_stay_float32(tiny: Tiny, tokens: Tensor, tmp_path: Path)
         assert again(input_ids=tokens).logits.dtype == dtype
 
 
+def test_a_dense_model_of_its_configuration(tiny: Tiny, tmp_path: Path) -> None:
+    """A baseline stays one, also where it was made while the converted model could not be saved."""
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path / "converted")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path / "file" / "nowhere")
+    AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in described(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not list(master_weights(again))
+
+
+RULES = {r"^model\.layers\.0\.": "skip", r"v_proj$": "2:4", "lm_head": "skip"}
+
+
+@pytest.mark.parametrize("saved", ["whole", "base"])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_a_base_model(tiny: Tiny, tokens: Tensor, tmp_path: Path, saved: str, auto: Any) -> None:
+    """Saved as what it is or as the whole, and read as either."""
+    model = tiny(tie_word_embeddings=True)
+    convert(model, "6:8", rules=RULES)
+    set_pattern(model, "4:8")
+    (model if saved == "whole" else model.model).save_pretrained(tmp_path / "one")
+    assert described(tmp_path / "one")["transformers_weights"] == ABSENT
+    for directory in ("one", "two"):
+        again = auto.from_pretrained(tmp_path / directory)
+        base = again if auto is AutoModel else again.model
+        patterns = [(m.name.removeprefix("model."), m.pattern) for m in master_weights(again)]
+        wanted = [(m.name.removeprefix("model."), m.pattern) for m in master_weights(model)]
+        assert patterns == wanted
+        with torch.no_grad():
+            assert torch.equal(base(tokens)[0], model.eval().model(tokens)[0])
+        again.save_pretrained(tmp_path / "two")
+
+
+def test_a_new_head_stays_dense(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path / "one")
+    classes = (AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    for auto in classes:
+        again = auto.from_pretrained(tmp_path / "one")
+        assert type(again.score) is nn.Linear
+        names = [master.name for master in master_weights(again)]
+        assert names == [master.name for master in master_weights(model)]
+    # One that was converted is left behind with the model that had it.
+    dense = classes[1].from_config(model.config)
+    convert(dense, "6:8")
+    dense.save_pretrained(tmp_path / "two")
+    assert isinstance(classes[1].from_pretrained(tmp_path / "two").score, SparseBitLinear)
+    names = [m.name for m in master_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "two"))]
+    assert names == [master.name for master in master_weights(model)]
+
+
+def test_arguments_by_position(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    convert(model, "6:8")
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, state, False, "1GB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(bool((tensor == 1).all()) for tensor in again.state_dict().values())
+    with pytest.raises(ConfigError, match=r"model\.push_to_hub"):
+        model.save_pretrained(tmp_path, True, None, True)
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["whole", "base"])
 @pytest.mark.parametrize("first", ["", "import sparse_bitnet\n"], ids=["without", "with"])
-def test_in_another_process(tiny: Tiny, tmp_path: Path, first: str) -> None:
+def test_in_another_process(tiny: Tiny, tmp_path: Path, first: str, base: bool) -> None:
     """Without the package an error whose last line says what to install; never a dense model."""
     model = tiny()
     convert(model, "6:8")
-    model.save_pretrained(tmp_path)
+    (model.model if base else model).save_pretrained(tmp_path)
     code = (
-        f"{first}from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
-        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+        f"{first}from transformers import AutoModel\n"
+        f"model = AutoModel.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(model.layers[0].mlp.up_proj).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == ("SparseBitLinear\n" if first else ""), done.stderr
@@ -131,8 +208,11 @@ def test_models_of_others_have_no_record() -> None:
         {"kind": 3},
         {"method": 1},
         {"method": {"speed": 1}},
-        {"rules": ["k_proj"]},
-        {"rules": {"nowhere": "skip"}},
+        {"modules": ["model.layers.0.mlp.up_proj"]},
+        {"modules": {"model.layers.9.mlp.up_proj": None}},
+        {"modules": {"layers.9.mlp.up_proj": None}},
+        {"modules": {"model.norm": None}},
+        {"modules": {"model.layers.0.mlp.up_proj": 3}},
         {"more": 1},
     ],
 )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.train.config import ModelConfig
-from sparse_bitnet.train.dense import foreign_code, read_dense
+from sparse_bitnet.train.dense import foreign_code, is_gguf, read_dense
 from sparse_bitnet.train.model import build_model
 from sparse_bitnet.train.presets import preset_config
 
@@ -126,6 +126,14 @@ def test_kernels_are_not_fetched(directory: Path, change: dict[str, Any]) -> Non
     edit_config(directory, **change)
     with pytest.raises(CheckpointError, match=r"somebody/kernel.* a repository of code"):
         read_dense(directory)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "M.GGUF"])
+def test_gguf_files_by_name(tmp_path: Path, name: str) -> None:
+    assert not is_gguf(tmp_path / name)
+    (tmp_path / name).touch()
+    assert is_gguf(tmp_path / name)
+    assert not is_gguf(tmp_path)
 
 
 def test_ordinary_implementations_are_no_code() -> None:

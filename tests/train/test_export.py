@@ -15,6 +15,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, master_weights
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
+from sparse_bitnet.train.dense import read_dense
 from sparse_bitnet.train.export import (
     SIDE_FILE,
     load_trained,
@@ -136,6 +137,26 @@ def test_replaces_a_trained_model_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists and is not a trained model; give a new"):
         save_trained(model, None, tmp_path / "out" / SIDE_FILE, SparsityConfig())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "m.GGUF").touch()
+    with pytest.raises(CheckpointError, match=r"m\.GGUF is a GGUF file; .* import .*, and train"):
+        load_trained(tmp_path / "m.GGUF")
+
+
+def test_models_saved_over_a_trained_one(tmp_path: Path) -> None:
+    """Of the same weights, which checksums cannot tell: another pattern, and a dense model."""
+    model = trained(SparsityConfig())
+    save_trained(model, None, tmp_path, SparsityConfig())
+    dense = read_dense(tmp_path)
+    dense.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json of a dense one that was saved over"):
+        load_trained(tmp_path)
+    convert(dense, "2:4")
+    dense.save_pretrained(tmp_path)
+    assert torch.equal(load_trained(tmp_path)[0](TOKENS).logits, dense(TOKENS).logits)
+    assert read_trained(tmp_path).sparsity.pattern == "2:4"
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,10 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         build(source="tinny")
     with pytest.raises(ConfigError, match=f"model.source {tmp_path}"):
         build(source=str(tmp_path))  # an empty directory
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(ConfigError, match=f"model.source {file} is a GGUF file; make a directory"):
+        build(source=str(file))
     LLAMA.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"model.source {tmp_path}"):
         build(source=str(tmp_path))  # a configuration without weights

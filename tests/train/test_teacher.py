@@ -180,6 +180,9 @@ class TestRefusals:
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no Hugging Face directory"):
             Teacher(TeacherConfig(str(tmp_path / "none")), CPU, 64, "any")
+        (tmp_path / "m.gguf").touch()
+        with pytest.raises(ConfigError, match=r"m\.gguf is a GGUF file; make a directory of it"):
+            Teacher(TeacherConfig(str(tmp_path / "m.gguf")), CPU, 64, "any")
 
     def test_another_vocabulary(self, recipe: Any, tmp_path: Path) -> None:
         dense(0, vocabulary=72).save_pretrained(tmp_path / "teacher")

@@ -38,7 +38,7 @@ def export(
             divide, or store them as F16.
         linear_class: bitnet: bitlinear (the default), or autobitlinear.
     """
-    if to is None and out.suffix == ".gguf":
+    if to is None and out.suffix.lower() == ".gguf":
         to = "gguf"
     gguf = {"linears": linears, "embeddings": embeddings, "odd_rows": odd_rows}
     bitnet = {"linear_class": linear_class}
@@ -68,7 +68,7 @@ def import_checkpoint(
         directory: the model to write.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are.
     """
-    if source.suffix == ".gguf":
+    if source.suffix.lower() == ".gguf":
         if pattern != "dense":
             raise ConfigError("import: a GGUF file is written as it is, without a pattern")
         return import_gguf(source, directory)

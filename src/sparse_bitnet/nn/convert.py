@@ -177,6 +177,49 @@ def convert(
             "convert: the model has no nn.Linear or expert weights to convert "
             f"({len(report.skipped)} were left out: {_some(list(report.skipped))}){_first(report)}"
         )
+    _swap(model, plan, report, method or Method(), rules or {})
+    return report
+
+
+def convert_recorded(
+    model: nn.Module,
+    modules: dict[str, str | None],
+    pattern: str,
+    kind: Kind,
+    method: Method,
+    rules: dict[str, str],
+) -> None:
+    """Convert the modules that a record names, and no others (see :mod:`sparse_bitnet.nn.record`).
+
+    Args:
+        modules: their names in this model, each with the pattern that a rule gave it.
+
+    Raises:
+        AttributeError: if the model has no such module.
+        ConfigError: if it is none that can be converted.
+        PatternError: if M does not divide a module's input features.
+    """
+    report = Conversion(kind, Pattern.parse(pattern))
+    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]] = []
+    for name, choice in modules.items():
+        module = model.get_submodule(name)
+        own = None if choice is None else Pattern.parse(choice)
+        if not (isinstance(module, nn.Linear) or _looks_like_experts(module)):
+            raise ConfigError(f"{name} is a {type(module).__name__}")
+        for parameter, weight in _weights(module):
+            _check_weight(weight, own or report.pattern, f"{name}.{parameter}")
+        plan.append((name, module, own or report.pattern, own))
+    _swap(model, plan, report, method, rules)
+
+
+def _swap(
+    model: nn.Module,
+    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]],
+    report: Conversion,
+    method: Method,
+    rules: dict[str, str],
+) -> None:
+    """Convert the modules of a plan: name, module, its pattern, and that of a rule."""
     check_called(model, [name for name, *_ in plan])
     names = _names_of_each(model)
     for _, module, chosen, own in plan:
@@ -185,15 +228,16 @@ def convert(
         report.weights += sum(weight.numel() for _, weight in _weights(module))
         shard_sizes = fused_rows(model, names[module][0])
         new: DerivedModule = (
-            LINEAR[kind](module, chosen, method, shard_sizes)
+            LINEAR[report.kind](module, chosen, method, shard_sizes)
             if isinstance(module, nn.Linear)
-            else EXPERTS[kind](module, chosen, method)
+            else EXPERTS[report.kind](module, chosen, method)
         )
         new.own_pattern = own
         for name in names[module]:
             model.set_submodule(name, new)
         report.modules += 1
-    record(model, default, kind, method or Method(), rules or {})
+    own_patterns = {name: None if own is None else str(own) for name, _, _, own in plan}
+    record(model, own_patterns, report.pattern, report.kind, method, rules)
     report.zero = [
         master.name + index
         for master in master_weights(model)
@@ -201,7 +245,6 @@ def convert(
         for index in zero_matrices(master.weight, master.shard_sizes)
     ]
     warn_of_zeros(report.zero)
-    return report
 
 
 def warn_of_zeros(names: list[str]) -> None:

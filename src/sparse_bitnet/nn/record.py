@@ -11,13 +11,15 @@ By the first, transformers converts the model again while it loads it, if this p
 (packed/quantizer.py). Without, transformers warns of a method that it does not know and goes on, to
 a dense model. The second stops it: it names the file to read, there is none, and its name says what
 to do. transformers leaves it out of every ``config.json`` it saves, so it is added to the file.
+
+The entries are in the file only. A model's configuration has none of them, because dense models may
+be made from it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from sparse_bitnet.core import ConfigError, Method, Pattern
 from sparse_bitnet.files import write_text
 
 QUANT_METHOD = "sparse_bitnet_trained"
+SIDE_FILE = "sparse_bitnet.json"  # what train/export.py writes beside a trained model's weights
 ABSENT = "to load these weights - pip install sparse-bitnet, import sparse_bitnet.safetensors"
 
 
@@ -36,28 +39,88 @@ def is_record(described: object) -> bool:
     return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
 
 
-def record(model: Any, pattern: Pattern, kind: str, method: Method, rules: dict[str, str]) -> None:
-    """Describe a conversion in a transformers model's configuration; others have none."""
-    config: Any = getattr(model, "config", None)
-    if not (hasattr(config, "save_pretrained") and hasattr(model, "save_pretrained")):
-        return
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "version": version("sparse-bitnet"),
-        "pattern": str(pattern),
-        "kind": kind,
-        "method": asdict(method),
-        "rules": rules,
-    }
-    # A partial, unlike a bound method, is copied and pickled with the model.
-    model.save_pretrained = partial(save_pretrained, model)
+@dataclass
+class SavePretrained:
+    """transformers' ``save_pretrained`` of a converted model, which it replaces.
+
+    Unlike a bound method, it is copied and pickled with the model.
+
+    Args:
+        record: the ``quantization_config`` to write.
+    """
+
+    model: Any
+    record: dict[str, Any]
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Save the model and its record; that of a model that was in the directory goes.
+
+        Raises:
+            ConfigError: for ``push_to_hub``, which would upload before the directory is complete.
+        """
+        if push_to_hub:
+            raise ConfigError(
+                "save_pretrained: upload a converted model by model.push_to_hub(repository)"
+            )
+        save = type(self.model).save_pretrained
+        self.model.config.quantization_config = self.record
+        try:
+            save(self.model, save_directory, is_main_process, state_dict, False, *args, **options)
+        finally:
+            del self.model.config.quantization_config
+        path = Path(save_directory) / "config.json"
+        if is_main_process:
+            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
+            values = json.loads(path.read_text(encoding="utf-8"))
+            write_text(path, json.dumps(values | {"transformers_weights": ABSENT}, indent=2) + "\n")
+
+
+def record(
+    model: nn.Module,
+    modules: dict[str, str | None],
+    pattern: Pattern,
+    kind: str,
+    method: Method,
+    rules: dict[str, str],
+) -> None:
+    """Let ``save_pretrained`` of a converted model, and of every transformers model inside it (the
+    base model), describe the conversion.
+
+    Args:
+        modules: the converted ones by name, each with the pattern that a rule gave it.
+    """
+    for prefix, part in model.named_modules():
+        if not (hasattr(part, "save_pretrained") and hasattr(part, "config")):
+            continue
+        inside = f"{prefix}." if prefix else ""
+        own = {n.removeprefix(inside): p for n, p in modules.items() if n.startswith(inside)}
+        described = {
+            "quant_method": QUANT_METHOD,
+            "version": version("sparse-bitnet"),
+            "pattern": str(pattern),
+            "kind": kind,
+            "method": asdict(method),
+            "rules": rules,
+            "modules": own,
+        }
+        if own:
+            part.save_pretrained = SavePretrained(part, described)
 
 
 def record_pattern(model: nn.Module, pattern: Pattern) -> None:
     """Write down another pattern."""
-    described = getattr(getattr(model, "config", None), "quantization_config", None)
-    if is_record(described):
-        described["pattern"] = str(pattern)  # type: ignore[index]
+    for part in model.modules():
+        save = vars(part).get("save_pretrained")
+        if isinstance(save, SavePretrained):
+            save.record["pattern"] = str(pattern)
 
 
 def forget(config: Any) -> None:
@@ -66,27 +129,3 @@ def forget(config: Any) -> None:
         del config.quantization_config
     if getattr(config, "transformers_weights", None) == ABSENT:
         del config.transformers_weights
-
-
-def save_pretrained(
-    model: Any,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    *,
-    push_to_hub: bool = False,
-    **options: Any,
-) -> None:
-    """transformers' ``save_pretrained`` of a converted model.
-
-    Raises:
-        ConfigError: for ``push_to_hub``, which would upload before the directory is complete.
-    """
-    if push_to_hub:
-        raise ConfigError(
-            "save_pretrained: upload a converted model by model.push_to_hub(repository)"
-        )
-    type(model).save_pretrained(model, save_directory, is_main_process, **options)
-    path = Path(save_directory) / "config.json"
-    if is_main_process and is_record(getattr(model.config, "quantization_config", None)):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        write_text(path, json.dumps(values | {"transformers_weights": ABSENT}, indent=2) + "\n")

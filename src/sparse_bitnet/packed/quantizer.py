@@ -31,7 +31,7 @@ from sparse_bitnet.core import (
 )
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import record
-from sparse_bitnet.nn.convert import convert
+from sparse_bitnet.nn.convert import LINEAR, convert_recorded
 from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
 from sparse_bitnet.nn.pack import swap_packed
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
@@ -130,7 +130,7 @@ class SparseBitNetQuantizer(HfQuantizer):
 
 
 def save_pretrained(
-    model: Any, save_directory: str | Path, is_main_process: bool = True, **options: Any
+    model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **options: Any
 ) -> None:
     """transformers' ``save_pretrained``, and the plugin file that the saved config.json points to.
 
@@ -141,7 +141,7 @@ def save_pretrained(
     quantizer.saving_to = Path(save_directory) if is_main_process else None
     model.config.auto_map = AUTO_MAP
     try:
-        type(model).save_pretrained(model, save_directory, is_main_process, **options)
+        type(model).save_pretrained(model, save_directory, is_main_process, *args, **options)
     finally:
         quantizer.saving_to = None
         del model.config.auto_map
@@ -157,7 +157,7 @@ class TrainedConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, quant_method: str = record.QUANT_METHOD, **fields: Any) -> None:
-        if fields.keys() != {"version", "pattern", "kind", "method", "rules"}:
+        if fields.keys() != {"version", "pattern", "kind", "method", "rules", "modules"}:
             raise _damaged(f"its fields are {sorted(fields)}")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum is closed
         self.__dict__.update(fields)
@@ -165,7 +165,11 @@ class TrainedConfig(QuantizationConfigMixin):
 
 @register_quantizer(record.QUANT_METHOD)
 class TrainedQuantizer(HfQuantizer):
-    """Converts a model while it is loaded; what comes out is as :func:`convert` gives it."""
+    """Converts a model while it is loaded: the modules that were converted when it was saved.
+
+    A base model lacks the saved one's prefix and head, and a model with another head has one that
+    was never converted.
+    """
 
     requires_calibration = True  # a model becomes one by convert, not while loading
 
@@ -173,18 +177,19 @@ class TrainedQuantizer(HfQuantizer):
         described = self.quantization_config.to_dict()
         chosen = {name: described[name] for name in ("pattern", "kind", "rules")}
         try:
-            convert(model, **chosen, method=Method(**described["method"]))
+            if chosen["kind"] not in LINEAR:
+                raise ConfigError(f"kind is {chosen['kind']!r}")
+            modules = _modules_here(model, described["modules"])
+            convert_recorded(model, modules, **chosen, method=Method(**described["method"]))
         except (ConfigError, PatternError, TypeError, AttributeError) as error:
             raise _damaged(f"the {type(model).__name__} cannot be converted so: {error}") from None
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        described = model.config.quantization_config.to_dict()
         # From now on it is a model like any other, which trains.
         self.remove_quantization_config(model)
         for module in model.modules():
             vars(getattr(module, "config", self)).pop("_is_quantized", None)
-        model.config.quantization_config = described
         return model
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -212,6 +217,21 @@ class PackedModelConfig(PreTrainedConfig):
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
+
+
+def _modules_here(model: nn.Module, recorded: dict[str, str | None]) -> dict[str, str | None]:
+    """Recorded modules as this model calls them, without those of a head that it does not have."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    has_head = any(name.startswith(prefix) for name in recorded)  # the saved model
+    names = {name for name, _ in model.named_modules()}
+    found: dict[str, str | None] = {}
+    for name, pattern in recorded.items():
+        here = name_in(model, name, names)
+        if here is not None:
+            found[here] = pattern
+        elif name.startswith(prefix) or not has_head:
+            raise ConfigError(f"it has no module {name}")
+    return found
 
 
 def _inside(files: list[str], model: Any) -> list[Path]:

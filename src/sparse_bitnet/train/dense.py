@@ -28,14 +28,16 @@ from transformers.utils import logging
 
 from sparse_bitnet.core import CheckpointError, MissingExtraError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
-from sparse_bitnet.nn.record import forget
+from sparse_bitnet.nn.record import SIDE_FILE, forget
 from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
 MOST_LAYERS = 10_000
 MOST_READS = 2**22  # numbers and strings in a GGUF header; a vocabulary of 200,000 takes 1.5 M
-SIDE_FILE = "sparse_bitnet.json"  # what export.py writes beside a trained model's weights
+
+
+IMPORT_FIRST = "is a GGUF file; make a directory of it first (sparse-bitnet import FILE DIRECTORY)"
 
 
 def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> PreTrainedModel:
@@ -86,7 +88,7 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
 def is_gguf(path: str | Path) -> bool:
     """True for a GGUF file, by its name."""
     path = Path(path)
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

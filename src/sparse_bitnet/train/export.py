@@ -24,10 +24,10 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
-from sparse_bitnet.nn.record import is_record
+from sparse_bitnet.nn.record import SIDE_FILE, is_record
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.dense import SIDE_FILE, no_bars, read_dense
+from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
@@ -85,6 +85,7 @@ def save_trained(
             described = {key: value for key, value in described.items() if key in kept}
             sums = {name: checksum(temporary / name) for name in sorted(weight_files(temporary))}
             values = {"format": FORMAT, **described, "run": run or {}, "files": sums}
+            values["recorded"] = True  # in config.json, since version 0.2
             write_text(temporary / SIDE_FILE, json.dumps(values, indent=1))
     if ranks is not None:
         ranks.wait()
@@ -136,6 +137,11 @@ def read_trained(directory: str | Path) -> Trained:
             values = {**recorded, "format": FORMAT, "run": {}}
         else:
             values = read_json(path)
+            if values.get("recorded") and _recorded(directory) is None:
+                raise CheckpointError(
+                    f"{path} is of a converted model, config.json of a dense one that was saved "
+                    f"over it; remove {SIDE_FILE} if that is the one you want"
+                )
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {values['format']!r}; this version reads format {FORMAT}"
@@ -165,6 +171,8 @@ def load_trained(
         CheckpointError: if the directory is missing, damaged or not a trained model.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        raise CheckpointError(f"{directory} {IMPORT_FIRST}, and train that")
     sparsity = read_trained(directory).sparsity
     model = read_dense(directory, exact=True, use_safetensors=True)
     tokenizer = own_tokenizer(directory)

@@ -22,7 +22,7 @@ from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.nn.sub_norm import add_sub_norms
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
-from sparse_bitnet.train.dense import read_dense, read_shape
+from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense, read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
 MASKLESS = "sparse_bitnet_maskless_sdpa"
@@ -97,6 +97,8 @@ def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def
         rows = config.vocab_size or PRESETS[config.source].vocab_size or vocab_size
         return preset_config(config.source, rows)
     path = Path(config.source)
+    if is_gguf(path):
+        raise ConfigError(f"model.source {path} {IMPORT_FIRST}")
     if path.suffix != ".json" or not path.is_file():
         raise ConfigError(
             f"model.source {config.source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face "

@@ -12,7 +12,7 @@ from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
-from sparse_bitnet.train.dense import read_dense
+from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
@@ -49,6 +49,8 @@ class Teacher:
         documents: bool = False,
     ) -> None:
         directory = Path(config.source)
+        if is_gguf(directory):
+            raise ConfigError(f"teacher.source {directory} {IMPORT_FIRST}")
         if not (directory / "config.json").is_file():
             raise ConfigError(
                 f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
