@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -100,6 +101,22 @@ def test_a_dense_model_of_its_configuration(tiny: Tiny, tmp_path: Path) -> None:
     assert "quantization_config" not in described(tmp_path / "dense")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert not list(master_weights(again))
+
+
+def test_a_dense_model_of_its_config_file(tiny: Tiny, tmp_path: Path) -> None:
+    """The configuration in the file brings the record along, but not the absent weights."""
+    model = tiny()
+    convert(model, "6:8")
+    model.save_pretrained(tmp_path / "converted")
+    config = AutoConfig.from_pretrained(tmp_path / "converted")
+    for _ in range(2):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", config=config)
+        assert list(master_weights(again))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="remove that entry to load a dense model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not is_trained(tmp_path / "dense")
+    assert not list(master_weights(read_dense(tmp_path / "dense")))
 
 
 RULES = {r"^model\.layers\.0\.": "skip", r"v_proj$": "2:4", "lm_head": "skip"}

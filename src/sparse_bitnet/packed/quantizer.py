@@ -172,8 +172,14 @@ class TrainedQuantizer(HfQuantizer):
     """
 
     requires_calibration = True  # a model becomes one by convert, not while loading
+    is_saved_record = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.is_saved_record:
+            raise CheckpointError(
+                "config.json has the quantization_config of a converted model, from whose "
+                "configuration this one was made; remove that entry to load a dense model"
+            )
         described = self.quantization_config.to_dict()
         chosen = {name: described[name] for name in ("pattern", "kind", "rules")}
         try:
@@ -196,6 +202,7 @@ class TrainedQuantizer(HfQuantizer):
         """Read the files that are there. (transformers up to 5.17 calls :meth:`update_tp_plan`.)"""
         if getattr(config, "transformers_weights", None) == record.ABSENT:
             del config.transformers_weights
+            self.is_saved_record = True
         return config
 
     update_tp_plan = update_attn_implementation

@@ -24,7 +24,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn import convert
-from sparse_bitnet.nn.record import SIDE_FILE, is_record
+from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, no_bars, read_dense
@@ -116,9 +116,11 @@ def is_trained(directory: str | Path) -> bool:
 def _recorded(directory: Path) -> Any:
     """What ``convert`` wrote into the configuration, or None; also of a damaged one, which whoever
     loads the model will name."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         config = read_json(directory / "config.json")
-        if isinstance(config, dict) and is_record(config.get("quantization_config")):
+        if config.get("transformers_weights") == ABSENT and is_record(
+            config.get("quantization_config")
+        ):
             return config["quantization_config"]
     return None
 
