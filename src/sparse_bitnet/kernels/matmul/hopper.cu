@@ -194,7 +194,7 @@ __device__ __forceinline__ void init_ring(uint32_t full, uint32_t empty) {
 //
 // The compiler keeps A's registers until wgmma has read them, but not that of the metadata: loaded by
 // the instruction that loads the words, it would be written by the next such load while wgmma.sp still
-// reads it (seen: once in some hundred products, rows of one warp wrong). So each set has a register of
+// reads it (seen: once in 500 products and more, rows of one warp wrong). So each set has a register of
 // its own, whose next value takes in its last one (`old & 0 | new`, with a zero that the compiler does
 // not know): that cannot be written before the wait for the unit that reads the last one.
 constexpr int UNIT = SPARSE ? 1 : 2, UNITS = 2, SETS = 2, STEP_BYTES = SPARSE ? 64 : 32;
