@@ -6,7 +6,9 @@ The shape is Qwen2.5-7B's, with random weights: packed directories are made here
 vLLM's dummies. Each request has 512 prompt tokens and gets 128 new ones; tokens a second are those
 of steps in which all requests advance. ``prefill`` is four prompts of 4,096 tokens. vLLM finds the
 plugin through the package's metadata, so the package has to be installed. Every row is written at
-once: ``results/<gpu>/vllm.json``, where rows of the same kind and concurrency are replaced.
+once: ``results/<gpu>/vllm.json``, where rows of the same kind and concurrency are replaced. With
+``--gpus 2`` matrices are cut over two of them; the tokens that one request gets stand in its row,
+to be held beside one GPU's.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ def write_model(directory: Path, kind: str, layers: int) -> None:
         config.save_pretrained(directory)
         return
     pattern = DENSE if kind == "dense" else Pattern.parse(kind)
+    torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     specs = {
@@ -136,16 +139,20 @@ def measure(kind: str, concurrency: list[int], layers: int, gpus: int, out: Path
     requests(llm, *PREFILL, 1)
     requests(llm, max(concurrency), 64, 4)
     requests(llm, 1, PROMPT, 4)
-    _, last = requests(llm, *PREFILL, 1)
+    _, last, _ = requests(llm, *PREFILL, 1)
     tokens = PREFILL[0] * PREFILL[1]
     add_row(out, kind, "prefill", tokens / last[-1], last, weights)
     for count in concurrency:
-        steps, first = requests(llm, count, PROMPT, NEW)
-        add_row(out, kind, count, count / statistics.median(steps), first, weights)
+        steps, first, made = requests(llm, count, PROMPT, NEW)
+        rate = count / statistics.median(steps)
+        add_row(out, kind, count, rate, first, weights, made if count == 1 else None)
 
 
-def requests(llm: Any, count: int, prompt: int, new: int) -> tuple[list[float], list[float]]:
-    """Seconds of the steps in which all requests advance, and to each one's first token."""
+def requests(
+    llm: Any, count: int, prompt: int, new: int
+) -> tuple[list[float], list[float], list[int]]:
+    """Seconds of the steps in which all requests advance and to each one's first token, and the
+    tokens of one of them."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -163,21 +170,29 @@ def requests(llm: Any, count: int, prompt: int, new: int) -> tuple[list[float], 
         name = f"{start}-{index}"
         engine.add_request(name, {"prompt_token_ids": ids.tolist()}, sampling)
     first: dict[str, float] = {}
-    steps, before, was_full = [], start, False
+    steps, before, was_full, tokens = [], start, False, list[int]()
     while engine.has_unfinished_requests():
         outputs, now, made = engine.step(), time.perf_counter(), 0
         for output in outputs:
             made += len(output.outputs[0].token_ids)
             first.setdefault(output.request_id, now - start)
+            if output.request_id.endswith("-0"):
+                tokens += output.outputs[0].token_ids
         if made:
             if was_full and made == count:
                 steps.append(now - before)
             before, was_full = now, made == count
-    return steps, sorted(first.values())
+    return steps, sorted(first.values()), tokens
 
 
 def add_row(
-    out: Path, kind: str, concurrency: int | str, rate: float, first: list[float], weights: int
+    out: Path,
+    kind: str,
+    concurrency: int | str,
+    rate: float,
+    first: list[float],
+    weights: int,
+    tokens: list[int] | None = None,
 ) -> None:
     row = {
         "kind": kind,
@@ -186,6 +201,8 @@ def add_row(
         "ttft_ms": round(1e3 * statistics.median(first), 2),
         "weights_gib": round(weights / 2**30, 3),
     }
+    if tokens:
+        row["tokens"] = tokens
     print(json.dumps(row), flush=True)
     path = out / "vllm.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -17,6 +17,8 @@ parameter and token (the embedding counts once, as the head) plus causal attenti
 dense bf16 peak. The file is written after every round; a row that fails is noted and left out.
 
     --profile "6:8"  instead of timing: the kernels of one step of that row, by device time
+    --graph          forward and backward replayed as one CUDA graph, in all rows, as
+                     ``run.cuda_graph`` does: both are then in the forward's time
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import gc
 import statistics
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from gpu_common import write
 from sparse_bitnet import console
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.train.config import OptimizerConfig
+from sparse_bitnet.train.graph import GraphedBackward
 from sparse_bitnet.train.model import maskless_attention
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients
 from sparse_bitnet.train.presets import PRESETS, Shape
@@ -62,6 +66,7 @@ class Setting:
     vocabulary: int | None
     device: torch.device
     compiled: bool
+    graph: bool
 
     @property
     def tokens(self) -> int:
@@ -129,6 +134,7 @@ class Bench:
         tokens = torch.randint(0, self.base.vocab_size, shape, device=setting.device)
         self.batch = Batch.of(tokens)
         self.candidates: dict[str, Candidate] = {}
+        self.graph: GraphedBackward | None = None
 
     def add(self, name: str) -> None:
         self.candidates[name] = Candidate(Row.parse(name), self.base, self.setting.compiled)
@@ -141,15 +147,31 @@ class Bench:
                 marks.add()
 
         mark()
-        with torch.autocast(self.setting.device.type, torch.bfloat16):
-            loss: Tensor = candidate.loss_of(self.batch)[0]
-        mark()
-        loss.backward()
+        if self.graph:
+            loss = self.graph([self.batch])
+            mark()
+        else:
+            with torch.autocast(self.setting.device.type, torch.bfloat16):
+                loss = candidate.loss_of(self.batch)[0]
+            mark()
+            loss.backward()
         mark()
         clip_gradients(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.graph:  # which writes gradients over the last ones
+            self.optimizer.zero_grad()
         return loss.detach()
+
+    def capture(self, candidate: Candidate) -> GraphedBackward:
+        """One graph stands at a time: it holds the activations of its row."""
+
+        def backward(batches: Sequence[Batch]) -> Tensor:
+            with torch.autocast(self.setting.device.type, torch.bfloat16):
+                loss: Tensor = candidate.loss_of(batches[0])[0]
+            loss.backward()
+            return loss.detach()
+
+        return GraphedBackward(backward, self.parameters)
 
     def turn(self, name: str, steps: int, measured: Measured) -> None:
         """Wake a row, take one step to warm up and ``steps`` timed ones, let it rest."""
@@ -160,6 +182,8 @@ class Bench:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
+            if self.setting.graph:
+                self.graph = self.capture(candidate)
             loss = self.step(candidate)
             if not measured.steps:
                 measured.loss = loss.item()
@@ -174,6 +198,7 @@ class Bench:
             if cuda:
                 measured.peak_bytes = torch.cuda.max_memory_allocated()
         finally:
+            self.graph = None
             self.optimizer.zero_grad()
 
 
@@ -338,6 +363,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing after that")
     parser.add_argument("--profile", metavar="ROW", nargs="+", help="kernels of a step, no timing")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--graph", action="store_true", help="a step is one CUDA graph")
     parser.add_argument(
         "--attention", choices=["default", "cudnn"], default="default", help="kernel, for all rows"
     )
@@ -368,6 +394,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 options.vocabulary,
                 device,
                 not options.no_compile,
+                options.graph,
             )
             torch._dynamo.reset()
             try:

@@ -60,6 +60,7 @@ CELLS = {  # in order of value; ternary 6:8 from the pretrained weights unless a
     "blend-teacher-subln": f"{BLEND} {TEACHER} --model.sub-norms",
     "dense-teacher": f"{BF16} {UNMASKED} {TEACHER}",
     "blend-teacher-2e-3": f"{BLEND} {TEACHER} --optimizer.learning-rate 2e-3",
+    "blend-teacher-4e-3": f"{BLEND} {TEACHER} --optimizer.learning-rate 4e-3",
     "blend-teacher-5e-4": f"{BLEND} {TEACHER} --optimizer.learning-rate 5e-4",
     "original": "",  # not trained: what the others start from
 }
@@ -89,8 +90,10 @@ def run(args: argparse.Namespace) -> None:
     if rows.is_file():
         done = {(r["cell"], r["seed"], r["tokens"]) for r in map(json.loads, rows.open())}
     until = time.monotonic() + 60 * args.minutes
-    places: Queue[int] = Queue()
-    for place in [*range(max(1, torch.cuda.device_count()))] * args.per_gpu:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [*map(str, range(max(1, torch.cuda.device_count())))]
+    places: Queue[str] = Queue()
+    for place in gpus * args.per_gpu:
         places.put(place)
     threads = str(max(1, (os.cpu_count() or 1) // places.qsize()))
 
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
                     [sys.executable, __file__, "cell", *sys.argv[2:], "--only", name],
                     env={
                         **os.environ,
-                        "CUDA_VISIBLE_DEVICES": str(place),
+                        "CUDA_VISIBLE_DEVICES": place,
                         "OMP_NUM_THREADS": threads,
                     },
                     stdout=log,
