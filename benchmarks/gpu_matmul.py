@@ -1,12 +1,12 @@
 """Products of packed ternary weights on an NVIDIA GPU: python benchmarks/gpu_matmul.py
 
 For each layer and token count, in turns and with cold weights (copies that overflow the L2 cache):
-ours, ``torch._scaled_mm`` in fp8 with row-wise scales, and bf16 cuBLAS. ``sparse`` is ours of a
-weight that keeps 2:4. ``windows`` is what 6:8 would be as 2:4 over windows of four columns (arXiv
-2603.05232): rows 1.5 times as long, tokens lifted outside of the time. ``product`` begins with
-quantized activations, ``layer`` with bf16 ones. From 4096 tokens on ``burst`` (a pause, one call,
-two timed) and ``sustained`` (the second half of a second back to back): a GPU at its power limit
-lowers its clock.
+ours, ``torch._scaled_mm`` in fp8 with row-wise scales, bf16 cuBLAS, and ``humming``: int8 × int2 of
+``humming-kernels``, where that is installed. ``sparse`` is ours of a weight that keeps 2:4.
+``windows`` is what 6:8 would be as 2:4 over windows of four columns (arXiv 2603.05232): rows 1.5
+times as long, tokens lifted outside of the time. ``product`` begins with quantized activations,
+``layer`` with bf16 ones. From 4096 tokens on ``burst`` (a pause, one call, two timed) and
+``sustained`` (the second half of a second back to back): a GPU at its power limit lowers its clock.
 
 Writes ``results/<gpu>/matmul.json``, after every layer.
 """
@@ -14,6 +14,8 @@ Writes ``results/<gpu>/matmul.json``, after every layer.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +57,23 @@ def _fp8(x: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
     )
 
 
+def _humming(ternary: Tensor, count: int) -> list[Call]:
+    """Layers of two-bit weights that take bf16 tokens and multiply int8 ones."""
+    layer_class = importlib.import_module("humming.layer").HummingLayer
+    layers = []
+    for _ in range(count):
+        layer = layer_class(
+            *ternary.shape,
+            weight_config={"dtype": "int2"},
+            input_config={"dtype": "int8"},
+            torch_dtype=torch.bfloat16,
+        ).cuda()
+        layer.load_from_unquantized(ternary.bfloat16())
+        layer.transform()
+        layers.append(layer)
+    return layers
+
+
 def candidates(tokens: int, out: int, columns: int) -> dict[str, list[Call]]:
     """Name of a backend and what is measured → the same call on each copy of the weight."""
     x = torch.randn(tokens, columns, device="cuda").bfloat16()
@@ -69,6 +88,9 @@ def candidates(tokens: int, out: int, columns: int) -> dict[str, list[Call]]:
         return [prepare(weight, w_scale) for _ in range(copies_beyond_cache(weight.numel() // 4))]
 
     ours = packed(ternary)
+    humming = []
+    if importlib.util.find_spec("humming"):
+        humming = _humming(ternary, len(ours))
     ternary[:, ::2] = 0
     sparse = packed(ternary)
     ternary = torch.randint(-1, 2, (out, columns // 2 * 3), dtype=torch.int8, device="cuda")
@@ -95,6 +117,8 @@ def candidates(tokens: int, out: int, columns: int) -> dict[str, list[Call]]:
         "fp8 product": [partial(_fp8, x_8, scale_8, w, row) for w in fp8],
         "fp8 layer": [lambda w=w: _fp8(*_fp8_quantize(x), w, row) for w in fp8],
     }
+    if humming:
+        calls["humming layer"] = [partial(layer, x) for layer in humming]
     return calls
 
 
