@@ -8,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.kernels import quantize_activations
-from sparse_bitnet.kernels.registry import (
-    TernaryWeight,
-    integer_linear,
-    prepare,
-    ternary_linear,
-)
+from sparse_bitnet.kernels.registry import TernaryWeight, prepare
 from sparse_bitnet.nn.experts import route, why_not_experts
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
-from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
 class PackedExperts(PackedModule):
@@ -86,17 +79,11 @@ class PackedExperts(PackedModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def expert(index: int, x: Tensor) -> Tensor:
-            gate, up = self._product("gate_up_proj", index, x).chunk(2, dim=-1)
-            return self._product("down_proj", index, self.act_fn(gate) * up)
+            gate_up, down = (self.prepared(name)[index] for name in ("gate_up_proj", "down_proj"))
+            gate, up = self.product(x, gate_up, None).chunk(2, dim=-1)
+            return self.product(self.act_fn(gate) * up, down, None)
 
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
-
-    def _product(self, name: str, index: int, x: Tensor) -> Tensor:
-        weight = self.prepared(name)[index]
-        if self.spec.activation_bits == 8:
-            return ternary_linear(x, weight, None, output_dtype(x))
-        x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return integer_linear(x_q, x_scale, weight, None, output_dtype(x))
 
     def extra_repr(self) -> str:
         shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"

@@ -32,9 +32,9 @@ from sparse_bitnet.core import (
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import record
 from sparse_bitnet.nn.convert import LINEAR, convert_recorded
-from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
+from sparse_bitnet.nn.int8_head import swap_int8
 from sparse_bitnet.nn.pack import swap_packed
-from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.nn.packed_module import PackedSpec, StoredModule
 from sparse_bitnet.packed.config import HINT, QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.tensor_file import checksum_metadata
 from sparse_bitnet.packed.verify import check_shard_name, is_outside, name_in, verify_files
@@ -95,9 +95,7 @@ class SparseBitNetQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, PackedModule | Int8Table) and not any(
-                b.is_meta for b in module.buffers()
-            ):
+            if isinstance(module, StoredModule) and not any(b.is_meta for b in module.buffers()):
                 module.check()
         # Only a directory with the plugin file may point to it; the config alone writes none.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:

@@ -27,7 +27,7 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
 from sparse_bitnet.packed.tensor_file import write_tensors
-from sparse_bitnet.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
+from sparse_bitnet.packed.verify import WEIGHTS, check_target
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 
@@ -49,7 +49,7 @@ def export_bitnet(
         WeightError: if a tensor holds NaN or infinity.
     """
     out = Path(out)
-    _check_target(out)
+    check_target(out, "bitnet", "a model of the bitnet format")
     source = open_exportable(directory, "the bitnet format")
     for name, (rows, _) in source.shapes.items():
         if rows % PER_BYTE:
@@ -116,17 +116,3 @@ def _write_config(source: Exportable, directory: Path, linear_class: LinearClass
     config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    described = None
-    if (out / CONFIG).is_file():
-        described = read_json(out / CONFIG).get("quantization_config")
-    if not isinstance(described, dict) or described.get("quant_method") != "bitnet":
-        raise ConfigError(
-            f"{out} exists and is not a model of the bitnet format; give a new directory, or "
-            "remove it first"
-        )
-    refuse_foreign(out)
