@@ -88,34 +88,30 @@ class DerivedModule(nn.Module, ABC):
 
         Returns:
             Of a ternary module the ternary weight (int8 of the parameter's shape, on CUDA two bits
-            of ``formats.two_bit``), γ (float32 ``[..., shards]``) and the mask where gradients or
-            the weights of a blend need it; of the baseline the mask. A mask is boolean of the
-            parameter's shape; None if it is not needed, or the pattern is dense.
+            of ``formats.two_bit``), γ (float32 ``[..., shards]``) and the mask, None where neither
+            gradients nor the weights of a blend need it; of the baseline the mask, None if dense.
+            A mask is boolean of the parameter's shape.
         """
         weight, sizes = self.master_parameters()[name], self.shard_sizes_of(name)
-        mask = None
-        if not (
-            self.is_dense
-            or (self.is_ternary and self.blend is None and self.method.gradient == "dense")
-        ):
-            mask = self._mask(weight, sizes)
         if not self.is_ternary:
-            return (mask,)
+            return (None if self.is_dense else self._baseline_mask(weight, sizes),)
+        mask = None
+        if self.method.gradient == "masked" or (self.blend is not None and not self.is_dense):
+            mask = kept_weights(weight, self.n_and_m, self.method, sizes)
         return *ternarize_traced(weight, self.n_and_m, self.method, sizes), mask
 
-    def _mask(self, weight: Tensor, shard_sizes: tuple[int, ...]) -> Tensor:
-        if not (
-            torch.compiler.is_compiling() and weight.is_cuda and self.method.mask_source == "master"
-        ):
+    def _baseline_mask(self, weight: Tensor, shard_sizes: tuple[int, ...]) -> Tensor:
+        compiles = torch.compiler.is_compiling() and weight.is_cuda
+        if not compiles or self.method.mask_source != "master":
             return kept_weights(weight, self.n_and_m, self.method, shard_sizes)
         # A GPU's compiler gets it as plain operations (``core.nm_mask`` as one expression: the
-        # weights that beat this one, counted): one kernel instead of a dozen.
-        n, m = self.pattern.n, self.pattern.m
-        magnitude = weight.detach().abs().unflatten(-1, (-1, m))
-        lane = torch.arange(m, device=weight.device)
+        # weights that beat this one, counted): one kernel instead of a dozen, made anew for
+        # another pattern.
+        magnitude = weight.detach().abs().unflatten(-1, (-1, self.pattern.m))
+        lane = torch.arange(self.pattern.m, device=weight.device)
         own, other = magnitude.unsqueeze(-1), magnitude.unsqueeze(-2)
         ahead = (other > own) | ((other == own) & (lane.unsqueeze(0) < lane.unsqueeze(1)))
-        return (ahead.sum(-1) < n).flatten(-2)
+        return (ahead.sum(-1) < self.pattern.n).flatten(-2)
 
     def derived(self, name: str = "weight") -> Derived:
         """:meth:`derive`, or what :func:`frozen` keeps of it, or what FSDP2 gathered of it.

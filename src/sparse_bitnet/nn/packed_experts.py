@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.registry import TernaryWeight, prepare
-from sparse_bitnet.nn.experts import route, why_not_experts
+from sparse_bitnet.nn.experts import route
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
 
 
@@ -49,27 +48,6 @@ class PackedExperts(PackedModule):
             "gate_up_proj", num_experts, 2 * intermediate_dim, hidden_dim, device=device
         )
         self._add_weight("down_proj", num_experts, hidden_dim, intermediate_dim, device=device)
-
-    @classmethod
-    def like(
-        cls,
-        experts: nn.Module,
-        spec: PackedSpec,
-        where: str = "experts",
-        device: torch.device | str | None = None,
-    ) -> PackedExperts:
-        """An empty packed module of the shape of transformers' (or converted) experts.
-
-        Raises:
-            ConfigError: if the module keeps its experts in another way.
-        """
-        reason = why_not_experts(experts)
-        if reason:
-            raise ConfigError(f"{where}: these experts cannot be packed, because {reason}")
-        down, act_fn = experts.down_proj, experts.act_fn
-        assert isinstance(down, Tensor) and callable(act_fn)
-        number, hidden, intermediate = down.shape
-        return cls(number, hidden, intermediate, act_fn, spec=spec, where=where, device=device)
 
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_bitnet.core import check_shard_sizes
 from sparse_bitnet.kernels.registry import TernaryWeight, integer_linear, prepare
@@ -50,25 +50,6 @@ class PackedLinear(PackedModule):
         self._add_weight("weight", out_features, in_features, device=device)
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.register_buffer("bias", empty)
-
-    @classmethod
-    def like(
-        cls,
-        linear: nn.Linear,
-        spec: PackedSpec,
-        where: str = "linear",
-        device: torch.device | str | None = None,
-    ) -> PackedLinear:
-        """An empty packed layer of the shape of ``linear``."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            spec=spec,
-            where=where,
-            device=device,
-            dtype=linear.weight.dtype,
-        )
 
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return self.spec.shard_sizes

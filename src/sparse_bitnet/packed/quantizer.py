@@ -56,11 +56,19 @@ AUTO_MAP = {"AutoConfig": "hf_plugin.PackedModelConfig"}
 register_quantization_config(QUANT_METHOD)(SparseBitNetConfig)
 
 
+class _Quantizer(HfQuantizer):
+    requires_calibration = True  # a model is packed or converted by us, not while loading
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+
 @register_quantizer(QUANT_METHOD)
-class SparseBitNetQuantizer(HfQuantizer):
+class SparseBitNetQuantizer(_Quantizer):
     """Swaps packed modules in, refuses files that do not fit, writes checksums when saving."""
 
-    requires_calibration = True  # a model is packed by `sparse-bitnet pack`, not while loading
+    is_compileable = True
     quantization_config: SparseBitNetConfig
     saving_to: Path | None = None
 
@@ -115,17 +123,6 @@ class SparseBitNetQuantizer(HfQuantizer):
         state = model.state_dict() | {HINT: torch.empty(0, dtype=torch.uint8)}
         return state, checksum_metadata(state)
 
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
 
 def save_pretrained(
     model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **options: Any
@@ -162,14 +159,14 @@ class TrainedConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(record.QUANT_METHOD)
-class TrainedQuantizer(HfQuantizer):
+class TrainedQuantizer(_Quantizer):
     """Converts a model while it is loaded: the modules that were converted when it was saved.
 
     A base model lacks the saved one's prefix and head, and a model with another head has one that
     was never converted.
     """
 
-    requires_calibration = True  # a model becomes one by convert, not while loading
+    is_trainable = True
     is_saved_record = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -204,13 +201,6 @@ class TrainedQuantizer(HfQuantizer):
         return config
 
     update_tp_plan = update_attn_implementation
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
 
 
 class PackedModelConfig(PreTrainedConfig):

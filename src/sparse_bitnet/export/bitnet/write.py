@@ -78,12 +78,12 @@ def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[st
     with progress("writing bitnet", len(source.shapes)) as task:
         for name in source.shapes:
             layer = source.linear(name)
-            if len(layer.scale.unique()) != 1:
+            scale = layer.row_scale[:1]
+            if not bool((layer.row_scale == scale).all()):
                 raise ConfigError(
-                    f"{name}: the bitnet format has one scale a layer, and this one fuses "
-                    f"{len(layer.scale)} matrices with their own; run the model with sparse-bitnet"
+                    f"{name}: the bitnet format has one scale a layer, and this one fuses matrices "
+                    "with their own; run the model with sparse-bitnet"
                 )
-            scale = layer.scale[:1]
             inverse = linear_class == "bitlinear"
             yield f"{name}.weight", row_quarters.pack(layer.ternary, name)
             yield f"{name}.weight_scale", 1 / scale if inverse else scale
