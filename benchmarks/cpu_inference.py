@@ -32,10 +32,10 @@ import torch
 from rich.table import Table
 
 import cpu_models
+from machine import cpu_name, measured_on
 from sparse_bitnet.console import out, progress
 from sparse_bitnet.files import write_text
 from sparse_bitnet.kernels import native
-from sparse_bitnet.kernels.environment import cpu_name, measured_on
 from sparse_bitnet.kernels.native.pages import use_large_pages
 
 RESULTS = Path(__file__).parent / "results" / "cpu"

@@ -25,10 +25,10 @@ from typing import Any
 
 from rich.table import Table
 
+from machine import measured_on
 from sparse_bitnet.console import out, say
 from sparse_bitnet.data import Loader, TokenShards, prepare
 from sparse_bitnet.files import write_text
-from sparse_bitnet.kernels.environment import measured_on
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 3.0  # MB of text a second a core

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from decoders import interleaved
+from machine import measured_on
 from sparse_bitnet import console, files
-from sparse_bitnet.kernels.environment import measured_on
 
 __all__ = ["FEWEST_CALLS", "copies_beyond_cache", "interleaved", "report", "summary", "write"]
 

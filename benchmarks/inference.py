@@ -28,8 +28,8 @@ from torch import Tensor
 
 from decoders import FULL, Calls, capture, compile_parts, interleaved, random_decoder
 from gpu_common import write
+from machine import gpu_state
 from sparse_bitnet import console
-from sparse_bitnet.kernels.environment import gpu_state
 from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, StaticKeyValueCache
 from sparse_bitnet.modeling.decoder import FULL as FULL_ATTENTION
 from sparse_bitnet.nn.packed_linear import PackedLinear

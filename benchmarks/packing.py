@@ -28,10 +28,10 @@ from typing import Any
 
 from rich.table import Table
 
+from machine import measured_on
 from sparse_bitnet.console import out, say
 from sparse_bitnet.files import write_text
 from sparse_bitnet.formats import STORAGES
-from sparse_bitnet.kernels.environment import measured_on
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {

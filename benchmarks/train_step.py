@@ -29,10 +29,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
+from machine import measured_on
 from sparse_bitnet import demo
 from sparse_bitnet.console import out, progress, say
 from sparse_bitnet.files import write_text
-from sparse_bitnet.kernels.environment import measured_on
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.presets import PRESETS, preset_config
 

@@ -9,19 +9,7 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.write import pack
@@ -40,27 +28,21 @@ SMALL = {
 }
 
 
+MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+SIZES = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2-untied": {"tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2-moe": {"num_experts_per_tok": 2, **MOE},
+}
+
+
 def build_model(architecture):
     """A model of that architecture with random weights, biases and norms, not yet converted."""
     torch.manual_seed(0)
-    model = {
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **SMALL)),
-        "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **SMALL)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
-        "mixtral": lambda: MixtralForCausalLM(
-            MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **SMALL)
-        ),
-        "qwen2-moe": lambda: Qwen2MoeForCausalLM(
-            Qwen2MoeConfig(
-                num_experts=4,
-                num_experts_per_tok=2,
-                moe_intermediate_size=24,
-                shared_expert_intermediate_size=40,
-                **SMALL,
-            )
-        ),
-    }[architecture]()
+    kind = architecture.removesuffix("-untied").replace("-", "_")
+    config = AutoConfig.for_model(kind, **SMALL | SIZES.get(architecture, {}))
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # biases of zero and norms of one would hide a mistake
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
@@ -129,7 +111,14 @@ for line in sys.stdin:
 """
 
 
-# Test modules cannot import this file, so its functions are fixtures.
+def fixed(value):
+    """A fixture that is always this."""
+    return pytest.fixture(scope="session")(lambda: value)
+
+
+build, trained, logits = fixed(build_model), fixed(trained_model), fixed(model_logits)
+read_header, write_header = fixed(read_tensor_header), fixed(write_tensor_header)
+edit_json = fixed(edit_json_file)
 
 
 @pytest.fixture(scope="session")
@@ -149,36 +138,6 @@ def stock(tmp_path_factory):
     yield run
     process.stdin.close()
     process.wait()
-
-
-@pytest.fixture(scope="session")
-def build():
-    return build_model
-
-
-@pytest.fixture(scope="session")
-def trained():
-    return trained_model
-
-
-@pytest.fixture(scope="session")
-def logits():
-    return model_logits
-
-
-@pytest.fixture(scope="session")
-def read_header():
-    return read_tensor_header
-
-
-@pytest.fixture(scope="session")
-def write_header():
-    return write_tensor_header
-
-
-@pytest.fixture(scope="session")
-def edit_json():
-    return edit_json_file
 
 
 @pytest.fixture(scope="session")

@@ -2,28 +2,8 @@
 
 import torch
 
-from sparse_bitnet import kernels
-from sparse_bitnet.core import Method, Pattern, quantize_int4, quantize_int8, ternarize
+from sparse_bitnet.core import quantize_int8
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
-
-
-def test_operations_equal_the_method() -> None:
-    weight, x = torch.randn(12, 32), torch.randn(2, 3, 32)
-    for method in (
-        None,
-        Method(),
-        Method(order="mask-then-quant"),
-        Method(mask_source="quantized"),
-    ):
-        for ours, theirs in zip(
-            kernels.ternarize(weight, Pattern(6, 8), method, (4, 8)),
-            ternarize(weight, Pattern(6, 8), method, (4, 8)),
-            strict=True,
-        ):
-            assert torch.equal(ours, theirs)
-    for bits, reference in ((8, quantize_int8), (4, quantize_int4)):
-        for ours, theirs in zip(kernels.quantize_activations(x, bits), reference(x), strict=True):
-            assert torch.equal(ours, theirs)
 
 
 def test_fused_quantization_is_its_parts() -> None:

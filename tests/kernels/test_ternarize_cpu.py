@@ -37,7 +37,7 @@ def test_equals_the_reference(shape, shard_sizes, pattern, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(shape) * torch.rand(*shape[:-1], 1)).to(dtype)
     weight[..., ::3] = 0.5  # ties
-    assert cpu.serves(weight) == (weight.numel() > 0)
+    assert cpu.serves(weight)
     ternary, scale = ternarize(weight, pattern, None, shard_sizes)
     expected, expected_scale = reference(weight, pattern, None, shard_sizes)
     assert ternary.dtype == torch.int8 and torch.equal(ternary, expected)

@@ -331,28 +331,26 @@ class TestFrozen:
         assert_new(model, model, before)
 
 
-def test_gradients_flow_while_frozen() -> None:
+def frozen_twice(model: nn.Module) -> None:
     """Micro-batches of one step may share what they derive."""
+    with frozen(model):
+        for _ in range(2):
+            backward(model)
+
+
+def checkpointed_twice(model: nn.Module) -> None:
+    for _ in range(2):
+        checkpoint(model, inputs(), use_reentrant=False).square().sum().backward()
+
+
+@pytest.mark.parametrize("run", [frozen_twice, checkpointed_twice])
+def test_gradients_stay_the_same(run: Callable[[nn.Module], None]) -> None:
     models = [two_layers(), two_layers()]
     for _ in range(2):
         backward(models[0])
-    with frozen(models[1]):
-        for _ in range(2):
-            backward(models[1])
+    run(models[1])
     for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        assert torch.equal(a.grad, b.grad)
-
-
-def test_checkpointing_derives_again_and_gives_the_same() -> None:
-    models = [two_layers(), two_layers()]
-    backward(models[0])
-    checkpoint(models[1], inputs(), use_reentrant=False).square().sum().backward()
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        assert torch.equal(a.grad, b.grad)
+        assert a.grad is not None and torch.equal(a.grad, b.grad)
 
 
 def test_master_weights_and_masks(tiny: Callable[..., PreTrainedModel]) -> None:

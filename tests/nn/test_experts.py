@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, PatternError, nm_mask, worst_group
+from sparse_bitnet.core import Method, Pattern, nm_mask
 from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
 from sparse_bitnet.nn.experts import route, why_not_experts
 
@@ -76,14 +76,6 @@ def test_the_twin_equals_separate_layers(pattern: str) -> None:
     torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_mask_runs_along_in() -> None:
-    module = SparseBitExperts(Experts(), Pattern(6, 8))
-    assert worst_group(module.derived("gate_up_proj")[0], 8) <= 6
-    assert worst_group(module.derived("down_proj")[0], 8) <= 6
-    baseline = SparseExperts(Experts(), Pattern(6, 8))
-    assert torch.equal(baseline.derived("down_proj")[0], nm_mask(baseline.down_proj, Pattern(6, 8)))
-
-
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
 def test_gradients(kind: Any, gradient: Any) -> None:
@@ -110,12 +102,6 @@ def test_an_index_beyond_the_last_expert_is_no_expert() -> None:
     assert torch.equal(module(hidden, index, weights)[3], torch.zeros(HIDDEN))
 
 
-def test_no_tokens() -> None:
-    module = SparseBitExperts(Experts(), Pattern(6, 8))
-    empty = torch.empty(0, 2, dtype=torch.long)
-    assert module(torch.empty(0, HIDDEN), empty, empty.float()).shape == (0, HIDDEN)
-
-
 def test_route_weighs_and_sums() -> None:
     hidden = torch.tensor([[1.0], [10.0]])
     index = torch.tensor([[0, 1], [1, 0]])
@@ -135,16 +121,6 @@ def test_half_precision(kind: Any) -> None:
         auto = module(hidden, index, weights)
     for other in (half, auto):
         assert (other.float() - full).norm() < 0.05 * full.norm()
-
-
-def test_refuses_a_size_that_m_does_not_divide() -> None:
-    with pytest.raises(PatternError, match="gate_up_proj: in_features 16 is not a multiple of M"):
-        SparseBitExperts(Experts(), Pattern(6, 32))
-
-
-def test_says_what_it_is() -> None:
-    text = repr(SparseBitExperts(Experts(), DENSE))
-    assert "experts=4, hidden=16, intermediate=8, pattern=dense" in text
 
 
 class TestWhyNot:

@@ -12,7 +12,7 @@ from sparse_bitnet.formats import STORAGES, two_bit
 from sparse_bitnet.kernels import ternary_matmul
 from sparse_bitnet.kernels.matmul import cpu
 from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseLinear
-from sparse_bitnet.nn.pack import empty_packed, pack_module, swap_packed
+from sparse_bitnet.nn.pack import pack_module, swap_packed
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.packed_module import PackedSpec, find_violation, prepare
 
@@ -141,15 +141,6 @@ def test_meta_construction_and_to_empty(storage):
     assert packed.weight.dtype == torch.uint8 and not packed.weight.is_meta
 
 
-def test_compiled_equals_eager(storage):
-    packed = pack_module(trained_linear(), storage, "l")
-    x = torch.randn(4, 40)
-    expected = packed(x)
-    prepare(packed)
-    compiled = torch.compile(packed, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), expected)
-
-
 def test_layout_is_derived_at_first_use_only(storage):
     packed = pack_module(trained_linear(), storage, "l")
     assert not packed._prepared
@@ -169,33 +160,9 @@ def test_find_violation_agrees_with_a_loop(shape):
             for start in range(0, 24, 8):
                 count = int((ternary[row][start : start + 8] != 0).sum())
                 if count > 6 and expected is None:
-                    expected = (row, start, count)
-        found = find_violation(ternary, P68)
-        assert (found and (found.row, found.first_input, found.count)) == expected
-
-
-def test_packing_refuses_what_breaks_the_pattern(storage):
-    trained = trained_linear()
-    ternary, *rest = trained.derived()
-    ternary[4, 16:24] = 1
-    trained.derive = lambda name: (ternary, *rest)
-    message = r"mlp.up.weight: row 4 has 8 non-zeros in the group from input 16 on.*is 6:8"
-    with pytest.raises(WeightError, match=message):
-        pack_module(trained, storage, "mlp.up")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_packing_refuses_nan(storage, value):
-    trained = trained_linear()
-    with torch.no_grad():
-        trained.weight[2, 3] = value
-    with pytest.raises(WeightError, match=r"q.weight: 1 of 240 values are NaN or infinite"):
-        pack_module(trained, storage, "q")
-    trained = trained_linear()
-    with torch.no_grad():
-        trained.bias[2] = value
-    with pytest.raises(WeightError, match=r"q.bias: 1 of 6 values are NaN or infinite"):
-        pack_module(trained, storage, "q")
+                    at = row[0] if len(row) == 1 else row
+                    expected = f"row {at} has {count} non-zeros in the group from input {start} on"
+        assert find_violation(ternary, P68) == expected
 
 
 def test_packing_refuses_the_full_precision_twin_and_unloaded_weights(storage):
@@ -208,26 +175,11 @@ def test_packing_refuses_the_full_precision_twin_and_unloaded_weights(storage):
         pack_module(unloaded, storage, "l")
 
 
-def test_using_refuses_bytes_that_break_the_pattern(storage):
-    packed = pack_module(trained_linear(), storage, "v_proj")
-    packed.store("weight", torch.ones(6, 40, dtype=torch.int8), packed.weight_scale)
-    packed.check()  # the bytes by themselves are well formed
-    with pytest.raises(PackedFormatError, match=r"v_proj.weight: row 0 has 8 non-zeros.*6:8"):
-        packed(torch.randn(1, 40))
-
-
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_check_refuses_scales(storage, value):
     packed = pack_module(trained_linear(), storage, "v_proj")
     packed.weight_scale.fill_(value)
     with pytest.raises(PackedFormatError, match=r"v_proj.weight_scale: a scale is not a positive"):
-        packed.check()
-
-
-def test_check_refuses_bytes(storage):
-    packed = pack_module(trained_linear(), storage, "v_proj")
-    packed.weight[5, 1] = 255
-    with pytest.raises(PackedFormatError, match=r"v_proj.weight: row 5, byte 1 is 255"):
         packed.check()
 
 
@@ -239,18 +191,6 @@ def test_swap_refuses_unknown_modules():
         swap_packed(model, {"1": PackedSpec()})
     swap_packed(model, {"0": PackedSpec()})
     assert isinstance(model[0], PackedLinear) and model[0].weight.is_meta
-
-
-def test_empty_packed_checks_the_pattern():
-    with pytest.raises(ValueError, match=r"down.weight \(4, 12\).*in_features 12 is not a mult"):
-        empty_packed(nn.Linear(12, 4), PackedSpec(pattern=P68), "down")
-
-
-def test_segments_have_to_sum_to_the_rows():
-    with pytest.raises(
-        WeightError, match=r"qkv: shard sizes \(4, 2\) must be positive and sum to its 8"
-    ):
-        PackedLinear(16, 8, spec=PackedSpec(shard_sizes=(4, 2)), where="qkv")
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")

@@ -202,14 +202,6 @@ def test_copies_save_themselves(tiny: Tiny, tmp_path: Path) -> None:
         assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)
 
 
-def test_uploading_from_within(tiny: Tiny, tmp_path: Path) -> None:
-    model = tiny()
-    convert(model, "6:8")
-    with pytest.raises(ConfigError, match=r"model\.push_to_hub"):
-        model.save_pretrained(tmp_path / "out", push_to_hub=True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_models_of_others_have_no_record() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     convert(model, "6:8")

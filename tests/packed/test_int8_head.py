@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from sparse_bitnet.core import ConfigError, PackedFormatError
+from sparse_bitnet.core import PackedFormatError
 from sparse_bitnet.export.exportable import open_exportable
 from sparse_bitnet.nn.int8_head import Int8Embedding, Int8Head, TiedInt8Head
 from sparse_bitnet.packed.inspect import inspect
@@ -101,18 +101,6 @@ def test_exports_read_the_rounded_values(tmp_path, kind, trained):
     assert torch.allclose(others[name], rounded(model).lm_head.weight, atol=1e-6)
 
 
-def test_refused(tmp_path, trained):
-    model = trained("qwen2-untied")
-    with torch.no_grad():
-        model.lm_head.weight[3, 5] = torch.nan
-    with pytest.raises(Exception, match=r"lm_head.weight: 1 of .* values are NaN"):
-        pack(model, tmp_path / "out", head="int8")
-    model.lm_head = torch.nn.Identity()
-    with pytest.raises(ConfigError, match="the output head of this Qwen2ForCausalLM is a Identity"):
-        pack(model, tmp_path / "out", head="int8")
-    assert list(tmp_path.iterdir()) == []
-
-
 def edit_tensors(file, change):
     tensors = load_file(file)
     change(tensors)
@@ -123,19 +111,10 @@ def edit_tensors(file, change):
     ("change", "message"),
     [
         (lambda t: t[f"{EMBED}.weight_scale"].neg_(), "weight_scale: a scale is not a positive"),
-        (lambda t: t[f"{EMBED}.weight_scale"].fill_(torch.inf), "a scale is not a positive"),
         (lambda t: t.pop(f"{EMBED}.weight_scale"), "1 tensors of the model are missing"),
         (
             lambda t: t.update({f"{EMBED}.weight": t[f"{EMBED}.weight"].float()}),
             r"is torch.float32 \[300, 32\], but config.json asks for torch.int8",
-        ),
-        (
-            lambda t: t.update({f"{EMBED}.weight_scale": t[f"{EMBED}.weight_scale"].half()}),
-            "is torch.float16",
-        ),
-        (
-            lambda t: t.update({f"{EMBED}.weight": t[f"{EMBED}.weight"][:-1].clone()}),
-            r"is torch.int8 \[299, 32\]",
         ),
         (lambda t: t.update({"lm_head.weight": torch.ones(300, 32)}), "belongs to no module"),
     ],

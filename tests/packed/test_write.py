@@ -135,12 +135,6 @@ def test_a_directory_packs_to_the_same_bytes_as_its_model(tmp_path, architecture
     assert one == two
 
 
-def test_tokenizer_may_be_a_directory(tmp_path, trained, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    pack(trained("qwen2"), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
-    assert load(tmp_path / "out")[1] is not None
-
-
 def test_the_model_stays_as_it_is(tmp_path, trained):
     model = trained("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

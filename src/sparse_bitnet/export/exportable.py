@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,34 +15,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.core import ConfigError, check_finite, row_scale
 from sparse_bitnet.nn import SparseBitLinear, converted_modules
 from sparse_bitnet.nn.int8_head import Int8Table
-from sparse_bitnet.nn.pack import pack_module, packed_spec
+from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_linear import PackedLinear
-from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.nn.packed_module import PackedModule
 from sparse_bitnet.packed.load import load_unfused
 from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.write import distinct_tensors
 
 
-@dataclass(frozen=True)
-class TernaryLinear:
-    """One layer: ``W = γ · ternary``.
-
-    Attributes:
-        ternary: int8 ``[out, in]``.
-        scale: float32 ``[shards]``, γ of each matrix fused into the rows.
-        shard_sizes: rows of each of them; empty for one matrix.
-        bias: ``[out]``, or None.
-    """
+class TernaryLinear(NamedTuple):
+    """One layer, ``W = γ · ternary``: int8 ``[out, in]``, γ of every row as float32 ``[out]``, and
+    the bias ``[out]`` or None."""
 
     ternary: Tensor
-    scale: Tensor
-    shard_sizes: tuple[int, ...]
+    row_scale: Tensor
     bias: Tensor | None
-
-    @property
-    def row_scale(self) -> Tensor:
-        """γ of every row, float32 ``[out]``."""
-        return row_scale(self.scale, self.shard_sizes, self.ternary.shape[0])
 
 
 @dataclass(frozen=True)
@@ -90,15 +78,34 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
         raise ConfigError(
             f"{directory}: nothing in it is ternary; {target} takes a packed or a trained model"
         )
-    shapes = {name: _shape(name, module, target) for name, module in modules.items()}
+    shapes: dict[str, tuple[int, int]] = {}
+    biases: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        if not isinstance(module, PackedLinear | SparseBitLinear):
+            raise ConfigError(
+                f"{name}: a {type(module).__name__} has no place in {target}, which takes ternary "
+                "linear layers only"
+            )
+        how = module.spec if isinstance(module, PackedLinear) else module.method
+        bits = how.activation_bits
+        if bits != 8:
+            raise ConfigError(
+                f"{name}: the model was trained with {bits}-bit activations and every reader of "
+                f"{target} takes 8 bits, which gives another model's output; pack it and run it "
+                "with sparse-bitnet"
+            )
+        shapes[name] = module.out_features, module.in_features
+        if module.bias is not None:
+            biases[name] = module.bias
 
     def linear(name: str) -> TernaryLinear:
         module = modules[name]
         if isinstance(module, SparseBitLinear):
             module = pack_module(module, "two-bit", name)
         assert isinstance(module, PackedLinear)
-        scale = module.get_buffer("weight_scale")
-        return TernaryLinear(module.unpack("weight"), scale, module.spec.shard_sizes, module.bias)
+        scale, sizes = module.get_buffer("weight_scale"), module.spec.shard_sizes
+        rows = row_scale(scale, sizes, module.out_features)
+        return TernaryLinear(module.unpack("weight"), rows, module.bias)
 
     inside = tuple(f"{name}." for name in modules)
     others = {n: t for n, t in distinct_tensors(model).items() if not n.startswith(inside)}
@@ -106,34 +113,10 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
         if isinstance(module, Int8Table):
             del others[f"{name}.weight_scale"]
             others[f"{name}.weight"] = module.dequantize()
-    biases = {n: m.bias for n, m in modules.items() if isinstance(m.bias, Tensor)}
     for name, tensor in (others | {f"{n}.bias": bias for n, bias in biases.items()}).items():
         if tensor.is_floating_point():
             check_finite(tensor, name)
     return Exportable(model, tokenizer, shapes, set(biases), linear, others)
-
-
-def _shape(name: str, module: nn.Module, target: str) -> tuple[int, int]:
-    """``(out, in)`` of a layer that can be exported."""
-    if not isinstance(module, PackedLinear | SparseBitLinear):
-        raise ConfigError(
-            f"{name}: a {type(module).__name__} has no place in {target}, which takes ternary "
-            "linear layers only"
-        )
-    spec = _spec(name, module)
-    if spec.activation_bits != 8:
-        raise ConfigError(
-            f"{name}: the model was trained with {spec.activation_bits}-bit activations and every "
-            f"reader of {target} takes 8 bits, which gives another model's output; pack it and run "
-            "it with sparse-bitnet"
-        )
-    return module.out_features, module.in_features
-
-
-def _spec(name: str, module: PackedLinear | SparseBitLinear) -> PackedSpec:
-    if isinstance(module, PackedLinear):
-        return module.spec
-    return packed_spec(module, "two-bit", name)
 
 
 @dataclass(frozen=True)

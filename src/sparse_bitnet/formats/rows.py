@@ -8,6 +8,7 @@ waiting. Packing a large matrix needs little more memory than its result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +33,60 @@ def chunks(tensor: Tensor, widest: int = 0) -> Iterator[tuple[int, Tensor]]:
         yield first, rows[first : first + step]
 
 
-def map_rows(function: Callable[[Tensor], Tensor], source: Tensor, out: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Storage:
+    """One way to keep ternary rows ``[..., in]`` as bytes, of ``per_byte`` weights each.
+
+    Attributes:
+        name: as written into a packed model's configuration.
+        pack_rows: int8 ``[rows, in]`` → uint8 ``[rows, bytes]``.
+        unpack_rows: ``(packed, in)``, the inverse.
+        wrong_bytes: ``(packed, in)`` → boolean of its shape, True where packing writes no such.
+    """
+
+    name: str
+    per_byte: int
+    pack_rows: Callable[[Tensor], Tensor]
+    unpack_rows: Callable[[Tensor, int], Tensor]
+    wrong_bytes: Callable[[Tensor, int], Tensor]
+
+    def packed_length(self, length: int) -> int:
+        """Bytes of a row of ``length`` weights."""
+        return -(-length // self.per_byte)
+
+    def pack(self, ternary: Tensor, where: str = "weight") -> Tensor:
+        """int8 ``[..., in]`` with values in {−1, 0, 1} → uint8 ``[..., packed_length(in)]``.
+
+        Raises:
+            WeightError: if the tensor is not int8 or holds another value.
+        """
+        check_ternary(ternary, where)
+        length = self.packed_length(ternary.shape[-1])
+        out = ternary.new_empty((*ternary.shape[:-1], length), dtype=torch.uint8)
+        return _map_rows(self.pack_rows, ternary, out)
+
+    def unpack(self, packed: Tensor, length: int, where: str = "weight") -> Tensor:
+        """The inverse of :meth:`pack`, int8 ``[..., length]``.
+
+        Raises:
+            PackedFormatError: as :meth:`check`.
+        """
+        self.check(packed, length, where)
+        out = packed.new_empty((*packed.shape[:-1], length), dtype=torch.int8)
+        return _map_rows(lambda rows: self.unpack_rows(rows, length), packed, out)
+
+    def check(self, packed: Tensor, length: int, where: str = "weight") -> None:
+        """Refuse bytes that :meth:`pack` never writes for rows of ``length`` weights.
+
+        Raises:
+            PackedFormatError: for another dtype or row length, or a wrong byte; naming ``where``,
+                row and byte.
+        """
+        expected = self.packed_length(length)
+        check_bytes(packed, length, expected, lambda rows: self.wrong_bytes(rows, length), where)
+
+
+def _map_rows(function: Callable[[Tensor], Tensor], source: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` ``[..., m]`` with ``function(rows of source)``; both have the same rows."""
     rows = out.view(-1, out.shape[-1]) if out.numel() else out
     for first, part in chunks(source, out.shape[-1]):

@@ -11,27 +11,17 @@ from torch import Tensor
 
 from sparse_bitnet.core.errors import PackedFormatError, PatternError, WeightError
 from sparse_bitnet.core.mask import worst_group
+from sparse_bitnet.formats.rows import chunks
 
 GROUP = 4
 KEPT = 2
-PIECE = 2**22  # weights
 
 
 def fits(ternary: Tensor) -> bool:
-    """Whether every aligned four lanes of int8 ``[..., in]`` hold at most two non-zeros.
-
-    In pieces: it is asked while a model is loaded, when memory counts.
-    """
-    if ternary.shape[-1] % GROUP:
-        return False
-    rows = ternary.reshape(-1, ternary.shape[-1])
-    step = max(1, PIECE // max(1, rows.shape[1]))
-    worst = torch.zeros((), dtype=torch.uint8, device=ternary.device)
-    for part in rows.split(step):
-        if part.numel():
-            lanes = (part != 0).view(torch.uint8).unflatten(-1, (-1, GROUP)).unbind(-1)
-            worst = torch.maximum(worst, sum(lanes[1:], lanes[0]).max())
-    return int(worst) <= KEPT
+    """Whether every aligned four lanes of int8 ``[..., in]`` hold at most two non-zeros."""
+    return ternary.shape[-1] % GROUP == 0 and all(
+        worst_group(rows, GROUP) <= KEPT for _, rows in chunks(ternary)
+    )
 
 
 def pack(ternary: Tensor) -> tuple[Tensor, Tensor]:

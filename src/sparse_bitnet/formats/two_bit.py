@@ -16,56 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_bitnet.formats.rows import check_bytes, check_ternary, map_rows
+from sparse_bitnet.formats.rows import Storage
 
 PER_BYTE = 4
 SHIFTS = (0, 2, 4, 6)
 LOW_BITS = 0b01010101  # the low bit of each code; also four codes of weight zero
-
-
-def packed_length(length: int) -> int:
-    """Bytes of a row of ``length`` weights."""
-    return -(-length // PER_BYTE)
-
-
-def pack(ternary: Tensor, where: str = "weight") -> Tensor:
-    """int8 ``[..., in]`` with values in {−1, 0, 1} → uint8 ``[..., ceil(in / 4)]``.
-
-    Raises:
-        WeightError: if the tensor is not int8 or holds another value.
-    """
-    check_ternary(ternary, where)
-    out_shape = (*ternary.shape[:-1], packed_length(ternary.shape[-1]))
-    return map_rows(pack_rows, ternary, ternary.new_empty(out_shape, dtype=torch.uint8))
-
-
-def unpack(packed: Tensor, length: int, where: str = "weight") -> Tensor:
-    """The inverse of :func:`pack`: uint8 ``[..., ceil(length / 4)]`` → int8 ``[..., length]``.
-
-    Raises:
-        PackedFormatError: as :func:`check`.
-    """
-    check(packed, length, where)
-    out = packed.new_empty((*packed.shape[:-1], length), dtype=torch.int8)
-    return map_rows(lambda rows: unpack_rows(rows, length), packed, out)
-
-
-def check(packed: Tensor, length: int, where: str = "weight") -> None:
-    """Refuse bytes that :func:`pack` never writes for rows of ``length`` weights.
-
-    Raises:
-        PackedFormatError: for another dtype or row length, for the code 3, for padding that is not
-            zero; naming ``where``, row and byte.
-    """
-    used = length % PER_BYTE
-
-    def bad(rows: Tensor) -> Tensor:
-        wrong = (rows & (rows >> 1) & LOW_BITS) != 0
-        if used:
-            wrong[:, -1] |= (rows[:, -1] >> 2 * used) != LOW_BITS >> 2 * used
-        return wrong
-
-    check_bytes(packed, length, packed_length(length), bad, where)
 
 
 def pack_rows(rows: Tensor) -> Tensor:
@@ -80,3 +35,16 @@ def unpack_rows(rows: Tensor, length: int) -> Tensor:
     codes = torch.stack([(rows >> shift) & 3 for shift in SHIFTS], dim=-1)
     # A cast, not a view: a compiler joins it with what reads the weight.
     return codes.flatten(-2)[..., :length].to(torch.int8) - 1
+
+
+def wrong_bytes(rows: Tensor, length: int) -> Tensor:
+    """True where a byte has the code 3, or padding that is not zero."""
+    used = length % PER_BYTE
+    wrong = (rows & (rows >> 1) & LOW_BITS) != 0
+    if used:
+        wrong[:, -1] |= (rows[:, -1] >> 2 * used) != LOW_BITS >> 2 * used
+    return wrong
+
+
+STORAGE = Storage("two-bit", PER_BYTE, pack_rows, unpack_rows, wrong_bytes)
+packed_length, pack, unpack = STORAGE.packed_length, STORAGE.pack, STORAGE.unpack

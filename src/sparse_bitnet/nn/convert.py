@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -141,54 +141,52 @@ def convert(
         raise ConfigError("convert: the model is converted already; use set_pattern to change it")
     check_adapters(model, "convert")
     _check_values(model)
-    default = Pattern.parse(pattern)
-    compiled = _compile_rules(rules or {})
-    decided: dict[str, list[str]] = {rule: [] for rule in rules or {}}
-    report = Conversion(kind, default)
+    Pattern.parse(pattern)
+    rules = rules or {}
+    _check_rules(rules)
     embeddings = _embeddings(model)
-    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]] = []
+    chosen: dict[str, str | None] = {}
+    skipped: dict[str, str] = {}
+    unused = list(rules)
     for name, module in model.named_modules():
-        is_experts = _looks_like_experts(module)
-        if not (isinstance(module, nn.Linear) or is_experts):
+        if not _can_hold_masters(module):
             continue
-        rule, choice = next(
-            ((rule, value) for rule, value in compiled if rule.search(name)), (None, None)
-        )
-        reason = _why_not(name, module, embeddings, choice, is_experts)
-        if reason:
-            report.skipped[name] = reason
-        if rule is not None and (reason is None or choice == "skip"):
-            decided[rule.pattern].append(name)
-        if reason:
-            continue
-        own = None if choice is None else Pattern.parse(choice)
-        for parameter, weight in _weights(module):
-            where = f"{name or type(module).__name__}.{parameter} {tuple(weight.shape)}"
-            _check_weight(weight, own or default, where)
-        plan.append((name, module, own or default, own))
-    _check_rules_used(decided, [name for name, *_ in plan], report.skipped)
-    if any(not name for name, *_ in plan):
+        rule = next((rule for rule in rules if re.search(rule, name)), None)
+        choice = None if rule is None else rules[rule]
+        reason = _why_not(name, module, embeddings, choice)
+        if reason is None:
+            chosen[name] = choice
+        else:
+            skipped[name] = reason
+        if rule in unused and (reason is None or choice == "skip"):
+            unused.remove(rule)
+    for rule in unused:
+        _refuse_unused(rule, list(chosen), skipped)
+    if "" in chosen:
         raise ConfigError(
             f"convert: the model is itself a {type(model).__name__}, so it cannot be swapped in "
             "place; put it into a module first"
         )
-    if not plan:
+    if not chosen:
+        reason = next(iter(skipped.values()), "")
         raise ConfigError(
             "convert: the model has no nn.Linear or expert weights to convert "
-            f"({len(report.skipped)} were left out: {_some(list(report.skipped))}){_first(report)}"
+            f"({len(skipped)} were left out: {_some(list(skipped))})"
+            + (f"; the first because {reason}" if reason else "")
         )
-    _swap(model, plan, report, method or Method(), rules or {})
+    report = convert_recorded(model, chosen, pattern, kind, method or Method(), rules)
+    report.skipped = skipped
     return report
 
 
 def convert_recorded(
     model: nn.Module,
     modules: dict[str, str | None],
-    pattern: str,
+    pattern: Pattern | str,
     kind: Kind,
     method: Method,
     rules: dict[str, str],
-) -> None:
+) -> Conversion:
     """Convert the modules that a record names, and no others (see :mod:`sparse_bitnet.nn.record`).
 
     Args:
@@ -200,44 +198,41 @@ def convert_recorded(
         PatternError: if M does not divide a module's input features.
     """
     report = Conversion(kind, Pattern.parse(pattern))
-    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]] = []
-    for name, choice in modules.items():
+    own = {n: None if one is None else Pattern.parse(one) for n, one in modules.items()}
+    for name, one in own.items():
         module = model.get_submodule(name)
-        own = None if choice is None else Pattern.parse(choice)
-        if not (isinstance(module, nn.Linear) or _looks_like_experts(module)):
+        if not _can_hold_masters(module):
             raise ConfigError(f"{name} is a {type(module).__name__}")
         for parameter, weight in _weights(module):
-            _check_weight(weight, own or report.pattern, f"{name}.{parameter}")
-        plan.append((name, module, own or report.pattern, own))
-    _swap(model, plan, report, method, rules)
-
-
-def _swap(
-    model: nn.Module,
-    plan: list[tuple[str, nn.Module, Pattern, Pattern | None]],
-    report: Conversion,
-    method: Method,
-    rules: dict[str, str],
-) -> None:
-    """Convert the modules of a plan: name, module, its pattern, and that of a rule."""
-    check_called(model, [name for name, *_ in plan])
-    names = _names_of_each(model)
-    for _, module, chosen, own in plan:
+            where = f"{name}.{parameter} {tuple(weight.shape)}"
+            if isinstance(weight, DTensor):
+                raise ConfigError(
+                    f"convert: {where} is sharded already; convert first, then fully_shard"
+                )
+            (one or report.pattern).check_divides(weight.shape[-1], where)
+            if not weight.is_meta:
+                check_finite(weight.float(), where)
+    check_called(model, own)
+    places: dict[nn.Module, list[str]] = {}  # a module may stand in several
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    for name, one in own.items():
+        module = model.get_submodule(name)
         for tensor in module.parameters(recurse=False):
             tensor.data = tensor.data.float()
         report.weights += sum(weight.numel() for _, weight in _weights(module))
-        shard_sizes = fused_rows(model, names[module][0])
+        chosen = one or report.pattern
         new: DerivedModule = (
-            LINEAR[report.kind](module, chosen, method, shard_sizes)
+            LINEAR[kind](module, chosen, method, fused_rows(model, name))
             if isinstance(module, nn.Linear)
-            else EXPERTS[report.kind](module, chosen, method)
+            else EXPERTS[kind](module, chosen, method)
         )
-        new.own_pattern = own
-        for name in names[module]:
-            model.set_submodule(name, new)
+        new.own_pattern = one
+        for place in places[module]:
+            model.set_submodule(place, new)
         report.modules += 1
-    own_patterns = {name: None if own is None else str(own) for name, _, _, own in plan}
-    record(model, own_patterns, report.pattern, report.kind, method, rules)
+    written = {n: None if one is None else str(one) for n, one in own.items()}
+    record(model, written, report.pattern, kind, method, rules)
     report.zero = [
         master.name + index
         for master in master_weights(model)
@@ -245,6 +240,7 @@ def _swap(
         for index in zero_matrices(master.weight, master.shard_sizes)
     ]
     warn_of_zeros(report.zero)
+    return report
 
 
 def warn_of_zeros(names: list[str]) -> None:
@@ -262,27 +258,25 @@ def set_pattern(model: nn.Module, pattern: Pattern | str) -> None:
         PatternError: if M does not divide a module's input features, naming the module; no module
             has changed then.
     """
-    for module, one in patterns_of_modules(model, pattern):
+    for module, one in patterns_of_modules(model, pattern).items():
         module.set_pattern(one)
     record_pattern(model, Pattern.parse(pattern))
 
 
-def patterns_of_modules(
-    model: nn.Module, pattern: Pattern | str
-) -> list[tuple[DerivedModule, Pattern]]:
+def patterns_of_modules(model: nn.Module, pattern: Pattern | str) -> dict[DerivedModule, Pattern]:
     """What :func:`set_pattern` would give each module; changes nothing.
 
     Raises:
         PatternError: if M does not divide a module's input features, naming the module.
     """
     pattern = Pattern.parse(pattern)
-    chosen: list[tuple[DerivedModule, Pattern]] = []
-    for name, module in converted_modules(model):
-        one = pattern if pattern.is_dense else (module.own_pattern or pattern)
-        for parameter, weight in module.master_parameters().items():
-            where = f"{name or type(module).__name__}.{parameter} {tuple(weight.shape)}"
-            one.check_divides(weight.shape[-1], where)
-        chosen.append((module, one))
+    chosen = {
+        module: pattern if pattern.is_dense else (module.own_pattern or pattern)
+        for _, module in converted_modules(model)
+    }
+    for master in master_weights(model):
+        shape = master.weight.shape
+        chosen[master.module].check_divides(shape[-1], f"{master.name} {tuple(shape)}")
     return chosen
 
 
@@ -319,8 +313,8 @@ def fused_rows(model: nn.Module, name: str) -> tuple[int, ...]:
     return ()
 
 
-def _looks_like_experts(module: nn.Module) -> bool:
-    return any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+def _can_hold_masters(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or any(w.dim() == 3 for _, w in _weights(module))
 
 
 def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -347,14 +341,6 @@ def _check_values(model: nn.Module) -> None:
             )
 
 
-def _check_weight(weight: nn.Parameter, pattern: Pattern, where: str) -> None:
-    if isinstance(weight, DTensor):
-        raise ConfigError(f"convert: {where} is sharded already; convert first, then fully_shard")
-    pattern.check_divides(weight.shape[-1], where)
-    if not weight.is_meta:
-        check_finite(weight.float(), where)
-
-
 def _embeddings(model: nn.Module) -> set[Tensor]:
     """Weights of the input embeddings and of the output head."""
     get = getattr(model, "get_output_embeddings", None)
@@ -363,73 +349,45 @@ def _embeddings(model: nn.Module) -> set[Tensor]:
     return found | (set(head.parameters()) if isinstance(head, nn.Module) else set())
 
 
-def _names_of_each(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of a module, for one that stands in several places."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
 def _why_not(
-    name: str,
-    module: nn.Module,
-    embeddings: set[Tensor],
-    choice: str | None,
-    is_experts: bool,
+    name: str, module: nn.Module, embeddings: set[Tensor], choice: str | None
 ) -> str | None:
     """The reason to leave a module as it is, or None."""
     if choice == "skip":
         return "a rule skips it"
-    if isinstance(module, nn.Linear) and module.weight in embeddings:
-        return "the output head stays in full precision"
     if isinstance(module, nn.Conv1d):
         return "convolutions stay in full precision"
-    if is_experts:
+    if not isinstance(module, nn.Linear):
         return why_not_experts(module)
+    if module.weight in embeddings:
+        return "the output head stays in full precision"
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain nn.Linear"
-    if ROUTERS.search(name):
-        return "routers stay in full precision"
-    return None
+    return "routers stay in full precision" if ROUTERS.search(name) else None
 
 
-def _compile_rules(rules: dict[str, str]) -> list[tuple[re.Pattern[str], str]]:
-    compiled = []
+def _check_rules(rules: dict[str, str]) -> None:
     for rule, value in rules.items():
         try:
-            compiled.append((re.compile(rule), value))
+            re.compile(rule)
             if value != "skip":
                 Pattern.parse(value)
         except re.error as error:
             raise ConfigError(f"rule {rule!r} is not a regular expression: {error}") from None
         except PatternError as error:
             raise ConfigError(f"rule {rule!r}: {error}; or write 'skip'") from None
-    return compiled
 
 
-def _check_rules_used(
-    decided: dict[str, list[str]], converted: list[str], skipped: dict[str, str]
-) -> None:
-    """Refuse rules that match no module."""
-    for rule, names in decided.items():
-        if names:
-            continue
-        found = [name for name in [*converted, *skipped] if re.search(rule, name)]
-        if not found:
-            raise ConfigError(
-                f"rule {rule!r} matches no linear module; there are {_some([*converted, *skipped])}"
-            )
-        reason = skipped.get(found[0], "")
-        raise ConfigError(
-            f"rule {rule!r} decides for no module: of {_some(found)} "
-            + (f"the first is left out ({reason})" if reason else "an earlier rule decides")
-        )
-
-
-def _first(report: Conversion) -> str:
-    reason = next(iter(report.skipped.values()), "")
-    return f"; the first because {reason}" if reason else ""
+def _refuse_unused(rule: str, chosen: list[str], skipped: dict[str, str]) -> NoReturn:
+    names = [*chosen, *skipped]
+    found = [name for name in names if re.search(rule, name)]
+    if not found:
+        raise ConfigError(f"rule {rule!r} matches no linear module; there are {_some(names)}")
+    reason = skipped.get(found[0], "")
+    raise ConfigError(
+        f"rule {rule!r} decides for no module: of {_some(found)} "
+        + (f"the first is left out ({reason})" if reason else "an earlier rule decides")
+    )
 
 
 def _some(names: list[str]) -> str:

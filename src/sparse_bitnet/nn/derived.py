@@ -27,7 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_bitnet.core import ConfigError, Method, Pattern, WeightError
+from sparse_bitnet.core import (
+    ConfigError,
+    Method,
+    Pattern,
+    WeightError,
+    check_row,
+    check_shard_sizes,
+)
+from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
 from sparse_bitnet.nn.gathered import GatheredTernary
 
 Derived = tuple[Tensor | None, ...]
@@ -44,7 +52,11 @@ class DerivedModule(nn.Module, ABC):
     """λ of a ternary module between full precision (0) and integers; None at 1, and by default."""
 
     def _configure(self, pattern: Pattern, method: Method | None) -> None:
-        """Last line of a constructor: pattern, method and the dtype of the master weights."""
+        """Last line of a constructor: checks, pattern, method and the master weights' dtype."""
+        for name, weight in self.master_parameters().items():
+            pattern.check_divides(weight.shape[-1], name)
+            check_shard_sizes(self.shard_sizes_of(name), weight.shape[-2], name)
+            check_row(weight.shape[-1], name)
         self.method = method or Method()
         # The pattern to return to when a schedule brings the mask in; None follows the schedule's
         # own pattern.
@@ -71,9 +83,35 @@ class DerivedModule(nn.Module, ABC):
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         """Rows of each logical matrix fused into that parameter; empty for one matrix."""
 
-    @abstractmethod
-    def derive(self, name: str) -> Derived:
-        """What a product uses in the place of that parameter, from its present values."""
+    def derive(self, name: str = "weight") -> Derived:
+        """What a product uses in the place of that parameter, from its present values.
+
+        Returns:
+            Of a ternary module the ternary weight (int8 of the parameter's shape, on CUDA two bits
+            of ``formats.two_bit``), γ (float32 ``[..., shards]``) and the mask, None where neither
+            gradients nor the weights of a blend need it; of the baseline the mask, None if dense.
+            A mask is boolean of the parameter's shape.
+        """
+        weight, sizes = self.master_parameters()[name], self.shard_sizes_of(name)
+        if not self.is_ternary:
+            return (None if self.is_dense else self._baseline_mask(weight, sizes),)
+        mask = None
+        if self.method.gradient == "masked" or (self.blend is not None and not self.is_dense):
+            mask = kept_weights(weight, self.n_and_m, self.method, sizes)
+        return *ternarize_traced(weight, self.n_and_m, self.method, sizes), mask
+
+    def _baseline_mask(self, weight: Tensor, shard_sizes: tuple[int, ...]) -> Tensor:
+        compiles = torch.compiler.is_compiling() and weight.is_cuda
+        if not compiles or self.method.mask_source != "master":
+            return kept_weights(weight, self.n_and_m, self.method, shard_sizes)
+        # A GPU's compiler gets it as plain operations (``core.nm_mask`` as one expression: the
+        # weights that beat this one, counted): one kernel instead of a dozen, made anew for
+        # another pattern.
+        magnitude = weight.detach().abs().unflatten(-1, (-1, self.pattern.m))
+        lane = torch.arange(self.pattern.m, device=weight.device)
+        own, other = magnitude.unsqueeze(-1), magnitude.unsqueeze(-2)
+        ahead = (other > own) | ((other == own) & (lane.unsqueeze(0) < lane.unsqueeze(1)))
+        return (ahead.sum(-1) < self.pattern.n).flatten(-2)
 
     def derived(self, name: str = "weight") -> Derived:
         """:meth:`derive`, or what :func:`frozen` keeps of it, or what FSDP2 gathered of it.
@@ -140,9 +178,8 @@ class DerivedModule(nn.Module, ABC):
 def frozen(model: nn.Module) -> Iterator[None]:
     """Derive the weights of a converted model once, for all forwards inside the block.
 
-    For many forwards with few tokens, as when text is generated. Takes a byte a weight,
-    on a GPU two bits. Gradients
-    flow as ever, but the master weights must stay as they are.
+    For many forwards with few tokens, as when text is generated. Takes a byte a weight, on a GPU
+    two bits. Gradients flow as ever, but the master weights must stay as they are.
 
     Raises:
         WeightError: at the end of the block, naming the first module whose weights have changed in

@@ -7,17 +7,17 @@ modules here keep those names and shapes and replace the two products.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bitnet.core import DENSE, Method, Pattern, check_row, row_scale
-from sparse_bitnet.nn.blend import blended_linear
-from sparse_bitnet.nn.derived import Derived, DerivedModule
-from sparse_bitnet.nn.sparse_bit_linear import BitProduct, derive_ternary, output_dtype
-from sparse_bitnet.nn.sparse_linear import derive_mask, masked_weight
+from sparse_bitnet.core import DENSE, Method, Pattern, row_scale
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.sparse_bit_linear import ternary_product
+from sparse_bitnet.nn.sparse_linear import masked_weight
 
 # What transformers calls act_fn(gate) * up; a class with another gate brings its own function.
 PLAIN_GATE = "_default_apply_gate"
@@ -88,9 +88,6 @@ class _Experts(DerivedModule):
         assert isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)
         activation = experts.act_fn
         assert callable(activation)
-        for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
-            pattern.check_divides(weight.shape[-1], name)
-            check_row(weight.shape[-1], name)
         self.gate_up_proj: nn.Parameter = gate_up
         self.down_proj: nn.Parameter = down
         self.act_fn = activation
@@ -105,6 +102,22 @@ class _Experts(DerivedModule):
 
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
+
+    @abstractmethod
+    def _products(self, name: str) -> Callable[[int, Tensor], Tensor]:
+        """``(expert, [n, in]) → [n, out]`` with that parameter.
+
+        One unbind instead of an index an expert: its backward stacks the gradients once.
+        """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up, down = self._products("gate_up_proj"), self._products("down_proj")
+
+        def expert(index: int, x: Tensor) -> Tensor:
+            gate, up = gate_up(index, x).chunk(2, dim=-1)
+            return down(index, self.act_fn(gate) * up)
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
 
     def extra_repr(self) -> str:
         shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"
@@ -122,45 +135,17 @@ class SparseBitExperts(_Experts):
 
     is_ternary = True
 
-    def derive(self, name: str) -> Derived:
-        """As of :class:`SparseBitLinear`, with a leading dimension of experts."""
-        return derive_ternary(self, name)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        # One unbind instead of an index an expert: its backward stacks the gradients once.
-        products = {name: self._products(name) for name in ("gate_up_proj", "down_proj")}
-
-        def expert(index: int, x: Tensor) -> Tensor:
-            gate, up = products["gate_up_proj"](index, x).chunk(2, dim=-1)
-            return products["down_proj"](index, self.act_fn(gate) * up)
-
-        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
-
     def _products(self, name: str) -> Callable[[int, Tensor], Tensor]:
-        weight = self.master_parameters()[name]
+        master = self.master_parameters()[name]
         ternary, scale, kept = self.derived(name)
         assert ternary is not None and scale is not None
-        rows = row_scale(scale, self.shard_sizes_of(name), weight.shape[-2])
-        bits, blend = self.method.activation_bits, self.blend
-        masters = (weight if blend is None else masked_weight(self, weight, kept)).unbind(0)
+        rows = row_scale(scale, self.shard_sizes_of(name), master.shape[-2])
+        masters = master.unbind(0)
 
         def product(index: int, x: Tensor) -> Tensor:
-            if blend is not None:
-                return blended_linear(
-                    x, masters[index], None, ternary[index], rows[index], bits, blend
-                )
-            return BitProduct.apply(
-                x,
-                masters[index],
-                None,
-                ternary[index],
-                rows[index],
-                None if kept is None else kept[index],
-                bits,
-                output_dtype(x),
-                scale.shape[-1] < 2,
-                self.method.backward == "fp8",
-            )
+            mask = None if kept is None else kept[index]
+            weights = masters[index], None, ternary[index], rows[index], mask
+            return ternary_product(self, x, *weights, scale.shape[-1] < 2)
 
         return product
 
@@ -170,20 +155,6 @@ class SparseExperts(_Experts):
 
     is_ternary = False
 
-    def derive(self, name: str) -> Derived:
-        """The mask, bool of the parameter's shape; None if dense."""
-        return (derive_mask(self, name),)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        gate_up = self._masked("gate_up_proj").unbind(0)
-        down = self._masked("down_proj").unbind(0)
-
-        def expert(index: int, x: Tensor) -> Tensor:
-            gate, up = F.linear(x, gate_up[index].to(x.dtype)).chunk(2, dim=-1)
-            inner = self.act_fn(gate) * up
-            return F.linear(inner, down[index].to(inner.dtype))
-
-        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
-
-    def _masked(self, name: str) -> Tensor:
-        return masked_weight(self, self.master_parameters()[name], *self.derived(name))
+    def _products(self, name: str) -> Callable[[int, Tensor], Tensor]:
+        masters = masked_weight(self, self.master_parameters()[name], *self.derived(name)).unbind(0)
+        return lambda index, x: F.linear(x, masters[index].to(x.dtype))

@@ -9,22 +9,23 @@ its own stays as it is, as looking rows up costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.core import ConfigError, PackedFormatError, check_finite
+from sparse_bitnet.core import ConfigError, check_finite
 from sparse_bitnet.kernels.int8_linear import int8_linear
+from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 LARGEST = 127
 ROWS_AT_ONCE = 2**13
 
 
-class Int8Table(nn.Module):
-    """Rows of int8 and a scale for each. For inference: there are no parameters.
+class Int8Table(StoredModule):
+    """Rows of int8 and a scale for each.
 
     Buffers, which are also its state dict: ``weight`` (int8 ``[rows, width]``), ``weight_scale``
     (float32 ``[rows]``) and, if ``bias``, ``bias`` (``[rows]``, in the model's dtype).
@@ -50,8 +51,7 @@ class Int8Table(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.where = where
+        super().__init__(where)
         self.register_buffer("weight", torch.empty(rows, width, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.empty(rows, dtype=torch.float32, device=device))
         empty = torch.empty(rows, device=device, dtype=dtype) if bias else None
@@ -59,19 +59,6 @@ class Int8Table(nn.Module):
         self.register_buffer(
             "_as_model", torch.empty(0, device=device, dtype=dtype), persistent=False
         )
-
-    def check(self) -> None:
-        """Refuse scales that packing never writes.
-
-        Raises:
-            PackedFormatError: naming the module.
-        """
-        scale = self.weight_scale
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise PackedFormatError(
-                f"{self.where}.weight_scale: a scale is not a positive number; the file was edited "
-                "or damaged, pack the model again"
-            )
 
     def dequantize(self) -> Tensor:
         """The table in the model's dtype: ``[rows, width]``."""
@@ -82,16 +69,9 @@ class Int8Table(nn.Module):
         """The dtype that the model around it was moved to."""
         return self.get_buffer("_as_model").dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Table:
-        """Let the module move, but keep int8 as int8 and scales in float32."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for key in ("weight", "weight_scale"):
-            old, new = before[key], self._buffers[key]
-            assert old is not None and new is not None
-            if new.dtype != old.dtype:
-                self._buffers[key] = old.to(new.device)
-        return self
+    def product(self, x: Tensor) -> Tensor:
+        """``[..., width]`` → ``[..., rows]``."""
+        return int8_linear(x, self.weight, self.weight_scale, self.bias, output_dtype(x))
 
     def extra_repr(self) -> str:
         rows, width = self.weight.shape
@@ -109,7 +89,7 @@ class Int8Head(Int8Table):
     """The inference form of the output ``nn.Linear``: ``[..., width]`` → ``[..., rows]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.weight, self.weight_scale, self.bias, output_dtype(x))
+        return self.product(x)
 
 
 class TiedInt8Head(nn.Module):
@@ -133,8 +113,7 @@ class TiedInt8Head(nn.Module):
         return self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        table = self.table
-        return int8_linear(x, table.weight, table.weight_scale, table.bias, output_dtype(x))
+        return self.table.product(x)
 
 
 def quantize_rows(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor]:

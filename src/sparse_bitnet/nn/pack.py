@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -10,7 +9,7 @@ from sparse_bitnet.core import ConfigError, WeightError, check_finite
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels.matmul import unpacked
 from sparse_bitnet.nn.derived import DerivedModule
-from sparse_bitnet.nn.experts import SparseBitExperts
+from sparse_bitnet.nn.experts import SparseBitExperts, why_not_experts
 from sparse_bitnet.nn.packed_experts import PackedExperts
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec, find_violation
@@ -32,18 +31,22 @@ def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> Pack
     return PackedSpec(storage, module.pattern, module.method.activation_bits, shard_sizes)
 
 
-def empty_packed(
-    module: nn.Module, spec: PackedSpec, where: str, device: torch.device | str | None = "meta"
-) -> PackedModule:
-    """An empty packed module of the shape of a dense or trained linear or experts module.
+def empty_packed(module: nn.Module, spec: PackedSpec, where: str) -> PackedModule:
+    """An empty packed module, on the meta device, of the shape of a dense or trained one.
 
     Raises:
-        ConfigError: for another kind of module.
+        ConfigError: if it is neither linear nor experts in transformers' usual form.
         PatternError: if M does not divide its input features.
     """
     if isinstance(module, nn.Linear):
-        return PackedLinear.like(module, spec, where, device)
-    return PackedExperts.like(module, spec, where, device)
+        shape, bias = (module.in_features, module.out_features), module.bias is not None
+        dtype = module.weight.dtype
+        return PackedLinear(*shape, bias, spec=spec, where=where, device="meta", dtype=dtype)
+    if reason := why_not_experts(module):
+        raise ConfigError(f"{where}: these experts cannot be packed, because {reason}")
+    down, act_fn = module.down_proj, module.act_fn
+    assert isinstance(down, Tensor) and callable(act_fn)
+    return PackedExperts(*down.shape, act_fn, spec=spec, where=where, device="meta")
 
 
 def pack_module(module: DerivedModule, storage: StorageName, where: str) -> PackedModule:
@@ -97,7 +100,7 @@ def derived_ternary(module: DerivedModule) -> dict[str, tuple[Tensor, Tensor]]:
 
     Empty for the BF16 baseline.
     """
-    if not isinstance(module, SparseBitLinear | SparseBitExperts):
+    if not module.is_ternary:
         return {}
     result = {}
     for name, master in module.master_parameters().items():

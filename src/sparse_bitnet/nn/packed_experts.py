@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_bitnet.core import ConfigError
-from sparse_bitnet.kernels import quantize_activations
-from sparse_bitnet.kernels.registry import (
-    TernaryWeight,
-    integer_linear,
-    prepare,
-    ternary_linear,
-)
-from sparse_bitnet.nn.experts import route, why_not_experts
+from sparse_bitnet.kernels.registry import TernaryWeight, prepare
+from sparse_bitnet.nn.experts import route
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
-from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
 class PackedExperts(PackedModule):
@@ -57,27 +49,6 @@ class PackedExperts(PackedModule):
         )
         self._add_weight("down_proj", num_experts, hidden_dim, intermediate_dim, device=device)
 
-    @classmethod
-    def like(
-        cls,
-        experts: nn.Module,
-        spec: PackedSpec,
-        where: str = "experts",
-        device: torch.device | str | None = None,
-    ) -> PackedExperts:
-        """An empty packed module of the shape of transformers' (or converted) experts.
-
-        Raises:
-            ConfigError: if the module keeps its experts in another way.
-        """
-        reason = why_not_experts(experts)
-        if reason:
-            raise ConfigError(f"{where}: these experts cannot be packed, because {reason}")
-        down, act_fn = experts.down_proj, experts.act_fn
-        assert isinstance(down, Tensor) and callable(act_fn)
-        number, hidden, intermediate = down.shape
-        return cls(number, hidden, intermediate, act_fn, spec=spec, where=where, device=device)
-
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return (self.intermediate_dim,) * 2 if name == "gate_up_proj" else ()
 
@@ -86,17 +57,11 @@ class PackedExperts(PackedModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def expert(index: int, x: Tensor) -> Tensor:
-            gate, up = self._product("gate_up_proj", index, x).chunk(2, dim=-1)
-            return self._product("down_proj", index, self.act_fn(gate) * up)
+            gate_up, down = (self.prepared(name)[index] for name in ("gate_up_proj", "down_proj"))
+            gate, up = self.product(x, gate_up, None).chunk(2, dim=-1)
+            return self.product(self.act_fn(gate) * up, down, None)
 
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
-
-    def _product(self, name: str, index: int, x: Tensor) -> Tensor:
-        weight = self.prepared(name)[index]
-        if self.spec.activation_bits == 8:
-            return ternary_linear(x, weight, None, output_dtype(x))
-        x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return integer_linear(x_q, x_scale, weight, None, output_dtype(x))
 
     def extra_repr(self) -> str:
         shape = f"experts={self.num_experts}, hidden={self.hidden_dim}"

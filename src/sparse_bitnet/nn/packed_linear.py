@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_bitnet.core import check_shard_sizes
-from sparse_bitnet.kernels import quantize_activations
-from sparse_bitnet.kernels.registry import (
-    TernaryWeight,
-    integer_linear,
-    prepare,
-    ternary_linear,
-)
+from sparse_bitnet.kernels.registry import TernaryWeight, integer_linear, prepare
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
-from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
 class PackedLinear(PackedModule):
@@ -58,25 +51,6 @@ class PackedLinear(PackedModule):
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.register_buffer("bias", empty)
 
-    @classmethod
-    def like(
-        cls,
-        linear: nn.Linear,
-        spec: PackedSpec,
-        where: str = "linear",
-        device: torch.device | str | None = None,
-    ) -> PackedLinear:
-        """An empty packed layer of the shape of ``linear``."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            spec=spec,
-            where=where,
-            device=device,
-            dtype=linear.weight.dtype,
-        )
-
     def shard_sizes_of(self, name: str) -> tuple[int, ...]:
         return self.spec.shard_sizes
 
@@ -85,11 +59,7 @@ class PackedLinear(PackedModule):
         return prepare(ternary, scale, stored)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.spec.activation_bits == 8:
-            weight, dtype = self.prepared("weight"), output_dtype(x)
-            return ternary_linear(x, weight, self.bias, dtype)
-        x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
-        return self.from_integers(x_q, x_scale, output_dtype(x))
+        return self.product(x, self.prepared("weight"), self.bias)
 
     def from_integers(
         self, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from sparse_bitnet.core import DENSE, PackedFormatError, Pattern, check_row, row_scale
 from sparse_bitnet.formats import StorageName, storage
 from sparse_bitnet.formats.rows import chunks
-from sparse_bitnet.kernels.registry import TernaryWeight
+from sparse_bitnet.kernels import quantize_activations
+from sparse_bitnet.kernels.registry import TernaryWeight, integer_linear, ternary_linear
+from sparse_bitnet.nn.sparse_bit_linear import output_dtype
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,9 @@ class PackedSpec:
     shard_sizes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class GroupViolation:
-    """A group that breaks N:M: ``count`` non-zeros from ``first_input`` on in ``row``."""
-
-    row: tuple[int, ...]
-    first_input: int
-    count: int
-
-    def __str__(self) -> str:
-        row = self.row[0] if len(self.row) == 1 else self.row
-        return f"row {row} has {self.count} non-zeros in the group from input {self.first_input} on"
-
-
-def find_violation(ternary: Tensor, pattern: Pattern) -> GroupViolation | None:
-    """The first group of int8 ``[..., out, in]`` with more than N non-zeros; None if all keep N:M.
+def find_violation(ternary: Tensor, pattern: Pattern) -> str | None:
+    """The first group of int8 ``[..., out, in]`` with more than N non-zeros, in words; None if all
+    keep N:M.
 
     Raises:
         PatternError: if M does not divide ``in``.
@@ -68,38 +58,81 @@ def find_violation(ternary: Tensor, pattern: Pattern) -> GroupViolation | None:
     pattern.check_divides(ternary.shape[-1])
     for first, rows in chunks(ternary):
         used = (rows != 0).view(torch.uint8).unflatten(-1, (-1, pattern.m)).unbind(-1)
-        counts = used[0].clone()
-        for lane in used[1:]:
-            counts += lane
+        counts = sum(used[1:], used[0])
         wrong = counts > pattern.n
         if wrong.any():
             row, group = wrong.nonzero()[0].tolist()
-            place = torch.unravel_index(torch.tensor(first + row), ternary.shape[:-1])
-            return GroupViolation(
-                tuple(int(index) for index in place), group * pattern.m, int(counts[row, group])
+            index = torch.unravel_index(torch.tensor(first + row), ternary.shape[:-1])
+            place = tuple(map(int, index))
+            return (
+                f"row {place[0] if len(place) == 1 else place} has {int(counts[row, group])} "
+                f"non-zeros in the group from input {group * pattern.m} on"
             )
     return None
 
 
-@dataclass(frozen=True)
-class _Weight:
-    shape: tuple[int, ...]  # [..., out, in]
-    shard_sizes: tuple[int, ...]
+class StoredModule(nn.Module):
+    """Base of modules that hold a stored format: integers, and scales in float32, as buffers.
 
-
-class PackedModule(nn.Module, ABC):
-    """Base of the packed modules. For inference only: there are no parameters, and no gradients.
+    For inference only: there are no parameters, and no gradients.
 
     Attributes:
-        spec: format, pattern and activation bits.
         where: the module's name in its model, for error messages.
     """
 
-    def __init__(self, spec: PackedSpec, where: str) -> None:
+    def __init__(self, where: str) -> None:
         super().__init__()
-        self.spec, self.where = spec, where
+        self.where = where
+
+    def exact_buffers(self) -> list[str]:
+        """Names of the buffers whose dtype is that of the format."""
+        return [
+            name
+            for name, buffer in self._buffers.items()
+            if buffer is not None and (name.endswith("_scale") or not buffer.is_floating_point())
+        ]
+
+    def check(self) -> None:
+        """Refuse scales that packing never writes.
+
+        Raises:
+            PackedFormatError: naming the module and the place.
+        """
+        for name, scale in self.named_buffers(recurse=False):
+            if name.endswith("_scale") and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise PackedFormatError(
+                    f"{self.where}.{name}: a scale is not a positive number; the file was edited "
+                    "or damaged, pack the model again"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
+        """Let the module move, but keep bytes as bytes and scales in float32.
+
+        ``model.to(bfloat16)`` or ``model.half()`` would round the scales and ``model.type(…)`` turn
+        the bytes into floats.
+        """
+        before = {name: self.get_buffer(name) for name in self.exact_buffers()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class PackedModule(StoredModule, ABC):
+    """Base of the packed modules.
+
+    Attributes:
+        spec: format, pattern and activation bits.
+        weight_shapes: name → shape ``[..., out, in]`` of the ternary weights.
+    """
+
+    def __init__(self, spec: PackedSpec, where: str) -> None:
+        super().__init__(where)
+        self.spec = spec
+        self.weight_shapes: dict[str, tuple[int, ...]] = {}
         self._storage = storage(spec.storage)
-        self._weights: dict[str, _Weight] = {}
         self._prepared: dict[str, Any] = {}
         self.register_load_state_dict_pre_hook(_expect_bytes)
         self.register_load_state_dict_post_hook(_forget_prepared)
@@ -122,18 +155,13 @@ class PackedModule(nn.Module, ABC):
         shard_sizes = self.shard_sizes_of(name)
         self.spec.pattern.check_divides(shape[-1], f"{self.where}.{name} {shape}")
         check_row(shape[-1], f"{self.where}.{name}")
-        self._weights[name] = _Weight(shape, shard_sizes)
+        self.weight_shapes[name] = shape
         stored = (*shape[:-1], self._storage.packed_length(shape[-1]))
         self.register_buffer(name, torch.empty(stored, dtype=torch.uint8, device=device))
         scale = torch.empty(
             (*shape[:-2], max(1, len(shard_sizes))), dtype=torch.float32, device=device
         )
         self.register_buffer(f"{name}_scale", scale)
-
-    @property
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape ``[..., out, in]`` of the ternary weights."""
-        return {name: weight.shape for name, weight in self._weights.items()}
 
     def store(self, name: str, ternary: Tensor, scale: Tensor) -> None:
         """Pack a ternary weight (int8 ``[..., out, in]``) and keep its scales ``[..., shards]``.
@@ -155,7 +183,7 @@ class PackedModule(nn.Module, ABC):
         if self._buffers[name] is None:
             return _unpacked(self._prepared[name])
         where = f"{self.where}.{name}"
-        ternary = self._storage.unpack(self.get_buffer(name), self._weights[name].shape[-1], where)
+        ternary = self._storage.unpack(self.get_buffer(name), self.weight_shapes[name][-1], where)
         violation = find_violation(ternary, self.spec.pattern)
         if violation:
             raise PackedFormatError(
@@ -170,16 +198,10 @@ class PackedModule(nn.Module, ABC):
         Raises:
             PackedFormatError: naming the module and the place.
         """
-        for name, weight in self._weights.items():
-            where = f"{self.where}.{name}"
+        super().check()
+        for name, shape in self.weight_shapes.items():
             if self._buffers[name] is not None:
-                self._storage.check(self.get_buffer(name), weight.shape[-1], where)
-            scale = self.get_buffer(f"{name}_scale")
-            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise PackedFormatError(
-                    f"{where}_scale: a scale is not a positive number; the file was edited or "
-                    "damaged, pack the model again"
-                )
+                self._storage.check(self.get_buffer(name), shape[-1], f"{self.where}.{name}")
 
     @torch.compiler.disable
     def prepare(self) -> None:
@@ -187,11 +209,11 @@ class PackedModule(nn.Module, ABC):
 
         Call it before ``torch.compile``, so that the graph is not broken here.
         """
-        for name, weight in self._weights.items():
+        for name, shape in self.weight_shapes.items():
             if name in self._prepared:
                 continue
             scale = self.get_buffer(f"{name}_scale")
-            rows = row_scale(scale, weight.shard_sizes, weight.shape[-2])
+            rows = row_scale(scale, self.shard_sizes_of(name), shape[-2])
             self._prepared[name] = self.prepare_weight(self.unpack(name), rows)
             if not _shares_memory(self._prepared[name], self.get_buffer(name)):
                 self._buffers[name] = None
@@ -215,27 +237,18 @@ class PackedModule(nn.Module, ABC):
             self.prepare()
         return self._prepared[name]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Let the module move, but keep bytes as bytes and scales in float32.
+    def product(self, x: Tensor, weight: TernaryWeight, bias: Tensor | None) -> Tensor:
+        """The product with a prepared weight, in the dtype that a linear layer would return."""
+        dtype, bits = output_dtype(x), self.spec.activation_bits
+        if bits == 8:
+            return ternary_linear(x, weight, bias, dtype)
+        return integer_linear(*quantize_activations(x, bits), weight, bias, dtype)
 
-        ``model.to(bfloat16)`` or ``model.half()`` would round the scales and ``model.type(…)`` turn
-        the bytes into floats.
-        """
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._restore()
-        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in self._weights:
-            for key in (name, f"{name}_scale"):
-                old, new = before[key], self._buffers[key]
-                assert old is not None and new is not None
-                if new.dtype != old.dtype:
-                    self._buffers[key] = old.to(new.device)
         self._prepared.clear()
         return self
-
-
-def _weights_of(layout: Any) -> list[TernaryWeight]:
-    return layout if isinstance(layout, list) else [layout]
 
 
 def _unpacked(layout: Any) -> Tensor:
@@ -248,7 +261,8 @@ def _unpacked(layout: Any) -> Tensor:
 
 def _shares_memory(layout: Any, stored: Tensor) -> bool:
     memory = stored.untyped_storage().data_ptr()
-    return any(w.packed.untyped_storage().data_ptr() == memory for w in _weights_of(layout))
+    weights = layout if isinstance(layout, list) else [layout]
+    return any(weight.packed.untyped_storage().data_ptr() == memory for weight in weights)
 
 
 def _expect_bytes(module: nn.Module, *_: object) -> None:

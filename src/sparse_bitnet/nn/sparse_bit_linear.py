@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_bitnet.core import (
-    DENSE,
-    ConfigError,
-    Method,
-    Pattern,
-    check_row,
-    check_shard_sizes,
-    quantize_int8,
-    row_scale,
-)
+from sparse_bitnet.core import ConfigError, quantize_int8, row_scale
 from sparse_bitnet.kernels import compiled, quantize_activations, ternary_matmul
 from sparse_bitnet.kernels.backward import gradients
 from sparse_bitnet.kernels.matmul import unpacked
-from sparse_bitnet.kernels.ternarize import kept_weights, ternarize_traced
 from sparse_bitnet.nn.blend import blended_linear
-from sparse_bitnet.nn.derived import Derived, DerivedModule
-from sparse_bitnet.nn.sparse_linear import masked_weight
+from sparse_bitnet.nn.derived import DerivedModule
+from sparse_bitnet.nn.sparse_linear import ConvertedLinear, masked_weight
 
 
 class BitProduct(torch.autograd.Function):
@@ -37,9 +27,9 @@ class BitProduct(torch.autograd.Function):
     and dW is not masked: a weight that the mask removed keeps learning and can come back. The int8
     activations are what is kept for backward, half the memory of bf16; compiled, they may be made
     again from what is kept anyway (:mod:`sparse_bitnet.kernels.compiled`, also for how integers
-    then differ). Products run in dY's dtype,
-    or in fp8 (:mod:`sparse_bitnet.kernels.backward.fp8`). The master weight takes part
-    only to receive its gradient. There are no second derivatives: asking for them is an error.
+    then differ). Products run in dY's dtype, or in fp8
+    (:mod:`sparse_bitnet.kernels.backward.fp8`). The master weight takes part only to receive its
+    gradient. There are no second derivatives: asking for them is an error.
 
     Source: section 3 of arXiv 2603.05168.
     """
@@ -83,8 +73,7 @@ class BitProduct(torch.autograd.Function):
             weight_dtype=ctx.w_dtype,
         )
         dbias = None
-        if dx is not None:
-            dx = dx.to(ctx.x_dtype)
+        dx = None if dx is None else dx.to(ctx.x_dtype)
         if dw is not None and kept is not None:
             dw = dw * kept
         if needs_bias:
@@ -121,92 +110,50 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def derive_ternary(module: DerivedModule, name: str) -> Derived:
-    """Ternary weight, γ, and the mask if gradients or the weights of a blend need it."""
-    weight, shard_sizes = module.master_parameters()[name], module.shard_sizes_of(name)
-    kept = None
-    blends = module.blend is not None and not module.is_dense
-    if blends or module.method.gradient == "masked":
-        kept = kept_weights(weight, module.n_and_m, module.method, shard_sizes)
-    return *ternarize_traced(weight, module.n_and_m, module.method, shard_sizes), kept
+def ternary_product(
+    module: DerivedModule,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ternary: Tensor,
+    rows: Tensor,
+    kept: Tensor | None,
+    one_scale: bool,
+) -> Tensor:
+    """The product of one matrix of a ternary module, by its method and at its λ.
+
+    Args:
+        x: ``[..., in]``.
+        weight: the master weight ``[out, in]``, which gets the gradient.
+        bias: ``[out]`` or None.
+        ternary, kept: of :meth:`DerivedModule.derived`.
+        rows: γ of each row, ``[out]``.
+        one_scale: they are all the same.
+    """
+    dtype, method = output_dtype(x), module.method
+    if module.blend is not None:
+        weight = masked_weight(module, weight, kept)
+        return blended_linear(x, weight, bias, ternary, rows, method.activation_bits, module.blend)
+    fp8 = method.backward == "fp8"
+    return BitProduct.apply(
+        x, weight, bias, ternary, rows, kept, method.activation_bits, dtype, one_scale, fp8
+    )
 
 
-class SparseBitLinear(DerivedModule, nn.Linear):
+class SparseBitLinear(ConvertedLinear):
     """``nn.Linear`` with ternary N:M weights and integer activations, trained through both.
 
     ``weight`` (and ``bias``) are ordinary parameters and all that it holds. The ternary weight is
     derived from the master weight in every forward; see :mod:`sparse_bitnet.nn.derived`.
-
-    Args:
-        linear: the layer to take over; its parameters are shared, not copied.
-        pattern: N:M along ``in_features``.
-        method: the published method or one of its ablations.
-        shard_sizes: rows of each logical matrix fused into ``out_features``; each has its own γ.
-
-    Raises:
-        PatternError: if M does not divide ``in_features``.
-        WeightError: if the shard sizes do not sum to ``out_features``, or rows are too long for
-            int32.
 
     Shapes: ``[..., in]`` → ``[..., out]``, in autocast's dtype if enabled, else the input's.
     """
 
     is_ternary = True
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        pattern: Pattern = DENSE,
-        method: Method | None = None,
-        shard_sizes: tuple[int, ...] = (),
-    ) -> None:
-        nn.Module.__init__(self)
-        pattern.check_divides(linear.in_features)
-        check_shard_sizes(shard_sizes, linear.out_features)
-        check_row(linear.in_features)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.shard_sizes = shard_sizes
-        self._configure(pattern, method)
-        self.train(linear.training)
-
-    def master_parameters(self) -> dict[str, nn.Parameter]:
-        return {"weight": cast(nn.Parameter, self.weight)}
-
-    def shard_sizes_of(self, name: str) -> tuple[int, ...]:
-        return self.shard_sizes
-
-    def derive(self, name: str) -> Derived:
-        """The ternary weight, γ (float32 ``[shards]``) and, if the method masks gradients or λ is
-        below 1, which weights are kept (bool ``[out, in]``).
-
-        The ternary weight is int8 ``[out, in]``, on CUDA two bits (``formats.two_bit``).
-        """
-        return derive_ternary(self, name)
-
     def forward(self, x: Tensor) -> Tensor:
         ternary, scale, kept = self.derived()
         assert ternary is not None and scale is not None
-        rows, bits = (
-            row_scale(scale, self.shard_sizes, self.out_features),
-            self.method.activation_bits,
-        )
-        dtype = output_dtype(x)
-        if self.blend is not None:
-            weight = masked_weight(self, self.weight, kept)
-            return blended_linear(x, weight, self.bias, ternary, rows, bits, self.blend)
-        return BitProduct.apply(
-            x,
-            self.weight,
-            self.bias,
-            ternary,
-            rows,
-            kept,
-            bits,
-            dtype,
-            len(self.shard_sizes) < 2,
-            self.method.backward == "fp8",
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}"
+        rows = row_scale(scale, self.shard_sizes, self.out_features)
+        one_scale = len(self.shard_sizes) < 2
+        return ternary_product(self, x, self.weight, self.bias, ternary, rows, kept, one_scale)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_bitnet.console import progress
 from sparse_bitnet.core import Pattern, method_mask, worst_group, zero_matrices
-from sparse_bitnet.nn import DerivedModule, SparseBitExperts, SparseBitLinear, convert
+from sparse_bitnet.nn import DerivedModule, convert
 from sparse_bitnet.nn.int8_head import TiedInt8Head
 from sparse_bitnet.nn.pack import derived_ternary
 from sparse_bitnet.nn.packed_module import PackedModule
@@ -88,36 +89,27 @@ class DirectoryReport:
 
     @property
     def zeros(self) -> float:
-        return self._mean([report.zeros for report in self.weights])
+        return sum(report.zeros * report.count for report in self.weights) / self.count
 
     @property
     def bits(self) -> float:
         """Bits a weight in the files."""
-        return self._mean([report.bits for report in self.weights])
+        return sum(report.bits * report.count for report in self.weights) / self.count
 
     @property
     def least_bits(self) -> float:
         """Bits a weight that any lossless code of ternary weights with these patterns needs."""
-        return self._mean([least_bits(Pattern.parse(report.met)) for report in self.weights])
+        least = (least_bits(Pattern.parse(report.met)) * report.count for report in self.weights)
+        return sum(least) / self.count
 
     @property
     def float32_bytes(self) -> int:
         return 4 * (self.count + self.other_parameters)
 
-    def _mean(self, values: list[float]) -> float:
-        pairs = zip(values, self.weights, strict=True)
-        return sum(value * report.count for value, report in pairs) / self.count
-
     def as_dict(self) -> dict[str, object]:
         """For JSON: the attributes and the totals."""
-        totals = {
-            "count": self.count,
-            "zeros": self.zeros,
-            "bits": self.bits,
-            "least_bits": self.least_bits,
-            "float32_bytes": self.float32_bytes,
-        }
-        return dataclasses.asdict(self) | totals
+        totals = ("count", "zeros", "bits", "least_bits", "float32_bytes")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in totals}
 
     def table(self) -> Table:
         """One row a weight."""
@@ -176,14 +168,11 @@ def inspect(directory: str | Path) -> DirectoryReport:
     stored_bytes: float = model.dtype.itemsize
     if directory.is_file():  # GGUF: the mean over all types in it
         stored_bytes = directory.stat().st_size / sum(p.numel() for p in model.parameters())
-    ordinary = not any(isinstance(m, PackedModule | DerivedModule) for m in model.modules())
+    modules = _modules(model)
+    ordinary = not modules
     if ordinary:
         convert(model, "dense", kind="bf16")
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedModule | DerivedModule)
-    }
+        modules = _modules(model)
     weights: list[WeightReport] = []
     inside: set[str] = set()
     with progress("inspecting", len(modules)) as task:
@@ -193,9 +182,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
             task.advance()
     others = {n: tensor for n, tensor in distinct_tensors(model).items() if n not in inside}
     packed = [module for module in modules.values() if isinstance(module, PackedModule)]
-    ternary = all(
-        isinstance(m, PackedModule | SparseBitLinear | SparseBitExperts) for m in modules.values()
-    )
+    ternary = all(isinstance(m, PackedModule) or m.is_ternary for m in modules.values())
     bits = {
         m.spec.activation_bits if isinstance(m, PackedModule) else m.method.activation_bits
         for m in modules.values()
@@ -215,6 +202,10 @@ def inspect(directory: str | Path) -> DirectoryReport:
     )
 
 
+def _modules(model: nn.Module) -> dict[str, PackedModule | DerivedModule]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedModule | DerivedModule)}
+
+
 def _head(model: Any) -> str:
     head = model.get_output_embeddings()
     tied = isinstance(head, TiedInt8Head) or head.weight is model.get_input_embeddings().weight
@@ -224,23 +215,23 @@ def _head(model: Any) -> str:
 
 def _reports(
     name: str, module: PackedModule | DerivedModule, stored_bytes: float | None
-) -> list[WeightReport]:
-    values, bits = {}, {}
+) -> Iterator[WeightReport]:
     if isinstance(module, PackedModule):
         declared = module.spec.pattern
         for key, shape in module.weight_shapes.items():
-            values[key] = module.unpack(key)
             stored = module.get_buffer(key).nbytes + module.get_buffer(f"{key}_scale").nbytes
-            bits[key] = 8 * stored / math.prod(shape)
-    else:
-        declared, ternary = module.pattern, derived_ternary(module)
-        for key, weight in module.master_parameters().items():
-            values[key] = ternary[key][0] if ternary else _masked(weight, module, key)
-            bits[key] = 8 * (stored_bytes or weight.element_size())
-    return [
-        _report(f"{name}.{key}", values[key], declared, bits[key], module.shard_sizes_of(key))
-        for key in values
-    ]
+            sizes = module.shard_sizes_of(key)
+            bits = 8 * stored / math.prod(shape)
+            yield _report(f"{name}.{key}", module.unpack(key), declared, bits, sizes)
+        return
+    ternary = derived_ternary(module)
+    for key, weight in module.master_parameters().items():
+        sizes, bits = module.shard_sizes_of(key), 8 * (stored_bytes or weight.element_size())
+        values = ternary[key][0] if ternary else weight.detach()
+        if not ternary:
+            mask = method_mask(weight, module.pattern, module.method, sizes)
+            values = values if mask is None else values * mask
+        yield _report(f"{name}.{key}", values, module.pattern, bits, sizes)
 
 
 def _report(
@@ -253,8 +244,3 @@ def _report(
     zeros = 1 - int(values.count_nonzero()) / values.numel()
     zero = [name + index for index in zero_matrices(values, shard_sizes)]
     return WeightReport(name, tuple(values.shape), str(declared), met, zeros, bits, zero)
-
-
-def _masked(weight: Tensor, module: DerivedModule, key: str) -> Tensor:
-    mask = method_mask(weight, module.pattern, module.method, module.shard_sizes_of(key))
-    return weight.detach() if mask is None else weight.detach() * mask

@@ -26,7 +26,7 @@ from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.packed.config import QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.quantizer import SparseBitNetQuantizer
 from sparse_bitnet.packed.tensor_file import read_tensors
-from sparse_bitnet.packed.verify import CONFIG, read_json, weight_files
+from sparse_bitnet.packed.verify import CONFIG, quant_method, read_json, weight_files
 from sparse_bitnet.train.dense import (
     LOCAL,
     foreign_code,
@@ -47,11 +47,7 @@ def is_packed(directory: str | Path) -> bool:
     Raises:
         PackedFormatError: if there is a ``config.json`` and it is damaged.
     """
-    path = Path(directory) / CONFIG
-    if not path.exists():
-        return False
-    described = read_json(path).get("quantization_config")
-    return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+    return quant_method(Path(directory)) == QUANT_METHOD
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], SparseBitNetConfig]:

@@ -32,9 +32,9 @@ from sparse_bitnet.core import (
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import record
 from sparse_bitnet.nn.convert import LINEAR, convert_recorded
-from sparse_bitnet.nn.int8_head import Int8Table, swap_int8
+from sparse_bitnet.nn.int8_head import swap_int8
 from sparse_bitnet.nn.pack import swap_packed
-from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec
+from sparse_bitnet.nn.packed_module import PackedSpec, StoredModule
 from sparse_bitnet.packed.config import HINT, QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.tensor_file import checksum_metadata
 from sparse_bitnet.packed.verify import check_shard_name, is_outside, name_in, verify_files
@@ -56,11 +56,19 @@ AUTO_MAP = {"AutoConfig": "hf_plugin.PackedModelConfig"}
 register_quantization_config(QUANT_METHOD)(SparseBitNetConfig)
 
 
+class _Quantizer(HfQuantizer):
+    requires_calibration = True  # a model is packed or converted by us, not while loading
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+
 @register_quantizer(QUANT_METHOD)
-class SparseBitNetQuantizer(HfQuantizer):
+class SparseBitNetQuantizer(_Quantizer):
     """Swaps packed modules in, refuses files that do not fit, writes checksums when saving."""
 
-    requires_calibration = True  # a model is packed by `sparse-bitnet pack`, not while loading
+    is_compileable = True
     quantization_config: SparseBitNetConfig
     saving_to: Path | None = None
 
@@ -95,9 +103,7 @@ class SparseBitNetQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, PackedModule | Int8Table) and not any(
-                b.is_meta for b in module.buffers()
-            ):
+            if isinstance(module, StoredModule) and not any(b.is_meta for b in module.buffers()):
                 module.check()
         # Only a directory with the plugin file may point to it; the config alone writes none.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:
@@ -116,17 +122,6 @@ class SparseBitNetQuantizer(HfQuantizer):
             write_text(self.saving_to / PLUGIN_FILE, PLUGIN)
         state = model.state_dict() | {HINT: torch.empty(0, dtype=torch.uint8)}
         return state, checksum_metadata(state)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def save_pretrained(
@@ -164,14 +159,14 @@ class TrainedConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(record.QUANT_METHOD)
-class TrainedQuantizer(HfQuantizer):
+class TrainedQuantizer(_Quantizer):
     """Converts a model while it is loaded: the modules that were converted when it was saved.
 
     A base model lacks the saved one's prefix and head, and a model with another head has one that
     was never converted.
     """
 
-    requires_calibration = True  # a model becomes one by convert, not while loading
+    is_trainable = True
     is_saved_record = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -206,13 +201,6 @@ class TrainedQuantizer(HfQuantizer):
         return config
 
     update_tp_plan = update_attn_implementation
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
 
 
 class PackedModelConfig(PreTrainedConfig):

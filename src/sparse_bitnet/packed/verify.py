@@ -11,19 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_bitnet import files
 from sparse_bitnet.core import ConfigError, PackedFormatError
-from sparse_bitnet.nn.int8_head import Int8Table
-from sparse_bitnet.nn.packed_module import PackedModule
+from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.packed.config import HINT
-from sparse_bitnet.packed.tensor_file import (
-    REMEDY,
-    TensorFile,
-    read_tensors,
-    verify_checksums,
-)
+from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -53,6 +47,33 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise PackedFormatError(f"{path}: {error}; {REMEDY}") from None
     return value
+
+
+def quant_method(directory: Path) -> object:
+    """What a directory's ``config.json`` says of how its weights are stored; None if nothing.
+
+    Raises:
+        PackedFormatError: if there is a ``config.json`` and it is damaged.
+    """
+    if not (directory / CONFIG).exists():
+        return None
+    described = read_json(directory / CONFIG).get("quantization_config")
+    return described.get("quant_method") if isinstance(described, dict) else None
+
+
+def check_target(out: Path, method: str, what: str) -> None:
+    """Refuse to replace what is no model of that ``quant_method``, or holds files of others.
+
+    Raises:
+        ConfigError: naming the directory, or one of the files.
+    """
+    if out.exists() and not (
+        out.is_dir() and (not any(out.iterdir()) or quant_method(out) == method)
+    ):
+        raise ConfigError(
+            f"{out} exists and is not {what}; give a new directory, or remove it first"
+        )
+    refuse_foreign(out)
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -106,68 +127,58 @@ def check_shard_name(name: object, where: Path) -> None:
 def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
     """Check weight files against a model with (empty) packed modules, then their checksums.
 
+    Bytes and scales have one dtype; other floats may be stored in any.
+
     Raises:
         PackedFormatError: naming the file and what is wrong with it.
     """
     opened = [read_tensors(path) for path in paths]
-    _check_tensors(opened, model)
-    for file in opened:
-        verify_checksums(file)
-
-
-def _check_tensors(opened: list[TensorFile], model: nn.Module) -> None:
-    expected = dict(model.state_dict())
+    expected = model.state_dict()
     exact = {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        if isinstance(module, PackedModule | Int8Table)
-        for key, buffer in module.named_buffers(recurse=False)
-        if not buffer.is_floating_point() or key.endswith("_scale")
+        if isinstance(module, StoredModule)
+        for key in module.exact_buffers()
     }
-    found: dict[str, Path] = {}
+    missing = set(expected)
     for file in opened:
-        path = file.path
         for name, tensor in file.tensors.items():
-            if name == HINT:
-                continue
             here = name_in(model, name, expected)
+            if name == HINT or (here is None and is_outside(model, name)):
+                continue
             if here is None:
-                if is_outside(model, name):
-                    continue
                 raise PackedFormatError(
-                    f"{path}: tensor {name[:200]!r} belongs to no module of a "
+                    f"{file.path}: tensor {name[:200]!r} belongs to no module of a "
                     f"{type(model).__name__} with this config.json; the two are of different "
                     f"models, {REMEDY}"
                 )
-            if here in found:
+            if here not in missing:
+                raise PackedFormatError(f"{file.path}: tensor {name} is there twice; {REMEDY}")
+            missing.remove(here)
+            wanted = expected[here]
+            fits = tensor.dtype == wanted.dtype or (
+                here not in exact
+                and tensor.dtype.is_floating_point
+                and wanted.dtype.is_floating_point
+            )
+            if tensor.shape != wanted.shape or not fits:
                 raise PackedFormatError(
-                    f"{path}: tensor {name} is in {found[here].name} too; {REMEDY}"
+                    f"{file.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, but "
+                    f"config.json asks for {wanted.dtype} {list(wanted.shape)}; one of the two was "
+                    f"edited, {REMEDY}"
                 )
-            _check_tensor(path, name, tensor, expected[here], here in exact)
-            found[here] = path
-    missing = expected.keys() - found.keys()
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for target, source in tied.items():
-        if target in found or source in found:
-            missing -= {target, source}
+    for pair in tied.items():
+        if not missing.issuperset(pair):  # one of the two is enough
+            missing.difference_update(pair)
     if missing:
         places = ", ".join(file.path.name for file in opened)
         raise PackedFormatError(
             f"{opened[0].path.parent}: {len(missing)} tensors of the model are missing from "
             f"{places}, {min(missing)} for example; {REMEDY}"
         )
-
-
-def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor, exact: bool) -> None:
-    """Bytes and scales have one dtype; other floats may be stored in any."""
-    fits = found.dtype == wanted.dtype or (
-        not exact and found.dtype.is_floating_point and wanted.dtype.is_floating_point
-    )
-    if found.shape != wanted.shape or not fits:
-        raise PackedFormatError(
-            f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, but config.json asks for "
-            f"{wanted.dtype} {list(wanted.shape)}; one of the two was edited, {REMEDY}"
-        )
+    for file in opened:
+        verify_checksums(file)
 
 
 def name_in(model: nn.Module, name: str, known: Iterable[str]) -> str | None:

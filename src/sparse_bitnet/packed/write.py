@@ -16,7 +16,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -29,18 +29,18 @@ from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.formats import storage as storage_named
-from sparse_bitnet.nn import DerivedModule, converted_modules, master_weights
+from sparse_bitnet.nn import converted_modules, master_weights
 from sparse_bitnet.nn.check import check_packed
 from sparse_bitnet.nn.convert import warn_of_zeros
 from sparse_bitnet.nn.int8_head import int8_modules, quantize_rows
 from sparse_bitnet.nn.pack import empty_packed, pack_module, packed_spec
 from sparse_bitnet.nn.wrappers import check_adapters, unwrapped
-from sparse_bitnet.packed.config import HINT, SparseBitNetConfig
-from sparse_bitnet.packed.load import DType, is_packed
+from sparse_bitnet.packed.config import HINT, QUANT_METHOD, SparseBitNetConfig
+from sparse_bitnet.packed.load import DType
 from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.tensor_file import file_size, write_tensors
-from sparse_bitnet.packed.verify import INDEX, refuse_foreign
+from sparse_bitnet.packed.verify import INDEX, check_target
 from sparse_bitnet.train.export import load_trained
 
 HeadName = Literal["float", "int8"]
@@ -121,13 +121,18 @@ def pack(
     """
     out = Path(out)
     storage_named(storage)
-    _check_target(out)
+    check_target(out, QUANT_METHOD, "a packed model")
     model, own = load_trained(source) if isinstance(source, str | Path) else (source, None)
     model = unwrapped(model)
     check_adapters(model, "pack")
     tokenizer = own if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
-        tokenizer = _read_tokenizer(tokenizer)
+        try:
+            tokenizer = load_tokenizer(tokenizer)
+        except DataError as error:
+            raise ConfigError(
+                f"pack: no tokenizer can be loaded from {tokenizer} ({str(error)[:300]})"
+            ) from error
     if check:
         check_packed(model, storage)
     form = _PackedForm(model, storage, head, None if dtype is None else getattr(torch, dtype))
@@ -149,15 +154,9 @@ def pack(
     )
 
 
-@dataclass(frozen=True)
-class PackedSizes:
-    """What a packed directory's weights will take; see :func:`packed_sizes`.
-
-    Attributes:
-        packed_bytes: of packed weights and their scales.
-        other_bytes: of embeddings, norms, head and biases.
-        file_bytes: of the weight file, header and all, if it is one.
-    """
+class PackedSizes(NamedTuple):
+    """Bytes of packed weights and their scales; of embeddings, norms, head and biases; and of the
+    weight file with its header, if it is one."""
 
     packed_bytes: int
     other_bytes: int
@@ -172,7 +171,6 @@ def packed_sizes(
     Raises:
         ConfigError: if nothing in the model is ternary, or the head cannot be int8.
     """
-    storage_named(storage)
     form = _PackedForm(model, storage, head, getattr(torch, dtype), empty=True)
     return PackedSizes(_size(form.packed), _size(form.others), file_size(form.tensors))
 
@@ -214,18 +212,27 @@ class _PackedForm:
         self.others = {HINT: torch.empty(0, dtype=torch.uint8)}
         with progress(f"packing as {storage}", len(self.modules)) as task:
             for name, module in self.modules.items():
-                self._add_module(name, module)
+                packed = empty_packed(module, self.specs[name], name)
+                if not empty:
+                    packed = pack_module(module, storage, name)
+                    for key, master in module.master_parameters().items():
+                        zero = zero_matrices(master, module.shard_sizes_of(key))
+                        self.zero += [f"{name}.{key}{index}" for index in zero]
+                for key, tensor in packed.state_dict().items():
+                    if key == "bias":
+                        self.others[f"{name}.bias"] = self._cast(tensor)
+                    else:
+                        self.packed[f"{name}.{key}"] = tensor
                 task.advance()
         inside = tuple(f"{name}." for name in self.modules)
-        dense = {n: tensor for n, tensor in state.items() if not n.startswith(inside)}
-        # A tied head is among the names and has no tensor of its own.
-        names = [f"{name}.weight" for name in self.int8 if f"{name}.weight" in dense]
-        tables = {name: dense.pop(name) for name in names}
-        for name, tensor in dense.items():
-            if tensor.is_floating_point() and not empty:
-                check_finite(tensor, name)
-            self.others[name] = self._cast(tensor)
-        for name, tensor in tables.items():
+        for name, tensor in state.items():
+            if name.startswith(inside):
+                continue
+            if name.removesuffix(".weight") not in self.int8:
+                if tensor.is_floating_point() and not empty:
+                    check_finite(tensor, name)
+                self.others[name] = self._cast(tensor)
+                continue
             if empty:
                 weight = tensor.to("meta", torch.int8)
                 scale = tensor.new_empty(len(tensor), dtype=torch.float32, device="meta")
@@ -236,21 +243,6 @@ class _PackedForm:
     @property
     def tensors(self) -> dict[str, Tensor]:
         return self.others | self.packed
-
-    def _add_module(self, name: str, module: DerivedModule) -> None:
-        spec = self.specs[name]
-        if self.empty:
-            packed = empty_packed(module, spec, name)
-        else:
-            packed = pack_module(module, spec.storage, name)
-            for key, master in module.master_parameters().items():
-                zero = zero_matrices(master, module.shard_sizes_of(key))
-                self.zero += [f"{name}.{key}{index}" for index in zero]
-        for key, tensor in packed.state_dict().items():
-            if key == "bias":
-                self.others[f"{name}.bias"] = self._cast(tensor)
-            else:
-                self.packed[f"{name}.{key}"] = tensor
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
@@ -277,15 +269,6 @@ class _PackedForm:
             (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return load_tokenizer(directory)
-    except DataError as error:
-        raise ConfigError(
-            f"pack: no tokenizer can be loaded from {directory} ({str(error)[:300]})"
-        ) from error
-
-
 def _warn_if_replaced(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Some architectures give every tokenizer beside them their own splitting of words."""
     stock = AutoTokenizer.from_pretrained(directory)
@@ -295,14 +278,6 @@ def _warn_if_replaced(directory: Path, tokenizer: PreTrainedTokenizerBase) -> No
             f"{type(stock).__name__}, which gives other ids than training used; read it with "
             "PreTrainedTokenizerFast.from_pretrained, as sparse-bitnet does"
         )
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or is_packed(out))):
-        raise ConfigError(
-            f"{out} exists and is not a packed model; give a new directory, or remove it first"
-        )
-    refuse_foreign(out)
 
 
 def distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

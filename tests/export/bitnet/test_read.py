@@ -176,7 +176,7 @@ QUANTIZATION = {
         ({"linear_class": "x"}, ConfigError, "linear_class 'x' .* are not known"),
         ({"quantization_mode": "later"}, ConfigError, "'later' are not known"),
         ({"use_rms_norm": True}, ConfigError, "use_rms_norm puts a norm into every linear"),
-        ({"modules_to_not_convert": []}, ConfigError, "output head lm_head is ternary"),
+        ({"modules_to_not_convert": []}, ConfigError, "the output head is ternary"),
         ({"modules_to_not_convert": "lm_head"}, PackedFormatError, "is lm_head, no list"),
         (
             {"modules_to_not_convert": ["(a+)+$"]},
@@ -186,25 +186,25 @@ QUANTIZATION = {
         (
             {"modules_to_not_convert": ["lm_head", "q_proj"]},
             PackedFormatError,
-            "weight_scale' belongs to no part",
+            "where floats are expected",
         ),
-        ({"quantization_mode": "online"}, PackedFormatError, "weight_scale' belongs to no part"),
+        ({"quantization_mode": "online"}, PackedFormatError, "where floats are expected"),
         ({"_attn_implementation": "somebody/kernel"}, PackedFormatError, "somebody/kernel"),
         ({"model_type": "nobody"}, ConfigError, "no architecture 'nobody'"),
         ({"model_type": ["llama"]}, ConfigError, "no architecture"),
         ({"num_hidden_layers": 10**9}, PackedFormatError, "num_hidden_layers is 1000000000"),
-        ({"num_hidden_layers": 3}, PackedFormatError, "tensors are missing, model.layers.2"),
-        ({"num_hidden_layers": 1}, PackedFormatError, "belongs to no part of a BitNetForCausalLM"),
-        ({"hidden_size": 2**40}, PackedFormatError, "asks for floats|cannot read it"),
-        ({"hidden_size": -8}, PackedFormatError, "transformers cannot read it"),
-        ({"vocab_size": 2**33}, PackedFormatError, r"asks for floats \[8589934592, 32\]"),
-        ({"model_type": "llama"}, PackedFormatError, "sub_norm.weight' belongs to no part"),
+        ({"num_hidden_layers": 3}, PackedFormatError, "Missing.*model.layers.2"),
+        ({"num_hidden_layers": 1}, PackedFormatError, "layers.1.* where floats are expected"),
+        ({"hidden_size": 2**40}, PackedFormatError, "size mismatch|cannot be read"),
+        ({"hidden_size": -8}, PackedFormatError, "s cannot be read"),
+        ({"vocab_size": 2**33}, PackedFormatError, "size mismatch.*8589934592, 32"),
+        ({"model_type": "llama"}, PackedFormatError, "Unexpected.*sub_norm.weight"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path, values, error, message):
     source = write_checkpoint(tmp_path / "s", *FORMS["autobitlinear"])
     edit_config(source, **values)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"(?s){message}"):
         import_bitnet(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -216,22 +216,22 @@ def test_tensors_that_do_not_fit(tmp_path):
     up, scale = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale"
     norm = "model.norm.weight"
     for change, error, message in (
-        ({up: None}, PackedFormatError, f"1 tensors are missing, {up}"),
-        ({scale: None}, PackedFormatError, f"1 tensors are missing, {scale}"),
+        ({up: None}, PackedFormatError, f"Missing.*{up}"),
+        ({scale: None}, PackedFormatError, f"{scale} is missing"),
         ({scale: torch.zeros(1)}, PackedFormatError, "is 0.0, which is the scale of no"),
         ({scale: torch.tensor([float("nan")])}, PackedFormatError, "is nan, which is the scale"),
         ({scale: -torch.ones(1)}, PackedFormatError, "is -1.0"),
-        ({scale: torch.ones(48)}, PackedFormatError, "asks for one float"),
-        ({up: clean[up].repeat(4, 1)}, PackedFormatError, r"uint8 \[48, 32\].* asks for"),
+        ({scale: torch.ones(48)}, PackedFormatError, "invalid for input of size 48"),
+        ({up: clean[up].repeat(4, 1)}, PackedFormatError, f"size mismatch for {up}"),
         ({up: torch.full_like(clean[up], 255)}, PackedFormatError, "stands for no ternary"),
         ({up: torch.full((48, 32), 0.5)}, PackedFormatError, "is not ternary"),
         ({norm: torch.full((32,), float("inf"))}, WeightError, "model.norm.weight: 32 of 32"),
-        ({norm: torch.ones(32, dtype=torch.int32)}, PackedFormatError, "asks for floats"),
-        ({"extra": torch.ones(1)}, PackedFormatError, "'extra' belongs to no part"),
+        ({norm: torch.ones(32, dtype=torch.int32)}, PackedFormatError, "where floats are expected"),
+        ({"extra": torch.ones(1)}, PackedFormatError, "Unexpected.*extra"),
     ):
         state = {n: t for n, t in (clean | change).items() if t is not None}
         save_file(state, path, {"format": "pt"})
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=f"(?s){message}"):
             import_bitnet(source, tmp_path / "out")
     state = clean | {"model.rotary_emb.inv_freq": torch.ones(4)}
     save_file(state, path, {"format": "pt"})

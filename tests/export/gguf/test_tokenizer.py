@@ -103,10 +103,13 @@ DIGITS = pre_tokenizers.Sequence(
     ],
 )
 def test_splittings_with_a_name(splitting, ignore_merges, name):
-    words = vocabulary(byte_level(splitting, ignore_merges=ignore_merges), 300)
-    assert (words.model, words.pre) == ("gpt2", name)
-    assert len(words.merges) > 20 and all(len(m.split(" ")) == 2 for m in words.merges)
-    assert words.scores == [] and not words.add_bos and not words.add_eos
+    words, _ = vocabulary(byte_level(splitting, ignore_merges=ignore_merges), 300)
+    assert (words["tokenizer_model"], words["tokenizer_pre"]) == ("gpt2", name)
+    assert len(words["token_merges"]) > 20 and all(
+        len(m.split(" ")) == 2 for m in words["token_merges"]
+    )
+    assert "token_scores" not in words
+    assert not words["add_bos_token"] and not words["add_eos_token"]
 
 
 @pytest.mark.parametrize(
@@ -175,17 +178,18 @@ def test_our_own_tokenizer():
     tokenizer = train_bpe(TEXT, 300)
     tokenizer.add_tokens(["<tool>"])
     rows = len(tokenizer) + 2
-    words = vocabulary(tokenizer, rows)
+    words, lost = vocabulary(tokenizer, rows)
     ids = tokenizer.get_vocab()
-    assert words.pre == "qwen2"
-    assert len(words.tokens) == len(words.types) == rows
-    assert all(words.tokens[number] == token for token, number in ids.items())
-    assert words.tokens[-2:] == [f"[PAD{rows - 2}]", f"[PAD{rows - 1}]"]
-    assert words.types[-3:] == [TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.UNUSED]
-    assert words.types[tokenizer.eos_token_id] == TokenType.CONTROL
+    assert words["tokenizer_pre"] == "qwen2"
+    assert len(words["token_list"]) == len(words["token_types"]) == rows
+    assert all(words["token_list"][number] == token for token, number in ids.items())
+    assert words["token_list"][-2:] == [f"[PAD{rows - 2}]", f"[PAD{rows - 1}]"]
+    assert words["token_types"][-3:] == [TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.UNUSED]
+    assert words["token_types"][tokenizer.eos_token_id] == TokenType.CONTROL
     # There is no BOS: without a key llama.cpp would take id 11.
-    assert words.special == {"eos": tokenizer.eos_token_id, "bos": tokenizer.eos_token_id}
-    assert "NFC" in words.lost[0]
+    assert words["bos_token_id"] == words["eos_token_id"] == tokenizer.eos_token_id
+    assert "pad_token_id" not in words and "unk_token_id" not in words
+    assert "NFC" in lost[0]
     with pytest.raises(ConfigError, match=f"token id {rows - 3} and the model's embedding 200"):
         vocabulary(tokenizer, 200)
 
@@ -202,9 +206,9 @@ def test_no_end_of_sequence():
     [(None, False, False), ("<s> $A", True, False), ("<s> $A <|end|>", True, True)],
 )
 def test_tokens_around_a_text(post, bos, eos):
-    words = vocabulary(byte_level(pre_tokenizers.ByteLevel(False), post=post), 300)
-    assert (words.add_bos, words.add_eos) == (bos, eos)
-    assert words.special == {"bos": 1, "eos": 0}
+    words, _ = vocabulary(byte_level(pre_tokenizers.ByteLevel(False), post=post), 300)
+    assert (words["add_bos_token"], words["add_eos_token"]) == (bos, eos)
+    assert (words["bos_token_id"], words["eos_token_id"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +222,16 @@ def test_tokens_around_a_text(post, bos, eos):
     ],
 )
 def test_sentence_piece(form, prefix):
-    words = vocabulary(sentence_piece(form), 270)
-    assert (words.model, words.pre, words.merges) == ("llama", "default", [])
-    assert words.add_space_prefix == prefix
-    assert words.types[0] == TokenType.UNKNOWN and words.special["unk"] == 0
-    assert words.types[1:3] == [TokenType.CONTROL] * 2
-    assert words.types[3:259] == [TokenType.BYTE] * 256
-    scores = dict(zip(words.tokens, words.scores, strict=True))
+    words, lost = vocabulary(sentence_piece(form), 270)
+    assert (words["tokenizer_model"], words["tokenizer_pre"]) == ("llama", "default")
+    assert "token_merges" not in words
+    assert words["add_space_prefix"] == prefix
+    assert words["token_types"][0] == TokenType.UNKNOWN and words["unk_token_id"] == 0
+    assert words["token_types"][1:3] == [TokenType.CONTROL] * 2
+    assert words["token_types"][3:259] == [TokenType.BYTE] * 256
+    scores = dict(zip(words["token_list"], words["token_scores"], strict=True))
     assert scores["ab"] > scores["▁a"] > scores["ba"] > scores["▁ab"] > scores["a"]
-    assert (len(words.lost) == 1) == (form in ("always", "first"))
+    assert (len(lost) == 1) == (form in ("always", "first"))
 
 
 def test_sentence_piece_that_scores_cannot_say():

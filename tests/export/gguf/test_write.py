@@ -339,12 +339,15 @@ def test_what_llama_cpp_has_no_name_for(save, tmp_path, kind, options, message):
     assert not list(tmp_path.glob("m.gguf*"))
 
 
-def test_values_that_do_not_fit(save, tmp_path):
-    directory = save("qwen2")
+@torch.no_grad()
+def edited(directory, change):
     model, tokenizer = load_trained(directory)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5, 7] = 1e6
-    save_trained(model, tokenizer, directory, SparsityConfig(pattern="6:8"))
+    change(model.model)
+    return save_trained(model, tokenizer, directory, SparsityConfig(pattern="6:8"))
+
+
+def test_values_that_do_not_fit(save, tmp_path):
+    directory = edited(save("qwen2"), lambda model: model.embed_tokens.weight[5, 7:8].fill_(1e6))
     with pytest.raises(WeightError, match=r"token_embd.weight: 1e.06 does not fit fp16"):
         export_gguf(directory, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("m.gguf*"))
@@ -392,21 +395,13 @@ def test_fused_matrices_keep_their_scales(save, tmp_path, kind):
 
 
 def test_the_change_of_a_small_scale_is_told(save, tmp_path):
-    directory = save("qwen2")
-    model, tokenizer = load_trained(directory)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight *= 1e-3
-    save_trained(model, tokenizer, directory, SparsityConfig(pattern="6:8"))
+    directory = edited(save("qwen2"), lambda model: model.layers[0].mlp.up_proj.weight.mul_(1e-3))
     lost = export_gguf(directory, tmp_path / "m.gguf").lost[0]
     assert 2**-11 < float(lost.split("at most ")[1].split()[0]) < 0.003
 
 
 def test_an_all_zero_layer(save, tmp_path):
-    directory = save("qwen2")
-    model, tokenizer = load_trained(directory)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.zero_()
-    save_trained(model, tokenizer, directory, SparsityConfig(pattern="6:8"))
+    directory = edited(save("qwen2"), lambda model: model.layers[0].mlp.up_proj.weight.zero_())
     export_gguf(directory, tmp_path / "m.gguf")
     values = read(tmp_path / "m.gguf")[0]["blk.0.ffn_up.weight"][1]
     assert np.count_nonzero(values) == 0

@@ -27,7 +27,7 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
 from sparse_bitnet.packed.tensor_file import write_tensors
-from sparse_bitnet.packed.verify import CONFIG, WEIGHTS, read_json, refuse_foreign
+from sparse_bitnet.packed.verify import WEIGHTS, check_target
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 
@@ -49,7 +49,7 @@ def export_bitnet(
         WeightError: if a tensor holds NaN or infinity.
     """
     out = Path(out)
-    _check_target(out)
+    check_target(out, "bitnet", "a model of the bitnet format")
     source = open_exportable(directory, "the bitnet format")
     for name, (rows, _) in source.shapes.items():
         if rows % PER_BYTE:
@@ -78,12 +78,12 @@ def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[st
     with progress("writing bitnet", len(source.shapes)) as task:
         for name in source.shapes:
             layer = source.linear(name)
-            if len(layer.scale.unique()) != 1:
+            scale = layer.row_scale[:1]
+            if not bool((layer.row_scale == scale).all()):
                 raise ConfigError(
-                    f"{name}: the bitnet format has one scale a layer, and this one fuses "
-                    f"{len(layer.scale)} matrices with their own; run the model with sparse-bitnet"
+                    f"{name}: the bitnet format has one scale a layer, and this one fuses matrices "
+                    "with their own; run the model with sparse-bitnet"
                 )
-            scale = layer.scale[:1]
             inverse = linear_class == "bitlinear"
             yield f"{name}.weight", row_quarters.pack(layer.ternary, name)
             yield f"{name}.weight_scale", 1 / scale if inverse else scale
@@ -116,17 +116,3 @@ def _write_config(source: Exportable, directory: Path, linear_class: LinearClass
     config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    described = None
-    if (out / CONFIG).is_file():
-        described = read_json(out / CONFIG).get("quantization_config")
-    if not isinstance(described, dict) or described.get("quant_method") != "bitnet":
-        raise ConfigError(
-            f"{out} exists and is not a model of the bitnet format; give a new directory, or "
-            "remove it first"
-        )
-    refuse_foreign(out)

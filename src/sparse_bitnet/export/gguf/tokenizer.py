@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any
@@ -57,37 +56,12 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a file says of its tokenizer, ``tokenizer.ggml.*`` without the prefix.
-
-    Attributes:
-        model: ``gpt2`` or ``llama``.
-        pre: name of the splitting.
-        tokens, types: one for each row of the embedding.
-        merges: byte-level BPE's, ``"left right"``, in order of rank.
-        scores: SentencePiece's, one for each token.
-        special: ``bos``, ``eos``, ``unk``, ``pad`` → id.
-        add_bos, add_eos: does the tokenizer put them around a text.
-        add_space_prefix: does it put a space before a text.
-        lost: what llama.cpp does otherwise, for people.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    scores: list[float]
-    special: dict[str, int]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    lost: list[str]
-
-
-def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
+def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Any], list[str]]:
     """The keys for a tokenizer, padded with unused tokens to the ``rows`` of the embedding.
+
+    Returns:
+        NAME of ``gguf.GGUFWriter.add_NAME`` → its argument; and what llama.cpp does otherwise, for
+        people.
 
     Raises:
         ConfigError: for a tokenizer that llama.cpp has no name for, naming the part.
@@ -104,36 +78,37 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     tokens, types = _tokens(state, rows)
     merges = [(left, right) for left, right in model["merges"]]
     lost: list[str] = []
-    scores: list[float] = []
-    listed: list[str] = []
-    prefix = False
-    unknown = model.get("unk_token")
+    keys: dict[str, Any] = {"token_list": tokens}
     if model.get("byte_fallback"):
-        name, pre = "llama", "default"
-        prefix = _space_prefix(state, lost)
+        keys |= {"tokenizer_model": "llama", "tokenizer_pre": "default"}
+        keys["add_space_prefix"] = _space_prefix(state, lost)
         for number, text in enumerate(tokens):
             if BYTE_TOKEN.fullmatch(text):
                 types[number] = TokenType.BYTE
-        scores = _scores(model["vocab"], merges, tokens, types)
+        keys["token_scores"] = _scores(model["vocab"], merges, tokens, types)
     else:
-        name, pre = "gpt2", _pre_name(state, lost)
-        listed = [f"{left} {right}" for left, right in merges]
+        keys |= {"tokenizer_model": "gpt2", "tokenizer_pre": _pre_name(state, lost)}
+        keys["token_merges"] = [f"{left} {right}" for left, right in merges]
+    unknown = model.get("unk_token")
     if unknown is not None and unknown in model["vocab"]:
         types[model["vocab"][unknown]] = TokenType.UNKNOWN
-    add_bos, add_eos = _added_around(tokenizer)
-    return Vocabulary(
-        model=name,
-        pre=pre,
-        tokens=tokens,
-        types=[int(kind) for kind in types],
-        merges=listed,
-        scores=scores,
-        special=_special(tokenizer, unknown),
-        add_bos=add_bos,
-        add_eos=add_eos,
-        add_space_prefix=prefix,
-        lost=lost,
-    )
+    keys["token_types"] = [int(kind) for kind in types]
+    keys["add_bos_token"], keys["add_eos_token"] = _added_around(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise _refuse("it has no end-of-sequence token, so generation would not stop")
+    # Without a BOS llama.cpp takes id 11. Generation from nothing begins with EOS here too.
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    special = {
+        "bos": bos,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "unk": None if unknown is None else tokenizer.convert_tokens_to_ids(unknown),
+    }
+    keys |= {f"{name}_token_id": int(i) for name, i in special.items() if i is not None}
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    return keys | ({"chat_template": template} if template else {}), lost
 
 
 def _tokens(state: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
@@ -249,21 +224,6 @@ def _added_around(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
             if around == before + plain + behind:
                 return bos, eos
     raise _refuse(f"it puts the ids {around} around a text, more than BOS and EOS")
-
-
-def _special(tokenizer: PreTrainedTokenizerFast, unknown: str | None) -> dict[str, int]:
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-        "unk": None if unknown is None else tokenizer.convert_tokens_to_ids(unknown),
-    }
-    if ids["eos"] is None:
-        raise _refuse("it has no end-of-sequence token, so generation would not stop")
-    # Without one, llama.cpp takes id 11 for BOS. Generation from nothing begins with EOS here too.
-    if ids["bos"] is None:
-        ids["bos"] = ids["eos"]
-    return {name: int(number) for name, number in ids.items() if number is not None}
 
 
 def _sequence(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

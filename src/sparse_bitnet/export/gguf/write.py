@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,9 @@ from sparse_bitnet.export.gguf.model import (
     rope_factors,
     write_hyperparameters,
 )
-from sparse_bitnet.export.gguf.tokenizer import Vocabulary, vocabulary
+from sparse_bitnet.export.gguf.tokenizer import vocabulary
 from sparse_bitnet.files import atomic_file
 from sparse_bitnet.train.dense import gguf_package
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 LinearType = Literal["tq2_0", "tq1_0", "q2_0"]
 EmbeddingType = Literal["f16", "q8_0", "f32"]
@@ -100,7 +97,12 @@ def export_gguf(
         )
     lost = ["N:M is kept as zeros, of which llama.cpp makes no use"]
     embedding: Any = source.model.get_input_embeddings()
-    words = vocabulary(source.tokenizer, len(embedding.weight))
+    words, otherwise = vocabulary(source.tokenizer, len(embedding.weight))
+    # Generation may stop at more tokens than the one that ends a document.
+    ends = getattr(source.model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    if others := [end for end in ends if end not in (None, words["eos_token_id"])]:
+        words["eot_token_id"] = others[0]
     tensors = _Tensors(source, kind, linears.upper(), embeddings.upper(), odd_rows)
     lost.append(f"embedding and head are stored as {embeddings.upper()}")
     odd, layers = len(tensors.odd), len(source.shapes)
@@ -126,7 +128,7 @@ def export_gguf(
         f"GGUF {tensors.main}",
         source.weights,
         out.stat().st_size,
-        lost + words.lost,
+        lost + otherwise,
         {planned.name: planned.kind for planned in tensors.planned},
     )
 
@@ -224,7 +226,7 @@ def _write(
     path: Path,
     kind: str,
     source: Exportable,
-    words: Vocabulary,
+    words: dict[str, Any],
     tensors: _Tensors,
     lost: list[str],
     name: str,
@@ -237,7 +239,8 @@ def _write(
     writer.add_file_type(MOSTLY_Q2_0 if main == "Q2_0" else gguf.LlamaFileType[f"MOSTLY_{main}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, source.model, lost)
-    _write_tokenizer(writer, words, source)
+    for key, value in words.items():
+        getattr(writer, f"add_{key}")(value)
     for planned in tensors.planned:
         if planned.kind == "Q2_0":
             quantized, size = Q2_0, math.prod(planned.shape) // BLOCKS["Q2_0"] * Q2_0_BYTES
@@ -282,36 +285,6 @@ def encode_q2_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = (np.sign(blocks) + 1).astype(np.uint8).reshape(len(blocks), -1, 4)
     packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8)
     return np.concatenate([scale.view(np.uint8), packed], axis=-1)
-
-
-def _write_tokenizer(writer: GGUFWriter, words: Vocabulary, source: Exportable) -> None:
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.model == "llama":
-        writer.add_token_scores(words.scores)
-        writer.add_add_space_prefix(words.add_space_prefix)
-    writer.add_token_merges(words.merges)
-    writer.add_bos_token_id(words.special["bos"])
-    writer.add_eos_token_id(words.special["eos"])
-    if "unk" in words.special:
-        writer.add_unk_token_id(words.special["unk"])
-    if "pad" in words.special:
-        writer.add_pad_token_id(words.special["pad"])
-    # Generation may stop at more tokens than the one that ends a document.
-    generation = getattr(source.model.generation_config, "eos_token_id", None)
-    ends = generation if isinstance(generation, list) else [generation]
-    others = [end for end in ends if end is not None and end != words.special["eos"]]
-    if others:
-        writer.add_eot_token_id(others[0])
-    writer.add_add_bos_token(words.add_bos)
-    writer.add_add_eos_token(words.add_eos)
-    template = getattr(source.tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)
 
 
 def _check_f16(values: Tensor, where: str) -> None:

@@ -24,6 +24,8 @@ Sizes that 16 does not divide take the plain products.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -125,41 +127,30 @@ _ones: dict[torch.device, Tensor] = {}
 
 
 def _one(device: torch.device) -> Tensor:
-    one = _ones.get(device)
-    if one is None:
-        one = torch.ones((), dtype=torch.float32, device=device)
-        if not torch.cuda.is_current_stream_capturing():  # memory of a captured graph stays its own
-            _ones[device] = one
+    if device in _ones:
+        return _ones[device]
+    one = torch.ones((), dtype=torch.float32, device=device)
+    if not torch.cuda.is_current_stream_capturing():  # memory of a captured graph stays its own
+        _ones[device] = one
     return one
 
 
-def _cuda_rows(dy: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton() -> Any:
     from sparse_bitnet.kernels.backward import triton_fp8
 
-    return triton_fp8.rows(dy, fold)
-
-
-def _cuda_transposed(values: Tensor, factor: Tensor | None) -> Tensor:
-    from sparse_bitnet.kernels.backward import triton_fp8
-
-    return triton_fp8.transposed(values, factor)
+    return triton_fp8
 
 
 def _cuda_matmul(a: Tensor, b: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     one = _one(a.device)
-    return torch._scaled_mm(
-        a,
-        b.t(),
-        scale_a=one if scale is None else scale,
-        scale_b=one,
-        out_dtype=out_dtype,
-        use_fast_accum=scale is None,
-    )
+    scales = {"scale_a": one if scale is None else scale, "scale_b": one}
+    fast = scale is None
+    return torch._scaled_mm(a, b.t(), **scales, out_dtype=out_dtype, use_fast_accum=fast)
 
 
 register(
     "fp8_rows(Tensor dy, Tensor? fold) -> (Tensor, Tensor)",
-    _cuda_rows,
+    lambda dy, fold: _triton().rows(dy, fold),
     lambda dy, fold: (
         dy.new_empty(dy.shape, dtype=reference.FP8),
         dy.new_empty(dy.shape[:1], dtype=torch.float32),
@@ -167,7 +158,7 @@ register(
 )
 register(
     "fp8_transposed(Tensor values, Tensor? factor) -> Tensor",
-    _cuda_transposed,
+    lambda values, factor: _triton().transposed(values, factor),
     lambda values, factor: values.new_empty(values.shape[::-1], dtype=reference.FP8),
 )
 register(

@@ -233,10 +233,8 @@ def attend(
     shares = triton.cdiv(length, share)
     y = m = total = out  # a placeholder where nothing has to be joined
     if shares > 1:
-        parts = batch * key_heads * shares * rows
-        y = torch.empty((parts, padded), dtype=torch.float32, device=query.device)
-        m = torch.empty((parts,), dtype=torch.float32, device=query.device)
-        total = torch.empty((parts,), dtype=torch.float32, device=query.device)
+        y = query.new_empty((batch * key_heads * shares * rows, padded), dtype=torch.float32)
+        m, total = (y.new_empty(len(y)) for _ in range(2))
     seen_batch = 0
     if seen is not None:
         seen = seen.reshape(seen.shape[0], length).contiguous().view(torch.uint8)
@@ -257,14 +255,9 @@ def attend(
         scale,
         width,
         key_heads,
-        query.stride(0),
-        query.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
-        values.stride(0),
-        values.stride(1),
-        values.stride(2),
+        *query.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
         seen_batch,
         GROUP=group,
         ROWS=rows,

@@ -43,23 +43,21 @@ def int8_linear(
     All that serve give the same values, to the last bit, except inside ``torch.compile`` on CUDA,
     where a step of the quantization may differ in its last bit.
     """
-    reference.check_row(weight.shape[1])
-    rows = x.reshape(-1, x.shape[-1])
     # The kernel is one launch, and divides by 127 as a CPU does where PyTorch on CUDA multiplies by
     # 1/127. A compiler does that too, but fuses the formula with what comes before.
     quantize = quantize_int8 if torch.compiler.is_compiling() else quantize_activations
-    x_q, x_scale = two_terms(rows, quantize)
+    return reference.int8_linear(x, weight, w_scale, bias, out_dtype, quantize, _product)
+
+
+def _product(x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
     exact = x_q.is_cuda or (x_q.device.type == "cpu" and _sums_in_32_bits())
     if runs_triton(x_q):
-        y = byte_matmul(x_q, x_scale, weight, w_scale)
-    elif cpu.serves_bytes(x_q, weight, cpu.MOST_BYTE_TOKENS if exact else _most_tokens()):
-        y = cpu.linear(x_q, weight, "bytes", w_scale, None, torch.float32, x_scale)
-    elif exact:
-        y = integer_matmul(x_q, weight).float().mul_(x_scale).mul_(w_scale)
-    else:
-        y = reference.scaled_matmul(x_q, x_scale, weight, w_scale)
-    y = reference.add_terms(y, bias, out_dtype or x.dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        return byte_matmul(x_q, x_scale, weight, w_scale)
+    if cpu.serves_bytes(x_q, weight, cpu.MOST_BYTE_TOKENS if exact else _most_tokens()):
+        return cpu.linear(x_q, weight, "bytes", w_scale, None, torch.float32, x_scale)
+    if exact:
+        return integer_matmul(x_q, weight).float().mul_(x_scale).mul_(w_scale)
+    return reference.scaled_matmul(x_q, x_scale, weight, w_scale)
 
 
 @torch.compiler.assume_constant_result

@@ -37,11 +37,9 @@ def two_terms(x: Tensor, quantize: Quantizer = quantize_int8) -> tuple[Tensor, T
     return torch.cat([first, rest]), torch.cat([first_scale, rest_scale])
 
 
-def add_terms(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """float32 ``[2·tokens, out]`` of :func:`two_terms` → ``[tokens, out]``."""
-    first, rest = y.chunk(2)
-    y = first + rest
-    return (y if bias is None else y + bias).to(out_dtype)
+def scaled_matmul(x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
+    """(Xq @ Wᵀ) · x_scale · w_scale: float32 ``[tokens, out]``."""
+    return int8_matmul(x_q, weight).float().mul_(x_scale).mul_(w_scale)
 
 
 def int8_linear(
@@ -50,6 +48,8 @@ def int8_linear(
     w_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    quantize: Quantizer = quantize_int8,
+    product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = scaled_matmul,
 ) -> Tensor:
     """Y = X @ (scale · W)ᵀ + bias.
 
@@ -59,19 +59,20 @@ def int8_linear(
         w_scale: float32 ``[out]``, one a row.
         bias: ``[out]`` or None.
         out_dtype: of the result; ``x.dtype`` if left out.
+        quantize, product: backends of ``quantize_int8`` and of :func:`scaled_matmul`.
 
     Returns:
         ``[..., out]``.
+
+    Raises:
+        WeightError: if ``in`` is too long for int32.
     """
-    x_q, x_scale = two_terms(x.reshape(-1, x.shape[-1]))
-    y = scaled_matmul(x_q, x_scale, weight, w_scale)
-    y = add_terms(y, bias, out_dtype or x.dtype)
+    check_row(weight.shape[1])
+    x_q, x_scale = two_terms(x.reshape(-1, x.shape[-1]), quantize)
+    first, rest = product(x_q, x_scale, weight, w_scale).chunk(2)
+    y = first + rest
+    y = (y if bias is None else y + bias).to(out_dtype or x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def scaled_matmul(x_q: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
-    """(Xq @ Wᵀ) · x_scale · w_scale: float32 ``[tokens, out]``."""
-    return int8_matmul(x_q, weight).float().mul_(x_scale).mul_(w_scale)
 
 
 def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
@@ -79,11 +80,7 @@ def int8_matmul(x_q: Tensor, weight: Tensor) -> Tensor:
 
     In float32, in pieces whose sums are exact in any order, and in bf16 or TF32 too if PyTorch is
     allowed those for float32 products: eight significant bits hold every int8.
-
-    Raises:
-        WeightError: if ``in`` is too long for int32.
     """
-    check_row(weight.shape[1])
     total = torch.zeros(x_q.shape[0], weight.shape[0], dtype=torch.int32, device=x_q.device)
     for first in range(0, x_q.shape[1], EXACT_LANES):
         lanes = slice(first, first + EXACT_LANES)

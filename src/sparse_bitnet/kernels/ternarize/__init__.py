@@ -34,12 +34,13 @@ def ternarize(
     method; the reference for its ablations and elsewhere. All give the same values.
     """
     method = method or PUBLISHED
-    if _published(method) and weight.ndim >= 2 and cpu.serves(weight):
+    backend = _backend(weight, pattern, method)
+    if backend == "triton":
+        packed, scale = _triton(weight, pattern, shard_sizes)
+        return two_bit.unpack_rows(packed, weight.shape[-1]), scale
+    if backend == "cpu":
         return cpu.ternarize(weight, pattern, shard_sizes)
-    if not _runs_triton(weight, pattern, method):
-        return reference.ternarize(weight, pattern, method, shard_sizes)
-    packed, scale = _triton(weight, pattern, shard_sizes)
-    return two_bit.unpack_rows(packed, weight.shape[-1]), scale
+    return reference.ternarize(weight, pattern, method, shard_sizes)
 
 
 def two_bits(
@@ -55,13 +56,14 @@ def two_bits(
         scale: γ ``[..., shards]``, where it comes from rows of other ranks as well. ``shard_sizes``
             are then of the rows here.
     """
-    if _runs_triton(weight, pattern, method):
+    backend = _backend(weight, pattern, method)
+    if backend == "triton":
         return _triton(weight, pattern, shard_sizes, scale)
     if scale is None:
         ternary, scale = ternarize(weight, pattern, method, shard_sizes)
     else:
         rows = row_scale(scale, shard_sizes, weight.shape[-2])
-        if _published(method) and cpu.serves(weight):
+        if backend == "cpu":
             ternary = cpu.ternarize_with(weight, rows, pattern)
         else:
             ternary = reference.ternarize_with(weight, rows, pattern, method)
@@ -76,7 +78,7 @@ def scale_sums(
     Args:
         weight: a rank's rows, of which ``shard_sizes`` belong to each logical matrix.
     """
-    if _published(method) and weight.ndim >= 2 and runs_triton(weight):
+    if _backend(weight, pattern, method) == "triton":
         from sparse_bitnet.kernels.ternarize import triton
 
         with torch.cuda.device_of(weight):
@@ -85,11 +87,21 @@ def scale_sums(
     return core.scale_sums(weight, shard_sizes, mask).unsqueeze(-1)
 
 
+def _backend(weight: Tensor, pattern: Pattern, method: Method) -> str:
+    """``triton``, ``cpu`` (the compiled library), or ``reference``."""
+    published = (method.order, method.mask_source) == (PUBLISHED.order, PUBLISHED.mask_source)
+    # float64 magnitudes may differ where float32's tie
+    if not published or weight.ndim < 2 or not weight.numel() or weight.dtype.itemsize > 4:
+        return "reference"
+    if runs_triton(weight):
+        from sparse_bitnet.kernels.ternarize import triton
+
+        return "triton" if triton.serves(pattern, weight.shape[-1]) else "reference"
+    return "cpu" if cpu.serves(weight) else "reference"
+
+
 def _triton(
-    weight: Tensor,
-    pattern: Pattern,
-    shard_sizes: tuple[int, ...],
-    scale: Tensor | None = None,
+    weight: Tensor, pattern: Pattern, shard_sizes: tuple[int, ...], scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     from sparse_bitnet.kernels.ternarize import triton
 
@@ -98,16 +110,6 @@ def _triton(
         check_shard_sizes(shard_sizes, weight.shape[-2])
     with torch.cuda.device_of(weight):
         return triton.ternarize(weight.detach().contiguous(), pattern, shard_sizes, scale)
-
-
-def _runs_triton(weight: Tensor, pattern: Pattern, method: Method) -> bool:
-    if not (_published(method) and weight.ndim >= 2 and weight.numel() and runs_triton(weight)):
-        return False
-    if weight.dtype.itemsize > 4:  # float64 magnitudes may differ where float32's tie
-        return False
-    from sparse_bitnet.kernels.ternarize import triton
-
-    return triton.serves(pattern, weight.shape[-1])
 
 
 def ternarize_traced(
@@ -138,10 +140,6 @@ def kept_weights(
     return mask
 
 
-def _published(method: Method) -> bool:
-    return method.order == PUBLISHED.order and method.mask_source == PUBLISHED.mask_source
-
-
 def _ternarize(
     weight: Tensor, pattern: Tensor, shard_sizes: list[int], order: str, mask_source: str
 ) -> tuple[Tensor, Tensor]:
@@ -170,27 +168,20 @@ def _fake_ternarize(
 
 
 def _kept(weight: Tensor, pattern: Tensor, shard_sizes: list[int], mask_source: str) -> Tensor:
-    method = _method("quant-then-mask", mask_source)
-    now = Pattern(*pattern.tolist())
+    method, now = _method("quant-then-mask", mask_source), Pattern(*pattern.tolist())
     mask = method_mask(weight, now, method, tuple(shard_sizes))
     return nm_mask(weight, now) if mask is None else mask
 
 
-def _fake_kept(weight: Tensor, pattern: Tensor, shard_sizes: list[int], mask_source: str) -> Tensor:
+def _fake_kept(weight: Tensor, *_: object) -> Tensor:
     return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
 
 
+TERNARIZE = (
+    "ternarize(Tensor weight, Tensor pattern, int[] shard_sizes, str order, str mask_source) "
+    "-> (Tensor, Tensor)"
+)
+KEPT = "kept_weights(Tensor weight, Tensor pattern, int[] shard_sizes, str mask_source) -> Tensor"
 for device in ("CPU", "CUDA"):
-    register(
-        "ternarize(Tensor weight, Tensor pattern, int[] shard_sizes, str order, str mask_source) "
-        "-> (Tensor, Tensor)",
-        _ternarize,
-        _fake_ternarize,
-        device,
-    )
-    register(
-        "kept_weights(Tensor weight, Tensor pattern, int[] shard_sizes, str mask_source) -> Tensor",
-        _kept,
-        _fake_kept,
-        device,
-    )
+    register(TERNARIZE, _ternarize, _fake_ternarize, device)
+    register(KEPT, _kept, _fake_kept, device)
