@@ -87,7 +87,8 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
         for directory in (out, out / TRAIN, out / VALIDATION):
             remove_leftovers(directory)
         journal = _load(out)
-        if journal is None:
+        if journal is None or (not journal.parts and journal.settings != settings):
+            discard(out)  # of other settings, but nothing that would be lost
             journal = Journal(settings)
             journal.save(out)
         _refuse_other(journal.settings, settings, out)
