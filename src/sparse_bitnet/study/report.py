@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import DataError, MissingExtraError
@@ -30,7 +31,8 @@ LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are 
 LAST = 0.05  # part of training that the cost at the end is averaged over
 
 
-class Written(NamedTuple):
+@dataclass(frozen=True)
+class Written:
     """What :func:`report` wrote: the page, its pictures, and what it had to leave out."""
 
     page: Path
