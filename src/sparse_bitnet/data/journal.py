@@ -27,18 +27,12 @@ TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive documents of one source, finished.
+    """Consecutive documents of one source, finished."""
 
-    Attributes:
-        source: 0, or 1 for the separate validation source.
-        documents, bytes: read from that source up to the end of this part, all its parts together.
-        shards: the files it filled, by split.
-    """
-
-    source: int
-    documents: int
+    source: int  # 0, or 1 for the separate validation source
+    documents: int  # read from that source up to the end of this part, all its parts together
     bytes: int
-    shards: dict[str, Shard]
+    shards: dict[str, Shard]  # the files it filled, by split
 
 
 @dataclass
