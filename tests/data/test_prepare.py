@@ -350,6 +350,19 @@ def test_a_bad_line_in_the_middle_leaves_a_resumable_directory(
         TokenShards(out / "train")
 
 
+def test_a_corrected_source_goes_where_the_wrong_one_gave_no_shard(
+    texts: list[str], tmp_path: Path, tokenizer: str
+) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    for last in ('{"text": "cut', '{"text": "whole"}'):
+        path.write_text("".join([*lines, last]))
+        if last.endswith("cut"):
+            with pytest.raises(DataError, match="not valid JSON"):
+                prepare(f"jsonl:{path}", out, tokenizer=tokenizer)
+    assert prepare(f"jsonl:{path}", out, vocab_size=300)["vocab_size"] == 300
+
+
 def test_settings_out_of_range(tmp_path: Path) -> None:
     for settings, message in [
         ({"tokenizer": "x", "vocab_size": 9}, "vocab_size 9 is for training a tokenizer, but toke"),

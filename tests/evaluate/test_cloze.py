@@ -61,7 +61,7 @@ def test_accuracy_is_the_share_of_right_answers(model, tokenizer, items):
 
 
 def test_a_model_that_knows_the_answers_has_accuracy_one(model, tokenizer, items, monkeypatch):
-    def oracle(model, tokenizer, items, **options):
+    def oracle(model, tokenizer, items, *options):
         return torch.nn.functional.one_hot(torch.tensor([item.answer for item in items]), 4)
 
     monkeypatch.setitem(cloze_accuracy.__globals__, "candidate_scores", oracle)

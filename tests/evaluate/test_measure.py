@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.data import open_source
 from sparse_bitnet.evaluate import (
     Measurements,
     Perplexity,
@@ -23,9 +24,8 @@ def test_everything_that_is_asked_for(model, tokenizer, prose, tmp_path: Path):
     found = measure(
         model, tokenizer, Measurements(text=source, cloze=source, window=32, items=5, limit=50)
     )
-    (tmp_path / "a.txt").write_text(prose, encoding="utf-8")
     assert found.text == perplexity(
-        model, tmp_path / "a.txt", tokenizer=tokenizer, window=32, limit=50
+        model, open_source(source), tokenizer=tokenizer, window=32, limit=50
     )
     items = cloze_items([prose], limit=5)
     assert found.cloze == cloze_accuracy(model, tokenizer, items, window=32)

@@ -137,6 +137,10 @@ def test_load_takes_packed_trained_and_ordinary_directories(
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     assert torch.equal(logits(model), logits(expected))
     assert load(tmp_path / "plain", dtype="float32", device="cpu")[0].dtype == torch.float32
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"it is a run, whose model is .*/run/model"):
+        load(tmp_path / "run")
     with pytest.raises(CheckpointError, match="nothing holds no model: there is no config"):
         load(tmp_path / "nothing")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):

@@ -12,6 +12,7 @@ import pytest
 from sparse_bitnet.data import prepare
 from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.study.rows import append_row
+from sparse_bitnet.train.recipe import checked
 
 RATIO = {
     "bf16": {"7:8": 1.01, "6:8": 1.04, "5:8": 1.06, "4:8": 1.13, "3:8": 1.3, "2:8": 1.5},
@@ -22,18 +23,13 @@ DENSE = {"bf16": 27.0, "bitnet": 34.0}
 
 def make_row(perplexity: float, accuracy: float | None = 0.5, **cell: Any) -> dict[str, Any]:
     """One row with everything a report draws, its curves short and smooth."""
-    chosen = Cell.from_dict({"size": "study-5m", **cell}, "test")
+    chosen = checked(Cell, {"size": "study-5m", **cell}, "test")
     points = [1e6 * (i + 1) for i in range(12)]
     bitnet = chosen.kind == "bitnet"
     masked = chosen.pattern != "dense"
     bins = 80
     edges = [4 * i / bins for i in range(bins + 1)]
     fractions = [1 / bins] * bins
-    names = [
-        f"model.layers.{block}.{linear}.weight"
-        for block in range(3)
-        for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-    ]
     return {
         "schema": 1,
         "key": str(chosen),
@@ -51,11 +47,6 @@ def make_row(perplexity: float, accuracy: float | None = 0.5, **cell: Any) -> di
             "loss": [9 - 0.4 * i for i in range(12)],
             "zeros": [0.3 + 0.01 * i for i in range(12)],
             "flip_rate": [0.01 / (i + 1) if masked else None for i in range(12)],
-        },
-        "layers": {
-            "names": names,
-            "tokens": points[-1:],
-            "zeros": [[0.3 + 0.01 * i for i in range(len(names))]],
         },
         "polarization": [
             {

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.study.cells import Cell, fingerprint, key_today, read_sweep
-from sparse_bitnet.train.recipe import to_dict
+from sparse_bitnet.train.recipe import checked, to_dict
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "sweeps"
 BASE = """
@@ -103,9 +103,9 @@ def test_key_is_of_what_decides_the_figures(tmp_path: Path) -> None:
 
 
 def test_a_cell_survives_json() -> None:
-    cell = Cell.from_dict({"kind": "bf16", "until": {0.66: "6:8", 0.33: "dense"}}, "here")
+    cell = checked(Cell, {"kind": "bf16", "until": {0.66: "6:8", 0.33: "dense"}}, "here")
     assert cell.until == ((0.33, "dense"), (0.66, "6:8"))
-    assert Cell.from_dict(cell.to_dict(), "there") == cell
+    assert checked(Cell, cell.to_dict(), "there") == cell
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,6 @@ def test_rows_that_lack_much_make_a_smaller_page(tmp_path: Path, make_row: Make)
     for pattern, perplexity in (("dense", 30.0), ("4:8", 32.0)):
         row = make_row(perplexity, None, kind="bitnet", pattern=pattern)
         row["polarization"] = None
-        row["layers"] = {}
         append_row(tmp_path / "rows.jsonl", row)
     page = page_of(tmp_path)
     assert {name.partition("-study")[0] for name in page.images} == TRAINING - {"polarization"}
@@ -130,7 +129,7 @@ def test_hostile_rows_do_not_break_the_page(evidence: Path, make_row: Make) -> N
     row |= {"status": "diverged", "problem": "<script>alert(1)</script>"}
     append_row(evidence / "rows.jsonl", row)
     odd = make_row(40, kind="bf16", pattern="1:8") | {"key": "<b>&amp;"}
-    odd |= {"history": None, "polarization": [3], "layers": None, "tokens": "many", "weights": None}
+    odd |= {"history": None, "polarization": [3], "tokens": "many", "weights": None}
     odd["environment"] = 5
     append_row(evidence / "rows.jsonl", odd)
     with (evidence / "rows.jsonl").open("a") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from processes import context
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
-from sparse_bitnet.study.cells import Evaluation, read_sweep
+from sparse_bitnet.study.cells import read_sweep
 from sparse_bitnet.study.pool import Job, Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import read_rows
@@ -141,7 +142,7 @@ def test_killed_while_a_cell_was_measured(
         recipe.write_text(recipe.read_text().replace("checkpoint_every: 6, ", ""))
     job = _jobs(read_sweep(recipe), tmp_path / "cells")[0]
     Path(job.config.run.directory).mkdir(parents=True)
-    measure = Evaluation(**job.evaluation)
+    measure = job.evaluation
     with monkeypatch.context() as patch:
         patch.setattr(cell_module, "_evaluate", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
@@ -267,8 +268,8 @@ import sys, time
 from multiprocessing.connection import Connection
 from sparse_bitnet.study import worker
 
-def run(order, connection, stops):
-    connection.send_bytes(b'{"done": 1, "steps": 1}')
+def run(job, connection, stops):
+    connection.send({"done": 1, "steps": 1})
     time.sleep(1)
     return {"much": "x" * 2**20}
 
@@ -330,7 +331,7 @@ def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_r
     """A cell that is resumed at step 20, one that fails, one that is stopped."""
     plan = read_sweep(write_recipe(tmp_path, toy_tokens))
     jobs = _jobs(plan, tmp_path / "cells")
-    run = _Sweep(plan, jobs, tmp_path / "rows.jsonl", None, False)
+    run = _Sweep(plan, jobs, tmp_path / "rows.jsonl", math.inf, False)
     shown: list[tuple[int, str]] = []
     task = SimpleNamespace(advance=lambda steps, detail: shown.append((steps, detail)))
     workers = SimpleNamespace(running=jobs[:1], per_device=2)

@@ -141,8 +141,7 @@ def test_a_trained_teacher_is_accepted(shape: PreTrainedConfig, tmp_path: Path) 
     model = AutoModelForCausalLM.from_config(shape)
     convert(model, "6:8")
     model.save_pretrained(tmp_path)
-    teacher = TeacherConfig(str(tmp_path))
-    Teacher(teacher, torch.device("cpu"), VOCABULARY, None, documents=True)
+    Teacher(TeacherConfig(str(tmp_path)), model, documents=True)
 
 
 def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:

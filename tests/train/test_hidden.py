@@ -22,7 +22,6 @@ from sparse_bitnet.train.parallel import blocks
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
 
-CPU = torch.device("cpu")
 LAYERS = [0, 1]
 
 
@@ -51,7 +50,7 @@ def test_the_loss_of_a_model(directory: Path) -> None:
     student = dense(3).train()
     convert(student, "6:8")
     config = TeacherConfig(str(directory), hidden_layers=LAYERS, hidden_weight=3.0)
-    teacher = Teacher(config, CPU, 64, None)
+    teacher = Teacher(config, dense(3))
     batch = Batch.of(torch.randint(64, (3, 17)))
     labels = batch.labels.clone()
     labels[:, ::3] = IGNORED
@@ -123,16 +122,15 @@ def test_refusals(recipe: Any, directory: Path, tmp_path: Path) -> None:
         train(recipe(teacher={"source": str(directory), "hidden_layers": [1, 9]}))
     dense(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "wide")
     with pytest.raises(ConfigError, match="have 64 features and the teacher's 128"):
-        train(recipe(teacher={"source": str(tmp_path / "wide"), "hidden_layers": [0]}))
+        train(recipe("wide", teacher={"source": str(tmp_path / "wide"), "hidden_layers": [0]}))
+    assert not (recipe.directory / "wide" / "metrics.jsonl").exists()  # before any work
 
 
 def test_a_teacher_on_a_device_of_its_own(directory: Path) -> None:
     """Whatever is moved there and back; a machine without a GPU knows one device by two names."""
     batch = Batch.of(torch.randint(64, (2, 9)))
     found = [
-        Teacher(TeacherConfig(str(directory), hidden_layers=LAYERS, device=name), CPU, 64, None)(
-            batch
-        )
+        Teacher(TeacherConfig(str(directory), hidden_layers=LAYERS, device=name), dense(3))(batch)
         for name in ("", "cpu:0")
     ]
     assert torch.equal(found[0].hidden, found[1].hidden)

@@ -25,8 +25,6 @@ from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.teacher import Teacher
 
-CPU = torch.device("cpu")
-
 
 def rows(result: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(result.history).read_text().splitlines()]
@@ -78,7 +76,7 @@ def test_the_loss_of_a_model_with_a_teacher(
     student = models[student_is]().train()
     convert(student, "6:8")
     config = TeacherConfig(str(tmp_path), weight=2.0, cross_entropy=0.5, temperature=3.0)
-    teacher = Teacher(config, CPU, 64, "any")
+    teacher = Teacher(config, dense(3))
     tokens = torch.randint(64, (3, 17))
     loss, parts = CausalLoss(student)(Batch.of(tokens), teacher)
     loss.backward()
@@ -172,17 +170,17 @@ def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
     tokens = torch.randint(64, (2, 9))
     expected = model.eval()(tokens[:, :-1]).logits
     save_trained(model, None, tmp_path / "model", SparsityConfig())
-    targets = Teacher(TeacherConfig(str(tmp_path / "model")), CPU, 64, "any")(Batch.of(tokens))
+    targets = Teacher(TeacherConfig(str(tmp_path / "model")), dense(3))(Batch.of(tokens))
     assert torch.equal(targets.logits(slice(None)).view_as(expected), expected)
 
 
 class TestRefusals:
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no Hugging Face directory"):
-            Teacher(TeacherConfig(str(tmp_path / "none")), CPU, 64, "any")
+            Teacher(TeacherConfig(str(tmp_path / "none")), dense(3))
         (tmp_path / "m.gguf").touch()
         with pytest.raises(ConfigError, match=r"m\.gguf is a GGUF file; make a directory of it"):
-            Teacher(TeacherConfig(str(tmp_path / "m.gguf")), CPU, 64, "any")
+            Teacher(TeacherConfig(str(tmp_path / "m.gguf")), dense(3))
 
     def test_another_vocabulary(self, recipe: Any, tmp_path: Path) -> None:
         dense(0, vocabulary=72).save_pretrained(tmp_path / "teacher")
@@ -193,19 +191,19 @@ class TestRefusals:
         tokenizer = train_bpe(["some text, some more text"], 260)
         tokenizer.save_pretrained(directory)
         config = TeacherConfig(str(directory))
-        Teacher(config, CPU, 64, tokenizer_hash(tokenizer))
+        Teacher(config, dense(3), tokenizer_hash(tokenizer))
         with pytest.raises(ConfigError, match="another tokenizer than the data"):
-            Teacher(config, CPU, 64, "0" * 64)
+            Teacher(config, dense(3), "0" * 64)
 
     def test_damaged_weights(self, directory: Path) -> None:
         path = directory / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match="cannot be loaded"):
-            Teacher(TeacherConfig(str(directory)), CPU, 64, "any")
+            Teacher(TeacherConfig(str(directory)), dense(3))
 
     def test_no_such_device(self, directory: Path) -> None:
         with pytest.raises(ConfigError, match="nonsense"):
-            Teacher(TeacherConfig(str(directory), device="nonsense"), CPU, 64, "any")
+            Teacher(TeacherConfig(str(directory), device="nonsense"), dense(3))
 
     @pytest.mark.parametrize(
         ("values", "message"),

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch
+from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import SparseBitLinear, convert
 from sparse_bitnet.train.callback import SparseBitNetCallback
 from sparse_bitnet.train.config import TeacherConfig
@@ -22,8 +30,6 @@ from sparse_bitnet.train.parallel import blocks
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
 from sparse_bitnet.train.trainer import TeacherMixin
-
-CPU = torch.device("cpu")
 
 
 def dense(seed: int, **changes: Any) -> PreTrainedModel:
@@ -116,7 +122,7 @@ def test_the_losses_are_the_loops(tmp_path: Path) -> None:
     states = HiddenStates(blocks(model), config.hidden_layers, "student")
     labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     same = Batch(batch["input_ids"], labels, divisor=(labels != IGNORED).sum())
-    wanted, _ = CausalLoss(model, states)(same, Teacher(config, CPU, 64, None))
+    wanted, _ = CausalLoss(model, states)(same, Teacher(config, dense(3)))
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
     for name, parameter in model.named_parameters():
@@ -131,7 +137,16 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
         trainer, _ = run(tmp_path, model, 1)
         assert not any(module._forward_hooks for module in model.modules())
         pickle.dumps(model)
+    kept = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            pair = trainer._pair  # type: ignore[attr-defined]
+            kept.extend(pair[0].states._kept.values())
+
+    trainer.add_callback(Watch())
     trainer.train()
+    assert kept == []
     assert "hidden_loss" in trainer.state.log_history[0]
 
 
@@ -163,14 +178,44 @@ def test_batches_without_labels(tmp_path: Path) -> None:
         Distilling(dense(3), arguments).compute_loss(dense(3).train(), {"input_ids": None})
 
 
+@pytest.mark.parametrize("leaks", ["student", "teacher"])
+def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
+    shape = Lfm2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        pad_token_id=0,
+    )
+    models = {"student": dense(3), "teacher": dense(7)}
+    torch.manual_seed(0)
+    models[leaks] = AutoModelForCausalLM.from_config(shape)
+    models["teacher"].save_pretrained(tmp_path / "dense")
+
+    class Distilling(TeacherMixin, Trainer):
+        teacher = TeacherConfig(str(tmp_path / "dense"))
+
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    ids = torch.randint(64, (1, 12))
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(6).repeat(1, 2)}
+    student = models["student"].train()
+    with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
+        Distilling(student, arguments).compute_loss(student, packed)
+
+
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    dense(7).save_pretrained("dense")
+    dense(7, vocab_size=272).save_pretrained("dense")
+    train_bpe(["some text, some more text"], 260).save_pretrained("dense")
     text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert code.count('TrainingArguments("out", ') == 1
     code = code.replace('TrainingArguments("out", ', 'TrainingArguments("out", use_cpu=True, ')
     exec(compile(code, "docs/trainer.md", "exec"), {"rows": rows(), "__name__": "example"})
     assert (tmp_path / "packed" / "model.safetensors").is_file()
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()
     again = AutoModelForCausalLM.from_pretrained("trained")
     assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)

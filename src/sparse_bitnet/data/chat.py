@@ -29,15 +29,10 @@ Messages = list[dict[str, Any]]
 
 
 class Chat(NamedTuple):
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    Attributes:
-        text: with the template's special tokens written out.
-        answers: the stretches ``[start, end)`` of it, in characters, that are learned.
-    """
-
-    text: str
-    answers: list[tuple[int, int]]
+    text: str  # with the template's special tokens written out
+    answers: list[tuple[int, int]]  # its stretches [start, end), in characters, that are learned
 
 
 def check_messages(value: Any, place: str) -> Messages:
@@ -71,10 +66,6 @@ def check_messages(value: Any, place: str) -> Messages:
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    Attributes:
-        text: the template itself.
-        left_out: how many conversations were not rendered, by the reason.
-
     Raises:
         DataError: if the tokenizer has no template, or several and none is the default.
     """
@@ -87,7 +78,7 @@ class ChatTemplate:
                 f"{where}: has no chat template, which says how conversations are written; take a "
                 f"chat model's tokenizer, or put chat_template.jinja beside it ({error})"
             ) from error
-        self.left_out: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # conversations not rendered, by the reason
         self._tokenizer = tokenizer
         self._marks_answers = MARKS_ANSWERS.search(self.text) is not None
         added = tokenizer.added_tokens_decoder.values()
@@ -131,7 +122,6 @@ class ChatTemplate:
         return chat
 
     def report(self) -> None:
-        """Say what was left out."""
         if self.left_out:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
             say(f"warning: left out {self.left_out.total():,} conversations: {reasons}")

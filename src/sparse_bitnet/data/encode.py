@@ -34,19 +34,12 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of a source are read, and which of them are held out.
-
-    Attributes:
-        source: the documents.
-        limit: read no further than the document that reaches this many bytes of text.
-        held_out: fraction for validation: those whose content's hash falls below it.
-        splits: where kept and held-out documents go.
-    """
+    """Which documents of a source are read, and which of them are held out."""
 
     source: Source
-    limit: float
-    held_out: float
-    splits: tuple[str, str] = (TRAIN, VALIDATION)
+    limit: float  # read no further than the document that reaches this many bytes of text
+    held_out: float  # fraction for validation: those whose content's hash falls below it
+    splits: tuple[str, str] = (TRAIN, VALIDATION)  # where kept and held-out documents go
 
     def documents(
         self, start: int = 0, before: int = 0, template: ChatTemplate | None = None
@@ -74,19 +67,13 @@ class Selection:
 
 @dataclass
 class Portion:
-    """Documents that one worker encodes at once.
+    """Documents that one worker encodes at once."""
 
-    Attributes:
-        documents, split_bytes: of each split, those that are not empty, and their UTF-8 bytes.
-        read, bytes: documents and bytes read from the source.
-        position: of the source after them.
-    """
-
-    documents: dict[str, list[Any]] = field(default_factory=dict)
-    split_bytes: dict[str, int] = field(default_factory=dict)
-    read: int = 0
+    documents: dict[str, list[Any]] = field(default_factory=dict)  # of each split, no empty ones
+    split_bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of them
+    read: int = 0  # documents, and bytes, read from the source
     bytes: int = 0
-    position: int = 0
+    position: int = 0  # of the source after them
 
 
 def portions(documents: Iterable[tuple[Any, str, int, int]]) -> Iterator[Portion]:
@@ -247,19 +234,17 @@ def _in_order(
         if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+    yield from ((first, future.result()) for first, future in waiting)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Each worker is one thread: keep the tokenizer from starting one a core for each of them."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    before = os.environ.pop("TOKENIZERS_PARALLELISM", None)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -27,18 +27,12 @@ TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive documents of one source, finished.
+    """Consecutive documents of one source, finished."""
 
-    Attributes:
-        source: 0, or 1 for the separate validation source.
-        documents, bytes: read from that source up to the end of this part, all its parts together.
-        shards: the files it filled, by split.
-    """
-
-    source: int
-    documents: int
+    source: int  # 0, or 1 for the separate validation source
+    documents: int  # read from that source up to the end of this part, all its parts together
     bytes: int
-    shards: dict[str, Shard]
+    shards: dict[str, Shard]  # the files it filled, by split
 
 
 @dataclass
@@ -87,7 +81,8 @@ def open_journal(out: Path, settings: dict[str, Any], overwrite: bool) -> Iterat
         for directory in (out, out / TRAIN, out / VALIDATION):
             remove_leftovers(directory)
         journal = _load(out)
-        if journal is None:
+        if journal is None or (not journal.parts and journal.settings != settings):
+            discard(out)  # of other settings, but nothing that would be lost
             journal = Journal(settings)
             journal.save(out)
         _refuse_other(journal.settings, settings, out)

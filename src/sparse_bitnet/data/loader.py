@@ -34,20 +34,14 @@ IGNORED = -100  # as everywhere in PyTorch and transformers
 
 
 class Batch(NamedTuple):
-    """Sequences of one length.
-
-    Attributes:
-        inputs: int64 ``[sequences, length]``.
-        labels: int64 ``[sequences, length]``, the token after each input; −100 is not learned.
-        positions: int64 ``[sequences, length]``, of each input in its document. Where they begin
-            anew, so does attention. None: a sequence is one document, and all of it is learned.
-        divisor: by how many labels the sum of losses is divided, a scalar; None: by all.
-    """
+    """Sequences of one length: int64 ``[sequences, length]``."""
 
     inputs: Tensor
-    labels: Tensor
+    labels: Tensor  # the token after each input; −100 is not learned
+    # Of each input in its document. Where they begin anew, so does attention. None: a sequence is
+    # one document, and all of it is learned.
     positions: Tensor | None = None
-    divisor: Tensor | None = None
+    divisor: Tensor | None = None  # of the sum of losses, a scalar; None: the number of labels
 
     @classmethod
     def of(cls, tokens: Tensor) -> Batch:
@@ -84,7 +78,7 @@ class Loader:
         has_documents: whether batches have positions.
 
     Raises:
-        ConfigError: for sizes that do not fit each other, or weights that are not positive.
+        ConfigError: if the ranks do not divide the batch.
         DataError: if shards hold fewer tokens than one window, or come from different tokenizers;
             if no answer of conversations lies within a window's length.
     """
@@ -100,27 +94,12 @@ class Loader:
         separate_documents: bool = False,
     ) -> None:
         mixture = [(sources, 1.0)] if isinstance(sources, TokenShards) else list(sources)
-        if not mixture:
-            raise ConfigError("the mixture has no sources; name at least one")
-        if sequence_length < 1 or batch_size < 1:
-            raise ConfigError(
-                f"sequence_length is {sequence_length} and batch_size {batch_size}; both must be "
-                "at least 1"
-            )
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of {world_size} ranks does not exist")
         if batch_size % world_size:
             raise ConfigError(
-                f"batch_size {batch_size} is not a multiple of the {world_size} ranks; every rank "
-                "takes the same number of sequences"
+                f"data.batch_size is {batch_size}: it must be a multiple of the {world_size} ranks"
             )
         first = mixture[0][0]
-        for shards, weight in mixture:
-            if not 0 < weight < float("inf"):
-                raise ConfigError(
-                    f"{shards.path}: its weight in the mixture is {weight}; weights are positive, "
-                    "leave a source out instead of giving it 0"
-                )
+        for shards, _ in mixture:
             shards.require_tokenizer(first.tokenizer_hash, f"that of {first.path}")
             if shards.total_tokens <= sequence_length and not shards.has_answers:
                 raise DataError(
@@ -145,13 +124,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's part of a step's batch, ``batch_size / world_size`` sequences; the parts in
-        rank order are the global batch.
-
-        Raises:
-            ConfigError: if ``step`` is negative.
-        """
-        if step < 0:
-            raise ConfigError(f"step {step} does not exist; steps count from 0")
+        rank order are the global batch."""
         rows = self.batch_size // self.world_size
         first = int(step) * self.batch_size + self.rank * rows
         places = [self._place(sample) for sample in range(first, first + rows)]

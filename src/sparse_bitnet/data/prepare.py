@@ -136,8 +136,8 @@ def prepare(
         "out": str(out),
         "tokenizer_hash": train.tokenizer_hash,
         "vocab_size": train.vocab_size,
-        TRAIN: _totals(train),
-        VALIDATION: _totals(validated) if validated else None,
+        TRAIN: train.totals,
+        VALIDATION: validated.totals if validated else None,
         "left_out": _left_out(journal),
         "reused": reused,
         "seconds": time.monotonic() - started,
@@ -265,12 +265,3 @@ def _write_indexes(out: Path, journal: Journal, encoder: Encoder, has_answers: b
         )
         if shards and not (path.is_file() and path.read_bytes() == text.encode()):
             write_text(path, text)
-
-
-def _totals(shards: TokenShards) -> dict[str, int]:
-    return {
-        "tokens": shards.total_tokens,
-        "documents": shards.total_documents,
-        "bytes": shards.total_bytes,
-        "shards": len(shards.shards),
-    }

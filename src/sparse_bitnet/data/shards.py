@@ -86,16 +86,6 @@ class TokenShards:
     The first opening reads every shard (about a gigabyte a second), later ones only those whose
     size or times have changed.
 
-    Attributes:
-        path: the directory.
-        shards: its files in order.
-        has_answers: whether they are conversations, of which the answers alone are learned.
-        vocab_size: every token id is below it.
-        eos_id: the token that ends each document of text.
-        tokenizer_hash: of the tokenizer that made the tokens (see ``tokenizer.tokenizer_hash``).
-        total_tokens, total_documents, total_bytes: sums; bytes are UTF-8 bytes of the text, so
-            bits per byte = bits per token × tokens / bytes.
-
     Raises:
         DataError: if the index or a shard is missing, truncated, edited or not one of ours.
     """
@@ -103,25 +93,30 @@ class TokenShards:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         index = _read_index(self.path)
-        self.vocab_size: int = index["vocab_size"]
-        self.eos_id: int = index["eos_id"]
-        self.tokenizer_hash: str = index["tokenizer_hash"]
-        self.has_answers = index["version"] == CHAT_VERSION
+        self.vocab_size: int = index["vocab_size"]  # every token id is below it
+        self.eos_id: int = index["eos_id"]  # ends each document of text
+        self.tokenizer_hash: str = index["tokenizer_hash"]  # see tokenizer.tokenizer_hash
+        self.has_answers = index["version"] == CHAT_VERSION  # conversations: answers are learned
         self.dtype = token_dtype(self.vocab_size, self.has_answers)
         self.shards = [Shard(**shard) for shard in index["shards"]]
         self.verify(anew=False)
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
         self.total_tokens = self._ends[-1]
         self.total_documents = sum(shard.documents for shard in self.shards)
-        self.total_bytes = sum(shard.bytes for shard in self.shards)
+        self.total_bytes = sum(shard.bytes for shard in self.shards)  # UTF-8, of the text
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
 
-    def tokens(self, start: int, count: int) -> np.ndarray:
-        """``count`` tokens from position ``start`` on, as int64 ``[count]``, across shards.
+    @property
+    def totals(self) -> dict[str, int]:
+        return {
+            "tokens": self.total_tokens,
+            "documents": self.total_documents,
+            "bytes": self.total_bytes,
+            "shards": len(self.shards),
+        }
 
-        Raises:
-            DataError: if the range reaches beyond the tokens.
-        """
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from position ``start`` on, as int64 ``[count]``, across shards."""
         return self.windows([start], count)[0]
 
     def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
@@ -190,11 +185,7 @@ class TokenShards:
             raise DataError(f"{self.path / found[0].file}: {found[1]}")
 
     def require_tokenizer(self, tokenizer_hash: str, where: str = "the model's tokenizer") -> None:
-        """Refuse to be read with another tokenizer than the one that made the tokens.
-
-        Raises:
-            DataError: naming both.
-        """
+        """Refuse another tokenizer than the one that made the tokens, by a DataError."""
         if tokenizer_hash != self.tokenizer_hash:
             raise DataError(
                 f"{self.path}: shard of the wrong vocabulary: made by tokenizer "
@@ -203,11 +194,7 @@ class TokenShards:
             )
 
     def require_vocabulary(self, vocab_size: int, where: str = "the model") -> None:
-        """Refuse a model whose embedding has fewer rows than the shards have tokens.
-
-        Raises:
-            DataError: naming both sizes.
-        """
+        """Refuse fewer embedding rows than the shards have tokens, by a DataError."""
         if vocab_size < self.vocab_size:
             raise DataError(
                 f"{self.path}: shard of the wrong vocabulary: its tokenizer has {self.vocab_size} "

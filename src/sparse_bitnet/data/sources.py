@@ -17,18 +17,19 @@ left out would shift the position of all that follow.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from sparse_bitnet.core.errors import DataError, MissingExtraError
 from sparse_bitnet.data.chat import Messages, check_messages
@@ -39,21 +40,16 @@ NOT_LIBRARY = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"),
 }
 HUB_PARTS = 3  # name, config, split
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 PARQUET_ROWS = 256
 
 
 class Record(NamedTuple):
-    """A document not yet parsed.
+    """A document not yet parsed."""
 
-    Attributes:
-        raw: what :meth:`Source.parse` needs.
-        place: for messages, such as ``a.jsonl, line 3``.
-        position: bytes of the source, as they lie on disk, read when this record was found.
-    """
-
-    raw: Any
-    place: str
-    position: int
+    raw: Any  # what Source.parse needs
+    place: str  # for messages: a.jsonl, line 3
+    position: int  # bytes of the source, as they lie on disk, read when it was found
 
 
 class Source(ABC):
@@ -95,7 +91,7 @@ class Source(ABC):
         Raises:
             DataError: naming the place of what cannot be read.
         """
-        for record in islice(self.records(), start, None):
+        for record in itertools.islice(self.records(), start, None):
             yield self.parse(record), record
 
     def __iter__(self) -> Iterator[str]:
@@ -136,11 +132,7 @@ def open_source(spec: str) -> Source:
 
 
 class FileSource(Source):
-    """A source of files.
-
-    Attributes:
-        files: in order.
-    """
+    """A source of files, in order."""
 
     def __init__(self, spec: str, files: list[Path], field: str = DEFAULT_FIELD) -> None:
         stats = [path.stat() for path in files]
@@ -155,10 +147,8 @@ class FileSource(Source):
 
     def _with_sizes(self) -> Iterator[tuple[Path, int, int]]:
         """Each file with its size and the sizes before it."""
-        before = 0
-        for path, size in zip(self.files, self._sizes, strict=True):
-            yield path, size, before
-            before += size
+        before = itertools.accumulate(self._sizes, initial=0)
+        return zip(self.files, self._sizes, before, strict=False)
 
 
 class TextFiles(FileSource):
@@ -186,7 +176,8 @@ class JsonLines(FileSource):
     def records(self) -> Iterator[Record]:
         for path, _, before in self._with_sizes():
             try:
-                with path.open("rb") as raw, _decompressed(raw, path) as lines:
+                opened = OPENERS.get(path.suffix, contextlib.nullcontext)
+                with path.open("rb") as raw, opened(raw) as lines:
                     for number, line in enumerate(lines, start=1):
                         if line.strip():
                             yield Record(line, f"{path}, line {number}", before + raw.tell())
@@ -217,7 +208,13 @@ class ParquetFiles(FileSource):
 
     def __init__(self, spec: str, files: list[Path], field: str) -> None:
         super().__init__(spec, files, field)
-        self._arrow = _arrow()
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise MissingExtraError(
+                "parquet: needs the pyarrow library: pip install 'sparse-bitnet[data]'"
+            ) from error
+        self._arrow: Any = pyarrow
 
     def records(self) -> Iterator[Record]:
         for path, size, before in self._with_sizes():
@@ -276,9 +273,7 @@ class HubDataset(Source):
 
     def records(self) -> Iterator[Record]:
         rows = iter(self.rows)
-        number = 0
-        while True:
-            number += 1
+        for number in itertools.count(1):
             try:
                 row = next(rows)
             except StopIteration:
@@ -331,24 +326,6 @@ def _match(where: str, spec: str, suffixes: tuple[str, ...]) -> list[Path]:
 def _split_field(where: str) -> tuple[str, str]:
     path, mark, field = where.rpartition("#")
     return (path, field) if mark and path and field else (where, DEFAULT_FIELD)
-
-
-def _decompressed(raw: BinaryIO, path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(raw)
-    if path.suffix == ".xz":
-        return lzma.open(raw)
-    return raw
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            "parquet: needs the pyarrow library: pip install 'sparse-bitnet[data]'"
-        ) from error
-    return pyarrow
 
 
 def _field_value(row: dict[str, Any], field: str, place: str) -> str | Messages:

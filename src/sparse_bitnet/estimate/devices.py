@@ -33,29 +33,16 @@ class Device:
         return self in GPUS.values()
 
 
-NVLINK = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}  # one direction
-# Dense figures; the datasheets' headline figures are with sparsity, twice these.
+# Dense figures; the datasheets' headline figures are with sparsity, twice these. Link: NVLink, one
+# direction.
 GPUS = {
-    short: Device(
-        name, bf16, int8, bandwidth, memory, f"NVIDIA {source}", NVLINK.get(short, Device.link)
-    )
-    for short, name, bf16, int8, bandwidth, memory, source in (
-        (
-            "a100",
-            "A100 SXM 80 GB",
-            312,
-            624,
-            2039,
-            80,
-            "A100 datasheet, June 2021 (nvidia-a100-datasheet)",
-        ),
-        ("h100", "H100 SXM", 989.4, 1978.9, 3350, 80, "H100 datasheet and architecture paper"),
-        ("h200", "H200 SXM", 989.4, 1978.9, 4800, 141, "H200 datasheet"),
-        ("b200", "B200 (HGX)", 2250, 4500, 8000, 180, "Blackwell architecture brief, HGX B200"),
-        ("l4", "L4", 121, 242.5, 300, 24, "L4 datasheet"),
-        ("l40s", "L40S", 362.05, 733, 864, 48, "L40S datasheet"),
-        ("rtx4090", "RTX 4090", 165.2, 660.6, 1008, 24, "Ada GPU architecture paper, table 2"),
-    )
+    "a100": Device("A100 SXM 80 GB", 312, 624, 2039, 80, "NVIDIA A100 datasheet, June 2021", 300),
+    "h100": Device("H100 SXM", 989.4, 1978.9, 3350, 80, "NVIDIA H100 datasheet", 450),
+    "h200": Device("H200 SXM", 989.4, 1978.9, 4800, 141, "NVIDIA H200 datasheet", 450),
+    "b200": Device("B200 (HGX)", 2250, 4500, 8000, 180, "NVIDIA Blackwell architecture brief", 900),
+    "l4": Device("L4", 121, 242.5, 300, 24, "NVIDIA L4 datasheet"),
+    "l40s": Device("L40S", 362.05, 733, 864, 48, "NVIDIA L40S datasheet"),
+    "rtx4090": Device("RTX 4090", 165.2, 660.6, 1008, 24, "NVIDIA Ada architecture paper, table 2"),
 }
 
 

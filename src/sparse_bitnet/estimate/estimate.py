@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
-from sparse_bitnet.estimate.sharding import Sharding, sharding, tokens_that_hide
+from sparse_bitnet.estimate.sharding import Sharding, page_lines, sharding
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import DerivedModule, convert, converted_modules
@@ -29,7 +29,6 @@ from sparse_bitnet.packed.write import HeadName, packed_sizes
 from sparse_bitnet.train.dense import read_shape
 from sparse_bitnet.train.presets import PRESETS, preset_config
 
-SIX_BIT = 1.5 / 8  # bytes a weight of 2:4 on a CPU
 # What autograd keeps of a decoder layer in an eager step under bf16 autocast, bytes a token:
 # a·hidden + b·intermediate + c·key-value width + d, counted with saved-tensor hooks.
 KEPT = {"bitnet": (26.25, 7.0, 4.0, 36.0), "bf16": (30.25, 8.0, 4.0, 8.0)}
@@ -40,8 +39,7 @@ class DecoderShape:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        self.layers = config.num_hidden_layers
-        self.hidden = config.hidden_size
+        self.layers, self.hidden = config.num_hidden_layers, config.hidden_size
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or self.hidden // heads
         self.query_width = heads * width
@@ -55,10 +53,16 @@ class DecoderShape:
         self.head, self.head_bytes = head.weight.numel(), head.weight.nbytes
         self.tied = head.weight is model.get_input_embeddings().weight
         window = getattr(config, "sliding_window", None)
-        # Tokens that each layer keeps at most: all (None), a window, or none (linear attention).
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
+        # Tokens that each layer keeps at most: all (None), a window, or none (linear attention,
+        # Mamba, convolutions).
         self.windows = [
-            window if kind == "sliding_attention" else None if _has_kv_cache(kind) else 0
-            for kind in getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
+            0
+            if not kind.endswith("attention") or kind == "linear_attention"
+            else window
+            if kind == "sliding_attention"
+            else None
+            for kind in kinds
         ]
 
     def kv_lengths(self, context: int) -> list[int]:
@@ -67,38 +71,35 @@ class DecoderShape:
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of one sequence's key-value cache in bfloat16."""
-        return sum(2 * 2 * self.kv_width * length for length in self.kv_lengths(context))
-
-    def kept_bytes(self, kind: str) -> float:
-        """What autograd keeps for backward, bytes a token."""
-        a, b, c, d = KEPT[kind]
-        return self.layers * (a * self.hidden + b * self.intermediate + c * self.kv_width + d)
+        return 2 * 2 * self.kv_width * sum(self.kv_lengths(context))
 
 
-def _has_kv_cache(kind: str) -> bool:
-    """False for layers of linear attention, Mamba, convolutions."""
-    return kind.endswith("attention") and kind != "linear_attention"
+class Linear(NamedTuple):
+    """One converted module: the part of its weights that a token meets, and the bytes a weight that
+    the device keeps and the product reads."""
+
+    weights: int
+    rows: int
+    active: float
+    bytes: float
 
 
-class Linear:
-    """One converted module: its weights, and what a product reads and computes of each."""
-
-    def __init__(self, shape: DecoderShape, module: DerivedModule) -> None:
-        masters = list(module.master_parameters().values())
-        pattern = module.pattern
-        self.weights = sum(weight.numel() for weight in masters)
-        self.rows = sum(weight.numel() // weight.shape[-1] for weight in masters)
-        self.experts = masters[0].dim() == 3
-        self.active = shape.active_experts if self.experts else 1.0  # the part that a token meets
-        self.pairs = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0  # fits 2:4
-
-    def bytes_a_weight(self, device: Device) -> float:
-        """Of the one layout that the device keeps and its product reads."""
-        if device.is_gpu:
-            return 0.25
+def _linear(shape: DecoderShape, module: DerivedModule, device: Device) -> Linear:
+    masters = list(module.master_parameters().values())
+    pattern = module.pattern
+    kept = 0.25
+    if not device.is_gpu:
+        fits_2_4 = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0
         if native.path() == native.REFERENCE:
-            return 1.0
-        return SIX_BIT if self.pairs and native.reads_six_bit() else 0.25
+            kept = 1.0
+        elif fits_2_4 and native.reads_six_bit():
+            kept = 1.5 / 8
+    return Linear(
+        sum(weight.numel() for weight in masters),
+        sum(weight.numel() // weight.shape[-1] for weight in masters),
+        shape.active_experts if masters[0].dim() == 3 else 1.0,
+        kept,
+    )
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ class Cost:
     """One way to run: the model in BF16, or packed. Sizes in bytes, times in seconds."""
 
     file_bytes: int
-    device_bytes: int  # weights on the device, with the layouts that products read
+    device_bytes: int  # weights on the device, as products read them
     prefill_seconds: float  # all sequences' prompts together
-    decode_seconds: float  # one token of every sequence
     prefill_bound: str  # what takes longer: arithmetic or memory
+    decode_seconds: float  # one token of every sequence
     decode_bound: str
     operations_per_token: float  # without attention
     bytes_per_token: float  # read to decode one token: weights and KV cache
@@ -119,30 +120,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` found, with its arguments; ``str()`` is a page for people."""
+    """What :func:`estimate` found; ``str()`` is a page for people."""
 
-    model: str
-    pattern: str
-    storage: str
-    head: str
-    device: Device
-    prompt: int
-    context: int
-    batch: int
-    price: float | None
     weights: int  # that become ternary, in so many modules
     modules: int
     other_parameters: int  # embeddings, norms, head and biases; tied ones once
     stored_bits: float  # a weight in the files, scales included
-    least_bits: float  # that any lossless code of the pattern needs
     kv_bytes: int  # all sequences
     bf16: Cost
     packed: Cost
     sharding: Sharding | None  # of training over several GPUs
-    assumptions: list[str]
+    page: str = field(compare=False, repr=False)
 
     def __str__(self) -> str:
-        return _page(self)
+        return self.page
 
 
 def estimate(
@@ -197,92 +188,114 @@ def estimate(
             f"{model}: a {type(skeleton).__name__} is no decoder of attention and MLPs as "
             f"estimates know it ({error})"
         ) from None
-    dense_parameters = sum(p.numel() for p in skeleton.parameters())
+    parameters = sum(p.numel() for p in skeleton.parameters())
     convert(skeleton, parsed)
     sizes = packed_sizes(skeleton, storage, head, dtype)
-    modules = [module for _, module in converted_modules(skeleton)]
-    linears = [Linear(shape, module) for module in modules]
+    linears = [_linear(shape, module, device) for _, module in converted_modules(skeleton)]
     weights = sum(linear.weights for linear in linears)
 
-    def cost(packed: bool) -> Cost:
-        prefill, prefill_bound, _ = roofline(batch * prompt, prompt, packed)
-        decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
-        for_backward = 0.25 if device.is_gpu else 1.0  # bytes a ternary weight
-        ternary = sum(x.weights * x.bytes_a_weight(device) + 4 * x.rows for x in linears)
-        files = sizes.file_bytes if packed else 2 * dense_parameters
-        return Cost(
-            file_bytes=files,
-            device_bytes=int(ternary + sizes.other_bytes) if packed else files,
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            prefill_bound=prefill_bound,
-            decode_bound=decode_bound,
-            operations_per_token=2 * (sum(x.weights * x.active for x in linears) + shape.head),
-            bytes_per_token=read / batch,
-            training_bytes=dense_parameters * (4 + 4 + 8)
-            + (int(weights * for_backward) if packed else 0),
-            activation_bytes=shape.kept_bytes("bitnet" if packed else "bf16"),
-        )
-
     def roofline(
-        tokens: int, length: int, packed: bool, decoding: bool = False
+        tokens: int, length: int, packed: bool, decoding: bool
     ) -> tuple[float, str, float]:
         """(seconds, what bounds them, bytes read): linears, head on each last token, attention."""
         kept = shape.kv_lengths(length)
         seen = sum(kept if decoding else (n * (n + 1) / 2 + (length - n) * n for n in kept))
         # (bf16 operations, int8 operations, bytes) of each product
-        attention = 4 * shape.query_width * seen * batch
         products: list[tuple[float, float, float]] = [
-            (attention, 0.0, batch * shape.kv_bytes(length))
+            (4 * shape.query_width * seen * batch, 0.0, batch * shape.kv_bytes(length))
         ]
-        operations = 2 * shape.head * batch
+        of_head = 2 * shape.head * batch
         if packed and head == "int8":  # two int8 terms a token
-            products.append((0.0, 2 * operations, shape.head))
+            products.append((0.0, 2 * of_head, shape.head))
         else:
-            products.append((operations, 0.0, shape.head_bytes if packed else 2 * shape.head))
-        for linear in linears:
-            operations = 2 * linear.weights * linear.active * tokens
+            products.append((of_head, 0.0, shape.head_bytes if packed else 2 * shape.head))
+        for one in linears:
+            operations = 2 * one.weights * one.active * tokens
             # Of experts, every token may meet others, up to all of them.
-            read = linear.weights * min(1.0, linear.active * tokens)
-            if packed:
-                products.append((0.0, operations, linear.bytes_a_weight(device) * read))
-            else:
-                products.append((operations, 0.0, 2 * read))
-        limits = [_limits(device, product) for product in products]
+            read = one.weights * min(1.0, one.active * tokens)
+            products.append(
+                (0.0, operations, one.bytes * read) if packed else (operations, 0.0, 2 * read)
+            )
+        limits = [
+            (bf16 / device.bf16 / 1e12 + int8 / device.int8 / 1e12, read / device.bandwidth / 1e9)
+            for bf16, int8, read in products
+        ]
         arithmetic, memory = map(sum, zip(*limits, strict=True))
         bound = "arithmetic" if arithmetic > memory else "memory"
         return sum(map(max, limits)), bound, sum(read for _, _, read in products)
 
+    def cost(packed: bool) -> Cost:
+        decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
+        ternary = sum(x.weights * x.bytes + 4 * x.rows for x in linears)
+        files = sizes.file_bytes if packed else 2 * parameters
+        a, b, c, d = KEPT["bitnet" if packed else "bf16"]
+        return Cost(
+            files,
+            int(ternary + sizes.other_bytes) if packed else files,
+            *roofline(batch * prompt, prompt, packed, decoding=False)[:2],
+            decode,
+            decode_bound,
+            operations_per_token=2 * (sum(x.weights * x.active for x in linears) + shape.head),
+            bytes_per_token=read / batch,
+            # Backward reads the ternary weights too.
+            training_bytes=16 * parameters + packed * weights // (4 if device.is_gpu else 1),
+            activation_bytes=shape.layers
+            * (a * shape.hidden + b * shape.intermediate + c * shape.kv_width + d),
+        )
+
+    both = bf16, packed = cost(packed=False), cost(packed=True)
+    kv_bytes, stored_bits = batch * shape.kv_bytes(context), 8 * sizes.packed_bytes / weights
+    others = parameters - weights
+    shards = sharding(weights, shape.layers, others, device, gpus, step) if gpus > 1 else None
+
+    def row(name: str, texts: Iterable[str], more: str = "") -> str:
+        return f"{name:32}" + "".join(f"{text:>12}" for text in texts) + more
+
+    def each(name: str, what: str) -> str:
+        return row(name, (readable_bytes(getattr(cost, what)) for cost in both))
+
+    def times(name: str, what: str) -> str:
+        was, now = (getattr(cost, f"{what}_seconds") for cost in both)
+        more = f"  {was / now:.2f}×, bound by {getattr(packed, f'{what}_bound')}"
+        return row(name, (f"{1e3 * one:,.2f} ms" for one in (was, now)), more)
+
+    lines = [
+        f"{model}, {parsed}, {storage}, head {head}"
+        f"{', shared with the embedding' if shape.tied else ''}; on {device.name}",
+        "",
+        f"becomes ternary   {weights:,} weights in {len(linears)} modules",
+        f"stays             {others:,} parameters",
+        f"bits a weight     {stored_bits:.2f} in the files; the least for {parsed} is "
+        f"{least_bits(parsed):.3f}",
+        "",
+        row("", ("BF16", str(parsed))),
+        each("weight files", "file_bytes"),
+        each("weights on the device", "device_bytes"),
+        row(f"KV cache, {batch} × {context:,}", 2 * [readable_bytes(kv_bytes)]),
+        each("training state", "training_bytes"),
+        each("activations a trained token", "activation_bytes"),
+        row("operations a token", (f"{c.operations_per_token / 1e9:,.2f} G" for c in both)),
+        each("read for a decoded token", "bytes_per_token"),
+        times(f"prefill, {batch} × {prompt:,} tokens", "prefill"),
+        times(f"decode, {batch} × 1 token", "decode"),
+    ]
+    memory = device.memory * 1e9
+    for name, one in {"BF16": bf16, str(parsed): packed}.items():
+        if memory and one.device_bytes + kv_bytes > memory:
+            lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
+    if shards is not None:
+        lines += ["", *page_lines(shards, device)]
+    if price is not None:
+        lines += ["", f"at {price:g} an hour, a million tokens cost at least"]
+        for what, tokens in (("prefill", batch * prompt), ("decode", batch)):
+            spent = [price / 3600 * getattr(c, f"{what}_seconds") / tokens * 1e6 for c in both]
+            saved = f"  {1 - spent[1] / spent[0]:.0%} saved" if spent[0] else ""
+            lines.append(row(f"  {what}", (f"{one:.4f}" for one in spent), saved))
+    assumed = _assumptions(device, shape.active_experts < 1)
+    page = "\n".join([*lines, "", *[f"· {line}" for line in assumed]])
     return Estimate(
-        model,
-        str(parsed),
-        storage,
-        f"{head}{', shared with the embedding' if shape.tied else ''}",
-        device,
-        prompt,
-        context,
-        batch,
-        price,
-        weights=weights,
-        modules=len(linears),
-        other_parameters=dense_parameters - weights,
-        stored_bits=8 * sizes.packed_bytes / weights,
-        least_bits=least_bits(parsed),
-        kv_bytes=batch * shape.kv_bytes(context),
-        bf16=cost(packed=False),
-        packed=cost(packed=True),
-        sharding=None
-        if gpus == 1
-        else sharding(weights, shape.layers, dense_parameters - weights, device, gpus, step),
-        assumptions=_assumptions(device, parsed, shape.active_experts < 1),
+        weights, len(linears), others, stored_bits, kv_bytes, bf16, packed, shards, page
     )
-
-
-def _limits(device: Device, product: tuple[float, float, float]) -> tuple[float, float]:
-    """Seconds of a product's arithmetic and of its memory traffic."""
-    bf16, int8, read = product
-    arithmetic = bf16 / (device.bf16 * 1e12) + int8 / (device.int8 * 1e12)
-    return arithmetic, read / (device.bandwidth * 1e9)
 
 
 def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -314,11 +327,12 @@ def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreT
         ) from error
 
 
-def _assumptions(device: Device, pattern: Pattern, has_experts: bool) -> list[str]:
+def _assumptions(device: Device, has_experts: bool) -> list[str]:
     """What every figure of an estimate rests on."""
+    bf16, int8 = (f"{r:,.1f}" if r >= 1 else f"{r:.2g}" for r in (device.bf16, device.int8))
     lines = [
-        f"{device.name}: {_rate(device.bf16)} TFLOPS bf16, {_rate(device.int8)} TOPS int8, "
-        f"{device.bandwidth:,.0f} GB/s ({device.source})",
+        f"{device.name}: {bf16} TFLOPS bf16, {int8} TOPS int8, {device.bandwidth:,.0f} GB/s "
+        f"({device.source})",
         "times are rooflines, products one after the other, each bound by arithmetic or by reading "
         "its weight; norms, activations and launches are free",
     ]
@@ -336,75 +350,3 @@ def _assumptions(device: Device, pattern: Pattern, has_experts: bool) -> list[st
     if has_experts:
         lines.append("tokens meet different experts until all are met; routing is free")
     return lines
-
-
-def _rate(tera: float) -> str:
-    """``1,978.9``; below 1, as of a slow CPU, two significant digits."""
-    return f"{tera:,.1f}" if tera >= 1 else f"{tera:.2g}"
-
-
-def _page(found: Estimate) -> str:
-    def row(name: str, texts: Iterable[str], more: str = "") -> str:
-        return f"{name:32}" + "".join(f"{text:>12}" for text in texts) + more
-
-    def each(what: str) -> list[float]:
-        return [getattr(cost, what) for cost in (found.bf16, found.packed)]
-
-    def sizes(name: str, counts: Iterable[float]) -> str:
-        return row(name, map(readable_bytes, counts))
-
-    def times(name: str, what: str) -> str:
-        was, now = each(f"{what}_seconds")
-        more = f"  {was / now:.2f}×, bound by {getattr(found.packed, f'{what}_bound')}"
-        return row(name, (f"{1e3 * one:,.2f} ms" for one in (was, now)), more)
-
-    prompts = f"{found.batch} × {found.prompt:,} tokens"
-    lines = [
-        f"{found.model}, {found.pattern}, {found.storage}, head {found.head}; "
-        f"on {found.device.name}",
-        "",
-        f"becomes ternary   {found.weights:,} weights in {found.modules} modules",
-        f"stays             {found.other_parameters:,} parameters",
-        f"bits a weight     {found.stored_bits:.2f} in the files; the least for {found.pattern} is "
-        f"{found.least_bits:.3f}",
-        "",
-        row("", ("BF16", found.pattern)),
-        sizes("weight files", each("file_bytes")),
-        sizes("weights on the device", each("device_bytes")),
-        sizes(f"KV cache, {found.batch} × {found.context:,}", 2 * [found.kv_bytes]),
-        sizes("training state", each("training_bytes")),
-        sizes("activations a trained token", each("activation_bytes")),
-        row("operations a token", (f"{n / 1e9:,.2f} G" for n in each("operations_per_token"))),
-        sizes("read for a decoded token", each("bytes_per_token")),
-        times(f"prefill, {prompts}", "prefill"),
-        times(f"decode, {found.batch} × 1 token", "decode"),
-    ]
-    memory = found.device.memory * 1e9
-    for name, taken in zip(("BF16", found.pattern), each("device_bytes"), strict=True):
-        if memory and taken + found.kv_bytes > memory:
-            lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
-    if found.sharding is not None:
-        lines += ["", *_sharded(found.sharding, found.device)]
-    if found.price is not None:
-        lines += ["", f"at {found.price:g} an hour, a million tokens cost at least"]
-        for what, tokens in (("prefill", found.batch * found.prompt), ("decode", found.batch)):
-            was, now = (found.price / 3600 * s / tokens * 1e6 for s in each(f"{what}_seconds"))
-            saved = f"  {1 - now / was:.0%} saved" if was else ""
-            lines.append(row(f"  {what}", (f"{was:.4f}", f"{now:.4f}"), saved))
-    return "\n".join([*lines, "", *[f"· {line}" for line in found.assumptions]])
-
-
-def _sharded(one: Sharding, device: Device) -> list[str]:
-    """Training over several GPUs, for people."""
-    kept = readable_bytes(one.shard_bytes), readable_bytes(one.whole_bytes)
-    sent = readable_bytes(one.gathered_bytes), readable_bytes(one.reduced_bytes)
-    hidden = tokens_that_hide(device, one.gpus)
-    return [
-        f"training on {one.gpus} GPUs, {one.tokens:,} tokens a step, sharded (FSDP2, two bits "
-        "gathered):",
-        f"  a GPU keeps {kept[0]} of shards and at most {kept[1]} whole, and activations",
-        f"  a GPU gathers {sent[0]} and reduces {sent[1]} a micro-batch",
-        f"  a step computes {one.compute_seconds:.3g} s and communicates at most "
-        f"{one.network_seconds:.3g} s ({one.float32_seconds:.3g} s with float32 gathered)",
-        f"  computing takes longer from {hidden:,} tokens a GPU and micro-batch on",
-    ]

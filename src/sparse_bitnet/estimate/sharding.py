@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from sparse_bitnet.estimate.devices import Device
+from sparse_bitnet.packed.sizes import readable_bytes
 
 STATE = 4 + 4 + 8  # bytes a parameter: float32 master and gradient, Adam's two moments
 TWO_BITS, FLOAT32 = 0.25, 4
@@ -22,43 +23,26 @@ NETWORK = 50.0  # GB/s of a GPU beyond its host: 400 Gbit/s
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank of many, in bytes and seconds.
-
-    Attributes:
-        gpus: ranks.
-        tokens: of one step, all ranks together, in one micro-batch.
-        shard_bytes: masters, gradients and moments of its own rows.
-        whole_bytes: beside them at the peak: two layers as gathered, one of them as int8 and its
-            gradients twice; the root's parameters and their gradients.
-        gathered_bytes, reduced_bytes: what a rank receives and what it reduces in a step.
-        compute_seconds: 6 operations a parameter and token at ``TRAINED`` of the device's peak.
-        network_seconds: gathering and reducing; ``float32_seconds`` if masters were gathered.
-    """
+    """One rank of many, in bytes and seconds."""
 
     gpus: int
-    tokens: int
-    shard_bytes: float
+    tokens: int  # of one step, all ranks together, in one micro-batch
+    shard_bytes: float  # masters, gradients and moments of its own rows
+    # Beside them at the peak: two layers as gathered, one of them as int8 and its gradients twice;
+    # the root's parameters and their gradients.
     whole_bytes: float
-    gathered_bytes: float
+    gathered_bytes: float  # that a rank receives in a step
     reduced_bytes: float
-    compute_seconds: float
+    compute_seconds: float  # 6 operations a parameter and token at TRAINED of the device's peak
     network_seconds: float
-    float32_seconds: float
+    float32_seconds: float  # if masters were gathered
 
 
 def sharding(
     weights: int, layers: int, others: int, device: Device, gpus: int, tokens: int
 ) -> Sharding:
-    """The costs of one rank.
-
-    Args:
-        weights: ternary ones, in ``layers`` equal layers.
-        others: parameters of the root: embeddings, head, last norm.
-        device: a GPU with links.
-        gpus: ranks; up to 8 share a host.
-        tokens: of one step.
-    """
-    layer = weights / layers
+    """The costs of one rank of ``gpus``: ``weights`` are ternary, in ``layers`` equal layers;
+    ``others`` are the root's (embeddings, head, last norm); ``tokens`` those of a step."""
     part = (gpus - 1) / gpus
     link = _bytes_per_second(device, gpus)
     gathered = part * (2 * TWO_BITS * weights + FLOAT32 * others)
@@ -69,7 +53,7 @@ def sharding(
         gpus=gpus,
         tokens=tokens,
         shard_bytes=STATE * (weights + others) / gpus,
-        whole_bytes=layer * (2 * TWO_BITS + 1 + 2 * FLOAT32) + 2 * FLOAT32 * others,
+        whole_bytes=weights / layers * (2 * TWO_BITS + 1 + 2 * FLOAT32) + 2 * FLOAT32 * others,
         gathered_bytes=gathered,
         reduced_bytes=reduced,
         compute_seconds=operations / (gpus * TRAINED * device.bf16 * 1e12),
@@ -78,10 +62,21 @@ def sharding(
     )
 
 
-def tokens_that_hide(device: Device, gpus: int) -> int:
-    """Tokens a GPU and micro-batch from which computing takes longer than the network."""
-    seconds_a_weight = (2 * TWO_BITS + FLOAT32) / _bytes_per_second(device, gpus)
-    return math.ceil(seconds_a_weight * TRAINED * device.bf16 * 1e12 / 6)
+def page_lines(one: Sharding, device: Device) -> list[str]:
+    """Training over several GPUs, for people."""
+    seconds_a_weight = (2 * TWO_BITS + FLOAT32) / _bytes_per_second(device, one.gpus)
+    hidden = math.ceil(seconds_a_weight * TRAINED * device.bf16 * 1e12 / 6)
+    return [
+        f"training on {one.gpus} GPUs, {one.tokens:,} tokens a step, sharded (FSDP2, two bits "
+        "gathered):",
+        f"  a GPU keeps {readable_bytes(one.shard_bytes)} of shards and at most "
+        f"{readable_bytes(one.whole_bytes)} whole, and activations",
+        f"  a GPU gathers {readable_bytes(one.gathered_bytes)} and reduces "
+        f"{readable_bytes(one.reduced_bytes)} a micro-batch",
+        f"  a step computes {one.compute_seconds:.3g} s and communicates at most "
+        f"{one.network_seconds:.3g} s ({one.float32_seconds:.3g} s with float32 gathered)",
+        f"  computing takes longer from {hidden:,} tokens a GPU and micro-batch on",
+    ]
 
 
 def _bytes_per_second(device: Device, gpus: int) -> float:

@@ -44,32 +44,20 @@ DRAWS = 50  # attempts to find three other words before a paragraph is left out
 
 @dataclass(frozen=True)
 class ClozeItem:
-    """One question.
+    """One question."""
 
-    Attributes:
-        context: the paragraph up to its last word, without the white space before that.
-        candidates: four continuations, each with the white space that leads to it.
-        answer: index of the paragraph's own.
-    """
-
-    context: str
-    candidates: tuple[str, ...]
-    answer: int
+    context: str  # the paragraph up to its last word, without the white space before that
+    candidates: tuple[str, ...]  # four continuations, each with the white space that leads to it
+    answer: int  # index of the paragraph's own
 
 
 @dataclass(frozen=True)
 class ClozeAccuracy:
-    """Share of items answered correctly.
+    """Share of items answered correctly."""
 
-    Attributes:
-        accuracy: 0 to 1; 0.25 is chance.
-        items: number of items.
-        standard_error: of the accuracy as a binomial share, √(p(1 − p)/items).
-    """
-
-    accuracy: float
+    accuracy: float  # 0 to 1; 0.25 is chance
     items: int
-    standard_error: float
+    standard_error: float  # of the accuracy as a binomial share, √(p(1 − p)/items)
 
     def __str__(self) -> str:
         return (
@@ -150,7 +138,6 @@ def cloze_accuracy(
     *,
     window: int | None = None,
     batch_size: int | None = None,
-    title: str = "cloze",
 ) -> ClozeAccuracy:
     """Ask the model all items. Of candidates of equal score the first is taken.
 
@@ -167,9 +154,7 @@ def cloze_accuracy(
     """
     if not items:
         raise DataError("no cloze items were given")
-    scores = candidate_scores(
-        model, tokenizer, items, window=window, batch_size=batch_size, title=title
-    )
+    scores = candidate_scores(model, tokenizer, items, window, batch_size)
     answers = torch.tensor([item.answer for item in items])
     accuracy = (scores.argmax(-1) == answers).double().mean().item()
     error = math.sqrt(accuracy * (1 - accuracy) / len(items))
@@ -180,15 +165,10 @@ def candidate_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[ClozeItem],
-    *,
     window: int | None = None,
     batch_size: int | None = None,
-    title: str = "cloze",
 ) -> Tensor:
-    """Summed log-probability of every candidate, float64 ``[items, 4]``, in nats.
-
-    Arguments and errors as :func:`cloze_accuracy`.
-    """
+    """Summed log-probability of every candidate, float64 ``[items, 4]``, in nats."""
     window = check_window(model, window)
     questions = _encode(tokenizer, items)
     longest = max(len(candidate) for _, candidate in questions)
@@ -203,7 +183,7 @@ def candidate_scores(
     # Longest first: memory runs out at once or never, and rows of a batch are about equally long.
     order = sorted(range(len(questions)), key=lambda index: -sum(map(len, questions[index])))
     scores = torch.zeros(len(questions), dtype=torch.float64)
-    with evaluating(model), progress(title, len(questions)) as task:
+    with evaluating(model), progress("cloze", len(questions)) as task:
         plain_head = has_plain_head(model)
 
         def work(start: int, end: int) -> None:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,7 +68,12 @@ def evaluate_tasks(
             include_path=None if include_path is None else str(include_path),
             include_defaults=include_path is None,
         )
-        _check_names(tasks, manager.all_tasks, include_path)
+        if unknown := [task for task in tasks if task not in manager.all_tasks]:
+            there = "`lm-eval ls tasks` lists them"
+            if include_path is not None:
+                there = f"there are: {', '.join(sorted(manager.all_tasks)) or 'none'}"
+            place = include_path or "lm-eval"
+            raise ConfigError(f"task {', '.join(unknown)} does not exist in {place}; {there}")
         harness = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -84,26 +88,14 @@ def evaluate_tasks(
             task_manager=manager,
             log_samples=False,
         )
-    return {name: _metrics(found) for name, found in report["results"].items()}
-
-
-def _check_names(tasks: Sequence[str], known: Sequence[str], include_path: Any) -> None:
-    unknown = [task for task in tasks if task not in known]
-    if not unknown:
-        return
-    if include_path is None:
-        place, there = "lm-eval", "`lm-eval ls tasks` lists them"
-    else:
-        place, there = str(include_path), f"there are: {', '.join(sorted(known)) or 'none'}"
-    raise ConfigError(f"task {', '.join(unknown)} does not exist in {place}; {there}")
-
-
-def _metrics(found: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's keys are ``metric,filter``, beside some that are not numbers."""
+    # Its keys are ``metric,filter``, beside some that are not numbers.
     return {
-        key.removesuffix(",none"): float(value)
-        for key, value in found.items()
-        if "," in key and isinstance(value, int | float)
+        name: {
+            key.removesuffix(",none"): float(value)
+            for key, value in found.items()
+            if "," in key and isinstance(value, int | float)
+        }
+        for name, found in report["results"].items()
     }
 
 

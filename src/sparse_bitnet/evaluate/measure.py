@@ -51,10 +51,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`measure` found; what was not wanted is None or empty.
-
-    ``str()`` is a few lines for people, :meth:`as_dict` is what JSON can hold.
-    """
+    """What :func:`measure` found; what was not wanted is None or empty."""
 
     shards: Perplexity | None = None
     text: Perplexity | None = None
@@ -80,15 +77,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two reports of the same measurements, and how far the first model is from the second.
+    """Two reports of the same measurements, and how far the first model is from the second."""
 
-    ``str()`` is a few lines for people, :meth:`as_dict` is what JSON can hold.
-
-    Attributes:
-        reports: by the models' names, in order.
-    """
-
-    reports: dict[str, Report]
+    reports: dict[str, Report]  # by the models' names, in order
 
     @property
     def differences(self) -> dict[str, float]:
@@ -140,36 +131,30 @@ def measure(
     shards = None if wanted.shards is None else TokenShards(wanted.shards)
     text = open_source(wanted.text) if wanted.text else None
     documents = open_source(wanted.cloze) if wanted.cloze else None
-    scores = {
-        name: perplexity(
-            model,
-            source,
-            tokenizer=tokenizer,
-            window=wanted.window,
-            stride=wanted.stride,
-            batch_size=wanted.batch_size,
-            limit=wanted.limit,
-            title=f"perplexity of {name}",
-        )
-        for name, source in (("shards", shards), ("text", text))
-        if source is not None
-    }
-    cloze = None
+    sizes: dict[str, Any] = {"window": wanted.window, "batch_size": wanted.batch_size}
+    found: dict[str, Any] = {}
+    for name, source in (("shards", shards), ("text", text)):
+        if source is not None:
+            found[name] = perplexity(
+                model,
+                source,
+                tokenizer=tokenizer,
+                stride=wanted.stride,
+                limit=wanted.limit,
+                title=f"perplexity of {name}",
+                **sizes,
+            )
     if documents is not None:
         items = cloze_items(documents, limit=wanted.items, seed=wanted.seed)
-        cloze = cloze_accuracy(
-            model, tokenizer, items, window=wanted.window, batch_size=wanted.batch_size
-        )
-    tasks = {}
+        found["cloze"] = cloze_accuracy(model, tokenizer, items, **sizes)
     if wanted.tasks:
-        tasks = evaluate_tasks(
+        found["tasks"] = evaluate_tasks(
             model,
             tokenizer,
             wanted.tasks,
             include_path=wanted.include_path,
             few_shot=wanted.few_shot,
             limit=wanted.items,
-            window=wanted.window,
-            batch_size=wanted.batch_size,
+            **sizes,
         )
-    return Report(scores.get("shards"), scores.get("text"), cloze, tasks)
+    return Report(**found)

@@ -23,9 +23,8 @@ Shards of conversations are scored one conversation at a time, and their answers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import progress
 from sparse_bitnet.core import ConfigError, DataError
-from sparse_bitnet.data import Source, TokenShards, open_source, tokenizer_hash
+from sparse_bitnet.data import Source, TokenShards, tokenizer_hash
 from sparse_bitnet.data.tokenizer import Encoder
 from sparse_bitnet.evaluate.scoring import (
     check_window,
@@ -47,32 +46,19 @@ from sparse_bitnet.evaluate.scoring import (
 )
 from sparse_bitnet.nn.head import has_plain_head
 
-Tokens = NDArray[np.integer] | Tensor | TokenShards
-Text = str | Path | Sequence[str | Path] | Source
-
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text.
+    """How well a model predicts a text."""
 
-    Attributes:
-        loss: mean over the scored tokens, nats a token.
-        perplexity: e^loss. Comparable between models of one tokenizer only.
-        bits_per_byte: total loss over the text's UTF-8 bytes, in bits; None if the number of bytes
-            is not known. Comparable between tokenizers.
-        byte_perplexity: 2^bits_per_byte.
-        tokens: number of scored tokens.
-        bytes: UTF-8 bytes of the scored text, or None.
-        answers_only: whether the tokens are those of answers in conversations.
-    """
-
-    loss: float
-    perplexity: float
+    loss: float  # mean over the scored tokens, nats a token
+    perplexity: float  # e^loss; comparable between models of one tokenizer only
+    # Total loss over the text's UTF-8 bytes, in bits; None if their number is not known. Comparable
+    # between tokenizers.
     bits_per_byte: float | None
-    byte_perplexity: float | None
-    tokens: int
-    bytes: int | None
-    answers_only: bool = False
+    tokens: int  # that were scored
+    bytes: int | None  # UTF-8, of the scored text
+    answers_only: bool = False  # the tokens are those of answers in conversations
 
     @classmethod
     def of(
@@ -81,15 +67,7 @@ class Perplexity:
         """From the summed loss of ``tokens`` tokens, which spell ``text_bytes`` bytes."""
         loss = nats / tokens
         bits = nats / math.log(2) / text_bytes if text_bytes else None
-        return cls(
-            loss=loss,
-            perplexity=_power(math.e, loss),
-            bits_per_byte=bits,
-            byte_perplexity=None if bits is None else _power(2.0, bits),
-            tokens=tokens,
-            bytes=text_bytes,
-            answers_only=answers_only,
-        )
+        return cls(loss, _exp(loss), bits, tokens, text_bytes, answers_only)
 
     def __str__(self) -> str:
         line = f"perplexity {self.perplexity:.2f} (loss {self.loss:.4f} nats/token"
@@ -100,14 +78,13 @@ class Perplexity:
 
 def perplexity(
     model: PreTrainedModel,
-    source: Tokens | Text,
+    source: TokenShards | Source | NDArray[np.integer] | Tensor,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
-    text_bytes: int | None = None,
     title: str = "perplexity",
 ) -> Perplexity:
     """Score a text with strided windows, as drawn at the top of this file.
@@ -117,23 +94,21 @@ def perplexity(
 
     Args:
         source: token shards, of which answers alone are scored where they hold conversations; a
-            one-dimensional integer array or tensor of token ids; UTF-8 text
-            files (paths, directories or globs); or a source that is already open. Documents of
-            text are joined as in shards, with the end-of-sequence token, and one more stands
-            before the first, so that its first word is scored as well.
+            one-dimensional integer array or tensor of token ids; or text. Its documents are joined
+            as in shards, with the end-of-sequence token, and one more stands before the first, so
+            that its first word is scored as well.
         tokenizer: required for text; with shards, checked to be the one that made them.
         window: tokens the model reads at once; give the length that it was trained with. By default
             1024, or fewer where the model has fewer positions.
         stride: tokens from one window to the next, 1 to ``window``; by default half a window.
         batch_size: windows at once; by default chosen, and halved whenever memory runs out.
-        limit: score at most this many tokens, the first ones.
-        text_bytes: UTF-8 bytes that the tokens of an array spell, for the byte-normalised figures;
-            those of text and its shards are known. A limit that cuts the text leaves them unknown.
+        limit: score at most this many tokens, the first ones; how many bytes they spell is then
+            not known.
         title: of the progress bar.
 
     Raises:
-        DataError: if the text is empty or shorter than two tokens, a file cannot be read or is not
-            UTF-8, a token id lies outside the model's vocabulary, or shards and tokenizer differ.
+        DataError: if the text is empty or shorter than two tokens or cannot be read, a token id
+            lies outside the model's vocabulary, or shards and tokenizer differ.
         ConfigError: for a window, stride, batch size or limit out of range, or a missing tokenizer.
         WeightError: if the model returns NaN or infinity.
     """
@@ -144,7 +119,7 @@ def perplexity(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit} is out of range: score at least 1 token")
     vocab = vocabulary(model)
-    text = _open(source, tokenizer, text_bytes, vocab)
+    text = _open(source, tokenizer, vocab)
     total = text.total if limit is None else text.cut(limit)
     if total < 2:
         raise DataError(f"{text.name}: too short, {total} token(s); perplexity needs at least 2")
@@ -166,7 +141,14 @@ def perplexity(
             tokens[row, :length] = text.read(first, length)
             wanted[row, :length] = text.learned(first, length)
             wanted[row, : scored - first + 1] = False
-        _refuse_foreign(tokens, starts, vocab, text.name)
+        foreign = np.argwhere((tokens < 0) | (tokens >= vocab))
+        if len(foreign):
+            row, column = foreign[0]
+            raise DataError(
+                f"{text.name}: token id {tokens[row, column]} at position {starts[row] + column} "
+                f"is outside the model's vocabulary of {vocab} ids; the tokens were made with "
+                "another tokenizer, prepare them with the model's own"
+            )
         return torch.from_numpy(tokens), torch.from_numpy(wanted)
 
     nats = 0.0
@@ -182,10 +164,9 @@ def perplexity(
             )
             nats -= log_p.sum().item()
             scored += len(log_p)
-            task.advance(len(log_p), f"ppl {_power(math.e, nats / max(1, scored)):.2f}")
+            task.advance(len(log_p), f"ppl {_exp(nats / max(1, scored)):.2f}")
 
         in_batches(len(firsts), choose_batch(model, window, plain_head, batch_size), work)
-    # How many bytes the first tokens of a longer text spell is not known.
     known = text.bytes if total == text.total else None
     return Perplexity.of(nats, scored, known, text.shards is not None)
 
@@ -231,9 +212,8 @@ class _Text:
 
 
 def _open(
-    source: Tokens | Text,
+    source: TokenShards | Source | NDArray[np.integer] | Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
-    text_bytes: int | None,
     vocab: int,
 ) -> _Text:
     if isinstance(source, TokenShards):
@@ -241,65 +221,34 @@ def _open(
         if tokenizer is not None:
             source.require_tokenizer(tokenizer_hash(tokenizer))
         name, chats = f"token shards {source.path}", source if source.has_answers else None
-        text_bytes = None if chats else source.total_bytes
-        return _Text(name, source.total_tokens, text_bytes, source.tokens, chats)
-    if isinstance(source, np.ndarray | Tensor):
-        name = "token array"
-    else:
-        name = "text"
-        source, text_bytes = encode_text(source, tokenizer)
+        known = None if chats else source.total_bytes
+        return _Text(name, source.total_tokens, known, source.tokens, chats)
+    if isinstance(source, Source):
+        return _encoded(source, tokenizer)
     array = source.numpy(force=True) if isinstance(source, Tensor) else source
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise DataError(
             f"token array: shape {tuple(array.shape)} of {array.dtype}; token ids are a "
             "one-dimensional array of integers"
         )
-    return _Text(name, len(array), text_bytes, lambda start, count: array[start : start + count])
+    return _Text("token array", len(array), None, lambda start, n: array[start : start + n])
 
 
-def encode_text(
-    text: Text, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[NDArray[np.int64], int]:
-    """Token ids of documents, the end-of-sequence token before, between and after them; bytes.
-
-    Empty documents are skipped.
-
-    Raises:
-        ConfigError: without a tokenizer.
-        DataError: if there is no text, a file is missing or not UTF-8, or the tokenizer has no
-            end-of-sequence token.
-    """
+def _encoded(source: Source, tokenizer: PreTrainedTokenizerBase | None) -> _Text:
+    """Documents with the end-of-sequence token before, between and after them; no empty ones."""
     if tokenizer is None:
         raise ConfigError("text needs a tokenizer: pass the model's own as `tokenizer`")
-    if isinstance(text, Source):
-        sources = [text]
-    else:
-        paths = [text] if isinstance(text, str | Path) else text
-        sources = [open_source(f"text:{path}") for path in paths]
-    documents = [document for source in sources for document in source if document]
+    documents = [document for document in source if document]
     if not documents:
-        named = ", ".join(source.spec for source in sources) or "no files given"
-        raise DataError(f"there is no text to score: {named}")
+        raise DataError(f"there is no text to score: {source.spec}")
     encoder = Encoder(tokenizer)
-    ids = encoder.encode(documents).astype(np.int64)
-    return np.concatenate([[encoder.eos_id], ids]), sum(len(d.encode()) for d in documents)
+    ids = np.concatenate([[encoder.eos_id], encoder.encode(documents).astype(np.int64)])
+    known = sum(len(document.encode()) for document in documents)
+    return _Text("text", len(ids), known, lambda start, count: ids[start : start + count])
 
 
-def _refuse_foreign(
-    tokens: NDArray[np.int64], starts: NDArray[np.int64], vocab: int, name: str
-) -> None:
-    foreign = np.argwhere((tokens < 0) | (tokens >= vocab))
-    if len(foreign):
-        row, column = foreign[0]
-        raise DataError(
-            f"{name}: token id {tokens[row, column]} at position {starts[row] + column} is "
-            f"outside the model's vocabulary of {vocab} ids; the tokens were made with another "
-            "tokenizer, prepare them with the model's own"
-        )
-
-
-def _power(base: float, exponent: float) -> float:
+def _exp(nats: float) -> float:
     try:
-        return base**exponent
+        return math.exp(nats)
     except OverflowError:
         return math.inf

@@ -197,7 +197,9 @@ def load_unfused(
 def _load_ordinary(directory: Path, device: torch.device) -> PreTrainedModel:
     """A model that is not ours, in its own dtype; the person is told which it is."""
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} holds no model: there is no config.json")
+        run = directory / "model" / "config.json"
+        hint = f"; it is a run, whose model is {run.parent}" if run.is_file() else ""
+        raise CheckpointError(f"{directory} holds no model: there is no config.json{hint}")
     model = read_dense(directory)
     dtype = getattr(read_shape(directory), "dtype", None) or torch.float32
     say(f"{directory}: an ordinary {type(model).__name__} in {str(dtype).removeprefix('torch.')}")

@@ -18,13 +18,12 @@ A cell that stands in several blocks is run once.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,37 +73,17 @@ PatternText = Annotated[str, AfterValidator(lambda text: str(Pattern.parse(text)
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
-
-    Attributes:
-        kind: ``bitnet`` or its full-precision baseline ``bf16``.
-        pattern: the pattern that training ends with, ``6:8`` or ``dense``.
-        size: a preset of :mod:`sparse_bitnet.train.presets`.
-        seed: of weights and data order.
-        method: a key of :data:`METHODS`.
-        until: the schedule: (fraction of training, pattern until then), ascending; empty for
-            sparse from scratch.
-        tokens_per_weight: training tokens over the weights of the model's linears.
-        learning_rate: the highest of the schedule; None for the recipe's.
-    """
+    """One run of a sweep."""
 
     kind: Kind = "bitnet"
-    pattern: PatternText = "6:8"
+    pattern: PatternText = "6:8"  # that training ends with
     size: Annotated[str, AfterValidator(_one_of(PRESETS))] = "study-5m"
-    seed: int = 0
+    seed: int = 0  # of weights and data order
     method: Annotated[str, AfterValidator(_one_of(METHODS))] = "published"
+    # (fraction of training, pattern until then), ascending; empty for sparse from scratch.
     until: Annotated[tuple[tuple[float, PatternText], ...], BeforeValidator(_ascending)] = ()
-    tokens_per_weight: Positive = 100.0
-    learning_rate: float | None = None
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], place: str) -> Cell:
-        """Plain values, checked.
-
-        Raises:
-            ConfigError: for an unknown name or value, naming ``place``.
-        """
-        return checked(cls, values, place)
+    tokens_per_weight: Positive = 100.0  # training tokens over the weights of the linears
+    learning_rate: float | None = None  # the highest of the schedule; None for the recipe's
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as a recipe and a row hold them."""
@@ -130,19 +109,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured when a cell's training has ended.
+    """What is measured when a cell's training has ended."""
 
-    Attributes:
-        window: tokens a window of the validation perplexity; 0 takes the training sequence length.
-        validation_tokens: tokens of the validation split that count; 0 takes all.
-        cloze_text: documents (``jsonl:PATH`` or another source) for the cloze questions; empty
-            leaves the cloze out.
-        cloze_questions: how many.
-    """
-
-    window: NonNegativeInt = 0
-    validation_tokens: NonNegativeInt = 0
-    cloze_text: str = ""
+    window: NonNegativeInt = 0  # tokens, of the perplexity; 0: the training sequence length
+    validation_tokens: NonNegativeInt = 0  # of the validation split that count; 0: all
+    cloze_text: str = ""  # documents (jsonl:PATH or another source); empty: no cloze
     cloze_questions: PositiveInt = 1000
 
 
@@ -184,24 +155,23 @@ class SweepRecipe:
         Raises:
             ConfigError: as :func:`sparse_bitnet.train.recipe.config_from_dict`.
         """
-        values = _laid_over(self.base, self.kinds.get(cell.kind, {}))
-        sections = {name: values.setdefault(name, {}) for name in ("model", "sparsity", "data")}
-        schedule, run = values.setdefault("schedule", {}), values.setdefault("run", {})
-        sections["model"]["source"] = cell.size
-        sections["sparsity"] |= {
+        sparsity = {
             "kind": cell.kind,
             "pattern": cell.pattern,
             "method": METHODS[cell.method],
             "until": dict(cell.until),
         }
-        if cell.learning_rate is not None:
-            values.setdefault("optimizer", {})["learning_rate"] = cell.learning_rate
-        run["seed"] = cell.seed
-        schedule["steps"] = 1
-        data = config_from_dict(values, f"sweep {self.name}").data
+        rate = {} if cell.learning_rate is None else {"learning_rate": cell.learning_rate}
+        own: dict[str, Any] = {"model": {"source": cell.size}, "run": {"seed": cell.seed}}
+        own |= {"sparsity": sparsity, "optimizer": rate}
+        values: dict[str, Any] = {}
+        for layer in (self.base, self.kinds.get(cell.kind, {}), own):
+            for section, fields in layer.items():
+                values[section] = {**values.get(section, {}), **fields}
+        config = config_from_dict(values, f"sweep {self.name}, {cell}")
         wanted = cell.tokens_per_weight * PRESETS[cell.size].linear_weights
-        schedule["steps"] = max(1, round(wanted / (data.batch_size * data.sequence_length)))
-        return config_from_dict(values, f"sweep {self.name}, {cell}")
+        steps = round(wanted / (config.data.batch_size * config.data.sequence_length))
+        return replace(config, schedule=replace(config.schedule, steps=max(1, steps)))
 
     def key(self, cell: Cell, data_fingerprint: str) -> str:
         """Twelve hex digits of everything that decides a cell's figures.
@@ -269,14 +239,6 @@ def _key(config: TrainConfig, evaluation: Evaluation, data_fingerprint: str) -> 
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _laid_over(base: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``base`` with the fields of each section of ``upper`` in place of its own."""
-    result: dict[str, Any] = copy.deepcopy(base)
-    for name, fields in upper.items():
-        result[name] = {**result.get(name, {}), **fields}
-    return result
-
-
 def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iterator[Cell]:
     axes = {key: value for key, value in block.items() if key not in ("name", "cells")}
     lists = [value if isinstance(value, list) else [value] for value in axes.values()]
@@ -287,4 +249,4 @@ def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iter
     for explicit in cells or [{}]:
         for values in itertools.product(*lists):
             chosen = {**defaults, **dict(zip(axes, values, strict=True)), **explicit}
-            yield Cell.from_dict(chosen, place)
+            yield checked(Cell, chosen, place)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -28,8 +28,7 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
 """
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A picture: file name without suffix, PNG, and what it shows."""
 
     name: str
@@ -37,14 +36,13 @@ class Figure:
     caption: str
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A heading and what stands below it; ``notes`` are small print. Tables hold text alone."""
 
     title: str
     text: str = ""
     tables: Sequence[pd.DataFrame] = ()
-    figures: Sequence[Figure] = field(default_factory=list)
+    figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
 
 
@@ -64,16 +62,13 @@ def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
 def _section(number: int, section: Section) -> str:
     parts = [f'<section id="s{number}">', f"<h2>{escape(section.title)}</h2>"]
     parts += [f"<p>{escape(section.text)}</p>"] if section.text else []
-    parts += [_table(table) for table in section.tables]
+    for table in section.tables:
+        with pd.option_context("display.max_colwidth", None):
+            html = table.to_html(index=False, border=0, justify="unset", na_rep="–")
+        parts.append(f"<div>{html}</div>")
     parts += [_figure(figure) for figure in section.figures]
     parts += [f'<p class="soft">{escape(note)}</p>' for note in section.notes]
     return "\n".join([*parts, "</section>\n"])
-
-
-def _table(table: pd.DataFrame) -> str:
-    with pd.option_context("display.max_colwidth", None):
-        html: str = table.to_html(index=False, border=0, justify="unset", na_rep="–")
-    return f"<div>{html}</div>"
 
 
 def _figure(figure: Figure) -> str:

@@ -65,18 +65,14 @@ def styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a plot; ``error`` are half-lengths of error bars, ``kind`` sets the looks.
+    """A line of a plot."""
 
-    ``seeds`` are the single values behind each point, drawn as dots where there are several. An
-    empty label stays out of the legend.
-    """
-
-    label: str
+    label: str  # an empty one stays out of the legend
     x: Sequence[float]
     y: Sequence[float]
-    error: Sequence[float] | None = None
-    kind: str = ""
-    seeds: Sequence[Sequence[float]] = ()
+    error: Sequence[float] | None = None  # half-lengths of error bars
+    kind: str = ""  # sets the looks
+    seeds: Sequence[Sequence[float]] = ()  # behind each point, dots where there are several
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,7 @@ def lines(
         if curve.kind:
             draw_curve(axis, curve, markers=len(curve.x) <= 12)
         else:
-            style = {"color": CYCLE[plain % len(CYCLE)], "linestyle": STYLES[plain % len(STYLES)]}
-            axis.plot(curve.x, curve.y, label=curve.label, **style)
+            axis.plot(curve.x, curve.y, label=curve.label, **_look(plain))
             plain += 1
     if log_x:
         axis.set_xscale("log", base=2)
@@ -178,10 +173,11 @@ def _looks(groups: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, str]]:
     """
     every = sorted(groups.values(), key=len, reverse=True)
     labels = dict.fromkeys(curve.label for curves in every for curve in curves)
-    return {
-        label: {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
-        for i, label in enumerate(labels)
-    }
+    return {label: _look(i) for i, label in enumerate(labels)}
+
+
+def _look(number: int) -> dict[str, str]:
+    return {"color": CYCLE[number % len(CYCLE)], "linestyle": STYLES[number % len(STYLES)]}
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -249,11 +245,7 @@ def draw_curve(axis: Any, curve: Curve, markers: bool = True, **looks: Any) -> N
         markersize=5.5,
         **{"linewidth": 1.9} | looks,
     )
-    _seeds(axis, curve, colour)
-
-
-def _seeds(axis: Any, curve: Curve, colour: str) -> None:
-    """Single seeds beside the error bars, those of the two kinds on either side."""
+    # Single seeds beside the error bars, those of the two kinds on either side.
     from matplotlib.transforms import ScaledTranslation
 
     points = -SEEDS_BESIDE if curve.kind == "bf16" else SEEDS_BESIDE

@@ -120,13 +120,10 @@ def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured; its text is a table.
+    """What was measured; its text is a table."""
 
-    Attributes:
-        values: what ``polarization.json`` holds: ``checkpoint``, ``kind``, ``overall``, ``layers``,
-            and ``left_out`` (name → reason, for modules that training leaves as they are).
-    """
-
+    # What polarization.json holds: checkpoint, kind, overall, layers, and left_out (name → reason,
+    # for modules that training leaves as they are).
     values: dict[str, Any]
 
     def __str__(self) -> str:

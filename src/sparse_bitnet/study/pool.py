@@ -7,19 +7,18 @@ Here a worker holds one end of a socket pair and ends when the other closes, how
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from sparse_bitnet.console import say
-from sparse_bitnet.study.cells import Cell
+from sparse_bitnet.study.cells import Cell, Evaluation
 from sparse_bitnet.train.config import TrainConfig
 
 GRACE_SECONDS = 20.0
@@ -35,16 +34,12 @@ class Job:
     key: str
     cell: Cell
     config: TrainConfig
-    evaluation: dict[str, Any]
-    tokens: int
+    evaluation: Evaluation
 
-    def to_json(self) -> bytes:
-        values = {
-            "cell": self.cell.to_dict(),
-            "config": asdict(self.config),
-            "evaluation": self.evaluation,
-        }
-        return json.dumps(values).encode()
+    @property
+    def tokens(self) -> int:
+        data = self.config.data
+        return self.config.schedule.steps * data.batch_size * data.sequence_length
 
 
 class Worker:
@@ -53,59 +48,47 @@ class Worker:
     def __init__(self, number: int, environment: dict[str, str], log: Path) -> None:
         self.number, self.environment, self.log = number, environment, log
         self.job: Job | None = None
-        self.launch()
+        self._launch()
 
-    def launch(self) -> None:
-        """Start the process (again)."""
+    def _launch(self) -> None:
         self.connection, theirs = Pipe()
-        self._output: IO[bytes] = self.log.open("ab")
-        self.process = subprocess.Popen(
-            [*COMMAND, str(theirs.fileno())],
-            env={**os.environ, **self.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            # Ctrl-C goes to the sweep alone, which then asks its workers to save.
-            start_new_session=True,
-        )
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*COMMAND, str(theirs.fileno())],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C goes to the sweep alone, which then asks its workers to save.
+                start_new_session=True,
+            )
         theirs.close()
 
     def start(self, job: Job) -> None:
         """Send a job; a process that has died is replaced first."""
-        if self.process.poll() is not None:
-            self.close()
-            self.launch()
         try:
-            self.connection.send_bytes(job.to_json())
-        except OSError:  # it died just now
-            self.close()
-            self.launch()
-            self.connection.send_bytes(job.to_json())
+            self.connection.send(job)
+        except OSError:
+            self.connection.close()
+            self.process.wait()
+            self._launch()
+            self.connection.send(job)
         self.job = job
 
     def receive(self) -> Message:
         """The next message; a process that died without one gives ``failed`` and ``died``."""
         try:
-            message: Message = json.loads(self.connection.recv_bytes())
+            message: Message = self.connection.recv()
             return message
         except (EOFError, OSError):
             code = self.process.wait()
             text = f"worker {self.number} died with exit code {code}; its output is in {self.log}"
             return {"failed": text, "died": True}
 
-    def close(self) -> None:
-        self.connection.close()
-        self._output.close()
-
 
 class Pool:
-    """All workers of a sweep.
-
-    Args:
-        places: environment of each worker.
-        logs: directory for their output, one file each.
-    """
+    """All workers of a sweep: one for each environment of ``places``, with a log file each."""
 
     def __init__(self, places: list[dict[str, str]], logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -138,14 +121,13 @@ class Pool:
     def messages(self, timeout: float) -> list[tuple[Job, Message]]:
         """What has come in: progress (``done``, ``steps``), or a cell's end, which frees its
         worker: ``row``, ``failed`` (with ``died`` if the process is gone) or ``interrupted``."""
-        busy = {worker.connection: worker for worker in self.workers if worker.job is not None}
+        busy = {w.connection: (w, w.job) for w in self.workers if w.job is not None}
         found = []
         for connection in wait(list(busy), timeout):
             assert isinstance(connection, Connection)
-            worker = busy[connection]
+            worker, job = busy[connection]
             message = worker.receive()
-            assert worker.job is not None
-            found.append((worker.job, message))
+            found.append((job, message))
             if "done" not in message:
                 worker.job = None
         return found
@@ -158,7 +140,7 @@ class Pool:
         """
         for worker in self.workers:
             if worker.job is None:
-                worker.close()
+                worker.connection.close()
             else:
                 worker.process.terminate()
         until = time.monotonic() + grace
@@ -171,7 +153,7 @@ class Pool:
                     left.append(job)
         left += self.running
         for worker in self.workers:
-            worker.close()  # those that answered wait for another job
+            worker.connection.close()  # those that answered wait for another job
             try:
                 worker.process.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -265,8 +265,8 @@ def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
         figures.append(Figure(f"polarization-{slug}", png, caption))
     text = (
         "Curves are of the lowest seed. The table has the cost of the mask, nats per token: over "
+        f"the last {LAST:.0%} of training, and on held-out text."
     )
-    text += f"the last {LAST:.0%} of training, and on held-out text."
     return Section(f"Training, {label}", text, [table] if len(table) else [], figures)
 
 
@@ -290,7 +290,9 @@ def _mask_costs(
         label = "" if any(curve.kind == run.kind for curve in drawn) else NAME[run.kind]
         drawn.append(Curve(label, _millions(tokens), _smoothed(gaps, SMOOTH), kind=run.kind))
         last = gaps.tail(max(1, round(LAST * len(gaps)))).mean()
-        ends.append((run.pattern, NAME[run.kind], last, _held_out(row, baseline)))
+        ratio = row.perplexity / baseline.perplexity
+        held_out = math.log(ratio) if ratio > 0 else math.nan
+        ends.append((run.pattern, NAME[run.kind], last, held_out))
     table = pd.DataFrame(ends, columns=["pattern", "kind", "training", "held-out"])
     lines = [
         {
@@ -301,11 +303,6 @@ def _mask_costs(
         for (p, k), one in table.groupby(["pattern", "kind"], sort=False)
     ]
     return panels, pd.DataFrame(lines)
-
-
-def _held_out(row: Row, baseline: Row) -> float:
-    ratio = row.perplexity / baseline.perplexity
-    return math.log(ratio) if ratio > 0 else math.nan
 
 
 def _millions(tokens: Sequence[float]) -> list[float]:
@@ -337,9 +334,7 @@ def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) 
         for row in rows
     ]
     diverged = [f"{r.cell} diverged: {r.raw.get('problem')}" for r in rows if r.diverged]
-    text = (
-        "Each line is a row of the file, which has the configuration, versions and histories too."
-    )
+    text = "Each line is a row of the file, which has configuration, versions and histories too."
     return Section("All runs", text, [pd.DataFrame(lines)], notes=[*diverged, *problems])
 
 

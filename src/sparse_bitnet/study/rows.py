@@ -9,7 +9,6 @@ final figures, and histories thinned to a few hundred points:
     validation: {loss, perplexity, tokens}
     cloze: {accuracy, questions} or null
     history: {tokens: [...], loss: [...], zeros: [...], flip_rate: [...], pattern: [...]}
-    layers: {names: [...], tokens: [...], zeros: [[...], ...], flip_rate: [[...], ...]}
     polarization: [{fraction, position, name, magnitudes, thresholds, ...}, ...]
 
 Lines are appended whole and synced, so an interruption costs at most the line being written; a
@@ -27,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sparse_bitnet.core import ConfigError, DataError
+from sparse_bitnet.core import DataError
 from sparse_bitnet.study.cells import Cell
+from sparse_bitnet.train.recipe import checked
 
 ROWS_FILE = "rows.jsonl"
 LONGEST_INTEGER = 18  # digits
@@ -36,21 +36,13 @@ LONGEST_INTEGER = 18  # digits
 
 @dataclass(frozen=True)
 class Row:
-    """A finished cell.
+    """A finished cell."""
 
-    Attributes:
-        key: see :meth:`sparse_bitnet.study.cells.SweepRecipe.key`.
-        cell: what was run.
-        perplexity: on the validation split; NaN if training diverged.
-        accuracy: of the cloze, a fraction; None if it was not measured.
-        raw: everything the line holds.
-    """
-
-    key: str
+    key: str  # see SweepRecipe.key
     cell: Cell
-    perplexity: float
-    accuracy: float | None
-    raw: dict[str, Any]
+    perplexity: float  # on the validation split; NaN if training diverged
+    accuracy: float | None  # of the cloze, a fraction; None if it was not measured
+    raw: dict[str, Any]  # everything the line holds
 
     @property
     def learning_rate(self) -> float | None:
@@ -116,10 +108,7 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
             continue
         try:
             row = _parse(json.loads(line, parse_int=_whole))
-        except (
-            *(ValueError, TypeError, KeyError, AttributeError),
-            *(ConfigError, OverflowError, RecursionError),
-        ) as error:
+        except Exception as error:  # whatever a foreign line brings
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             problems.append(f"{path.name}, line {number}: skipped, {why[:300]}")
             continue
@@ -153,7 +142,7 @@ def _parse(raw: Any) -> Row:
         raise ValueError("not a JSON object")
     values = raw["cell"]
     known = Cell().to_dict()
-    cell = Cell.from_dict({k: v for k, v in values.items() if k in known}, "cell")
+    cell = checked(Cell, {k: v for k, v in values.items() if k in known}, "cell")
     perplexity = (raw.get("validation") or {}).get("perplexity")
     accuracy = (raw.get("cloze") or {}).get("accuracy")
     return Row(
@@ -168,21 +157,11 @@ def _parse(raw: Any) -> Row:
 def _is_snapshot(one: Any) -> bool:
     if not isinstance(one, dict) or not isinstance(one.get("position"), str):
         return False
-    edges, magnitudes, thresholds = (
-        one.get(name) for name in ("edges", "magnitudes", "thresholds")
-    )
-    bins = len(magnitudes) if isinstance(magnitudes, list) else 0
-    return (
-        is_number(one.get("fraction"))
-        and _are_numbers(edges, bins + 1)
-        and _are_numbers(magnitudes, bins)
-        and (not thresholds or _are_numbers(thresholds, bins))
-        and bins > 0
-    )
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
+    lists = [one.get(name) or [] for name in ("magnitudes", "edges", "thresholds")]
+    if not all(isinstance(values, list) and all(map(is_number, values)) for values in lists):
+        return False
+    bins, edges, thresholds = map(len, lists)
+    return is_number(one.get("fraction")) and edges == bins + 1 > 1 and thresholds in (0, bins)
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -36,8 +36,6 @@ from sparse_bitnet.train.signals import TrainingInterruptedError
 SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
 SNAPSHOT_FILE = "polarization.jsonl"
 POINTS = 250
-LAYER_POINTS = 5
-NAMED = {"zeros": "zeros_before_mask"}  # of a row here → of a row of metrics.jsonl
 
 Report = Callable[[int, int], None]
 
@@ -83,7 +81,12 @@ def run_cell(
     trained = time.perf_counter()
     measured: dict[str, Any] = {"validation": None, "cloze": None}
     if result is not None:
-        measured = _evaluate(*_model(result, config), config, evaluation)
+        model, tokenizer = result.model, result.tokenizer
+        if model is None:  # finished before, but interrupted before its row was written
+            assert result.model_directory is not None
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model, tokenizer = load_trained(result.model_directory, device)
+        measured = _evaluate(model, tokenizer, config, evaluation)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     history = read_history(directory / "metrics.jsonl")
     rates = [row["tokens_per_second"] for row in history if "tokens_per_second" in row]
@@ -106,7 +109,6 @@ def run_cell(
         "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
         **measured,
         "history": _history(history, tokens_per_step),
-        "layers": _layers(history, tokens_per_step),
         "polarization": _read_snapshots(directory),
     }
 
@@ -120,16 +122,6 @@ def data_facts(config: TrainConfig) -> dict[str, Any]:
             facts.setdefault(split, []).append(shards.total_tokens)
             facts["tokenizer"] = shards.tokenizer_hash
     return facts
-
-
-def _model(
-    result: TrainResult, config: TrainConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    if result.model is not None:
-        return result.model, result.tokenizer
-    # Finished before with its model exported, but interrupted before its row was written.
-    assert result.model_directory is not None
-    return load_trained(result.model_directory, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _evaluate(
@@ -157,27 +149,16 @@ def _evaluate(
         cloze = None
         if evaluation.cloze_text and tokenizer is not None:
             items = _items(evaluation.cloze_text, evaluation.cloze_questions)
-            cloze = cloze_accuracy(model, tokenizer, items, window=window)
+            answered = cloze_accuracy(model, tokenizer, items, window=window)
+            cloze = {
+                "accuracy": answered.accuracy,
+                "questions": answered.items,
+                "standard_error": answered.standard_error,
+            }
     return {
         "validation": {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens},
-        "cloze": None
-        if cloze is None
-        else {
-            "accuracy": cloze.accuracy,
-            "questions": cloze.items,
-            "standard_error": cloze.standard_error,
-        },
+        "cloze": cloze,
     }
-
-
-def check_evaluation(evaluation: Evaluation) -> None:
-    """Find out before anything is trained whether there are documents for the questions.
-
-    Raises:
-        ConfigError, DataError: for a source that cannot be opened or read.
-    """
-    if evaluation.cloze_text:
-        cloze_items(open_source(evaluation.cloze_text), limit=1)
 
 
 def check_model(cell: Cell, config: TrainConfig, evaluation: Evaluation) -> None:
@@ -221,38 +202,18 @@ def _read_snapshots(directory: Path) -> list[dict[str, Any]]:
 
 
 def _history(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, list[Any]]:
-    rows = _thin([row for row in rows if "loss" in row], POINTS)
+    """Evenly spaced rows of metrics.jsonl, the first and last among them, as columns."""
+    rows = [row for row in rows if "loss" in row]
+    if len(rows) > POINTS:
+        rows = [rows[round(i * (len(rows) - 1) / (POINTS - 1))] for i in range(POINTS)]
+
+    def column(name: str) -> list[Any]:
+        values = (row.get(name) for row in rows)
+        return [float(f"{v:.5g}") if isinstance(v, float) else v for v in values]
+
+    names = ("loss", "flip_rate", "gradient_norm", "learning_rate", "pattern")
     return {
         "tokens": [row["step"] * tokens_per_step for row in rows],
-        **{
-            name: [_rounded(row.get(NAMED.get(name, name))) for row in rows]
-            for name in ("loss", "zeros", "flip_rate", "gradient_norm", "learning_rate", "pattern")
-        },
+        "zeros": column("zeros_before_mask"),
+        **{name: column(name) for name in names},
     }
-
-
-def _layers(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    rows = _thin([row for row in rows if "layers" in row], LAYER_POINTS)
-    names = list(rows[0]["layers"]) if rows else []
-    return {
-        "names": names,
-        "tokens": [row["step"] * tokens_per_step for row in rows],
-        **{
-            figure: [
-                [_rounded(row["layers"][name][NAMED.get(figure, figure)]) for name in names]
-                for row in rows
-            ]
-            for figure in ("zeros", "flip_rate")
-        },
-    }
-
-
-def _thin(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
-    """Evenly spaced rows, the first and last among them."""
-    if len(rows) <= points:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (points - 1))] for i in range(points)]
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value

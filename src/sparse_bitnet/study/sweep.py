@@ -11,10 +11,11 @@ a cell that was stopped goes on from its last checkpoint, if the recipe writes a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,28 @@ import torch
 
 from sparse_bitnet.console import Task, progress, say
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data import open_source
+from sparse_bitnet.evaluate.cloze import cloze_items
 from sparse_bitnet.files import locked, write_text
 from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
 from sparse_bitnet.study.pool import Job, Message, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
-from sparse_bitnet.study.run_cell import check_evaluation, check_model, data_facts
+from sparse_bitnet.study.run_cell import check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
-from sparse_bitnet.train.signals import (
-    StopRequest,
-    TrainingInterruptedError,
-    stop_on_signals,
-)
+from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
 HISTORY_ROWS = 200
-LAYER_ROWS = 20
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to.
+    """What a sweep came to."""
 
-    Attributes:
-        rows: the file with a line for each finished cell.
-        done: cells finished, in this call and before.
-        failed: cell → reason, of this call.
-        left: cells not run, for want of time or after a failure.
-    """
-
-    rows: Path
-    done: int
-    failed: dict[str, str]
-    left: list[str]
+    rows: Path  # the file with a line for each finished cell
+    done: int  # cells, in this call and before
+    failed: dict[str, str]  # cell → reason, of this call
+    left: list[str]  # cells not run, for want of time or after a failure
 
     @property
     def exit_code(self) -> int:
@@ -91,16 +82,17 @@ def sweep(
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once workers have saved and left.
     """
     started = time.monotonic()
-    deadline = None if minutes is None else started + 60 * minutes
     for name, value in (("per_gpu", per_gpu), ("cpu_workers", cpu_workers)):
         if value < 1:
             raise ConfigError(f"sweep: {name} is {value}; at least 1")
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"sweep: minutes is {minutes}; above 0")
+    deadline = math.inf if minutes is None else started + 60 * minutes
     plan = read_sweep(recipe)
     out = Path(out)
     jobs = _jobs(plan, Path(scratch) if scratch else out / "cells", keep_runs)
-    check_evaluation(plan.evaluation)
+    if plan.evaluation.cloze_text:  # before anything is trained
+        cloze_items(open_source(plan.evaluation.cloze_text), limit=1)
     for job in jobs:
         check_model(job.cell, job.config, plan.evaluation)
     rows_path = out / ROWS_FILE
@@ -167,7 +159,7 @@ class _Sweep:
         plan: SweepRecipe,
         waiting: list[Job],
         rows_path: Path,
-        deadline: float | None,
+        deadline: float,
         keep_runs: bool,
     ) -> None:
         self.plan, self.waiting = plan, waiting
@@ -227,7 +219,7 @@ class _Sweep:
             worker.start(self.waiting.pop(0))
 
     def _out_of_time(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return time.monotonic() > self.deadline
 
 
 def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
@@ -239,15 +231,8 @@ def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
         if place not in fingerprints:
             fingerprints[place] = fingerprint(data_facts(config))
         key = plan.key(cell, fingerprints[place])
-        jobs.append(
-            Job(
-                key=key,
-                cell=cell,
-                config=_run_settings(plan, config, scratch / key, export),
-                evaluation=asdict(plan.evaluation),
-                tokens=config.schedule.steps * config.data.batch_size * config.data.sequence_length,
-            )
-        )
+        config = _run_settings(plan, config, scratch / key, export)
+        jobs.append(Job(key, cell, config, plan.evaluation))
     return jobs
 
 
@@ -256,18 +241,16 @@ def _run_settings(
 ) -> TrainConfig:
     """The directory, and how often to log, where the recipe does not say."""
     given = plan.base.get("run") or {}
-    steps = config.schedule.steps
-    log_every = max(1, steps // HISTORY_ROWS)
     chosen = {
-        "log_every": log_every,
-        "layers_every": max(1, steps // log_every // LAYER_ROWS),
+        "log_every": max(1, config.schedule.steps // HISTORY_ROWS),
+        "layers_every": 0,
         # The end is measured on the whole validation split; a checkpoint is a person's choice.
         "validation_sequences": 0,
         "checkpoint_every": 0,
         "export": export,
     }
-    kept = {k: v for k, v in chosen.items() if k not in given}
-    return replace(config, run=replace(config.run, directory=str(directory), **kept))  # type: ignore[arg-type]
+    kept: dict[str, Any] = {k: v for k, v in chosen.items() if k not in given}
+    return replace(config, run=replace(config.run, directory=str(directory), **kept))
 
 
 def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
@@ -276,17 +259,13 @@ def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     gpus = gpus if torch.cuda.is_available() else []
     workers = per_gpu * len(gpus) or cpu_workers
-    # The cores this process may use, where the system reports them, not all of the machine.
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    # The cores this process may use, not all of the machine.
+    cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    own = {"OMP_NUM_THREADS": threads}
     if not gpus:
-        return [{"OMP_NUM_THREADS": threads}] * cpu_workers
-    return [
-        {"CUDA_VISIBLE_DEVICES": gpu.strip(), "OMP_NUM_THREADS": threads}
-        for _ in range(per_gpu)
-        for gpu in gpus
-    ]
+        return [own] * cpu_workers
+    return [{"CUDA_VISIBLE_DEVICES": gpu.strip()} | own for _ in range(per_gpu) for gpu in gpus]
 
 
 def _millions(tokens: int) -> str:

@@ -1,14 +1,13 @@
 """A worker process of a sweep: takes cells one after the other, so each shape is compiled once.
 
-Started as ``python -m sparse_bitnet.study.worker FD`` with one end of a socket pair; messages are
-JSON both ways. It ends when the other end closes, so it never outlives its sweep. Told to stop
-(SIGTERM), it saves what it trains; what is trained it measures before it leaves.
+Started as ``python -m sparse_bitnet.study.worker FD`` with one end of a socket pair. It ends when
+the other end closes, so it never outlives its sweep. Told to stop (SIGTERM), it saves what it
+trains; what is trained it measures before it leaves.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import signal
 import sys
 import time
@@ -20,17 +19,15 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.core import SparseBitNetError
-from sparse_bitnet.study.cells import Cell, Evaluation
+from sparse_bitnet.study.pool import Job
 from sparse_bitnet.study.run_cell import run_cell
-from sparse_bitnet.train.recipe import config_from_dict
 from sparse_bitnet.train.signals import TrainingInterruptedError
 
 REPORT_SECONDS = 0.5
 
 
 def serve(connection: Connection) -> None:
-    """Run the cells that arrive until the sweep closes the connection, or a signal says to stop."""
+    """Run the jobs that arrive until the sweep closes the connection, or a signal says to stop."""
     stops: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -39,20 +36,19 @@ def serve(connection: Connection) -> None:
     signal.signal(signal.SIGTERM, on_signal)  # training has a handler of its own meanwhile
     while not stops:
         try:
-            order = json.loads(connection.recv_bytes())
+            job = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            answer: dict[str, Any] = {"row": _run(order, connection, stops)}
+            answer: dict[str, Any] = {"row": _run(job, connection, stops)}
         except TrainingInterruptedError as error:
             answer = {"interrupted": str(error)}
         except BrokenPipeError:
             return
         except Exception as error:
-            where = "" if isinstance(error, SparseBitNetError) else traceback.format_exc()
             traceback.print_exc()
-            answer = {"failed": f"{type(error).__name__}: {error}", "traceback": where}
-        connection.send_bytes(json.dumps(answer).encode())
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        connection.send(answer)
         if "interrupted" in answer:
             return
         gc.collect()
@@ -60,10 +56,8 @@ def serve(connection: Connection) -> None:
             torch.cuda.empty_cache()
 
 
-def _run(order: dict[str, Any], connection: Connection, stops: list[int]) -> dict[str, Any]:
-    cell = Cell.from_dict(order["cell"], "order")
-    config = config_from_dict(order["config"], "order")
-    Path(config.run.directory).mkdir(parents=True, exist_ok=True)
+def _run(job: Job, connection: Connection, stops: list[int]) -> dict[str, Any]:
+    Path(job.config.run.directory).mkdir(parents=True, exist_ok=True)
     last = 0.0
 
     def report(done: int, steps: int) -> None:
@@ -73,10 +67,9 @@ def _run(order: dict[str, Any], connection: Connection, stops: list[int]) -> dic
         now = time.monotonic()
         if now - last >= REPORT_SECONDS or done == steps:
             last = now
-            # Raises once the sweep is gone, which ends the run.
-            connection.send_bytes(json.dumps({"done": done, "steps": steps}).encode())
+            connection.send({"done": done, "steps": steps})  # raises once the sweep is gone
 
-    return run_cell(cell, config, Evaluation(**order["evaluation"]), report)
+    return run_cell(job.cell, job.config, job.evaluation, report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch, Loader
@@ -33,24 +32,15 @@ class Batches:
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         data = config.data
-        if data.batch_size % ranks.world_size:
-            raise ConfigError(
-                f"data.batch_size is {data.batch_size}: it must be a multiple of the "
-                f"{ranks.world_size} ranks"
-            )
         self._device, self._ranks = ranks.device, ranks
         local = data.batch_size // ranks.world_size
         self._micro = min(data.micro_batch_size or local, local)
-        if local % self._micro:
-            raise ConfigError(
-                f"data.micro_batch_size is {self._micro}: it must divide the {local} sequences of "
-                f"each of {ranks.world_size} ranks"
-            )
         directories = data.mixture or {data.path: 1.0}
         train, held = ranks.first_alone(lambda: _open(directories))  # it reads them all, once
         first = next(iter(directories))
         self.vocab_size = train[first].vocab_size
-        self.tokenizer = _tokenizer(Path(first) / "tokenizer")
+        directory = Path(first) / "tokenizer"
+        self.tokenizer = load_tokenizer(directory) if directory.is_dir() else None
         self.fingerprint: dict[str, Any] = {
             "tokenizer": train[first].tokenizer_hash,
             "tokens": [shards.total_tokens for shards in train.values()],
@@ -64,6 +54,11 @@ class Batches:
         }
         mixture = [(train[path], weight) for path, weight in directories.items()]
         self._train = Loader(mixture, seed=config.run.seed, **options)
+        if local % self._micro:
+            raise ConfigError(
+                f"data.micro_batch_size is {self._micro}: it must divide the {local} sequences of "
+                f"each of {ranks.world_size} ranks"
+            )
         self.has_documents = self._train.has_documents
         self._validation = None
         self._validation_steps = 0
@@ -107,9 +102,3 @@ def _open(directories: Iterable[str]) -> tuple[dict[str, TokenShards], dict[str,
     train = {path: TokenShards(Path(path) / "train") for path in directories}
     held = [path for path in directories if (Path(path) / "validation").is_dir()]
     return train, {path: TokenShards(Path(path) / "validation") for path in held}
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    if not directory.is_dir():
-        return None
-    return load_tokenizer(directory)

@@ -25,7 +25,7 @@ class HiddenStates:
     Args:
         blocks: of the decoder.
         numbers: which of them, from 0.
-        whose: for the error message.
+        whose: "student" or "teacher"; those of a student are kept in training mode only.
 
     Raises:
         ConfigError: for a block that there is not.
@@ -40,15 +40,18 @@ class HiddenStates:
                     f"teacher.hidden_layers: the {whose} has blocks 0 to {len(blocks) - 1}, and "
                     f"no {number}"
                 )
+        always = whose == "teacher"
         self._handles = [
-            blocks[number].register_forward_hook(self._hook(number)) for number in self._numbers
+            blocks[number].register_forward_hook(self._hook(number, always))
+            for number in self._numbers
         ]
 
-    def _hook(self, number: int) -> Any:
+    def _hook(self, number: int, always: bool) -> Any:
         kept = self._kept  # a plain dict, which compiled code can write to
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            kept[number] = output[0] if isinstance(output, tuple) else output
+        def keep(module: nn.Module, _args: Any, output: Any) -> None:
+            if always or module.training:
+                kept[number] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
@@ -77,18 +80,10 @@ def hidden_loss(
         student, teacher: ``[sequences, length, features]`` of each block.
         labels: int64 ``[sequences, length]``; tokens of −100 do not count.
         divisor: by how many labels the sum is divided; by default by all tokens.
-
-    Raises:
-        ConfigError: if the features are not as many.
     """
     counted = labels != IGNORED
     total = torch.zeros((), device=labels.device)
     for own, other in zip(student, teacher, strict=True):
-        if own.shape != other.shape:
-            raise ConfigError(
-                f"teacher.hidden_layers: the student's blocks have {own.shape[-1]} features and "
-                f"the teacher's {other.shape[-1]}; only equal ones can be compared"
-            )
         exact = other.float()
         size = exact.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         apart = (own.float() - exact).square().sum(-1) / size

@@ -117,7 +117,11 @@ class _Run:
         conversion = convert_model(self.model, config.sparsity)
         self.linear_weights = conversion.weights
         self._say(str(conversion))
-        self.teacher = self._load_teacher() if config.teacher.source else None
+        self.teacher = None
+        if config.teacher.source:
+            tokenizer = self.batches.fingerprint["tokenizer"]
+            documents = self.batches.has_documents
+            self.teacher = Teacher(config.teacher, self.model, tokenizer, documents)
         compared = config.teacher.hidden_layers if self.teacher else []
         states = HiddenStates(blocks(self.model), compared, "student") if compared else None
         self.loss_of = CausalLoss(self.model, states)
@@ -143,12 +147,6 @@ class _Run:
         self.first_bad = torch.full((), math.inf, device=here.device)
         self.first_step, self.rows_before = self._resume()
         self.monitor = Monitor(self.model, self.first_step // config.run.log_every)
-
-    def _load_teacher(self) -> Teacher:
-        rows = self.model.get_output_embeddings().weight.shape[0]
-        tokenizer = self.batches.fingerprint["tokenizer"]
-        documents = self.batches.has_documents
-        return Teacher(self.config.teacher, self.here.device, rows, tokenizer, documents)
 
     def finish(self, stop: StopRequest, on_step: OnStep | None = None) -> TrainResult:
         """Take the steps that are left, validate, export."""

@@ -311,10 +311,7 @@ class CausalLoss(nn.Module):
         divisor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Loss and parts with H added, where hidden states are compared."""
-        if self.states is None:
+        if self.states is None or targets is None:
             return loss, parts
-        own = self.states.take()
-        if targets is None:
-            return loss, parts
-        apart = hidden_loss(own, targets.states, labels, divisor)
+        apart = hidden_loss(self.states.take(), targets.states, labels, divisor)
         return loss + targets.how.hidden * apart, torch.cat([parts, apart.detach().view(1)])

@@ -154,10 +154,11 @@ def check_documents(model: PreTrainedModel) -> None:
     sees_positions = "position_ids" in inspect.signature(model.forward).parameters
     apart = False
     if sees_positions:
-        one, other = (
-            model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:]
-            for ids in tokens.to(model.device).split(1)
-        )
+        with torch.autocast(model.device.type, enabled=False):
+            one, other = (
+                model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:]
+                for ids in tokens.to(model.device).split(1)
+            )
         # Both have the same shapes and so the same sums: without a leak they are equal, but for
         # experts, which add other tokens' rows in another order (2e-7 in float32). An untrained
         # short convolution leaks 5e-5, its weights and gates being small.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Batch
@@ -29,23 +30,22 @@ class Teacher:
 
     Args:
         config: where it is, where it computes, and what it counts.
-        device: the student's.
-        vocabulary: rows of the student's output head.
+        student: on its device.
         tokenizer: the hash of the data's; None is not compared.
         documents: whether sequences hold several, which it must keep apart.
 
     Raises:
         ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, its
-            tokens see other documents, or there is no such device.
+            width where hidden states are compared, its tokens see other documents, or there is no
+            such device.
         CheckpointError: if it is damaged.
     """
 
     def __init__(
         self,
         config: TeacherConfig,
-        device: torch.device,
-        vocabulary: int,
-        tokenizer: str | None,
+        student: PreTrainedModel,
+        tokenizer: str | None = None,
         documents: bool = False,
     ) -> None:
         directory = Path(config.source)
@@ -59,15 +59,22 @@ class Teacher:
             _check_tokenizer(directory, tokenizer)
         trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
-        rows = model.get_output_embeddings().weight.shape[0]
+        rows, vocabulary = (one.get_output_embeddings().weight.shape[0] for one in (model, student))
         if rows != vocabulary:
             raise ConfigError(
                 f"teacher.source {config.source} has a vocabulary of {rows}, the student one of "
                 f"{vocabulary}: a teacher must have the student's vocabulary"
             )
+        wide, width = (one.config.get_text_config().hidden_size for one in (model, student))
+        if config.hidden_layers and wide != width:
+            raise ConfigError(
+                f"teacher.hidden_layers: the student's blocks have {width} features and the "
+                f"teacher's {wide}; only equal ones can be compared"
+            )
         if documents:
             check_documents(model)  # in float32 still
-        self.device = usable_device(config.device) if config.device else device
+        self._home = student.device
+        self.device = usable_device(config.device) if config.device else self._home
         halved = self.device.type == "cuda" and not trained
         model = model.to(self.device, torch.bfloat16 if halved else None)  # type: ignore[arg-type]
         self.model = model.requires_grad_(False).eval()
@@ -77,8 +84,7 @@ class Teacher:
         )
         self._states = HiddenStates(blocks(self.model), config.hidden_layers, "teacher")
         head = self.model.get_output_embeddings().weight
-        self._head = head.to(device) if self._loss_of.chunked else None
-        self._home = device
+        self._head = head.to(self._home) if self._loss_of.chunked else None
 
     def __call__(self, batch: Batch) -> Targets:
         """Targets of a batch, on the student's device."""

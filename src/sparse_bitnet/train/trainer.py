@@ -24,6 +24,7 @@ from sparse_bitnet.nn.wrappers import unwrapped
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, chunked_loss
+from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.parallel import blocks
 from sparse_bitnet.train.teacher import Teacher
 
@@ -35,8 +36,9 @@ class TeacherMixin:
     ``loss``, which is their weighted sum. Evaluation stays as it is.
 
     Raises:
-        ConfigError: at the first step, as :class:`sparse_bitnet.train.teacher.Teacher`; or for
-            batches without ``labels``.
+        ConfigError: at the first step, as :class:`sparse_bitnet.train.teacher.Teacher`; for
+            batches without ``labels``; for packed documents (batches with ``position_ids``), if the
+            student's tokens see those before their own.
     """
 
     teacher: TeacherConfig
@@ -68,7 +70,8 @@ class TeacherMixin:
             raise ConfigError("TeacherMixin: the batches have no labels; use a collator with them")
         given = {key: value for key, value in inputs.items() if key != "labels"}
         if self._pair is None:
-            self._pair = self._make(unwrapped(model))
+            # Collators that pack documents give positions, others none.
+            self._pair = self._make(unwrapped(model), "position_ids" in given)
         loss_of, teacher = self._pair
         targets = teacher.targets(**given)
         outputs = model(**given, use_cache=False)
@@ -98,11 +101,12 @@ class TeacherMixin:
         trainer: Any = super()
         trainer.log(logs, *args, **options)
 
-    def _make(self, model: Any) -> tuple[CausalLoss, Teacher]:
+    def _make(self, model: Any, documents: bool) -> tuple[CausalLoss, Teacher]:
         tokenizer = getattr(self, "processing_class", None)
         known = None if tokenizer is None else tokenizer_hash(tokenizer)
-        rows = model.get_output_embeddings().weight.shape[0]
-        teacher = Teacher(self.teacher, model.device, rows, known)
+        if documents:
+            check_documents(model)
+        teacher = Teacher(self.teacher, model, known, documents)
         numbers = self.teacher.hidden_layers
         states = HiddenStates(blocks(model), numbers, "student") if numbers else None
         return CausalLoss(model, states), teacher
