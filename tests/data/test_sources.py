@@ -100,8 +100,11 @@ def test_parquet(tmp_path: Path) -> None:
     assert [record.position for _, record in source.read()][-1] == source.size
 
 
-def test_hugging_face_dataset_from_a_directory(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+def test_hugging_face_dataset_from_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/dev/null/read-only"))
     write_jsonl(tmp_path / "train.jsonl", TEXTS)
     write_jsonl(tmp_path / "test.jsonl", ["held out"])
     source = open_source(f"hf:{tmp_path}")

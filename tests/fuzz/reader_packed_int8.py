@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy
 
-from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.packed.load import load_packed
 from sparse_bitnet.packed.write import pack
-from sparse_bitnet.train.presets import preset_config
 
-TOKENS = torch.arange(20).view(2, 10)
 expected: dict[str, torch.Tensor] = {}
 
 
 def build(directory: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
-    convert(model, "2:4")
-    pack(model.eval(), directory, storage="trits", head="int8")
+    pack(toy.model("2:4"), directory, storage="trits", head="int8")
 
 
 @torch.no_grad()
@@ -36,5 +29,5 @@ def read(directory: Path, mutation: Any) -> None:
             assert module.weight.dtype == torch.int8
             assert module.weight_scale.isfinite().all() and (module.weight_scale > 0).all()
     if "config.json" not in mutation.touched:
-        logits = loaded(TOKENS).logits
+        logits = loaded(toy.TOKENS).logits
         assert torch.equal(expected.setdefault("logits", logits), logits), "computes something else"

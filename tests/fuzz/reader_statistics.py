@@ -7,21 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
+import toy
 
-from sparse_bitnet.nn import convert
 from sparse_bitnet.study import polarization
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
-from sparse_bitnet.train.presets import preset_config
 
 
 def build(directory: Path) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
-    convert(model, "6:8")
-    save_trained(model, None, directory, SparsityConfig())
+    save_trained(toy.model(), None, directory, SparsityConfig())
     polarization._pictures = lambda *_: {}
 
 

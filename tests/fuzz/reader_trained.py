@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import toy
 
 from sparse_bitnet.core import worst_group
-from sparse_bitnet.data.tokenizer import train_bpe
-from sparse_bitnet.nn import SparseBitLinear, convert
+from sparse_bitnet.nn import SparseBitLinear
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import load_trained, save_trained
-from sparse_bitnet.train.presets import preset_config
 
 written: dict[str, torch.Tensor] = {}
 
 
 def build(directory: Path) -> None:
-    torch.manual_seed(0)
-    tokenizer = train_bpe(["some text to learn from, and then some more of it"], 300)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 300))
-    convert(model, "6:8")
-    save_trained(model, tokenizer, directory, SparsityConfig(rules={"o_proj": "4:8"}))
+    model = toy.model()
+    save_trained(model, toy.tokenizer(), directory, SparsityConfig(rules={"o_proj": "4:8"}))
     written.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 

@@ -29,6 +29,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from sparse_bitnet.core.errors import DataError, MissingExtraError
@@ -261,8 +262,11 @@ class HubDataset(Source):
         name, config, split = parts + [""] * (HUB_PARTS - len(parts))
         self.field = field
         try:
-            builder = datasets.load_dataset_builder(name, config or None)
-            self.rows = builder.as_streaming_dataset(split=split or "train")
+            # A stream stores nothing, but the builder makes its cache folder, and HOME may be
+            # read-only.
+            with TemporaryDirectory() as cache:
+                builder = datasets.load_dataset_builder(name, config or None, cache_dir=cache)
+                self.rows = builder.as_streaming_dataset(split=split or "train")
         except Exception as error:  # the library raises its own, the hub's and fsspec's errors
             raise DataError(
                 f"{spec}: the dataset cannot be opened; check its name, configuration and split, "

@@ -33,8 +33,8 @@ def test_no_token_and_no_feature() -> None:
 
 
 def test_leading_dimensions_and_strides() -> None:
-    x = torch.randn(2, 3, 80)
-    for view in (x, x.transpose(0, 1), x[..., ::2], x[:, 1:, 8:40], x.permute(2, 1, 0)):
+    x = torch.randn(2, 3, 24)
+    for view in (x, x.transpose(0, 1), x[..., ::2], x[:, 1:, 8:20], x.permute(2, 1, 0)):
         quantized, scale = triton.quantize(view)
         expected, step = quantize_int8(view)
         assert torch.equal(quantized, expected)

@@ -10,7 +10,7 @@ from sparse_bitnet.kernels.ternarize import triton, triton_select
 
 kernels = importlib.import_module("sparse_bitnet.kernels.ternarize")  # a function has its name
 
-PATTERNS = ["dense", "2:4", "1:4", "6:8", "7:16", "5:7", "9:32"]
+PATTERNS = ["dense", "2:4", "6:8", "7:16", "5:7", "9:32"]
 
 
 def derived(weight, pattern, shard_sizes=(), scale=None):
@@ -25,12 +25,12 @@ def test_equals_reference(name: str) -> None:
     pattern = Pattern.parse(name)
     columns = 2 * math.lcm(max(pattern.m, 4), 4)
     assert triton.serves(pattern, columns)
-    weight = torch.randn(3, columns) * 0.02
-    for version in (weight, (weight * 100).round() / 100):  # the second is full of ties
-        expected, gamma = ternarize(version, pattern)
-        ternary, scale = derived(version, pattern, (), None if version is weight else gamma)
-        assert torch.equal(ternary, expected)
-        assert torch.equal(scale, gamma)
+    weight = torch.randn(4, columns) * 0.02
+    weight[2:] = (weight[2:] * 100).round() / 100  # full of ties
+    expected, gamma = ternarize(weight, pattern)
+    ternary, scale = derived(weight, pattern)
+    assert torch.equal(ternary, expected)
+    assert torch.equal(scale, gamma)
 
 
 def test_what_it_does_not_serve() -> None:
@@ -50,8 +50,10 @@ def test_sums_of_many_pieces() -> None:
     assert torch.equal(derived(weight, DENSE, (2, 3))[1], ternarize(weight, DENSE, None, (2, 3))[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["1:16", "9:10", "31:32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("1:16", torch.float16), ("9:10", torch.float32), ("31:32", torch.bfloat16)],
+)
 def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
     """Groups larger than those that are ranked, with ties across, above and below the N-th."""
     pattern = Pattern.parse(name)
@@ -66,7 +68,7 @@ def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(scale, gamma)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 12])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9])
 def test_network_of_zeros_and_ones(m: int) -> None:
     """A comparator network orders everything if it orders all zeros and ones (Knuth, 5.3.4)."""
     for n in range(1, m + 1):
@@ -78,20 +80,22 @@ def test_network_of_zeros_and_ones(m: int) -> None:
             assert values[n - 1] == (n <= bits.bit_count())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_experts_and_segments(dtype: torch.dtype) -> None:
-    weight = (torch.randn(2, 5, 40) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
-    for shard_sizes in ((), (3, 2), (1, 3, 1)):
-        ternary, scale = derived(weight, Pattern(6, 8), shard_sizes)
-        expected, gamma = ternarize(weight, Pattern(6, 8), None, shard_sizes)
-        assert torch.equal(ternary, expected)
-        assert torch.equal(scale, gamma)
+@pytest.mark.parametrize(
+    ("dtype", "shard_sizes"),
+    [(torch.float32, (3, 2)), (torch.float16, ()), (torch.bfloat16, (1, 3, 1))],
+)
+def test_experts_and_fused_shards(dtype: torch.dtype, shard_sizes: tuple[int, ...]) -> None:
+    weight = (torch.randn(2, 5, 16) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
+    ternary, scale = derived(weight, Pattern(6, 8), shard_sizes)
+    expected, gamma = ternarize(weight, Pattern(6, 8), None, shard_sizes)
+    assert torch.equal(ternary, expected)
+    assert torch.equal(scale, gamma)
 
 
 def test_rounds_at_half_gamma_as_division_does() -> None:
     # Weights around γ/2, one float apart, for many γ: the kernel compares, the reference divides.
     rows = []
-    for _ in range(50):
+    for _ in range(20):
         half = torch.rand(1) * 10 ** torch.randint(-4, 4, (1,)).float() / 2
         above = torch.nextafter(half, half * 2)
         below = torch.nextafter(half, half * 0)
