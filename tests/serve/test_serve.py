@@ -741,9 +741,12 @@ def test_refuses_to_start(pristine, monkeypatch):
         serving.serve(pristine / "two-bit", server=serving.Options(host="192.0.2.1", port=0))
     with pytest.raises(ConfigError, match=r"serve: host '\.' is no address of this machine"):
         serving.serve(pristine / "two-bit", server=serving.Options(host="."))
-    monkeypatch.setattr(serving, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[serve\]'"):
-        serving.serve(pristine / "two-bit")
+    missing = {"find_spec": lambda _: None, "version": lambda _: "5.17.0"}
+    for name, answer in missing.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, name, answer)
+            with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[serve\]'"):
+                serving.serve(pristine / "two-bit")
 
 
 @pytest.mark.slow

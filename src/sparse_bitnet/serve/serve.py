@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tyro
+from packaging.version import Version
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
@@ -23,6 +25,7 @@ from sparse_bitnet.serve.engine import MOST_RUNNING, MOST_WAITING, Engine
 
 BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
 SECONDS_TO_FINISH = 5  # for streams under way when the server is stopped
+TRANSFORMERS = Version("5.19")  # its batches can be paused, and keep to the attention asked for
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 
@@ -103,8 +106,12 @@ def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
     Raises:
         As :func:`serve`.
     """
-    if not all(map(find_spec, PACKAGES)):
-        raise MissingExtraError("serving needs: pip install 'sparse-bitnet[serve]'")
+    old = Version(version("transformers")) < TRANSFORMERS
+    if old or not all(map(find_spec, PACKAGES)):
+        raise MissingExtraError(
+            f"serving needs transformers {TRANSFORMERS} and more: "
+            "pip install 'sparse-bitnet[serve]'"
+        )
     import uvicorn
     from starlette.middleware.cors import CORSMiddleware
 
