@@ -15,6 +15,7 @@ of it (:class:`sparse_bitnet.nn.gathered.GatheredTernary`).
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from typing import Any
@@ -107,9 +108,8 @@ class _Source:
 
     def local(self) -> Tensor:
         """The shard as it is now, ``[rows, in]`` or ``[experts, out, in]``."""
-        weight = self.module.master_parameters()[self.name]
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        return plain(local.detach())
+        weight: Tensor = getattr(self.module, self.name)
+        return plain(weight.to_local() if isinstance(weight, DTensor) else weight).detach()
 
     def place(self, mesh: DeviceMesh) -> tuple[int, int]:
         """Rows (or experts) of every shard but the last ones, and the first of this rank's."""
@@ -235,6 +235,11 @@ class MasterShard(Tensor):
             return None
         shape = self.source.shape
         return GatheredTernary(packed[: shape[0]], scale, shape, param_dtype), ()
+
+
+# FSDP2 asks for it in every gathering, and Python builds it anew unless it is there.
+_ask = MasterShard.fsdp_pre_all_gather
+_ask.__signature__ = inspect.signature(_ask)  # type: ignore[attr-defined]
 
 
 def _values(value: Any) -> Any:
