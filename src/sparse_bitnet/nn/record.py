@@ -19,6 +19,7 @@ be made from it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,16 +42,19 @@ def is_record(described: object) -> bool:
 
 @dataclass
 class SavePretrained:
-    """transformers' ``save_pretrained`` of a converted model, which it replaces.
+    """transformers' ``save_pretrained`` of one model, with entries of ours in ``config.json``.
 
-    Unlike a bound method, it is copied and pickled with the model.
+    It replaces the model's own method, because transformers has no hook that knows the directory
+    once ``config.json`` is in it. Unlike a bound method, it is copied and pickled with the model.
 
     Args:
-        record: the ``quantization_config`` to write.
+        entries: what the configuration has while it is written, and else has not.
+        finish: called with the directory once it is written.
     """
 
     model: Any
-    record: dict[str, Any]
+    entries: dict[str, Any]
+    finish: Callable[[Path], None]
 
     def __call__(
         self,
@@ -61,26 +65,30 @@ class SavePretrained:
         *args: Any,
         **options: Any,
     ) -> None:
-        """Save the model and its record; that of a model that was in the directory goes.
+        """Save the model.
 
         Raises:
             ConfigError: for ``push_to_hub``, which would upload before the directory is complete.
         """
         if push_to_hub:
-            raise ConfigError(
-                "save_pretrained: upload a converted model by model.push_to_hub(repository)"
-            )
+            raise ConfigError("save_pretrained: upload it by model.push_to_hub(repository)")
         save = type(self.model).save_pretrained
-        self.model.config.quantization_config = self.record
+        for name, value in self.entries.items():
+            setattr(self.model.config, name, value)
         try:
             save(self.model, save_directory, is_main_process, state_dict, False, *args, **options)
         finally:
-            del self.model.config.quantization_config
-        path = Path(save_directory) / "config.json"
+            for name in self.entries:
+                delattr(self.model.config, name)
         if is_main_process:
-            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
-            values = json.loads(path.read_text(encoding="utf-8"))
-            write_text(path, json.dumps(values | {"transformers_weights": ABSENT}, indent=2) + "\n")
+            self.finish(Path(save_directory))
+
+
+def _name_absent_weights(directory: Path) -> None:
+    (directory / SIDE_FILE).unlink(missing_ok=True)  # of a model that was there before
+    path = directory / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": ABSENT}
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def record(
@@ -112,7 +120,8 @@ def record(
             "modules": own,
         }
         if own:
-            part.save_pretrained = SavePretrained(part, described)
+            entries = {"quantization_config": described}
+            part.save_pretrained = SavePretrained(part, entries, _name_absent_weights)
 
 
 def record_pattern(model: nn.Module, pattern: Pattern) -> None:
@@ -120,7 +129,7 @@ def record_pattern(model: nn.Module, pattern: Pattern) -> None:
     for part in model.modules():
         save = vars(part).get("save_pretrained")
         if isinstance(save, SavePretrained):
-            save.record["pattern"] = str(pattern)
+            save.entries["quantization_config"]["pattern"] = str(pattern)
 
 
 def forget(config: Any) -> None:

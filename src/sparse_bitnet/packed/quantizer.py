@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -70,7 +69,6 @@ class SparseBitNetQuantizer(_Quantizer):
 
     is_compileable = True
     quantization_config: SparseBitNetConfig
-    saving_to: Path | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -108,7 +106,7 @@ class SparseBitNetQuantizer(_Quantizer):
         # Only a directory with the plugin file may point to it; the config alone writes none.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:
             del model.config.auto_map
-        model.save_pretrained = MethodType(save_pretrained, model)
+        model.save_pretrained = record.SavePretrained(model, {"auto_map": AUTO_MAP}, _write_plugin)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -118,28 +116,12 @@ class SparseBitNetQuantizer(_Quantizer):
     def get_state_dict_and_metadata(
         self, model: nn.Module
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        if self.saving_to is not None:
-            write_text(self.saving_to / PLUGIN_FILE, PLUGIN)
         state = model.state_dict() | {HINT: torch.empty(0, dtype=torch.uint8)}
         return state, checksum_metadata(state)
 
 
-def save_pretrained(
-    model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **options: Any
-) -> None:
-    """transformers' ``save_pretrained``, and the plugin file that the saved config.json points to.
-
-    The file is written when transformers asks the quantizer for the tensors: in between it notes
-    what was in the directory before and uploads what is new, if it was asked to.
-    """
-    quantizer = model.hf_quantizer
-    quantizer.saving_to = Path(save_directory) if is_main_process else None
-    model.config.auto_map = AUTO_MAP
-    try:
-        type(model).save_pretrained(model, save_directory, is_main_process, *args, **options)
-    finally:
-        quantizer.saving_to = None
-        del model.config.auto_map
+def _write_plugin(directory: Path) -> None:
+    write_text(directory / PLUGIN_FILE, PLUGIN)
 
 
 @register_quantization_config(record.QUANT_METHOD)
