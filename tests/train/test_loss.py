@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, Qwen2Con
 
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.train import loss as loss_module
+from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import (
     CausalLoss,
     Targets,
-    Weighing,
-    chunked_cross_entropy,
     chunked_loss,
 )
 from sparse_bitnet.train.presets import preset_config
@@ -43,7 +42,7 @@ def test_value_and_gradients_in_float64(
     hidden = (torch.randn(1, tokens, features, dtype=torch.float64) * scale).requires_grad_()
     head = torch.randn(vocabulary, features, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens))
-    loss = chunked_cross_entropy(hidden, head, labels, chunk)
+    loss = chunked_loss(hidden, head, labels, chunk)[0]
     got = torch.autograd.grad(3.0 * loss, (hidden, head))
     reference = full(hidden, head, labels)
     expected = torch.autograd.grad(3.0 * reference, (hidden, head))
@@ -61,8 +60,8 @@ def test_chunks_are_equal_where_they_can_be(tokens: int, monkeypatch: pytest.Mon
     assert tokens % chunk == 0 or tokens == 16385
 
 
-@pytest.mark.parametrize("how", [None, Weighing(2.0, 0.5, 3.0)])
-def test_the_form_for_fusion_is_the_same(how: Weighing | None) -> None:
+@pytest.mark.parametrize("how", [None, TeacherConfig("teacher", 2.0, 0.5, 3.0)])
+def test_the_form_for_fusion_is_the_same(how: TeacherConfig | None) -> None:
     logits, labels = torch.randn(7, 11, dtype=torch.bfloat16), torch.randint(11, (7,))
     teacher = None if how is None else torch.randn(7, 11, dtype=torch.bfloat16)
     ours = loss_module._loss_and_slope_for_fusion(logits.clone(), labels, teacher, how)
@@ -75,14 +74,14 @@ def test_the_form_for_fusion_is_the_same(how: Weighing | None) -> None:
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     hidden, head = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3])
-    chunked_cross_entropy(hidden, head, labels).backward()
+    chunked_loss(hidden, head, labels)[0].backward()
     assert head.grad is not None
     hidden.requires_grad_()
     head.requires_grad_(False)
-    chunked_cross_entropy(hidden, head, labels).backward()
+    chunked_loss(hidden, head, labels)[0].backward()
     assert hidden.grad is not None
     with torch.no_grad():
-        assert not chunked_cross_entropy(hidden, head, labels).requires_grad
+        assert not chunked_loss(hidden, head, labels)[0].requires_grad
 
 
 def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
@@ -93,7 +92,7 @@ def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
     exact = full(hidden, head, labels)
     expected = torch.autograd.grad(exact, (hidden, head))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, head, labels, 10)
+        loss = chunked_loss(hidden, head, labels, 10)[0]
     assert loss.dtype == torch.float32
     assert loss.item() != exact.item()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
@@ -123,7 +122,7 @@ def test_full_logits_are_never_there() -> None:
     head = torch.randn(vocabulary, 4, requires_grad=True)
     labels = torch.randint(vocabulary, (tokens,))
     with _Largest() as largest:
-        chunked_cross_entropy(hidden, head, labels, chunk).backward()
+        chunked_loss(hidden, head, labels, chunk)[0].backward()
     assert largest.elements == chunk * vocabulary
 
 
@@ -132,7 +131,7 @@ def test_default_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -
     hidden = torch.randn(10, 2, requires_grad=True)
     head = torch.randn(151_936, 2)
     with _Largest() as largest:
-        chunked_cross_entropy(hidden, head, torch.zeros(10, dtype=torch.int64)).backward()
+        chunked_loss(hidden, head, torch.zeros(10, dtype=torch.int64))[0].backward()
     assert largest.elements == 2 * 151_936  # three would fit, but five parts of two are equal
 
 
@@ -191,13 +190,15 @@ def test_a_head_with_a_bias_learns_it() -> None:
     assert model.lm_head.bias.grad.any()
 
 
-def distillation(student: Tensor, teacher: Tensor, labels: Tensor, how: Weighing) -> list[Tensor]:
+def distillation(
+    student: Tensor, teacher: Tensor, labels: Tensor, how: TeacherConfig
+) -> list[Tensor]:
     """The definition over full logits: the loss, the cross-entropy, and T²·KL."""
     t = how.temperature
     p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
     divergence = t**2 * (p * (p.log() - q.log())).sum(-1).mean()
     entropy = F.cross_entropy(student, labels)
-    return [how.cross_entropy * entropy + how.divergence * divergence, entropy, divergence]
+    return [how.cross_entropy * entropy + how.weight * divergence, entropy, divergence]
 
 
 @settings(deadline=None, max_examples=40)
@@ -232,7 +233,7 @@ def test_distillation_in_float64(
     hidden, head = last(heads[0], 5)
     theirs, their_head = last(heads[1], 3)
     labels = torch.randint(vocabulary, (1, tokens))
-    how = Weighing(divergence, entropy, temperature)
+    how = TeacherConfig("teacher", divergence, entropy, temperature)
     leaves = [hidden.requires_grad_(), *([] if head is None else [head.requires_grad_()])]
     loss, parts = chunked_loss(hidden, head, labels, chunk, Targets(theirs, their_head, how))
     got = torch.autograd.grad(3.0 * loss, leaves)
@@ -250,7 +251,7 @@ def test_distillation_in_float64(
 def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
     hidden, head = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
     labels = torch.randint(7, (9,))
-    targets = Targets(hidden.detach(), head, Weighing(1.0, 0.0, 2.0))
+    targets = Targets(hidden.detach(), head, TeacherConfig("teacher", 1.0, 0.0, 2.0))
     loss, parts = chunked_loss(hidden, head, labels, 4, targets)
     loss.backward()
     assert loss.item() == parts[1].item() == 0
@@ -260,7 +261,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_large_and_small_logits_stay_finite(scale: float) -> None:
     hidden, head = (torch.randn(9, 4) * scale).requires_grad_(), torch.randn(7, 4)
-    targets = Targets(torch.randn(9, 4) * scale, head, Weighing(1.0, 1.0, 0.5))
+    targets = Targets(torch.randn(9, 4) * scale, head, TeacherConfig("teacher", 1.0, 1.0, 0.5))
     loss, parts = chunked_loss(hidden, head, torch.randint(7, (9,)), 4, targets)
     loss.backward()
     assert parts.isfinite().all()
@@ -271,7 +272,7 @@ def test_two_full_logits_are_never_there() -> None:
     tokens, vocabulary, chunk = 256, 1000, 8
     hidden = torch.randn(tokens, 4, requires_grad=True)
     head = torch.randn(vocabulary, 4, requires_grad=True)
-    targets = Targets(torch.randn(tokens, 6), torch.randn(vocabulary, 6), Weighing())
+    targets = Targets(torch.randn(tokens, 6), torch.randn(vocabulary, 6), TeacherConfig())
     labels = torch.randint(vocabulary, (tokens,))
     with _Largest() as largest:
         chunked_loss(hidden, head, labels, chunk, targets)[0].backward()
@@ -281,7 +282,7 @@ def test_two_full_logits_are_never_there() -> None:
 def test_a_teacher_halves_the_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 8000)
     hidden, head = torch.randn(8, 2, requires_grad=True), torch.randn(1000, 2)
-    targets = Targets(torch.randn(8, 2), head, Weighing())
+    targets = Targets(torch.randn(8, 2), head, TeacherConfig())
     with _Largest() as largest:
         chunked_loss(hidden, head, torch.zeros(8, dtype=torch.int64), None, targets)
     assert largest.elements == 4 * 1000
@@ -296,7 +297,7 @@ def test_tokens_without_a_label(chunk: int, has_teacher: bool) -> None:
     labels = torch.randint(11, (24,)).masked_fill(torch.rand(24) < 0.6, -100)
     labels[:2] = torch.tensor([-100, 3])
     theirs, their_head = torch.randn(24, 6).double(), torch.randn(11, 6).double()
-    how = Weighing(2.0, 0.5, 3.0)
+    how = TeacherConfig("teacher", 2.0, 0.5, 3.0)
     targets = Targets(theirs, their_head, how) if has_teacher else None
     divisor = torch.tensor(7.0)
     loss, parts = chunked_loss(hidden, head, labels, chunk, targets, divisor)

@@ -96,7 +96,7 @@ class Loader:
         mixture = [(sources, 1.0)] if isinstance(sources, TokenShards) else list(sources)
         if batch_size % world_size:
             raise ConfigError(
-                f"data.batch_size is {batch_size}: it must be a multiple of the {world_size} ranks"
+                f"batch_size is {batch_size}: it must be a multiple of the {world_size} ranks"
             )
         first = mixture[0][0]
         for shards, _ in mixture:

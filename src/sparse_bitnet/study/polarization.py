@@ -209,7 +209,7 @@ def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Co
     if not is_trained(directory):
         model = read_dense(directory)
         return model, "", convert(model, pattern or PROBE)
-    trained = read_trained(directory).sparsity
+    trained = read_trained(directory)
     model, rules = read_dense(directory, exact=True, use_safetensors=True), trained.rules
     if pattern:  # also where a rule had another
         rules = {rule: value for rule, value in rules.items() if value == "skip"}

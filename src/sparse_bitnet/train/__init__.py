@@ -12,7 +12,7 @@ from sparse_bitnet.train.config import (
     TrainConfig,
 )
 from sparse_bitnet.train.export import load_trained, save_trained
-from sparse_bitnet.train.loop import train, train_recipe
+from sparse_bitnet.train.loop import train
 from sparse_bitnet.train.recipe import load_recipe, options_help
 from sparse_bitnet.train.result import TrainResult
 from sparse_bitnet.train.signals import TrainingInterruptedError

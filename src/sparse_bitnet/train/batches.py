@@ -32,9 +32,19 @@ class Batches:
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         data = config.data
+        if data.batch_size % ranks.world_size:
+            raise ConfigError(
+                f"data.batch_size is {data.batch_size}: it must be a multiple of the "
+                f"{ranks.world_size} ranks"
+            )
         self._device, self._ranks = ranks.device, ranks
         local = data.batch_size // ranks.world_size
         self._micro = min(data.micro_batch_size or local, local)
+        if local % self._micro:
+            raise ConfigError(
+                f"data.micro_batch_size is {self._micro}: it must divide the {local} sequences of "
+                f"each of {ranks.world_size} ranks"
+            )
         directories = data.mixture or {data.path: 1.0}
         train, held = ranks.first_alone(lambda: _open(directories))  # it reads them all, once
         first = next(iter(directories))
@@ -54,11 +64,6 @@ class Batches:
         }
         mixture = [(train[path], weight) for path, weight in directories.items()]
         self._train = Loader(mixture, seed=config.run.seed, **options)
-        if local % self._micro:
-            raise ConfigError(
-                f"data.micro_batch_size is {self._micro}: it must divide the {local} sequences of "
-                f"each of {ranks.world_size} ranks"
-            )
         self.has_documents = self._train.has_documents
         self._validation = None
         self._validation_steps = 0

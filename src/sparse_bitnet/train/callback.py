@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.nn import converted_modules, set_pattern, set_quantization
@@ -63,13 +63,7 @@ class SparseBitNetCallback(TrainerCallback):
         self._reading: Reading | None = None
         self._decayed: list[dict[str, Any]] = []
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = unwrapped(kwargs["model"])
         check_adapters(model, "train")
         if not any(converted_modules(model)):
@@ -84,13 +78,7 @@ class SparseBitNetCallback(TrainerCallback):
         groups = kwargs["optimizer"].param_groups
         self._decayed = [group for group in groups if group["weight_decay"] > 0]
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Each module looks whether its pattern changes: nothing happens in most steps.
         model = unwrapped(kwargs["model"])
         set_pattern(model, self._pattern_of(state.global_step, state))
@@ -104,35 +92,17 @@ class SparseBitNetCallback(TrainerCallback):
                     state.global_step, schedule, args.weight_decay, "bitnet"
                 )
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._will_be_logged(args, state) and self._monitor is not None:
             self._monitor.before_step()
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._will_be_logged(args, state) and self._monitor is not None:
             self._reading = self._monitor.after_step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or self._reading is None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs or self._reading is None:
             return
         figures = {
             "zeros_before_mask": self._reading.zeros_before_mask,

@@ -49,20 +49,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Every rank must call every method."""
 
-    Attributes:
-        directory: holds ``step-00000100`` and so on.
-        keep: how many of the last ones stay.
-        config: of the run; a checkpoint of another one is refused.
-        data: what identifies the tokens (``Batches.fingerprint``).
-        ranks: who takes part; every rank must call every method.
-    """
-
-    directory: Path
-    keep: int
-    config: TrainConfig
-    data: dict[str, Any]
+    directory: Path  # holds step-00000100 and so on
+    keep: int  # how many of the last ones stay
+    config: TrainConfig  # of the run; a checkpoint of another one is refused
+    data: dict[str, Any]  # what identifies the tokens (Batches.fingerprint)
     ranks: Ranks
 
     def save(
@@ -115,7 +107,10 @@ class Checkpoints:
         path = self.path(step)
         manifest = self._manifest(step)
         self._check_same_run(path, manifest)
-        damage = self._damage(path, manifest)
+        expected = manifest["files"]
+        damage = names_differ(path, expected) or sums_differ(
+            self._checksums(path, sorted(expected)), expected
+        )
         if damage:
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {self._way_out(step)}")
         try:
@@ -136,6 +131,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
         return next(iter(self.steps()), None)
+
+    def newest(self) -> Path | None:
+        """Where that one stands."""
+        step = self.latest()
+        return None if step is None else self.path(step)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints (those with a manifest), newest first."""
@@ -182,14 +182,8 @@ class Checkpoints:
                 "those values, or choose another run.directory"
             )
 
-    def _damage(self, path: Path, manifest: dict[str, Any]) -> str:
-        """What is wrong with a checkpoint's files, or the empty string. Ranks share the reading."""
-        expected = manifest["files"]
-        return names_differ(path, expected) or sums_differ(
-            self._checksums(path, sorted(expected)), expected
-        )
-
     def _checksums(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
+        """Ranks share the reading."""
         mine = names[self.ranks.rank :: self.ranks.world_size]
         parts = self.ranks.gather({name: checksum(directory / name) for name in mine})
         return {name: mark for part in parts for name, mark in sorted(part.items())}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.train.loop import train_recipe
-from sparse_bitnet.train.recipe import options_help
+from sparse_bitnet.train.loop import train
+from sparse_bitnet.train.recipe import load_recipe, options_help
 from sparse_bitnet.train.result import TrainResult
 
 USAGE = "sparse-bitnet train RECIPE.yaml [--section.key value ...]"
@@ -25,5 +25,5 @@ def train_command(arguments: list[str]) -> TrainResult | str | None:
         return options_help()
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"the recipe comes first: {USAGE}")
-    result = train_recipe(arguments[0], arguments[1:])
+    result = train(load_recipe(arguments[0], arguments[1:]))
     return result if os.environ.get("RANK", "0") == "0" else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What ``sparse_bitnet.json`` holds: the linears' sparsity, and facts about the run."""
-
-    sparsity: SparsityConfig
-    run: dict[str, Any]
 
 
 def save_trained(
@@ -125,8 +116,8 @@ def _recorded(directory: Path) -> Any:
     return None
 
 
-def read_trained(directory: str | Path) -> Trained:
-    """What a directory's ``sparse_bitnet.json`` says, or without one its ``config.json``.
+def read_trained(directory: str | Path) -> SparsityConfig:
+    """The linears' sparsity, from ``sparse_bitnet.json``, or without one from ``config.json``.
 
     Raises:
         CheckpointError: if there is none or it is not one of ours.
@@ -136,7 +127,7 @@ def read_trained(directory: str | Path) -> Trained:
     try:
         if not path.is_file() and (recorded := _recorded(directory)) is not None:
             path = directory / "config.json"
-            values = {**recorded, "format": FORMAT, "run": {}}
+            values = {**recorded, "format": FORMAT}
         else:
             values = read_json(path)
             if values.get("recorded") and _recorded(directory) is None:
@@ -149,7 +140,7 @@ def read_trained(directory: str | Path) -> Trained:
                 f"{path} has format {values['format']!r}; this version reads format {FORMAT}"
             )
         described = {name: values[name] for name in ("pattern", "kind", "method", "rules")}
-        return Trained(checked(SparsityConfig, described, path.name), values["run"])
+        return checked(SparsityConfig, described, path.name)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} is not a trained model: it has no {SIDE_FILE}, and its config.json does "
@@ -175,7 +166,7 @@ def load_trained(
     directory = Path(directory)
     if is_gguf(directory):
         raise CheckpointError(f"{directory} {IMPORT_FIRST}, and train that")
-    sparsity = read_trained(directory).sparsity
+    sparsity = read_trained(directory)
     model = read_dense(directory, exact=True, use_safetensors=True)
     tokenizer = own_tokenizer(directory)
     model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to

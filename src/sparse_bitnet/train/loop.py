@@ -32,7 +32,7 @@ from sparse_bitnet.train.model import (
     maskless_attention,
 )
 from sparse_bitnet.train.monitor import Clock, History, Monitor, Reading
-from sparse_bitnet.train.optim import build_optimizer, clip_gradients, set_rates
+from sparse_bitnet.train.optim import build_optimizer, clip_gradients
 from sparse_bitnet.train.parallel import (
     Ranks,
     blocks,
@@ -41,7 +41,6 @@ from sparse_bitnet.train.parallel import (
     shard,
     uncompile_blocks,
 )
-from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
 from sparse_bitnet.train.schedule import (
     learning_rate,
@@ -86,15 +85,6 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         if here.is_main:
             say(f"{finished.directory} is finished: {finished.steps} steps; reusing it")
         return finished
-
-
-def train_recipe(recipe: str | Path, overrides: list[str]) -> TrainResult:
-    """The verb ``train``: :func:`train` with a recipe and ``--section.key value`` arguments.
-
-    Raises:
-        ConfigError: for an unknown key or a value out of range; and as :func:`train`.
-    """
-    return train(load_recipe(recipe, overrides))
 
 
 class _Run:
@@ -178,10 +168,17 @@ class _Run:
                 rates = self._set_rates(step)
                 losses = self._backward(step)
                 norm = clip_gradients(self.parameters, self.config.optimizer.clip)
-                reading = self._step(measure=logged)
-                self._watch(done, losses.sum(), norm)
-                clock.tick()
                 if logged:
+                    self.monitor.before_step()
+                self.optimizer.step()
+                if not self.graph:  # which writes gradients over the last ones
+                    self.optimizer.zero_grad()
+                reading = self.monitor.after_step() if logged else None
+                # The first step that was not finite, on the device: no synchronisation.
+                bad = ~torch.isfinite(losses.sum() + norm)
+                self.first_bad = torch.where(bad, self.first_bad.clamp(max=done), self.first_bad)
+                clock.tick()
+                if reading is not None:
                     self._stop_if_not_finite()
                     row = {
                         "step": done,
@@ -206,7 +203,11 @@ class _Run:
                     with clock.paused():
                         self._save(done, history)
                 if self.here.any(bool(stop)) and done < steps:
-                    self._leave(done, history, stop)
+                    raise TrainingInterruptedError(
+                        f"stopped by {stop.name} after step {done} of {steps}; saved "
+                        f"{self._save(done, history)}. The same command goes on from there",
+                        stop.number,
+                    )
             figures = self._last_figures(history)
         return self._conclude(figures)
 
@@ -215,12 +216,13 @@ class _Run:
         return quantization_at(step, config.schedule.steps, config.sparsity.quantization)
 
     def _set_rates(self, step: int) -> dict[str, float]:
-        config = self.config
-        rate = learning_rate(step, config.schedule, config.optimizer.learning_rate)
-        decay = weight_decay(
-            step, config.schedule, config.optimizer.weight_decay, config.sparsity.kind
-        )
-        set_rates(self.optimizer, rate, decay)
+        schedule, optimizer = self.config.schedule, self.config.optimizer
+        rate = learning_rate(step, schedule, optimizer.learning_rate)
+        kind = self.config.sparsity.kind
+        decay = weight_decay(step, schedule, optimizer.weight_decay, kind)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.param_groups[0]["weight_decay"] = decay  # the other is never decayed
         return {"learning_rate": rate, "weight_decay": decay}
 
     def _backward(self, step: int) -> Tensor:
@@ -255,27 +257,11 @@ class _Run:
             )
         return GraphedBackward(self._accumulate, self.parameters)
 
-    def _step(self, measure: bool) -> Reading | None:
-        """One optimizer step, measured before and after if asked."""
-        if measure:
-            self.monitor.before_step()
-        self.optimizer.step()
-        if not self.graph:  # which writes gradients over the last ones
-            self.optimizer.zero_grad()
-        return self.monitor.after_step() if measure else None
-
-    def _watch(self, done: int, loss: Tensor, norm: Tensor) -> None:
-        """Remember the first step that was not finite, on the device: no synchronisation."""
-        bad = ~torch.isfinite(loss + norm)
-        self.first_bad = torch.where(bad, self.first_bad.clamp(max=done), self.first_bad)
-
     def _stop_if_not_finite(self) -> None:
         step = self.first_bad.item()
         if math.isfinite(step):
-            good = self.checkpoints.latest()
-            where = "there is no checkpoint yet"
-            if good is not None:
-                where = f"the last good checkpoint is {self.checkpoints.path(good)}"
+            good = self.checkpoints.newest()
+            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise TrainingError(
                 f"loss or gradient is not finite at step {int(step)}; {where}. Try a lower "
                 "optimizer.learning_rate or a longer schedule.warmup"
@@ -286,30 +272,23 @@ class _Run:
         history.sync()
         return self.checkpoints.save(done, self.model, self.optimizer, history.rows)
 
-    def _leave(self, done: int, history: History, stop: StopRequest) -> None:
-        path = self._save(done, history)
-        raise TrainingInterruptedError(
-            f"stopped by {stop.name} after step {done} of {self.config.schedule.steps}; saved "
-            f"{path}. The same command goes on from there",
-            stop.number,
-        )
-
     @torch.no_grad()
     def _validate(self) -> float | None:
         """Mean loss over the validation sequences, nats a token; None without a split."""
         self.loss_of.eval()
-        losses = []
-        for batch in self.batches.validation():
-            with self._autocast():
-                losses.append(self.loss_of(batch)[0].float())
+        with self._autocast():
+            loss = self._mean_of(lambda batch: self.loss_of(batch)[0])
         self.loss_of.train()
+        return loss
+
+    def _mean_of(self, loss_of: Callable[[Batch], Tensor]) -> float | None:
+        losses = [loss_of(batch).float() for batch in self.batches.validation()]
         return self.here.mean(torch.stack(losses).mean()).item() if losses else None
 
     def _measure_teacher(self, teacher: Teacher, history: History) -> None:
         """Its own validation loss, which the student's is to come near."""
-        losses = [teacher.loss(batch).float() for batch in self.batches.validation()]
-        if losses:
-            loss = self.here.mean(torch.stack(losses).mean()).item()
+        loss = self._mean_of(teacher.loss)
+        if loss is not None:
             if not history.rows:  # a run that was stopped before its first checkpoint has it
                 history.add({"step": 0, "teacher_validation_loss": loss})
             self._say(f"teacher {self.config.teacher.source}: validation loss {loss:.4f}")
@@ -349,7 +328,6 @@ class _Run:
         if self.loss_of.states is not None:
             self.loss_of.states.remove()
         self.optimizer.zero_grad()
-        checkpoint = self.checkpoints.latest()
         result = TrainResult(
             directory=self.directory,
             steps=steps,
@@ -360,7 +338,7 @@ class _Run:
             linear_weights=self.linear_weights,
             history=self.directory / HISTORY,
             model_directory=self.directory / "model" if config.run.export else None,
-            checkpoint=None if checkpoint is None else self.checkpoints.path(checkpoint),
+            checkpoint=self.checkpoints.newest(),
         )
         if result.model_directory is not None:
             save_trained(
@@ -407,9 +385,7 @@ def _choose(wanted: str, automatic: str) -> str:
     return automatic if wanted == "auto" else wanted
 
 
-def _figures(reading: Reading | None, done: int, layers_every: int) -> dict[str, Any]:
-    if reading is None:
-        return {}
+def _figures(reading: Reading, done: int, layers_every: int) -> dict[str, Any]:
     columns = ["flip_rate", "zeros_before_mask", *([] if reading.dead is None else ["dead"])]
     figures: dict[str, Any] = {name: getattr(reading, name) for name in columns}
     if layers_every and done % layers_every == 0:

@@ -25,57 +25,30 @@ from transformers import PreTrainedModel
 from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.nn import DerivedModule
 from sparse_bitnet.nn.head import has_plain_head
+from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.hidden import HiddenStates, hidden_loss
 
 LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**27}  # 1 GB in bf16, 512 MB in float32
 
 
 @dataclass(frozen=True)
-class Weighing:
-    """How much labels and a teacher count.
-
-    The loss is ``cross_entropy``·CE + ``divergence``·T²·KL(teacher ‖ student) + ``hidden``·H, where
-    both distributions are softened by the temperature T; T² keeps the size of the gradient (Hinton,
-    Vinyals, Dean, arXiv 1503.02531). H is :func:`sparse_bitnet.train.hidden.hidden_loss`.
-    """
-
-    divergence: float = 1.0
-    cross_entropy: float = 1.0
-    temperature: float = 1.0
-    hidden: float = 1.0
-
-
-@dataclass(frozen=True)
 class Targets:
     """A teacher's logits of some tokens, before they are made.
 
-    Attributes:
-        hidden: ``[..., features]`` of the teacher, or its logits where ``head`` is None.
-        head: ``[vocabulary, features]``, the teacher's output head, on the student's device.
-        how: what they count.
-        states: ``[sequences, length, features]``, outputs of its blocks that the student's are
-            compared with.
+    With them the loss is :class:`TeacherConfig`'s, where both distributions are softened by the
+    temperature T; T² keeps the size of the gradient (Hinton, Vinyals, Dean, arXiv 1503.02531). H is
+    :func:`sparse_bitnet.train.hidden.hidden_loss`.
     """
 
-    hidden: Tensor
-    head: Tensor | None
-    how: Weighing
-    states: Sequence[Tensor] = ()
+    hidden: Tensor  # [..., features] of the teacher, or its logits where head is None
+    head: Tensor | None  # [vocabulary, features], its output head, on the student's device
+    how: TeacherConfig  # what they count
+    states: Sequence[Tensor] = ()  # outputs of its blocks, [sequences, length, features]
 
     def logits(self, tokens: slice) -> Tensor:
         """Of some tokens, as if all sequences were one."""
         hidden = self.hidden.flatten(0, -2)[tokens]
         return hidden if self.head is None else hidden @ self.head.T
-
-
-def chunked_cross_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, chunk: int | None = None
-) -> Tensor:
-    """Mean cross-entropy of ``hidden @ head.T`` against ``labels``, in nats a token.
-
-    :func:`chunked_loss` without a teacher.
-    """
-    return chunked_loss(hidden, head, labels, chunk)[0]
 
 
 def chunked_loss(
@@ -129,7 +102,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _loss_and_slope(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: Weighing | None = None
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: TeacherConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sums of the loss's parts over tokens that have a label, and the derivative of the loss by
     the logits, also of tokens that have none.
@@ -147,39 +120,40 @@ def _loss_and_slope(
     log_p = exact.log_softmax(-1)
     loss = -log_p.gather(-1, rows).squeeze(-1).masked_fill(~counted, 0).sum()
     slope = log_p.exp_().scatter_add_(-1, rows, -torch.ones_like(rows, dtype=exact.dtype))
-    if teacher is None or how is None:
-        return loss.unsqueeze(0), slope.to(logits.dtype)
-    divergence, slope_of_it = _divergence(exact, teacher.to(exact.dtype), counted, how.temperature)
-    slope = how.cross_entropy * slope + how.divergence * slope_of_it
-    return torch.stack([loss, divergence]), slope.to(logits.dtype)
+    sums, slope = _with_divergence(loss, slope, exact, labels, teacher, how)
+    return sums, slope.to(logits.dtype)
 
 
 def _loss_and_slope_for_fusion(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: Weighing | None = None
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, how: TeacherConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same without a scatter, so that a compiler makes two passes over the logits of it."""
     log_p = logits.float().log_softmax(-1)
     is_label = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
     loss = -torch.where(is_label, log_p, 0.0).sum()
     slope = log_p.exp() - is_label.float()
-    if teacher is None or how is None:
-        return loss.unsqueeze(0), slope.to(logits.dtype)
-    counted = labels != IGNORED
-    divergence, slope_of_it = _divergence(logits.float(), teacher.float(), counted, how.temperature)
-    slope = how.cross_entropy * slope + how.divergence * slope_of_it
-    return torch.stack([loss, divergence]), slope.to(logits.dtype)
+    sums, slope = _with_divergence(loss, slope, logits.float(), labels, teacher, how)
+    return sums, slope.to(logits.dtype)
 
 
-def _divergence(
-    student: Tensor, teacher: Tensor, counted: Tensor, temperature: float
+def _with_divergence(
+    loss: Tensor,
+    slope: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    how: TeacherConfig | None,
 ) -> tuple[Tensor, Tensor]:
-    """T²·KL(teacher ‖ student) summed over the counted tokens, and its derivative by the student's
-    logits of all."""
-    log_p = (teacher / temperature).log_softmax(-1)
-    log_q = (student / temperature).log_softmax(-1)
+    """The sums with T²·KL(teacher ‖ student) over tokens that have a label, where there is a
+    teacher; and the slope with its derivative by the student's logits of all."""
+    if teacher is None or how is None:
+        return loss.unsqueeze(0), slope
+    log_p = (teacher.to(student.dtype) / how.temperature).log_softmax(-1)
+    log_q = (student / how.temperature).log_softmax(-1)
     p = log_p.exp()
-    total = temperature**2 * (p * (log_p - log_q)).sum(-1).masked_fill(~counted, 0).sum()
-    return total, temperature * (log_q.exp() - p)
+    apart = (p * (log_p - log_q)).sum(-1).masked_fill(labels == IGNORED, 0)
+    slope = how.cross_entropy * slope + how.weight * how.temperature * (log_q.exp() - p)
+    return torch.stack([loss, how.temperature**2 * apart.sum()]), slope
 
 
 @cache
@@ -238,7 +212,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if targets is None:
             return parts[0].clone(), parts
         how = targets.how
-        return how.cross_entropy * parts[0] + how.divergence * parts[1], parts
+        return how.cross_entropy * parts[0] + how.weight * parts[1], parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -314,4 +288,4 @@ class CausalLoss(nn.Module):
         if self.states is None or targets is None:
             return loss, parts
         apart = hidden_loss(self.states.take(), targets.states, labels, divisor)
-        return loss + targets.how.hidden * apart, torch.cat([parts, apart.detach().view(1)])
+        return loss + targets.how.hidden_weight * apart, torch.cat([parts, apart.detach().view(1)])

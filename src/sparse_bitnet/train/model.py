@@ -179,11 +179,7 @@ def convert_model(model: PreTrainedModel, config: SparsityConfig) -> Conversion:
             the schedule does not fit, which would otherwise stop the run when it comes.
     """
     conversion = convert(
-        model,
-        config.pattern,
-        kind=config.kind,
-        method=config.method,
-        rules=config.rules,
+        model, config.pattern, kind=config.kind, method=config.method, rules=config.rules
     )
     for pattern in config.until.values():
         patterns_of_modules(model, pattern)

@@ -41,26 +41,13 @@ def build_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.op
         eps=config.epsilon,
         fused=True,
     )
-    _initialise_state(optimizer)
+    for p in trained:  # the moments now and not at the first step: a checkpoint loads into them
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+        }
     return optimizer
-
-
-def _initialise_state(optimizer: torch.optim.AdamW) -> None:
-    """Make the moments now instead of at the first step, so that a checkpoint has where to load."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-            }
-
-
-def set_rates(optimizer: torch.optim.AdamW, learning_rate: float, weight_decay: float) -> None:
-    """Give the next step its learning rate and decay (the second group is never decayed)."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
 def clip_gradients(parameters: Sequence[Tensor], largest: float) -> Tensor:

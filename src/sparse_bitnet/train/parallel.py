@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the person."""
+        """True for the process that writes files and talks to the person."""
         return self.rank == 0
 
     @property

@@ -29,38 +29,22 @@ PATIENCE = 10.0  # seconds: a worker whose sweep was killed notices after its st
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to; all but ``model`` and ``tokenizer`` also stands in ``result.json``.
-
-    Attributes:
-        directory: of the run.
-        steps: optimizer steps of the whole run.
-        tokens: that the whole run has seen.
-        loss: of the last step, nats a token; None if metrics.jsonl lost its row.
-        validation_loss: mean over the validation sequences, nats a token; None without a split.
-        seconds: of the last process, compilation and validation included.
-        linear_weights: how many weights were converted.
-        history: ``metrics.jsonl``.
-        model_directory: the exported model; None if ``run.export`` is off.
-        checkpoint: the last one; None if there is none.
-        reused: the run was finished before, and nothing was trained.
-        model: the trained model in evaluation mode (sharded if there are many ranks); None if
-            reused: :func:`sparse_bitnet.train.load_trained` reads ``model_directory``.
-        tokenizer: of the data; None if reused.
-    """
+    """What a run came to; all but ``model`` and ``tokenizer`` also stands in ``result.json``."""
 
     directory: Path
-    steps: int
+    steps: int  # and tokens: of the whole run
     tokens: int
-    loss: float | None
-    validation_loss: float | None
-    seconds: float
-    linear_weights: int
-    history: Path
-    model_directory: Path | None
-    checkpoint: Path | None
-    reused: bool = False
+    loss: float | None  # of the last step, nats a token; None if metrics.jsonl lost its row
+    validation_loss: float | None  # nats a token; None without a split
+    seconds: float  # of the last process, compilation and validation included
+    linear_weights: int  # that were converted
+    history: Path  # metrics.jsonl
+    model_directory: Path | None  # None if run.export is off
+    checkpoint: Path | None  # the last one
+    reused: bool = False  # finished before: nothing was trained
+    # In evaluation mode, sharded if there are many ranks; None if reused (load_trained reads it).
     model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # of the data; None if reused
 
     @property
     def perplexity(self) -> float | None:

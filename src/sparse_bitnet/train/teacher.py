@@ -16,7 +16,7 @@ from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.hidden import HiddenStates
-from sparse_bitnet.train.loss import CausalLoss, Targets, Weighing
+from sparse_bitnet.train.loss import CausalLoss, Targets
 from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.parallel import blocks
 
@@ -79,9 +79,7 @@ class Teacher:
         model = model.to(self.device, torch.bfloat16 if halved else None)  # type: ignore[arg-type]
         self.model = model.requires_grad_(False).eval()
         self._loss_of = CausalLoss(self.model).eval()
-        self._how = Weighing(
-            config.weight, config.cross_entropy, config.temperature, config.hidden_weight
-        )
+        self._config = config
         self._states = HiddenStates(blocks(self.model), config.hidden_layers, "teacher")
         head = self.model.get_output_embeddings().weight
         self._head = head.to(self._home) if self._loss_of.chunked else None
@@ -97,7 +95,7 @@ class Teacher:
         with self._autocast():
             hidden, _ = self._loss_of.last_hidden(**there)
         states = [state.to(self._home) for state in self._states.take()]
-        return Targets(hidden.to(self._home), self._head, self._how, states)
+        return Targets(hidden.to(self._home), self._head, self._config, states)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
