@@ -68,7 +68,7 @@ def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         # Each of two ranks takes four sequences; one process takes two times four.
         data={"micro_batch_size": 4},
     )
-    torchrun(values, directory)
+    train_on_ranks(written(values, directory), 2)
     return values
 
 
