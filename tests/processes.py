@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 240
+OUT, ERR = "out.txt", "err.txt"
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["sparse_bitnet.train", "transformers.models.qwen2.modeling_qwen2", "torch._dynamo"]
@@ -50,6 +51,36 @@ def run_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
         for process in processes:
             process.kill()
     return list(found.values())
+
+
+class Started(context.Process):  # type: ignore[name-defined, misc]
+    """A function of an importable module at work, whose output goes to files of a directory."""
+
+    def __init__(
+        self, directory: Path, function: Callable[..., Any], arguments: Sequence[Any]
+    ) -> None:
+        super().__init__(target=_into_files, args=(directory, function, arguments))
+        self._directory = directory
+        for name in (OUT, ERR):
+            (directory / name).touch()
+        self.start()
+
+    def printed(self) -> str:
+        return (self._directory / OUT).read_text()
+
+    def complained(self) -> str:
+        return (self._directory / ERR).read_text()
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+
+def _into_files(directory: Path, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    for number, name in ((1, OUT), (2, ERR)):
+        with (directory / name).open("w") as file:
+            os.dup2(file.fileno(), number)
+    function(*arguments)
 
 
 def train_on_ranks(recipe: Path, ranks: int) -> None:

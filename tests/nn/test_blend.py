@@ -184,7 +184,7 @@ def test_activation_checkpointing() -> None:
 @pytest.mark.usefixtures("threads", "fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_once_for_all_values(tiny: Tiny, tokens: Tensor) -> None:
-    eager, model = tiny(), tiny()
+    eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
         convert(each, "6:8")
     for block in model.model.layers:

@@ -85,7 +85,7 @@ def test_inductor() -> None:
 
 
 def test_whole_model_under_autocast(tiny: Tiny, tokens: Tensor) -> None:
-    eager, model = tiny(), tiny()
+    eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
         convert(each, "6:8")
     model.compile(backend="aot_eager")
@@ -110,7 +110,7 @@ def test_checkpointed_blocks(tiny: Tiny, tokens: Tensor) -> None:
 
 
 def test_evaluation_sees_loaded_weights(tiny: Tiny, tokens: Tensor) -> None:
-    source, model = tiny(), tiny()
+    source, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -128,7 +128,7 @@ def test_evaluation_sees_loaded_weights(tiny: Tiny, tokens: Tensor) -> None:
 
 def test_experts_run_compiled_with_graph_breaks(tiny: Tiny, tokens: Tensor) -> None:
     """Which experts are hit depends on the data, so the graph breaks there; results do not."""
-    eager, model = (tiny("mixtral", num_hidden_layers=1) for _ in range(2))
+    eager, model = (tiny("mixtral", num_hidden_layers=1, num_local_experts=2) for _ in range(2))
     for each in (eager, model):
         convert(each, "6:8")
     for block in model.model.layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_ranks(4, tmp_path_factory.mktemp("four"))
 
 
+@cache
+def one_process(name: str) -> dict[str, Any]:
+    return fsdp_ranks.run(fsdp_ranks.SCENARIOS[name], 0, 1)
+
+
 def run_ranks(ranks: int, directory: Path) -> dict[str, Any]:
     """What the first rank found."""
     calls = [(rank, ranks, directory / "store") for rank in range(ranks)]
@@ -45,8 +51,7 @@ def run_ranks(ranks: int, directory: Path) -> dict[str, Any]:
 def test_two_ranks_train_as_one_process(
     two_ranks: dict[str, Any], name: str, threads: None
 ) -> None:
-    expected = fsdp_ranks.run(fsdp_ranks.SCENARIOS[name], 0, 1)
-    found = two_ranks[name]
+    found, expected = two_ranks[name], one_process(name)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["ternary"] == expected["ternary"]  # at every step, to the bit
 
@@ -55,9 +60,9 @@ def test_two_ranks_train_as_one_process(
 def test_four_ranks_train_as_one_process(
     four_ranks: dict[str, Any], name: str, threads: None
 ) -> None:
-    expected = fsdp_ranks.run(fsdp_ranks.SCENARIOS[name], 0, 1)
-    assert four_ranks[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-    assert four_ranks[name]["ternary"] == expected["ternary"]
+    found, expected = four_ranks[name], one_process(name)
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["ternary"] == expected["ternary"]
 
 
 def test_two_bits_travel(two_ranks: dict[str, Any], four_ranks: dict[str, Any]) -> None:

@@ -46,12 +46,8 @@ def test_imported(pristine, before):
     assert result.stdout == "PackedLinear\n", result.stderr
 
 
-def test_trusted_without_import(pristine, tmp_path):
-    result = run(LOAD, pristine / "two-bit", {"trust_remote_code": True}, tmp_path)
-    assert result.stdout == "PackedLinear\n", result.stderr
-
-
-def test_trusted_as_version_0_1_packed_it(packed, tmp_path):
+def test_trusted_without_import(pristine, packed, tmp_path):
+    """As packed, as version 0.1 packed it, and as transformers saves it again, with the hint."""
     plugin = packed() / "hf_plugin.py"
     old = "from sparse_bitnet.deploy.hf_quantizer import PackedModelConfig"
     text = plugin.read_text()
@@ -59,8 +55,16 @@ def test_trusted_as_version_0_1_packed_it(packed, tmp_path):
     plugin.write_text(
         text.replace("from sparse_bitnet.packed.quantizer import PackedModelConfig", old)
     )
-    result = run(LOAD, plugin.parent, {"trust_remote_code": True}, tmp_path / "modules")
-    assert result.stdout == "PackedLinear\n", result.stderr
+    again = tmp_path / "again"
+    Qwen2ForCausalLM.from_pretrained(pristine / "two-bit").save_pretrained(again)
+    with safe_open(again / "model.safetensors", "pt") as file:
+        assert HINT in file.keys()  # noqa: SIM118  # not a mapping
+    every = [str(path) for path in (pristine / "two-bit", plugin.parent, again)]
+    load = "\n    ".join(LOAD.strip().splitlines())
+    script = f"for directory in {every}:\n    {load}".replace("DIRECTORY", "directory")
+    result = run(script, "", {"trust_remote_code": True}, tmp_path / "modules")
+    assert result.stdout == "PackedLinear\n" * 3, result.stderr
+    assert "LOAD REPORT" not in result.stderr
 
 
 def test_trusted_without_the_package(pristine, tmp_path):
@@ -68,15 +72,6 @@ def test_trusted_without_the_package(pristine, tmp_path):
     result = run(hide + LOAD, pristine / "two-bit", {"trust_remote_code": True}, tmp_path)
     assert result.returncode != 0 and result.stdout == ""
     assert "sparse_bitnet" in result.stderr.splitlines()[-1]
-
-
-def test_saved_again_it_is_still_trusted_and_has_the_hint(pristine, tmp_path):
-    Qwen2ForCausalLM.from_pretrained(pristine / "two-bit").save_pretrained(tmp_path / "again")
-    result = run(LOAD, tmp_path / "again", {"trust_remote_code": True}, tmp_path / "modules")
-    assert result.stdout == "PackedLinear\n", result.stderr
-    assert "LOAD REPORT" not in result.stderr
-    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
-        assert HINT in file.keys()  # noqa: SIM118  # not a mapping
 
 
 def test_neither_is_an_error_and_not_a_random_model(pristine):

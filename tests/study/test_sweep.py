@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from processes import context
+from processes import Started, context
+from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
@@ -235,24 +235,20 @@ def test_stopped_by_a_signal_it_saves_and_reports_how_to_go_on(
 ) -> None:
     recipe, out = write_recipe(tmp_path, toy_tokens, steps=400), tmp_path / "out"
     recipe.write_text(recipe.read_text().replace("checkpoint_every: 6, ", ""))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sparse_bitnet", "sweep", str(recipe), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Started(tmp_path, cli.main, (["sweep", str(recipe), str(out)],))
     try:
         deadline = time.monotonic() + 120
         while not any(line.count("\n") > 2 for line in _metrics(out)):
-            assert process.poll() is None
+            assert process.is_alive(), process.complained()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
+        process.join(60)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == 128 + number
+        process.join()
+    told = process.complained()
+    assert process.exitcode == 128 + number
     assert "0 of 4 cells finished, 0 failed, 4 left" in told
     assert f"stopped by {number.name}; the same command goes on" in told
     assert len(list(out.glob("cells/*/checkpoints/step-*"))) == 1
@@ -288,7 +284,7 @@ def test_what_is_trained_is_measured_before_a_worker_leaves(
 ) -> None:
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", MEASURING))
     job = one_job(tmp_path, toy_tokens)
-    with Pool([{}, {}], tmp_path / "logs") as workers:
+    with Pool([{}], tmp_path / "logs") as workers:
         workers.workers[0].start(job)
         assert workers.messages(30) == [(job, {"done": 1, "steps": 1})]
         ends, left = workers.stop()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+import training_worker
+from processes import Started
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
-
-WORKER = Path(__file__).with_name("worker.py")
 
 
 class Runner:
@@ -33,30 +31,24 @@ class Runner:
         self.directory = Path(self.values["run"]["directory"])
 
     @contextmanager
-    def waiting(self, line: str, *mode: str) -> Iterator[subprocess.Popen[str]]:
+    def waiting(self, line: str, *mode: str) -> Iterator[Started]:
         """A worker that has printed the line; killed at the end."""
-        process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(self.path), *mode],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        process = Started(self.path.parent, training_worker.main, (str(self.path), *mode))
+        deadline = time.monotonic() + 120
         try:
-            assert process.stdout is not None
-            for printed in process.stdout:
-                if printed.startswith(line):
-                    break
+            while not any(one.startswith(line) for one in process.printed().splitlines()):
+                assert process.is_alive() and time.monotonic() < deadline, process.complained()
+                time.sleep(0.02)
             yield process
         finally:
             process.kill()
-            process.communicate()
+            process.join()
 
-    def signalled(self, number: int, line: str, *mode: str) -> subprocess.CompletedProcess[str]:
+    def signalled(self, number: int, line: str, *mode: str) -> Started:
         with self.waiting(line, *mode) as process:
             process.send_signal(number)
-            out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+            process.join(120)
+        return process
 
     def resume(self) -> list[dict[str, Any]]:
         return rows(train(config_from_dict(self.values, "test")).directory)
@@ -82,7 +74,7 @@ def uninterrupted(recipe: Any) -> list[dict[str, Any]]:
 
 def test_kill_9_in_training(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
     ended = runner.signalled(signal.SIGKILL, "after step 7", "step", "7")
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert ended.exitcode == -signal.SIGKILL, ended.complained()
     assert len(rows(runner.directory)) == 7
     assert runner.resume() == uninterrupted
 
@@ -91,7 +83,7 @@ def test_kill_9_while_a_checkpoint_is_written(
     runner: Runner, uninterrupted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = runner.signalled(signal.SIGKILL, "writing", "write", "8")
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert ended.exitcode == -signal.SIGKILL, ended.complained()
     found = sorted(path.name for path in (runner.directory / "checkpoints").iterdir())
     assert found[0] == "step-00000004"
     assert found[1].startswith("step-00000008.")
@@ -105,10 +97,11 @@ def test_kill_9_while_a_checkpoint_is_written(
 
 def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
     ended = runner.signalled(signal.SIGTERM, "after step 3", "slow")
-    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-    assert "SIGTERM: finishing this step, then saving; again to abort" in ended.stderr
-    assert "stopped by SIGTERM after step " in ended.stderr
-    assert "The same command goes on from there" in ended.stderr
+    told = ended.complained()
+    assert ended.exitcode == 128 + signal.SIGTERM, told
+    assert "SIGTERM: finishing this step, then saving; again to abort" in told
+    assert "stopped by SIGTERM after step " in told
+    assert "The same command goes on from there" in told
     assert 3 <= len(rows(runner.directory)) < 12
     assert runner.resume() == uninterrupted
 

@@ -23,7 +23,7 @@ from sparse_bitnet.train.parallel import Ranks, blocks, ranks
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import config_from_dict
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).parents[1] / "training_worker.py"
 
 
 def written(values: dict[str, Any], directory: Path) -> Path:
@@ -68,7 +68,7 @@ def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         # Each of two ranks takes four sequences; one process takes two times four.
         data={"micro_batch_size": 4},
     )
-    torchrun(values, directory)
+    train_on_ranks(written(values, directory), 2)
     return values
 
 

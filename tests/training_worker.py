@@ -1,4 +1,4 @@
-"""A training process for tests that kill it or run several: ``worker.py RECIPE [hang AT]``.
+"""A training for tests that kill it or run it on several ranks: ``RECIPE [hang AT]``.
 
 Says on standard output where it hangs, so that the test kills it there and not by chance.
 """
