@@ -70,6 +70,9 @@ NAMES = [
         for name in ("start", "stop", "destroy", "pause", "cancel_request", "get_result")
     ),
     f"{MANAGER}.__iter__",
+    # The paged cache, whose pages the CPU's native step reads.
+    f"{BATCHING}.cache_allocators.FullAttentionCacheAllocator.get_cache_for_block_table",
+    f"{BATCHING}.cache_allocators.FullAttentionCacheAllocator.layer_type",
     # gguf: every number and string of a header is read by it.
     "gguf.GGUFReader._get",
     # uvicorn: one connection, whose time and number the server bounds.

@@ -1,4 +1,4 @@
-"""One token through all layers in one native call, against the modules."""
+"""One token of each sequence through all layers in one native call, against the modules."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.int8_linear.reference import int8_linear
+from sparse_bitnet.kernels.native.layer import StepCall
 from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, build_decoder, cache
 from sparse_bitnet.modeling.layers import Head
-from sparse_bitnet.modeling.native import NativeToken
+from sparse_bitnet.modeling.native import NativeStep
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head, quantize_rows
 
 Packed = Callable[..., PreTrainedModel]
@@ -96,14 +97,14 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
         model = build_decoder(packed("qwen2", dtype))
         model.lm_head = Head(nn.Linear(96, 96, bias=False, dtype=dtype))
         model.lm_head.weight = nn.Parameter(torch.eye(96, dtype=dtype), False)
-        model.native = NativeToken(model.model, model.lm_head)
+        model.native = NativeStep(model.model, model.lm_head)
         hidden = after_a_prompt(model)
         table: Any = Int8Head(301, 96, kind == "with a bias", dtype=dtype)
         table.weight, table.weight_scale = weight, scale
         if kind == "with a bias":
             table.bias = torch.randn(301).to(dtype)
         model.lm_head = TiedInt8Head(table) if kind == "tied" else table
-        model.native = NativeToken(model.model, model.lm_head)
+        model.native = NativeStep(model.model, model.lm_head)
         found = after_a_prompt(model)
         assert model.native.call is not None
     assert torch.equal(found, model.lm_head(hidden))
@@ -128,7 +129,7 @@ def test_a_head_of_another_kind_goes_the_modules_way(packed: Packed) -> None:
     model = build_decoder(packed())
     before = after_a_prompt(model)
     model.lm_head = nn.Sequential(model.lm_head)
-    model.native = NativeToken(model.model, model.lm_head)
+    model.native = NativeStep(model.model, model.lm_head)
     assert torch.allclose(after_a_prompt(model), before, rtol=0, atol=1e-4)
     assert model.native.call is None
 
@@ -194,14 +195,13 @@ def test_two_threads_with_a_cache_each(packed: Packed) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", ["batch", "padding", "static", "dynamic", "no cache", "autocast"])
+@pytest.mark.parametrize("case", ["padding", "static", "dynamic", "no cache", "autocast"])
 def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str) -> None:
     plain = packed()
     model = build_decoder(copy.deepcopy(plain))
-    batch = 2 if case == "batch" else 1
-    ids = torch.arange(batch * 6).view(batch, 6)
-    mask = torch.ones(batch, 7, dtype=torch.int64)
-    mask[:, :2] = case != "padding"
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 2:4] = case != "padding"  # in the middle
     results = []
     for one in (plain, model):
         past: Any = DynamicCache(config=plain.config)
@@ -222,6 +222,115 @@ def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str)
     # The library multiplies with the head of few tokens, in another order of sums.
     assert torch.allclose(*results, rtol=0, atol=1e-6 * 96)
     assert model.native.call is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", native.available())
+@pytest.mark.parametrize("padding", [(0,), (0, 0, 0), (4, 0, 1), tuple(range(7)), (3, 1) * 9])
+def test_a_batch_gives_each_sequence_what_it_gets_alone(
+    packed: Packed, path: str, dtype: torch.dtype, padding: tuple[int, ...]
+) -> None:
+    """Bit for bit: sums of one sequence are taken in the same order however many there are."""
+    with native.forced(path):
+        model = build_decoder(packed("qwen3", dtype))
+        texts = torch.randint(1, 300, (len(padding), 9))
+        mask = (torch.arange(11) >= torch.tensor(padding)[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        past = KeyValueCache(model.config)
+        for at in (slice(0, 8), slice(8, 9)):  # a prompt, and a token in one call
+            found = model(
+                texts[:, at],
+                attention_mask=mask[:, : at.stop],
+                position_ids=positions[:, at],
+                past_key_values=past,
+            ).logits[:, -1]
+        assert model.native.call is not None
+        for row, pad in enumerate(padding):
+            alone = KeyValueCache(model.config)
+            for layer, whole in zip(alone.layers, past.layers, strict=True):
+                layer.update(
+                    whole.keys[row : row + 1, :, pad:-1], whole.values[row : row + 1, :, pad:-1]
+                )
+            assert torch.equal(step(model, texts[row : row + 1, 8:], alone)[0, -1], found[row])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generates_batches_with_padding(packed: Packed, architecture: str) -> None:
+    plain = packed(architecture)
+    model = build_decoder(copy.deepcopy(plain))
+    prompts, mask = torch.randint(1, 300, (5, 6)), torch.ones(5, 6, dtype=torch.int64)
+    mask[1, :4] = mask[3, :1] = 0
+    options = GREEDY | {"attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompts, **options), plain.generate(prompts, **options))
+    assert model.native.call is not None
+
+
+def test_a_batch_whose_sequences_are_reordered_and_dropped(packed: Packed) -> None:
+    plain = packed("llama")
+    model = build_decoder(copy.deepcopy(plain))
+    pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
+    kept = torch.tensor([2, 0, 2])
+    tokens = torch.randint(0, 300, (3, 5))
+    for _ in range(4):
+        expected, y = (step(m, tokens, p) for m, p in zip((plain, model), pasts, strict=True))
+        assert torch.allclose(y, expected, atol=0.02 * float(expected.abs().max()))
+        for past in pasts:
+            past.reorder_cache(kept)
+        tokens = torch.randint(0, 300, (3, 1))
+    assert model.native.call is not None
+
+
+def continuously(model: Any, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    """Greedy answers of those lengths by transformers' continuous batching."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=4, num_blocks=256, max_batch_tokens=32, use_cuda_graph=False
+        ),
+    )
+    manager.start()
+    try:
+        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
+        found = [manager.get_result(timeout=60) for _ in prompts]
+    finally:
+        manager.stop(block=True, hard_stop=True)
+    answers = {one.request_id: one.generated_tokens for one in found}
+    return [answers[str(index)] for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_continuous_batching_goes_through_one_call(
+    packed: Packed, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of other lengths, which end one after the other; one prompt is read in pieces."""
+    rows: list[int] = []
+    served = StepCall.__call__
+
+    def counted(call: StepCall, x: Tensor, *args: Any) -> Tensor:
+        rows.append(len(x))
+        return served(call, x, *args)
+
+    monkeypatch.setattr(StepCall, "__call__", counted)
+    model = build_decoder(packed(architecture))
+    prompts = [torch.randint(1, 300, (length,)).tolist() for length in (3, 50, 1, 17, 9)]
+    lengths = [12, 20, 5, 31, 1]
+    found = continuously(model, prompts, lengths)
+    assert max(rows) >= 3 and min(rows) == 1
+    for prompt, length, answer in zip(prompts, lengths, found, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, max_new_tokens=length, do_sample=False, eos_token_id=-1)
+        assert answer == alone[0, len(prompt) :].tolist()
+
+
+def test_continuous_batching_with_sliding_windows_goes_the_modules_way(packed: Packed) -> None:
+    model = build_decoder(packed("mistral", sliding_window=9))
+    prompts = [[5, 6, 7], list(range(1, 20))]
+    found = continuously(model, prompts, [12, 12])
+    assert model.native.call is None
+    for prompt, answer in zip(prompts, found, strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        assert answer == alone[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -277,7 +386,7 @@ def test_sees_memory_that_was_replaced(packed: Packed) -> None:
         bias.data = bias.data.flip(0) + 1
     found = after_a_prompt(model)
     assert not torch.allclose(found, before, atol=0.1)
-    model.native = NativeToken(model.model, model.lm_head)  # prepares its call anew
+    model.native = NativeStep(model.model, model.lm_head)  # prepares its call anew
     assert torch.equal(found, after_a_prompt(model))
 
 

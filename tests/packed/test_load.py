@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from sparse_bitnet.core import CheckpointError, ConfigError, PackedFormatError
 from sparse_bitnet.kernels import native
-from sparse_bitnet.kernels.native.layer import TokenCall
+from sparse_bitnet.kernels.native.layer import StepCall
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_linear import PackedLinear
@@ -176,13 +176,13 @@ def test_a_loaded_decoder_takes_single_tokens_in_one_call(tmp_path, trained, mon
     convert(model, "6:8")
     pack(model, tmp_path / "packed")
     loaded, _ = load(tmp_path / "packed", device="cpu")
-    calls, served = [], TokenCall.__call__
+    calls, served = [], StepCall.__call__
 
     def counted(self, *arguments):
         calls.append(1)
         return served(self, *arguments)
 
-    monkeypatch.setattr(TokenCall, "__call__", counted)
+    monkeypatch.setattr(StepCall, "__call__", counted)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     tokens = torch.randint(0, 64, (1, 5))
     found = loaded.generate(tokens, **options)

@@ -9,8 +9,8 @@ and every matrix keeps its own γ, because scales are kept for each row. Built b
 
 One decoder runs in three ways, which differ in the order of float sums only:
 
-* module by module, as it is written here: prompts, batches, anything;
-* on a CPU one token of one sequence goes from embedding to logits in one native call
+* module by module, as it is written here: prompts, anything;
+* on a CPU one token of each sequence goes from embedding to logits in one native call
   (``native.py``);
 * compiled on a GPU, few tokens take residual sum, norm and quantization as one kernel, and the
   products behind read integers.
@@ -39,7 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.modeling.cache import KeyValueCache, StaticKeyValueCache
 from sparse_bitnet.modeling.layers import DecoderLayer, RMSNorm
-from sparse_bitnet.modeling.native import NativeToken
+from sparse_bitnet.modeling.native import NativeStep
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -161,7 +161,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(model.config)
         self.model, self.lm_head = model, lm_head
-        self.native = NativeToken(model, lm_head)
+        self.native = NativeStep(model, lm_head)
         if generation_config is not None:
             self.generation_config = generation_config
         self.post_init()
@@ -195,8 +195,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits, found = None, BaseModelOutputWithPast(past_key_values=past_key_values)
         if not any(recorded):
             logits = self.native(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, options
             )
+            if logits is not None and isinstance(logits_to_keep, Tensor):
+                logits = logits[:, logits_to_keep]
         if logits is None:
             found = self.model(
                 input_ids=input_ids,

@@ -1,16 +1,18 @@
-"""One token from its embedding to its logits in one native call, on a CPU.
+"""Tokens of several sequences from embedding to logits in one native call, on a CPU.
 
 Module by module, a layer runs some thirty PyTorch operators of a few microseconds around four
 products, and Python between them, with caches that the weights have just swept. Here the compiled
-library takes the token through all layers, the last norm and the head, over the same weights and
-the same key-value cache.
+library takes one token of each sequence through all layers, the last norm and the head, over the
+same weights and the same key-value cache: transformers' paged one of continuous batching too.
 
 Results are those of the modules up to the order of float sums: values are rounded to the model's
-dtype where the modules round, but probabilities of attention are kept in float32.
+dtype where the modules round, but probabilities of attention are kept in float32. They do not
+depend on how many sequences there are.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,8 @@ from sparse_bitnet.kernels.native.layer import (
     HEAD_MULTIPLE,
     LARGEST_HEAD,
     LayerCall,
-    TokenCall,
+    Row,
+    StepCall,
 )
 from sparse_bitnet.modeling.cache import GrowingLayer
 from sparse_bitnet.modeling.layers import Head
@@ -33,11 +36,12 @@ if TYPE_CHECKING:
 
 INDEPENDENT = ("default", "linear", "llama3", "yarn")
 """Kinds of rotation whose angles at one position do not depend on the length of the text."""
-POSITIONS = 64
-"""Computed at once: PyTorch's operators take as long for one."""
+POSITIONS = 256
+"""A table of rotations has so many at least, and doubles when it runs out."""
+FULL = "full_attention"
 
 
-class NativeToken:
+class NativeStep:
     """The prepared call of a decoder and its head.
 
     The call holds addresses. It is prepared again when a weight was replaced or has moved, when
@@ -53,7 +57,8 @@ class NativeToken:
         self._modules: tuple[list[Any], list[Any]] | None = None
         self._prepared_for: list[Any] = []
         self._rotary_for: Any = None
-        self.call: TokenCall | None = None
+        self._table: Any = None
+        self.call: StepCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_decoder": self._decoder, "_head": self._head}
@@ -63,61 +68,64 @@ class NativeToken:
         self._forget()
 
     def __call__(
-        self, input_ids: Any, inputs_embeds: Any, mask: Any, position_ids: Any, cache: Any
+        self,
+        input_ids: Any,
+        inputs_embeds: Any,
+        mask: Any,
+        position_ids: Any,
+        cache: Any,
+        options: dict[str, Any],
     ) -> Tensor | None:
-        """Logits ``[1, 1, vocabulary]`` of one token, which the cache grows by.
+        """Logits of one token of each sequence, which the cache grows by.
 
         Args:
-            input_ids, inputs_embeds: one of them ``[1, 1]`` or ``[1, 1, hidden]``, the other None.
-            mask: of the tokens so far, ``[1, tokens]`` with 0 where one is padding, or None.
-            position_ids: ``[1, 1]``, or None.
+            input_ids, inputs_embeds: one of them ``[batch, 1]`` or ``[batch, 1, hidden]``, the
+                other None; in continuous batching ``[1, sequences]``.
+            mask: of the tokens so far, ``[batch, tokens]`` with 0 where one is padding, or None.
+            position_ids: of the tokens, or None.
             cache: of the model.
+            options: for the attention; in continuous batching with the paged cache.
 
         Returns:
-            None where the library does not serve: other shapes, devices, dtypes and caches,
-            padding, compilation, autocast, gradients. Then nothing has changed.
+            ``[batch, 1, vocabulary]``, or ``[1, sequences, vocabulary]``. None where the library
+            does not serve: other shapes, devices, dtypes and caches, several tokens of a sequence,
+            padding but at the left, compilation, autocast, gradients. Then nothing has changed.
         """
         given = inputs_embeds if input_ids is None else input_ids
-        layers = getattr(cache, "layers", [])
         if (
             torch.compiler.is_compiling()
             or given is None
             or (input_ids is not None and inputs_embeds is not None)
-            or given.shape[:2] != (1, 1)
             or given.device.type != "cpu"
             or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and given.requires_grad)
-            or len(layers) != len(self._decoder.layers)
-            or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
+            or (position_ids is None and options.get("cache") is not None)
         ):
             return None
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.all()):
+        count = len(self._decoder.layers)
+        if options.get("cache") is None:
+            found = _in_a_batch(cache, mask, given, count)
+        else:
+            found = _in_pages(options, given, count)
+        if found is None:
             return None
+        rows, caches = found
         x = self._decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        seen, shape = layers[0].get_seq_length(), layers[0].buffer_shape()
-        if (
-            x.dtype not in native.TYPES
-            or shape[0] != 1
-            or any(
-                one.dtype != x.dtype or one.get_seq_length() != seen or one.buffer_shape() != shape
-                for one in layers
-            )
-        ):
+        if x.dtype not in native.TYPES or any(keys.dtype != x.dtype for keys, _ in caches):
             return None
         self._prepare(x.dtype)
         if self.call is None:
             return None
-        cosine, sine = self._rotary(x, seen if position_ids is None else int(position_ids))
-        if not (
-            cosine.dtype == sine.dtype == x.dtype
-            and cosine.numel() == sine.numel() == self.call.head_dim
-        ):
+        if position_ids is None:
+            position_ids = torch.full((1, 1), cache.get_seq_length())
+        rotary = self._rotary(x, position_ids.expand(given.shape[:2]).flatten().tolist())
+        if any(one.dtype != x.dtype or one.numel() != self.call.head_dim for one in rotary[0]):
             return None
-        buffers = [one.reserve(1) for one in layers]
-        y = self.call(x.contiguous(), cosine, sine, buffers, seen)
-        for one in layers:
-            one.extend(1)
-        return y
+        y = self.call(x.reshape(len(rows), -1), rows, rotary, caches)
+        if options.get("cache") is None:
+            for one in cache.layers:
+                one.extend(1)
+        return y.view(*given.shape[:2], -1)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Rebuild the call if any of its inputs has changed."""
@@ -150,7 +158,7 @@ class NativeToken:
             and _is_plain(weight, dtype if scale is None else torch.int8)
         ):
             norm = self._decoder.norm
-            self.call = TokenCall(
+            self.call = StepCall(
                 [_layer_call(layer) for layer in layers],
                 norm.weight,
                 norm.epsilon,
@@ -160,19 +168,86 @@ class NativeToken:
                 dtype,
             )
 
-    def _rotary(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[head_dim]``: rows of a table where a position's depend on no other."""
+    def _rotary(self, x: Tensor, positions: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine ``[head_dim]`` of each position.
+
+        Rows of a table where they do not depend on the length of the text.
+        """
         module: Any = self._decoder.rotary_emb
         if getattr(module, "rope_type", None) not in INDEPENDENT:
-            cosine, sine = module(x, torch.tensor([[position]]))
-            return cosine.flatten(), sine.flatten()
-        first = position - position % POSITIONS
-        table_for = (x.dtype, first, module.inv_freq.data_ptr())
-        if self._rotary_for != table_for:
-            positions = torch.arange(first, first + POSITIONS).unsqueeze(0)
-            self._table, self._rotary_for = module(x, positions), table_for
+            found = (module(x, torch.tensor([[position]])) for position in positions)
+            return [(cosine.flatten(), sine.flatten()) for cosine, sine in found]
+        table_for, length = (x.dtype, module.inv_freq.data_ptr()), max(positions) + 1
+        if self._rotary_for != table_for or len(self._table[0]) < length:
+            length = max(POSITIONS, 2 ** (length - 1).bit_length())
+            cosine, sine = module(x, torch.arange(length).unsqueeze(0))
+            self._table, self._rotary_for = (cosine[0], sine[0]), table_for
         cosine, sine = self._table
-        return cosine[0, position - first], sine[0, position - first]
+        return [(cosine[position], sine[position]) for position in positions]
+
+
+Places = tuple[list[Row], list[tuple[Tensor, Tensor]]]
+"""Of the tokens of a step, and keys and values of each layer."""
+
+
+def _in_a_batch(cache: Any, mask: Any, given: Tensor, count: int) -> Places | None:
+    """One token of each sequence of a :class:`KeyValueCache`, with padding at the left only."""
+    layers, batch = getattr(cache, "layers", []), given.shape[0]
+    if (
+        given.shape[1] != 1
+        or len(layers) != count
+        or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
+    ):
+        return None
+    seen, shape = layers[0].get_seq_length() + 1, layers[0].buffer_shape()
+    if shape[0] != batch or any(
+        one.get_seq_length() + 1 != seen or one.buffer_shape() != shape for one in layers
+    ):
+        return None
+    padding = [0] * batch
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != (batch, seen):
+            return None
+        kept = mask.bool()
+        if not kept.all():
+            if not (kept[:, -1].all() and (kept[:, 1:] >= kept[:, :-1]).all()):
+                return None
+            padding = (seen - kept.sum(1)).tolist()
+    caches = [one.reserve(1) for one in layers]
+    sequence, _, token, _ = caches[0][0].stride()
+    first = sequence // token  # the buffers are contiguous
+    return [Row(seen - pad, index * first + pad) for index, pad in enumerate(padding)], caches
+
+
+def _in_pages(options: dict[str, Any], given: Tensor, count: int) -> Places | None:
+    """One token of each sequence of transformers' paged cache, if all layers are of one kind.
+
+    A page of a layer holds the keys of some tokens, all heads of a token after each other, and then
+    their values; ``read_index`` numbers the places of a layer's keys, and of its values, from its
+    first page on.
+    """
+    tokens = given.shape[1]
+    # Others in transformers before 5.23.
+    allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
+    one: Any = allocators.get(0)
+    if (
+        given.shape[0] != 1
+        or options.get("block_table") is not None
+        or len(allocators) != count
+        or any(other is not one for other in allocators.values())
+        or one.layer_type != FULL
+        or options["cu_seq_lens_q"].tolist() != list(range(tokens + 1))
+    ):
+        return None
+    ends, places = options["cu_seq_lens_k"][FULL].tolist(), options["read_index"][one.index]
+    if places.numel() != ends[-1] or places.dtype != torch.int64 or not places.is_contiguous():
+        return None
+    rows = [
+        Row(end - start, places=places.data_ptr() + start * places.element_size())
+        for start, end in itertools.pairwise(ends)
+    ]
+    pages = (one.get_cache_for_block_table(index) for index in range(count))
+    return rows, [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pages]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -62,8 +62,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             library.sparse_bitnet_linear.restype = ctypes.c_int64
             library.sparse_bitnet_ternarize.argtypes = [ctypes.c_char_p]
             library.sparse_bitnet_ternarize.restype = ctypes.c_int64
-            library.sparse_bitnet_token.argtypes = [ctypes.c_void_p]
-            library.sparse_bitnet_token.restype = ctypes.c_int64
+            library.sparse_bitnet_step.argtypes = [ctypes.c_void_p]
+            library.sparse_bitnet_step.restype = ctypes.c_int64
             _share_threads(library)
             return library, ""
         except (OSError, AttributeError) as error:
@@ -244,8 +244,8 @@ def _ternarize(weight: Tensor, sums: int, row_scale: int, ternary: int, n: int, 
     )
 
 
-def run_token(token: Any) -> None:
-    """A ``Token`` of native.h, filled in; see ``layer.py``."""
+def run_step(step: Any) -> None:
+    """A ``Step`` of native.h, filled in; see ``layer.py``."""
     library, _ = _load()
-    if library is None or library.sparse_bitnet_token(ctypes.byref(token)):
-        raise MemoryError("no memory for the activations of one token")
+    if library is None or library.sparse_bitnet_step(ctypes.byref(step)):
+        raise MemoryError("no memory for the activations of a step")

@@ -1,4 +1,4 @@
-// What native.cpp and token.cpp share: threads and memory. Compiled for any processor, so that the
+// What native.cpp and step.cpp share: threads and memory. Compiled for any processor, so that the
 // C++ standard library is allowed here.
 #pragma once
 #include "native.h"

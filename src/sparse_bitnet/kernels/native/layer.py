@@ -1,13 +1,15 @@
-"""One token from its embedding to its logits in one call of the library.
+"""Tokens of several sequences from their embeddings to their logits in one call of the library.
 
 A token of a small model takes a dozen milliseconds, of which reading the weights is the larger
 part only if nothing else costs much: run module by module, a layer's norms, rotation, attention and
-sums cost as much again in calls of PyTorch operators.
+sums cost as much again in calls of PyTorch operators. Tokens of several sequences share the weights
+and nothing else: each has its own place in a cache, and its results are those that it has alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,23 +40,44 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("epsilon", "mlp_epsilon")),
         *((name, ctypes.c_int64) for name in ("q_norm", "k_norm")),
         ("qk_epsilon", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("keys", "values", "kv_stride")),
+        *((name, ctypes.c_int64) for name in ("keys", "values", "token_stride", "head_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim")),
         ("scaling", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("type", "position", "cosine", "sine")),
+        ("type", ctypes.c_int64),
     ]
 
 
-class _Token(ctypes.Structure):
-    """``Token`` in native.h."""
+class _Row(ctypes.Structure):
+    """``Row`` in native.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("seen", "first", "places", "cosine", "sine")]
+
+
+class _Step(ctypes.Structure):
+    """``Step`` in native.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("layers", "count", "x", "y", "type")),
-        *((name, ctypes.c_int64) for name in ("cosine", "sine", "position", "norm")),
+        *((name, ctypes.c_int64) for name in ("layers", "count", "rows", "tokens")),
+        *((name, ctypes.c_int64) for name in ("x", "y", "type", "norm")),
         ("epsilon", ctypes.c_double),
         ("threads", ctypes.c_int64),
         ("head", _Linear),
     ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token of a step: its place in its sequence, and the tokens that it sees in the cache.
+
+    Attributes:
+        seen: tokens of its sequence so far, this one included.
+        first: place of the sequence's first token in the cache, where the others follow it.
+        places: address of int64 ``[seen]``, the place of each; 0 where they follow the first.
+    """
+
+    seen: int
+    first: int = 0
+    places: int = 0
 
 
 class LayerCall:
@@ -113,7 +136,7 @@ def _fill(
     linear.path = native.PATHS.index(native.path())
 
 
-class TokenCall:
+class StepCall:
     """Layers that follow each other, the last norm and the head; called from several threads too.
 
     Args:
@@ -138,41 +161,45 @@ class TokenCall:
         self._alive, self._array = (layers, norm, head, head_scale, head_bias), _Layer * len(layers)
         self._layers = self._array(*(layer._call for layer in layers))
         self.head_dim = layers[0].head_dim
-        self._token = token = _Token()
-        token.count, token.type, token.threads = (
+        self._step = step = _Step()
+        step.count, step.type, step.threads = (
             len(layers),
             native.TYPES[dtype],
             torch.get_num_threads(),
         )
-        token.norm, token.epsilon = norm.data_ptr(), epsilon
+        step.norm, step.epsilon = norm.data_ptr(), epsilon
         layout = "bytes" if head.dtype == torch.int8 else str(dtype).removeprefix("torch.")
-        _fill(token.head, head, layout, head_scale, head_bias)
-        token.head.out_features, token.head.in_features = head.shape
+        _fill(step.head, head, layout, head_scale, head_bias)
+        step.head.out_features, step.head.in_features = head.shape
 
     def __call__(
         self,
         x: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        rows: list[Row],
+        rotary: list[tuple[Tensor, Tensor]],
         caches: list[tuple[Tensor, Tensor]],
-        position: int,
     ) -> Tensor:
-        """Logits ``[1, 1, vocabulary]`` of an embedding ``[1, 1, hidden]``.
+        """Logits ``[tokens, vocabulary]`` of embeddings ``[tokens, hidden]``.
 
         Args:
-            cosine, sine: of this position, ``[..., head_dim]``, one row.
-            caches: keys and values of each layer, ``[1, key heads, capacity, head_dim]``, dense in
-                the last two dimensions and of the same strides; written at ``position``.
-            position: how many tokens came before, fewer than the capacity.
+            rows: of each token; its keys and values are written at its last place.
+            rotary: cosine and sine of each token's position, ``[head_dim]``.
+            caches: keys and values of each layer, ``[sequences or pages, key heads, tokens,
+                head_dim]``, dense in the last dimension and of the same strides.
         """
-        token = _Token.from_buffer_copy(self._token)
+        step = _Step.from_buffer_copy(self._step)
         layers = self._array.from_buffer_copy(self._layers)
-        y = x.new_empty(1, 1, token.head.out_features)
+        y = x.new_empty(len(rows), step.head.out_features)
         for layer, (keys, values) in zip(layers, caches, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-            layer.kv_stride = keys.stride(1)
-        token.layers, token.x, token.y = ctypes.addressof(layers), x.data_ptr(), y.data_ptr()
-        token.cosine, token.sine = cosine.data_ptr(), sine.data_ptr()
-        token.position = position
-        native.run_token(token)
+            _, layer.head_stride, layer.token_stride, _ = keys.stride()
+        each = (_Row * len(rows))(
+            *(
+                _Row(row.seen, row.first, row.places, cosine.data_ptr(), sine.data_ptr())
+                for row, (cosine, sine) in zip(rows, rotary, strict=True)
+            )
+        )
+        step.layers, step.rows = ctypes.addressof(layers), ctypes.addressof(each)
+        step.tokens, step.x, step.y = len(rows), x.data_ptr(), y.data_ptr()
+        native.run_step(step)
         return y

@@ -291,4 +291,4 @@ EXPORT int64_t sparse_bitnet_linear(const Linear *call) { return product(*call);
 
 EXPORT int64_t sparse_bitnet_ternarize(const Ternarize *call) { return ternarize(*call); }
 
-EXPORT int64_t sparse_bitnet_token(Token *call) { return one_token(*call); }
+EXPORT int64_t sparse_bitnet_step(Step *call) { return run_step(*call); }

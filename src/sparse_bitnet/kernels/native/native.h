@@ -39,6 +39,7 @@ constexpr int64_t PREFETCH_BYTES = 4096;
 
 constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Activations in the order that weights are unpacked in, and what goes with them. Tokens stand in
 // groups: the planes of a block of all tokens of a group follow each other, zeros beyond `in`.
@@ -50,33 +51,44 @@ struct Tokens {
     int32_t *sum;    // [tokens], Σ Xq
 };
 
-// A decoder layer of the Llama family for one token: norm, q/k/v, rotation, attention over a cache,
-// o, and norm, gate and up, SwiGLU, down, with both residual sums. The order is repeated in layer.py.
-// All values and weights but those of the products are of one type. What Token says of all layers,
-// and x, y and types of the products, are filled in by token.cpp.
+// One token of a step: its place in its sequence, and the tokens that it sees in the cache.
+struct Row {
+    int64_t seen;               // tokens of its sequence so far, this one included
+    int64_t first;              // the sequence's first token in the cache, if the others follow it
+    const int64_t *places;      // [seen], of all of them in the cache, or null
+    const void *cosine, *sine;  // [head_dim], of its position
+};
+
+inline int64_t place_of(const Row &row, int64_t token) {
+    return row.places != nullptr ? row.places[token] : row.first + token;
+}
+
+// A decoder layer of the Llama family: norm, q/k/v, rotation, attention over a cache, o, and norm,
+// gate and up, SwiGLU, down, with both residual sums. The order is repeated in layer.py. All values
+// and weights but those of the products are of one type. The type, and x, y and types of the
+// products, are filled in by step.cpp.
 struct Layer {
     Linear qkv, o, gate_up, down;
     const void *norm, *mlp_norm;   // [hidden], of RMSNorm
     double epsilon, mlp_epsilon;
     const void *q_norm, *k_norm;   // [head_dim], of the norm of each head, or null
     double qk_epsilon;
-    void *keys, *values;           // [kv_heads, capacity, head_dim], written at `position`
-    int64_t kv_stride;             // elements from a key head to the next
+    void *keys, *values;           // of all sequences; each row writes those of its last place
+    int64_t token_stride, head_stride;  // elements from a place to the next, from a key head to the next
     int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 16, at most BLOCK
     double scaling;                // of the scores
-    int64_t type, position;
-    const void *cosine, *sine;
+    int64_t type;
 };
 
-// One token from its embedding to its logits. The order is repeated in layer.py.
-struct Token {
+// Tokens from their embeddings to their logits. The order is repeated in layer.py.
+struct Step {
     Layer *layers;
     int64_t count;
-    const void *x;              // [hidden]
-    void *y;                    // [vocabulary]
+    const Row *rows;            // [tokens]
+    int64_t tokens;
+    const void *x;              // [tokens, hidden]
+    void *y;                    // [tokens, vocabulary]
     int64_t type;
-    const void *cosine, *sine;  // [head_dim], of this position
-    int64_t position;           // tokens before this one
     const void *norm;           // [hidden], the last RMSNorm
     double epsilon;
     int64_t threads;
@@ -96,16 +108,16 @@ struct Ternarize {
     int64_t path;            // PathId
 };
 
-// What stands between the products of a token; see layer.inc.
+// What stands between the products of a step; see layer.inc.
 struct LayerPath {
     void (*norm)(const void *x, int64_t at, int64_t n, const void *weight, double epsilon, void *y,
                  int64_t type);
     void (*add)(const void *x, int64_t first, int64_t last, void *y, int64_t type);
     void (*gated)(const void *gate_up, int64_t n, int64_t first, int64_t last, void *y,
                   int64_t type);
-    void (*place)(const Layer &, int64_t head, void *qkv);
-    void (*attend)(const Layer &, const void *qkv, int64_t first, int64_t last, float *scores,
-                   void *y);
+    void (*place)(const Layer &, const Row &, int64_t head, void *qkv);
+    void (*attend)(const Layer &, const Row &, const void *qkv, int64_t first, int64_t last,
+                   float *scores, void *y);
     void (*rest)(const void *x, int64_t n, const int8_t *quantized, float scale, float *y,
                  int64_t type);
     void (*join)(const float *a, const float *b, const Linear &head, int64_t first, int64_t last,
@@ -130,8 +142,8 @@ struct Path {
 // Six-bit index of a group of four weights with at most two non-zeros → its two-bit codes.
 extern const uint8_t GROUPS_OF_FOUR[64];
 
-// token.cpp: 0; 1 for a path that does not run here; 2 out of memory.
-int64_t one_token(Token &call);
+// step.cpp: 0; 1 for a path that does not run here; 2 out of memory.
+int64_t run_step(Step &call);
 
 extern const Path portable_path;
 #if defined(__x86_64__) && defined(__GNUC__)
