@@ -32,10 +32,9 @@ from sparse_bitnet.core.pattern import Pattern
 from sparse_bitnet.core.ternary import SMALLEST_SCALE
 from sparse_bitnet.kernels.ternarize.triton_select import (
     RANKED,
-    at_least,
-    lower_lanes_first,
     network,
     ranked,
+    selected,
 )
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
@@ -154,13 +153,13 @@ def _ternarize_kernel(
         ordered = ()
         for i in tl.static_range(UNIT):
             ordered = ordered + (keys[i] | (M - 1 - i % M),)
-        codes, _ = at_least(ordered, ternary, N, M, HIGH, LOW, UNITS)
+        codes, _ = selected(ordered, ternary, N, M, HIGH, LOW, UNITS, False)
         _store(packed_ptr, codes, unit, inside, UNIT, UNITS)
     else:
-        codes, ties = at_least(keys, ternary, N, M, HIGH, LOW, UNITS)
+        codes, ties = selected(keys, ternary, N, M, HIGH, LOW, UNITS, False)
         _store(packed_ptr, codes, unit, inside, UNIT, UNITS)
         if tl.min(ties) < 0:
-            codes = lower_lanes_first(keys, ternary, N, M, HIGH, LOW, UNITS)
+            codes, _ = selected(keys, ternary, N, M, HIGH, LOW, UNITS, True)
             _store(packed_ptr, codes, unit, inside, UNIT, UNITS)
 
 

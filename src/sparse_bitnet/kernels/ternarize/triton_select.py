@@ -44,7 +44,7 @@ def ranked(keys, ternary, N: tl.constexpr, M: tl.constexpr, UNITS: tl.constexpr)
 
 
 @triton.jit
-def at_least(
+def selected(
     keys,
     ternary,
     N: tl.constexpr,
@@ -52,44 +52,32 @@ def at_least(
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
     UNITS: tl.constexpr,
+    TIES: tl.constexpr,
 ):
-    """The codes whose keys reach the N-th largest; negative where those are more than N."""
+    """The codes whose keys reach the N-th largest; negative where those are more than N.
+
+    With TIES, of those that equal the N-th largest only as many as fit.
+    """
     codes = ()
-    ties = tl.full((UNITS,), 0, tl.int32)
+    more = tl.full((UNITS,), 0, tl.int32)
     for g in tl.static_range(len(keys) // M):
-        least = _selected(keys[g * M : g * M + M], HIGH, LOW, N)
-        kept = tl.full((UNITS,), N, tl.int32)
+        least = _nth_largest(keys[g * M : g * M + M], HIGH, LOW, N)
+        room = tl.full((UNITS,), N, tl.int32)
+        if TIES:
+            for i in tl.static_range(g * M, g * M + M):
+                room += (least - keys[i]) >> 31
         for i in tl.static_range(g * M, g * M + M):
             keep = (least - 1 - keys[i]) >> 31
+            if TIES:
+                larger = (least - keys[i]) >> 31
+                equal = keep & ~larger & (-room >> 31)
+                keep = larger | equal
+                room += equal
+            else:
+                room += keep
             codes = codes + (ternary[i] & keep,)
-            kept += keep
-        ties |= kept
-    return codes, ties
-
-
-@triton.jit
-def lower_lanes_first(
-    keys,
-    ternary,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """The same where keys tie: of those that equal the N-th largest, as many as fit."""
-    codes = ()
-    for g in tl.static_range(len(keys) // M):
-        least = _selected(keys[g * M : g * M + M], HIGH, LOW, N)
-        room = tl.full((UNITS,), N, tl.int32)
-        for i in tl.static_range(g * M, g * M + M):
-            room += (least - keys[i]) >> 31
-        for i in tl.static_range(g * M, g * M + M):
-            larger = (least - keys[i]) >> 31
-            equal = ((least - 1 - keys[i]) >> 31) & ~larger & (-room >> 31)
-            codes = codes + (ternary[i] & (larger | equal),)
-            room += equal
-    return codes
+        more |= room
+    return codes, more
 
 
 @triton.jit
@@ -101,7 +89,7 @@ def _exchanged(keys, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def _selected(keys, HIGH: tl.constexpr, LOW: tl.constexpr, N: tl.constexpr):
+def _nth_largest(keys, HIGH: tl.constexpr, LOW: tl.constexpr, N: tl.constexpr):
     """The N-th largest of a tuple of tensors, by the comparators of :func:`network`."""
     for c in tl.static_range(len(HIGH)):
         keys = _exchanged(keys, HIGH[c], LOW[c])
