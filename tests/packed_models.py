@@ -28,12 +28,16 @@ SMALL = {
 }
 
 
-MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
 SIZES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen2-untied": {"tie_word_embeddings": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2-moe": {"num_experts_per_tok": 2, **MOE},
+    "qwen2-moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
 }
 
 

@@ -28,14 +28,15 @@ def test_trained_and_packed_are_read_alike(tmp_path, saved, trained):
         source = open_exportable(directory, "a file")
         assert source.shapes == {n: tuple(m.weight.shape) for n, m in linears.items()}
         assert source.weights == sum(m.weight.numel() for m in linears.values())
-        assert source.biases == {n for n, m in linears.items() if m.bias is not None}
         for name, module in linears.items():
-            layer = source.linear(name)
-            assert torch.equal(layer.ternary, module.derived()[0])
-            assert torch.equal(layer.row_scale, module.derived()[1].expand(module.out_features))
-            assert module.bias is None or torch.equal(layer.bias, module.bias)
-        names = {n for n, _ in model.named_parameters()}
-        assert source.others.keys() == {n for n in names if n.rpartition(".")[0] not in linears}
+            ternary, rows = source.linear(name)
+            assert torch.equal(ternary, module.derived()[0])
+            assert torch.equal(rows, module.derived()[1].expand(module.out_features))
+        others = {
+            n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in linears
+        }
+        assert source.others.keys() == others.keys()
+        assert all(torch.equal(source.others[n], others[n]) for n in others)
 
 
 def test_what_is_not_ternary_or_not_finite(tmp_path, saved, trained):

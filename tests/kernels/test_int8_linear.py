@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparse_bitnet.core import WeightError
 from sparse_bitnet.kernels import native
-from sparse_bitnet.kernels.int8_linear import int8_linear, reference, two_terms
+from sparse_bitnet.kernels.int8_linear import int8_linear, reference
 
 SHAPES = [(1, 1, 1), (1, 8, 3), (3, 33, 17), (2, 1024, 5), (5, 2500, 7), (0, 8, 4)]
 
@@ -132,8 +132,3 @@ def test_rows_that_int32_cannot_sum_are_refused():
             WeightError, match="int8 weight: 131072 input features cannot be summed"
         ):
             function(torch.ones(1, 2**17), torch.ones(1, 2**17, dtype=torch.int8), torch.ones(1))
-
-
-def test_terms_are_rows_of_int8():
-    x_q, scale = two_terms(torch.randn(3, 8))
-    assert x_q.dtype == torch.int8 and x_q.shape == (6, 8) and scale.shape == (6, 1)

@@ -67,17 +67,6 @@ def test_scales_of_rows_are_contiguous() -> None:
     assert prepare(ternary, torch.ones(1).expand(16)).w_scale.is_contiguous()
 
 
-def test_compiles_in_one_graph() -> None:
-    x, ternary, w_scale, bias = operands()
-    weight = prepare(ternary, w_scale)
-    linear = torch.compile(
-        lambda x: ternary_linear(x, weight, bias), fullgraph=True, backend="aot_eager"
-    )
-    for tokens in (5, 9, 1, 30):  # sizes become symbolic
-        x = torch.randn(tokens, 64)
-        assert torch.equal(linear(x), ternary_linear(x, weight, bias))
-
-
 def test_each_gpu_has_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
 

@@ -9,33 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+import packed_models
+
+SIZES = packed_models.SMALL | {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
 OWN_SIZES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "qwen2_moe": packed_models.SIZES["qwen2-moe"]
+    | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    "mixtral": packed_models.SIZES["mixtral"],
+    "gpt_oss": packed_models.SIZES["mixtral"] | {"head_dim": 8},
     "mistral": {"sliding_window": None},
 }
 

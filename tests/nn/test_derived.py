@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import (
     ConfigError,
-    Pattern,
     WeightError,
     method_mask,
     quantize_activations,
@@ -24,7 +23,6 @@ from sparse_bitnet.nn import (
     SparseBitExperts,
     SparseBitLinear,
     convert,
-    converted_modules,
     frozen,
     master_weights,
     set_pattern,
@@ -367,15 +365,3 @@ def test_master_weights_and_masks(tiny: Callable[..., PreTrainedModel]) -> None:
     assert experts.mask.shape == (4, 96, 32)
     assert weights["model.layers.0.self_attn.q_proj.weight"].mask is None
     assert isinstance(experts.module, SparseBitExperts)
-
-
-def test_set_pattern() -> None:
-    model = two_layers()
-    for pattern in ("4:8", "dense", "2:4", "8:8"):
-        set_pattern(model, pattern)
-        assert {str(module.pattern) for _, module in converted_modules(model)} == {
-            str(Pattern.parse(pattern))
-        }
-        torch.testing.assert_close(
-            model(inputs()).detach(), expected(model, inputs()), rtol=1e-5, atol=1e-6
-        )

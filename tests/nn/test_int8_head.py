@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import packed_models
 from sparse_bitnet.core import ConfigError, WeightError
 from sparse_bitnet.nn.int8_head import (
     Int8Embedding,
@@ -26,15 +27,7 @@ from sparse_bitnet.nn.int8_head import (
     swap_int8,
 )
 
-SMALL = {
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": None,
-}
+SMALL = packed_models.SMALL | {"vocab_size": 90, "num_hidden_layers": 1}
 
 
 def qwen(tied):

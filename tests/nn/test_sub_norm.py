@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaConfig, Qwen2Config
 
+import packed_models
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.export.bitnet.write import export_bitnet
 from sparse_bitnet.nn import convert
@@ -18,14 +19,7 @@ from sparse_bitnet.nn.sub_norm import add_sub_norms
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.packed.write import pack
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SHAPE: dict[str, Any] = packed_models.SMALL | {"vocab_size": 64, "intermediate_size": 64}
 TOKENS = torch.arange(48).view(2, 24)
 
 

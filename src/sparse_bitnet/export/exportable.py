@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,15 +22,6 @@ from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.write import distinct_tensors
 
 
-class TernaryLinear(NamedTuple):
-    """One layer, ``W = γ · ternary``: int8 ``[out, in]``, γ of every row as float32 ``[out]``, and
-    the bias ``[out]`` or None."""
-
-    ternary: Tensor
-    row_scale: Tensor
-    bias: Tensor | None
-
-
 @dataclass(frozen=True)
 class Exportable:
     """A model whose ternary layers can be read one after the other.
@@ -40,16 +30,15 @@ class Exportable:
         model: as loaded, on the CPU.
         tokenizer: None if the directory has none.
         shapes: ``(out, in)`` of each ternary layer, by name.
-        biases: names of those that have a bias.
-        linear: reads one of them.
-        others: all tensors outside of ternary layers, tied ones once.
+        linear: reads the weight ``W = γ · T`` of one of them: T as int8 ``[out, in]``, and γ of
+            every row as float32 ``[out]``.
+        others: all tensors but these weights, tied ones once.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     shapes: dict[str, tuple[int, int]]
-    biases: set[str]
-    linear: Callable[[str], TernaryLinear]
+    linear: Callable[[str], tuple[Tensor, Tensor]]
     others: dict[str, Tensor]
 
     @property
@@ -79,7 +68,6 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
             f"{directory}: nothing in it is ternary; {target} takes a packed or a trained model"
         )
     shapes: dict[str, tuple[int, int]] = {}
-    biases: dict[str, Tensor] = {}
     for name, module in modules.items():
         if not isinstance(module, PackedLinear | SparseBitLinear):
             raise ConfigError(
@@ -95,28 +83,26 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
                 "with sparse-bitnet"
             )
         shapes[name] = module.out_features, module.in_features
-        if module.bias is not None:
-            biases[name] = module.bias
 
-    def linear(name: str) -> TernaryLinear:
+    def linear(name: str) -> tuple[Tensor, Tensor]:
         module = modules[name]
         if isinstance(module, SparseBitLinear):
             module = pack_module(module, "two-bit", name)
         assert isinstance(module, PackedLinear)
         scale, sizes = module.get_buffer("weight_scale"), module.spec.shard_sizes
         rows = row_scale(scale, sizes, module.out_features)
-        return TernaryLinear(module.unpack("weight"), rows, module.bias)
+        return module.unpack("weight"), rows
 
-    inside = tuple(f"{name}." for name in modules)
+    inside = tuple(f"{name}.weight" for name in modules)
     others = {n: t for n, t in distinct_tensors(model).items() if not n.startswith(inside)}
     for name, module in model.named_modules():
         if isinstance(module, Int8Table):
             del others[f"{name}.weight_scale"]
             others[f"{name}.weight"] = module.dequantize()
-    for name, tensor in (others | {f"{n}.bias": bias for n, bias in biases.items()}).items():
+    for name, tensor in others.items():
         if tensor.is_floating_point():
             check_finite(tensor, name)
-    return Exportable(model, tokenizer, shapes, set(biases), linear, others)
+    return Exportable(model, tokenizer, shapes, linear, others)
 
 
 @dataclass(frozen=True)

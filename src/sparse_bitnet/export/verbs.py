@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.export.bitnet.read import ImportResult, import_bitnet
@@ -38,23 +38,19 @@ def export(
             divide, or store them as F16.
         linear_class: bitnet: bitlinear (the default), or autobitlinear.
     """
-    if to is None and out.suffix.lower() == ".gguf":
-        to = "gguf"
-    gguf = {"linears": linears, "embeddings": embeddings, "odd_rows": odd_rows}
-    bitnet = {"linear_class": linear_class}
-    given = {
-        name: {key: value for key, value in options.items() if value is not None}
-        for name, options in (("gguf", gguf), ("bitnet", bitnet))
-    }
     if to is None:
-        raise ConfigError("export: name the format with --to gguf or --to bitnet")
-    other = given["bitnet" if to == "gguf" else "gguf"]
-    if other:
-        option = min(other).replace("_", "-")
-        raise ConfigError(f"export: --{option} is no option of --to {to}")
-    if to == "gguf":
-        return export_gguf(directory, out, **given[to])  # type: ignore[arg-type]
-    return export_bitnet(directory, out, **given[to])  # type: ignore[arg-type]
+        if out.suffix.lower() != ".gguf":
+            raise ConfigError("export: name the format with --to gguf or --to bitnet")
+        to = "gguf"
+    options: dict[str, dict[str, Any]] = {
+        "gguf": {"linears": linears, "embeddings": embeddings, "odd_rows": odd_rows},
+        "bitnet": {"linear_class": linear_class},
+    }
+    given = {n: {k: v for k, v in one.items() if v is not None} for n, one in options.items()}
+    if other := given["bitnet" if to == "gguf" else "gguf"]:
+        raise ConfigError(f"export: --{min(other).replace('_', '-')} is no option of --to {to}")
+    write = export_gguf if to == "gguf" else export_bitnet
+    return write(directory, out, **given[to])
 
 
 def import_checkpoint(

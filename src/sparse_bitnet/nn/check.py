@@ -9,8 +9,8 @@ module around the layer is called, and the layer is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -125,26 +125,18 @@ def _caller(model: nn.Module, name: str) -> nn.Module:
 
 
 def _run(model: nn.Module, training: bool) -> None:
-    like: Any = (
-        model  # a PreTrainedModel, whose module registers this package's and cannot be named
-    )
+    like: Any = model  # a PreTrainedModel, whose module imports this package and cannot be named
     inputs = {name: value.to(like.device) for name, value in like.dummy_inputs.items()}
     cuda = [like.device] if like.device.type == "cuda" else []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(cuda),
-        torch.compiler.set_stance("force_eager"),
-        _mode(model, training),
-    ):
-        model(**inputs, use_cache=False)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        yield
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(cuda),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            model(**inputs, use_cache=False)
     finally:
         for module, mode in before.items():
             module.training = mode

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitNetConfig, BitNetForCausalLM
 from transformers.integrations.bitnet import pack_weights
 
+import packed_models
 from sparse_bitnet.core import ConfigError, DataError, PackedFormatError, PatternError, WeightError
 from sparse_bitnet.data import prepare
 from sparse_bitnet.export.bitnet.read import import_bitnet
@@ -40,19 +41,7 @@ def close(one, two):
 def bitnet_model(tied):
     """A small random BitNetForCausalLM: sub-norms, squared ReLU, biases."""
     torch.manual_seed(3)
-    config = BitNetConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = BitNetConfig(attention_bias=True, tie_word_embeddings=tied, **packed_models.SMALL)
     model = BitNetForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

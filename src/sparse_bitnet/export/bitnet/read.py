@@ -132,7 +132,7 @@ def _read(directory: Path) -> tuple[PreTrainedModel, dict[str, str], set[str], s
     skeleton = _build(config, len(stored), directory / CONFIG)
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     left = get_keys_to_not_convert(skeleton) if skipped is None else skipped
-    if len(left) > len(linears) or not all(
+    if len(left) > len(stored) or not all(
         len(name) <= LONGEST_NAME and NAME.fullmatch(name) for name in left
     ):  # transformers reads them as regular expressions, which can be made to take for ever
         raise PackedFormatError(

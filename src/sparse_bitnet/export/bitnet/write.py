@@ -74,22 +74,23 @@ def export_bitnet(
 
 
 def _tensors(source: Exportable, linear_class: LinearClass) -> Iterator[tuple[str, Tensor]]:
-    yield from source.others.items()
+    biases = {f"{name}.bias" for name in source.shapes}
+    yield from ((n, tensor) for n, tensor in source.others.items() if n not in biases)
     with progress("writing bitnet", len(source.shapes)) as task:
         for name in source.shapes:
-            layer = source.linear(name)
-            scale = layer.row_scale[:1]
-            if not bool((layer.row_scale == scale).all()):
+            ternary, rows = source.linear(name)
+            scale = rows[:1]
+            if not bool((rows == scale).all()):
                 raise ConfigError(
                     f"{name}: the bitnet format has one scale a layer, and this one fuses matrices "
                     "with their own; run the model with sparse-bitnet"
                 )
             inverse = linear_class == "bitlinear"
-            yield f"{name}.weight", row_quarters.pack(layer.ternary, name)
+            yield f"{name}.weight", row_quarters.pack(ternary, name)
             yield f"{name}.weight_scale", 1 / scale if inverse else scale
-            if layer.bias is not None:
-                bias = layer.bias.detach().float()
-                yield f"{name}.bias", bias if inverse else bias / scale
+            bias = source.others.get(f"{name}.bias")
+            if bias is not None:
+                yield f"{name}.bias", bias.float() if inverse else bias.float() / scale
             task.advance()
 
 

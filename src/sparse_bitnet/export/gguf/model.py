@@ -9,7 +9,7 @@ its query and key projections change places.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def architecture(model: PreTrainedModel) -> str:
         raise _refuse(model, "its output head is a matrix of its own", "the embedding as head")
     if kind == "qwen2" and head_dim(model) * config.num_attention_heads != config.hidden_size:
         raise _refuse(model, "its heads do not span hidden_size", "heads that do")
-    rope = _rope(model)
+    rope = model.config.rope_parameters
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise _refuse(model, f"its rope_type is {rope['rope_type']}", "default, linear or llama3")
     if rope["rope_type"] == "llama3" and ARCHITECTURES[kind] != "llama":
@@ -103,7 +103,7 @@ def write_hyperparameters(writer: GGUFWriter, model: PreTrainedModel, lost: list
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(head_dim(model))
-    rope = _rope(model)
+    rope = model.config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -116,7 +116,7 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
     Wavelengths up to ``original / high`` stay, those from ``original / low`` on are ``factor``
     times as long, and in between it goes smoothly from one to the other.
     """
-    rope = _rope(model)
+    rope = model.config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
     lanes = torch.arange(0, head_dim(model), 2, dtype=torch.float32) / head_dim(model)
@@ -136,8 +136,7 @@ def reorder_rows(model: PreTrainedModel, name: str) -> Tensor | None:
     if ARCHITECTURES[config.model_type] != "llama":
         return None
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    count = heads.get(name.rpartition(".")[2])
-    if count is None:
+    if (count := heads.get(name.rpartition(".")[2])) is None:
         return None
     size = head_dim(model)
     return torch.arange(count * size).view(count, 2, size // 2).transpose(1, 2).flatten()
@@ -146,10 +145,6 @@ def reorder_rows(model: PreTrainedModel, name: str) -> Tensor | None:
 def head_dim(model: PreTrainedModel) -> int:
     config = model.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _rope(model: PreTrainedModel) -> dict[str, Any]:
-    return model.config.rope_parameters
 
 
 def _refuse(model: PreTrainedModel, what: str, known: str) -> ConfigError:

@@ -149,21 +149,19 @@ class _Tensors:
         self.main = "F16" if len(self.odd) == len(source.shapes) else linears
         odd = self.odd
         if odd and odd_rows == "refuse":
-            fits = not any(source.shapes[name][1] % BLOCKS["Q2_0"] for name in odd)
+            newer = "; --linears q2_0, which newer llama.cpp reads, has blocks of 64"
+            if any(source.shapes[name][1] % BLOCKS["Q2_0"] for name in odd):
+                newer = ""
             raise ConfigError(
                 f"gguf: {linears} stores rows in blocks of {block}, and the rows of {odd[0]} have "
                 f"{source.shapes[odd[0]][1]} weights ({len(odd)} of {len(source.shapes)} layers "
-                "are such). With --odd-rows f16 these layers are stored as F16"
-                + (
-                    "; --linears q2_0, which newer llama.cpp reads, has blocks of 64"
-                    if fits
-                    else ""
-                )
+                f"are such). With --odd-rows f16 these layers are stored as F16{newer}"
             )
-        self.planned = [
-            *self._dense(embeddings),
-            *(tensor for name in source.shapes for tensor in self._ternary(name, linears)),
-        ]
+        self.planned = list(self._dense(embeddings))
+        for name, shape in source.shapes.items():
+            kind = "F16" if name in odd else linears
+            there = self._name(f"{name}.weight")
+            self.planned.append(_Planned(there, shape, kind, partial(self._weight, name)))
 
     def _dense(self, embeddings: str) -> Iterator[_Planned]:
         heads = {"token_embd.weight", "output.weight"}
@@ -182,16 +180,6 @@ class _Tensors:
         if factors is not None:
             yield _Planned(ROPE_FREQS, tuple(factors.shape), "F32", lambda: factors)
 
-    def _ternary(self, name: str, linears: str) -> Iterator[_Planned]:
-        shape = self.source.shapes[name]
-        kind = "F16" if name in self.odd else linears
-        there = self._name(f"{name}.weight")
-        yield _Planned(there, shape, kind, partial(self._weight, name))
-        if name in self.source.biases:
-            check_bias(self.source.model, name)
-            there = self._name(f"{name}.bias")
-            yield _Planned(there, shape[:1], "F32", partial(self._bias, name))
-
     def _name(self, name: str) -> str:
         known = re.sub(r"attn_sub_norm|ffn_sub_norm", lambda m: SUB_NORMS[m[0]], name)
         there = self._names.get_name(known, try_suffixes=(".weight", ".bias"))
@@ -199,27 +187,18 @@ class _Tensors:
             raise ConfigError(f"gguf: llama.cpp has no name for the tensor {name}")
         return str(there)
 
-    def _reordered(self, name: str) -> Tensor:
-        tensor = self.source.others[name]
+    def _reordered(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        tensor = self.source.others[name] if tensor is None else tensor
         order = reorder_rows(self.source.model, name.rpartition(".")[0])
         return tensor if order is None else tensor[order]
 
     def _weight(self, name: str) -> Tensor:
         """float32 ``[out, in]``: the ternary weight times its γ in fp16."""
-        layer = self.source.linear(name)
-        exact = layer.row_scale
+        ternary, exact = self.source.linear(name)
         _check_f16(exact, f"{name}: γ")
         scale = exact.half().float()
         self.largest_change = max(self.largest_change, float((scale / exact - 1).abs().max()))
-        weight = layer.ternary * scale.unsqueeze(-1)
-        order = reorder_rows(self.source.model, name)
-        return weight if order is None else weight[order]
-
-    def _bias(self, name: str) -> Tensor:
-        bias = self.source.linear(name).bias
-        assert bias is not None
-        order = reorder_rows(self.source.model, name)
-        return bias if order is None else bias[order]
+        return self._reordered(f"{name}.weight", ternary * scale.unsqueeze(-1))
 
 
 def _write(
