@@ -50,7 +50,7 @@ class Task:
             self._print_line()
 
     def finish(self) -> None:
-        """Print the final state, if anything was printed before."""
+        """Print the final state, unless it took no time."""
         long = time.monotonic() - self._started >= PLAIN_LINE_SECONDS
         if self._bar is None and long and self._said != (self._done, self._detail):
             self._print_line()

@@ -36,19 +36,9 @@ from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.write import PackResult, pack
 from sparse_bitnet.serve.chat import Conversation
 from sparse_bitnet.serve.generate import Sampling, generate_text
-from sparse_bitnet.train import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    SparsityConfig,
-    TrainConfig,
-    load_trained,
-    train,
-)
-from sparse_bitnet.train.config import QuantizationConfig, TeacherConfig
+from sparse_bitnet.train import SparsityConfig, TrainConfig, load_trained, train
 from sparse_bitnet.train.monitor import read_history
+from sparse_bitnet.train.recipe import config_from_dict
 
 MODELS = {
     "Sparse-BitNet 6:8": SparsityConfig("6:8", "bitnet"),
@@ -219,46 +209,45 @@ def docstring_chats() -> str:
 
 def pretrained_recipe(directory: Path, model: Path) -> TrainConfig:
     """Quantization over the first half of training, beside the teacher's logits."""
-    return TrainConfig(
-        data=DataConfig(
-            path=str(directory / "data"), sequence_length=SEQUENCE, batch_size=PRETRAINED_BATCH
-        ),
-        model=ModelConfig(source=str(model)),
-        sparsity=SparsityConfig(
-            "6:8", rules=PRETRAINED_RULES, quantization=QuantizationConfig(until=0.5)
-        ),
-        teacher=TeacherConfig(source=str(model)),
-        optimizer=OptimizerConfig(learning_rate=3e-4),
-        schedule=ScheduleConfig(steps=PRETRAINED_STEPS),
-        run=RunConfig(
-            directory=str(directory / "run"),
-            checkpoint_every=0,
-            validation_sequences=PRETRAINED_BATCH,
-            log_every=max(1, PRETRAINED_STEPS // 8),
-            precision="fp32",
-        ),
-    )
+    run: dict[str, Any] = {
+        "directory": str(directory / "run"),
+        "checkpoint_every": 0,
+        "precision": "fp32",
+    }
+    run |= {"validation_sequences": PRETRAINED_BATCH, "log_every": max(1, PRETRAINED_STEPS // 8)}
+    values = {
+        "data": data(directory, PRETRAINED_BATCH),
+        "model": {"source": str(model)},
+        "sparsity": {"rules": PRETRAINED_RULES, "quantization": {"until": 0.5}},
+        "teacher": {"source": str(model)},
+        "optimizer": {"learning_rate": 3e-4},
+        "schedule": {"steps": PRETRAINED_STEPS},
+        "run": run,
+    }
+    return config_from_dict(values, "demo")
+
+
+def data(directory: Path, batch: int) -> dict[str, Any]:
+    return {"path": str(directory / "data"), "sequence_length": SEQUENCE, "batch_size": batch}
 
 
 def trained_directory(config: TrainConfig) -> Path:
-    directory = train(config).model_directory
-    assert directory is not None  # run.export is on
-    return directory
+    train(config)
+    return Path(config.run.directory) / "model"
 
 
 def recipe(directory: Path, sparsity: SparsityConfig) -> TrainConfig:
     """The same data, steps and seed for every model; only the linears and their rate differ."""
-    name = f"{sparsity.kind}-{sparsity.pattern.replace(':', '-')}"
-    return TrainConfig(
-        data=DataConfig(path=str(directory / "data"), sequence_length=SEQUENCE, batch_size=BATCH),
-        model=ModelConfig(source=PRESET),
-        sparsity=sparsity,
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE[sparsity.kind]),
-        schedule=ScheduleConfig(steps=STEPS),
-        run=RunConfig(
-            directory=str(directory / name), checkpoint_every=STEPS // 2, precision="fp32"
-        ),
-    )
+    place = str(directory / f"{sparsity.kind}-{sparsity.pattern.replace(':', '-')}")
+    values = {
+        "data": data(directory, BATCH),
+        "model": {"source": PRESET},
+        "sparsity": sparsity,
+        "optimizer": {"learning_rate": LEARNING_RATE[sparsity.kind]},
+        "schedule": {"steps": STEPS},
+        "run": {"directory": place, "checkpoint_every": STEPS // 2, "precision": "fp32"},
+    }
+    return config_from_dict(values, "demo")
 
 
 def measure(model: PreTrainedModel, held_out: TokenShards, limit: int | None = None) -> Perplexity:

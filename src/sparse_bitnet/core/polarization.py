@@ -22,24 +22,17 @@ DEAD_ZONE = 0.5  # half rounds to even, so γ/2 itself becomes zero
 
 @dataclass(frozen=True)
 class Polarization:
-    """Statistics of one weight matrix.
+    """Statistics of one weight matrix."""
 
-    Attributes:
-        edges: bin edges of |w|/γ, ``bins + 1`` values from 0 to 4.
-        magnitudes: fraction of weights in each bin (the last bin holds everything above too).
-        thresholds: fraction of groups whose pruning threshold / γ lies in each bin; zeros if dense.
-        zeros_before_mask: fraction of weights that round to zero without any mask (|w| ≤ γ/2).
-        dead_zone_groups: fraction of groups whose threshold is in the dead zone, so that the mask
-            changes none of their ternary values; 1.0 if dense.
-        kurtosis: fourth standardized moment of the weights relative to their γ, signs included
-            (3 for a Gaussian, lower when polarized, 0 if all weights are equal).
-    """
-
-    edges: list[float]
-    magnitudes: list[float]
-    thresholds: list[float]
-    zeros_before_mask: float
+    edges: list[float]  # of the bins of |w|/γ, bins + 1 values from 0 to 4
+    magnitudes: list[float]  # fraction of weights in each bin (the last one: and above)
+    thresholds: list[float]  # fraction of groups, by pruning threshold / γ; zeros if dense
+    zeros_before_mask: float  # fraction of weights that round to zero unmasked (|w| ≤ γ/2)
+    # Fraction of groups whose threshold is in the dead zone, so that the mask changes none of their
+    # ternary values; 1.0 if dense.
     dead_zone_groups: float
+    # Fourth standardized moment of the weights relative to their γ, signs included (3 for a
+    # Gaussian, lower when polarized, 0 if all weights are equal).
     kurtosis: float
 
 

@@ -153,20 +153,20 @@ class Checkpoints:
     def _manifest(self, step: int) -> dict[str, Any]:
         path = self.path(step) / MANIFEST
         try:
-            manifest = read_json(path)
-            sound = manifest["format"] == FORMAT and manifest["step"] == step
-            sound = sound and {"config", "data"} <= manifest.keys()
-            sound = sound and isinstance(manifest["files"], dict)
-            sound = sound and type(manifest.get("rows", 0)) is int
+            manifest: dict[str, Any] = read_json(path)
+            if (
+                (manifest["format"], manifest["step"]) == (FORMAT, step)
+                and {"config", "data"} <= manifest.keys()
+                and isinstance(manifest["files"], dict)
+                and type(manifest.get("rows", 0)) is int
+            ):
+                return manifest
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise CheckpointError(
-                f"checkpoint {path.parent} is damaged or foreign: {MANIFEST} is not that of a "
-                f"checkpoint of step {step}; {self._way_out(step)}"
-            )
-        checked: dict[str, Any] = manifest
-        return checked
+            pass
+        raise CheckpointError(
+            f"checkpoint {path.parent} is damaged or foreign: {MANIFEST} is not that of a "
+            f"checkpoint of step {step}; {self._way_out(step)}"
+        )
 
     def _check_same_run(self, path: Path, manifest: dict[str, Any]) -> None:
         try:

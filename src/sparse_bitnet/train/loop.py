@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparse_bitnet.console import Task, progress, say
+from sparse_bitnet.console import progress, say
 from sparse_bitnet.core import ConfigError, Pattern, TrainingError
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.nn import set_pattern, set_quantization
@@ -148,8 +148,12 @@ class _Run:
             models = (self.model, *([self.teacher.model] if self.teacher else ()))
             for model in () if self.batches.has_documents else models:
                 open_ones.enter_context(maskless_attention(model))
-            history = open_ones.enter_context(self._history())
-            bar = open_ones.enter_context(self._progress())
+            history = self._history()
+            open_ones.callback(history.close)
+            bar = None
+            if self.here.is_main:
+                title = f"training {self.config.sparsity.kind} {self.config.sparsity.pattern}"
+                bar = open_ones.enter_context(progress(title, steps - self.first_step))
             if self.teacher is not None and self.first_step == 0:
                 self._measure_teacher(self.teacher, history)
             clock = Clock(self.config.data.batch_size * self.config.data.sequence_length)
@@ -352,8 +356,7 @@ class _Run:
         write_result(result, config, self.here)
         return replace(result, model=self.model, tokenizer=self.batches.tokenizer)
 
-    @contextlib.contextmanager
-    def _history(self) -> Iterator[History]:
+    def _history(self) -> History:
         run = self.config.run
         history = History(self.directory, self.first_step, run.tensorboard, self.here.is_main)
         if history.rows < self.rows_before:
@@ -361,20 +364,7 @@ class _Run:
                 f"{self.rows_before - history.rows} of {self.rows_before} rows of {HISTORY} are "
                 "gone: it was removed, cut or damaged; the run goes on without them"
             )
-        try:
-            yield history
-        finally:
-            history.close()
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Task | None]:
-        if not self.here.is_main:
-            yield None
-            return
-        sparsity = self.config.sparsity
-        title = f"training {sparsity.kind} {sparsity.pattern}"
-        with progress(title, self.config.schedule.steps - self.first_step) as task:
-            yield task
+        return history
 
     def _say(self, message: str) -> None:
         if self.here.is_main:
