@@ -125,13 +125,12 @@ def quantize_rows(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor
     check_finite(weight, where)
     quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    for first in range(0, weight.shape[0], ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
-        rows = weight[part].detach().float()
+    parts = (tensor.split(ROWS_AT_ONCE) for tensor in (weight.detach(), quantized, scale))
+    for some, there, steps in zip(*parts, strict=True):
+        rows = some.float()
         step = rows.abs().amax(-1) / LARGEST
-        step = torch.where(step > 0, step, torch.ones_like(step))  # padding rows of a vocabulary
-        quantized[part] = (rows / step.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
-        scale[part] = step
+        steps[:] = torch.where(step > 0, step, torch.ones_like(step))  # a vocabulary's padding
+        there[:] = (rows / steps.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
     return quantized, scale
 
 

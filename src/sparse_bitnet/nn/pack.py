@@ -9,11 +9,10 @@ from sparse_bitnet.core import ConfigError, WeightError, check_finite
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels.matmul import unpacked
 from sparse_bitnet.nn.derived import DerivedModule
-from sparse_bitnet.nn.experts import SparseBitExperts, why_not_experts
+from sparse_bitnet.nn.experts import why_not_experts
 from sparse_bitnet.nn.packed_experts import PackedExperts
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.packed_module import PackedModule, PackedSpec, find_violation
-from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 
 def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> PackedSpec:
@@ -22,12 +21,12 @@ def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> Pack
     Raises:
         ConfigError: for a module that is not ternary.
     """
-    if not isinstance(module, SparseBitLinear | SparseBitExperts):
+    if not module.is_ternary:
         raise ConfigError(
             f"{where}: a {type(module).__name__} keeps full-precision weights and cannot be "
             "packed; convert the model with kind='bitnet'"
         )
-    shard_sizes = module.shard_sizes if isinstance(module, SparseBitLinear) else ()
+    shard_sizes = getattr(module, "shard_sizes", ())  # experts have theirs by shape
     return PackedSpec(storage, module.pattern, module.method.activation_bits, shard_sizes)
 
 
