@@ -12,7 +12,6 @@ from sparse_bitnet.core import (
     DENSE,
     Method,
     Pattern,
-    PatternError,
     absmean,
     method_mask,
     polarization,
@@ -150,11 +149,6 @@ def test_histogram_counts_beyond_float32() -> None:
     measured = polarization(weight, DENSE, bins=4)
     assert weight.numel() == size
     assert measured.magnitudes[0] == 5 / 6
-
-
-def test_refuses_a_row_that_m_does_not_divide() -> None:
-    with pytest.raises(PatternError, match="in_features 12"):
-        polarization(torch.ones(4, 12), Pattern(6, 8))
 
 
 def test_agrees_with_the_mask_in_force() -> None:

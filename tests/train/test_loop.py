@@ -475,8 +475,3 @@ def test_a_pretrained_start_survives_only_gradual_quantization(recipe: Any) -> N
         first[name] = losses(train(recipe(name, model=source, sparsity=sparsity)))[0]
     assert first["gradual"] < first["at once"]
     assert first["gradual"] == pytest.approx(dense.validation_loss, abs=0.2)
-
-
-def test_the_baseline_is_not_quantized(recipe: Any) -> None:
-    with pytest.raises(ConfigError, match="kind bf16 has no quantization"):
-        recipe(sparsity={"kind": "bf16", "quantization": {"until": 0.5}})

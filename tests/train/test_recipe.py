@@ -49,10 +49,6 @@ def test_every_recipe_loads(path: Path) -> None:
     assert explained >= 3, "recipes explain themselves"
 
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 7
-
-
 def test_file_then_command_line(file: Path) -> None:
     file.write_text(
         "data: {path: somewhere, batch_size: 4}\n"

@@ -119,30 +119,6 @@ def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe: Any, directory: 
     assert series(with_one, "loss") == series(alone, "loss")
 
 
-def test_micro_batches_checkpointing_and_compilation_change_nothing(
-    recipe: Any, directory: Path
-) -> None:
-    teacher = {"source": str(directory), "temperature": 2.0}
-    steps = {"steps": 4}
-    plain = train(recipe("plain", teacher=teacher, schedule=steps))
-    for name, sections in {
-        "micro": {"data": {"micro_batch_size": 2}},
-        "recomputed": {"model": {"activation_checkpointing": True}},
-    }.items():
-        other = train(recipe(name, teacher=teacher, schedule=steps, **sections))
-        for column in ("loss", "teacher_loss"):
-            assert series(other, column) == pytest.approx(series(plain, column), abs=1e-4)
-
-
-@pytest.mark.slow
-def test_compiled_blocks(recipe: Any, directory: Path) -> None:
-    teacher, steps = {"source": str(directory)}, {"steps": 4}
-    plain = train(recipe("plain", teacher=teacher, schedule=steps))
-    other = train(recipe("compiled", teacher=teacher, schedule=steps, run={"compile": "on"}))
-    for column in ("loss", "teacher_loss"):
-        assert series(other, column) == pytest.approx(series(plain, column), abs=1e-3)
-
-
 def test_resumed_equals_uninterrupted(recipe: Any, directory: Path) -> None:
     sections: dict[str, Any] = {
         "teacher": {"source": str(directory)},

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, Strict, with_config
 
 from sparse_bitnet.core.errors import DataError, shown
-from sparse_bitnet.data.shards import Shard, shard_problem
+from sparse_bitnet.data.shards import FORBID, Shard, validated
 from sparse_bitnet.files import locked, read_json, refuse_special, remove_leftovers, write_text
 
 JOURNAL = "prepare.json"
@@ -23,25 +25,29 @@ LOCK = "prepare.lock"
 FORMAT = "sparse-bitnet data prepare"
 VERSION = 1
 TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
+Split = Annotated[str, Field(pattern="^(train|validation)$")]
+Read = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
 
 
+@with_config(FORBID)
 @dataclass(frozen=True)
 class Part:
     """Consecutive documents of one source, finished."""
 
-    source: int  # 0, or 1 for the separate validation source
-    documents: int  # read from that source up to the end of this part, all its parts together
-    bytes: int
-    shards: dict[str, Shard]  # the files it filled, by split
+    source: Annotated[int, Field(strict=True, ge=0, le=1)]  # 1: the separate validation source
+    documents: Read  # from that source up to the end of this part, all its parts together
+    bytes: Read
+    shards: dict[Split, Shard]  # the files it filled
 
 
+@with_config(FORBID)
 @dataclass
 class Journal:
     """The settings of a preparation, its tokenizer once that is written, and its finished parts."""
 
     settings: dict[str, Any]
     tokenizer_hash: str | None = None
-    finished: bool = False
+    finished: Annotated[bool, Strict()] = False
     parts: list[Part] = field(default_factory=list)
 
     def save(self, out: Path) -> None:
@@ -104,27 +110,13 @@ def _load(out: Path) -> Journal | None:
         state = read_json(path)
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
             raise ValueError("not written by this version")
-        journal = Journal(**state | {"parts": [_part(part) for part in state["parts"]]})
-        if not isinstance(journal.settings, dict) or type(journal.finished) is not bool:
-            raise ValueError("settings or finished is of another type")
+        journal: Journal = validated(Journal, state)
         return journal
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: damaged or of another version ({str(error)[:300]}); prepare again with "
             "overwrite"
         ) from error
-
-
-def _part(values: dict[str, Any]) -> Part:
-    shards = values["shards"]
-    wrong = [problem for one in shards.values() if (problem := shard_problem(one))]
-    if wrong or not shards.keys() <= {TRAIN, VALIDATION}:
-        raise ValueError(*wrong, "a part has another split")
-    part = Part(**values | {"shards": {split: Shard(**one) for split, one in shards.items()}})
-    counts = (part.source, part.documents, part.bytes)
-    if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
-        raise ValueError(f"a part has counts {shown(counts)}")
-    return part
 
 
 def _refuse_other(there: dict[str, Any], asked: dict[str, Any], out: Path) -> None:

@@ -73,10 +73,6 @@ class Loader:
         rank, world_size: which of how many equal parts of each batch is this process's.
         separate_documents: documents of text do not attend to each other either.
 
-    Attributes:
-        windows: how many each source has.
-        has_documents: whether batches have positions.
-
     Raises:
         ConfigError: if the ranks do not divide the batch.
         DataError: if shards hold fewer tokens than one window, or come from different tokenizers;
@@ -109,11 +105,12 @@ class Loader:
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.sources = [shards for shards, _ in mixture]
+        # Whether batches have positions.
         self.has_documents = separate_documents or any(s.has_answers for s in self.sources)
         self._separate_text = separate_documents
         # Of conversations: where each window begins and ends.
         self._packed = [self._pack(s) if s.has_answers else None for s in self.sources]
-        self.windows = [
+        self.windows = [  # of each source
             (s.total_tokens - 1) // sequence_length if packed is None else len(packed)
             for s, packed in zip(self.sources, self._packed, strict=True)
         ]

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from sparse_bitnet.console import Task, progress
 from sparse_bitnet.core.errors import DataError, shown
@@ -33,7 +33,6 @@ from sparse_bitnet.data import checked
 from sparse_bitnet.files import read_json
 
 INDEX = "index.json"
-FORMAT = "sparse-bitnet token shards"
 TEXT_VERSION, CHAT_VERSION = 1, 2
 SMALL_VOCABULARY = 1 << 16
 LARGEST_VOCABULARY = 1 << 31
@@ -41,15 +40,63 @@ OPEN_SHARDS = 256  # each memory map keeps a file descriptor, of which a process
 BLOCK = 1 << 23  # bytes
 
 
+Count = Annotated[int, Field(strict=True, ge=1, lt=1 << 62)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FORBID = ConfigDict(extra="forbid")
+
+
+@with_config(FORBID)
 @dataclass(frozen=True)
 class Shard:
     """One file: its name inside the directory, what it holds, and the sha256 of its bytes."""
 
-    file: str
-    tokens: int
-    documents: int
-    bytes: int
-    sha256: str
+    # One plain file name: no directory, no parent, nothing absolute.
+    file: Annotated[str, Field(pattern=r"^[0-9]{1,9}\.bin$")]
+    tokens: Count
+    documents: Count
+    bytes: Count
+    sha256: Digest
+
+    def __post_init__(self) -> None:
+        if self.documents > self.tokens:
+            raise ValueError(f"shard {self.file} has more documents than tokens")
+
+
+@with_config(FORBID)
+@dataclass(frozen=True)
+class Index:
+    """What ``index.json`` holds. It is read as hostile: files are named by it."""
+
+    format: Literal["sparse-bitnet token shards"]
+    version: Annotated[int, Field(strict=True, ge=TEXT_VERSION, le=CHAT_VERSION)]
+    dtype: str
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=LARGEST_VOCABULARY)]
+    eos_id: Annotated[int, Field(strict=True, ge=0)]
+    tokenizer_hash: Digest
+    shards: Annotated[list[Shard], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        dtype, names = token_dtype(self.vocab_size).name, [shard.file for shard in self.shards]
+        if self.dtype != dtype:
+            raise ValueError(f"dtype is {shown(self.dtype)}, that vocabulary is kept as {dtype}")
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id is {self.eos_id}, beyond the vocabulary")
+        if len({*names}) < len(names):
+            raise ValueError("a shard is named twice")
+
+
+def validated(kind: Any, values: Any) -> Any:
+    """A dataclass from JSON values.
+
+    Raises:
+        ValueError: saying what is wrong and where.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        one = error.errors(include_url=False)[0]
+        where = ".".join(str(part)[:50] for part in one["loc"])
+        raise ValueError(f"{where or 'it'} is {shown(one['input'])}: {one['msg']}") from None
 
 
 def token_dtype(vocab_size: int, answers: bool = False) -> np.dtype[Any]:
@@ -68,16 +115,16 @@ def index_text(
     answers: bool = False,
 ) -> str:
     """What ``index.json`` holds."""
-    index = {
-        "format": FORMAT,
-        "version": CHAT_VERSION if answers else TEXT_VERSION,
-        "dtype": token_dtype(vocab_size).name,
-        "vocab_size": vocab_size,
-        "eos_id": eos_id,
-        "tokenizer_hash": tokenizer_hash,
-        "shards": [asdict(shard) for shard in shards],
-    }
-    return json.dumps(index, indent=1) + "\n"
+    index = Index(
+        "sparse-bitnet token shards",
+        CHAT_VERSION if answers else TEXT_VERSION,
+        token_dtype(vocab_size).name,
+        vocab_size,
+        eos_id,
+        tokenizer_hash,
+        list(shards),
+    )
+    return json.dumps(asdict(index), indent=1) + "\n"
 
 
 class TokenShards:
@@ -93,12 +140,12 @@ class TokenShards:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         index = _read_index(self.path)
-        self.vocab_size: int = index["vocab_size"]  # every token id is below it
-        self.eos_id: int = index["eos_id"]  # ends each document of text
-        self.tokenizer_hash: str = index["tokenizer_hash"]  # see tokenizer.tokenizer_hash
-        self.has_answers = index["version"] == CHAT_VERSION  # conversations: answers are learned
+        self.vocab_size = index.vocab_size  # every token id is below it
+        self.eos_id = index.eos_id  # ends each document of text
+        self.tokenizer_hash = index.tokenizer_hash  # see tokenizer.tokenizer_hash
+        self.has_answers = index.version == CHAT_VERSION  # conversations: answers are learned
         self.dtype = token_dtype(self.vocab_size, self.has_answers)
-        self.shards = [Shard(**shard) for shard in index["shards"]]
+        self.shards = index.shards
         self.verify(anew=False)
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
         self.total_tokens = self._ends[-1]
@@ -269,7 +316,7 @@ def _ids(stored: np.ndarray) -> np.ndarray:
     return stored if stored.dtype.names is None else stored["id"]
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
+def _read_index(directory: Path) -> Index:
     path = directory / INDEX
     if not directory.is_dir():
         raise DataError(
@@ -281,68 +328,13 @@ def _read_index(directory: Path) -> dict[str, Any]:
             "interrupted: run `sparse-bitnet data prepare` again"
         )
     try:
-        index: dict[str, Any] = read_json(path)
+        values = read_json(path)
     except ValueError as error:
         raise DataError(f"{path}: {error}; prepare the data again") from error
-    problem = _problem(index)
-    if problem:
-        raise DataError(f"{path}: {problem}; edited or not one of ours, prepare the data again")
+    try:
+        index: Index = validated(Index, values)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not an index of token shards, or edited: {error}; prepare the data again"
+        ) from error
     return index
-
-
-def _problem(index: Any) -> str | None:
-    """What is wrong with an index, or None. It is read as hostile: the files are named by it."""
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        return f"not an index of {FORMAT}"
-    version = index.get("version")
-    if type(version) is not int or version not in (TEXT_VERSION, CHAT_VERSION):
-        return f"format version {shown(version)}, this program reads 1 and 2"
-    missing = {"dtype", "vocab_size", "eos_id", "tokenizer_hash", "shards"} - set(index)
-    if missing:
-        return f"lacks {', '.join(sorted(missing))}"
-    if not _count(index["vocab_size"]) or index["vocab_size"] > LARGEST_VOCABULARY:
-        return f"vocab_size is {shown(index['vocab_size'])}"
-    dtype = token_dtype(index["vocab_size"]).name
-    if index["dtype"] != dtype:
-        return f"dtype is {shown(index['dtype'])}, a vocabulary of that size is kept as {dtype}"
-    if not _count(index["eos_id"], smallest=0) or index["eos_id"] >= index["vocab_size"]:
-        return f"eos_id is {shown(index['eos_id'])}"
-    if not _digest(index["tokenizer_hash"]):
-        return f"tokenizer_hash is {shown(index['tokenizer_hash'])}"
-    shards = index["shards"]
-    if not isinstance(shards, list) or not shards:
-        return "names no shards"
-    names = set()
-    for shard in shards:
-        problem = shard_problem(shard)
-        if problem:
-            return problem
-        if shard["file"] in names:
-            return f"shard file name {shown(shard['file'])} is not allowed twice"
-        names.add(shard["file"])
-    return None
-
-
-def shard_problem(shard: Any) -> str | None:
-    """What is wrong with the JSON of a :class:`Shard`, or None."""
-    if not isinstance(shard, dict) or set(shard) != set(Shard.__dataclass_fields__):
-        return f"shard {shown(shard)} does not hold {', '.join(Shard.__dataclass_fields__)}"
-    name = shard["file"]
-    # One plain file name: no directory, no parent, nothing absolute.
-    if not isinstance(name, str) or not re.fullmatch(r"[0-9]{1,9}\.bin", name):
-        return f"shard file name {shown(name)} is not allowed"
-    if not all(_count(shard[key]) for key in ("tokens", "documents", "bytes")):
-        return f"counts of shard {name} are not positive integers"
-    if shard["documents"] > shard["tokens"]:
-        return f"shard {name} has more documents than tokens"
-    if not _digest(shard["sha256"]):
-        return f"sha256 of shard {name} is {shown(shard['sha256'])}"
-    return None
-
-
-def _count(value: Any, smallest: int = 1) -> bool:
-    return type(value) is int and smallest <= value < 1 << 62
-
-
-def _digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None

@@ -56,15 +56,12 @@ class Record(NamedTuple):
 class Source(ABC):
     """Documents in a fixed order. Iterating yields them as ``str``.
 
-    Attributes:
-        spec: the text it was opened from.
-        field: the one that holds a document, where the format has fields.
-        fingerprint: changes when the content changes; taken from names, sizes and times of files,
-            so that it costs nothing on terabytes.
-        size: bytes on disk, the unit of ``Record.position``; None when unknown.
+    ``spec`` is the text it was opened from. ``fingerprint`` changes when the content changes; it is
+    taken from names, sizes and times of files, so that it costs nothing on terabytes. ``size`` is
+    in bytes on disk, as ``Record.position``; None when unknown.
     """
 
-    field = DEFAULT_FIELD
+    field = DEFAULT_FIELD  # that holds a document, where the format has fields
 
     def __init__(self, spec: str, fingerprint: str, size: int | None) -> None:
         self.spec, self.fingerprint, self.size = spec, fingerprint, size

@@ -46,10 +46,6 @@ class Encoder:
     Special tokens that stand in the text as characters are encoded as characters, so a document
     can neither end itself nor start a chat.
 
-    Attributes:
-        tokenizer: the Hugging Face tokenizer.
-        eos_id, vocab_size, hash: of the tokenizer; ``vocab_size`` is the largest id + 1.
-
     Raises:
         DataError: if the tokenizer has no EOS token.
     """
@@ -62,7 +58,7 @@ class Encoder:
             )
         self.tokenizer, self.where = tokenizer, where
         self.eos_id = int(tokenizer.eos_token_id)
-        self.vocab_size = vocabulary_size(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)  # the largest id + 1
         self.hash = tokenizer_hash(tokenizer)
         self._fast: Tokenizer | None = None
         if isinstance(tokenizer, PreTrainedTokenizerFast):

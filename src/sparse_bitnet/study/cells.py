@@ -146,8 +146,11 @@ class SweepRecipe:
     base: dict[str, Any]
     kinds: dict[Kind, dict[str, dict[str, Any]]]
     evaluation: Evaluation
-    cells: list[Cell]
-    blocks: dict[Cell, list[str]] = field(default_factory=dict)
+    blocks: dict[Cell, list[str]]  # each cell, and the blocks that it stands in
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(self.blocks)
 
     def config(self, cell: Cell) -> TrainConfig:
         """The whole training configuration of a cell (its directory is set by the sweep).
@@ -199,13 +202,12 @@ def read_sweep(path: str | Path) -> SweepRecipe:
             in_blocks = blocks.setdefault(cell, [])
             if name not in in_blocks:
                 in_blocks.append(name)
-    recipe = SweepRecipe(file.name or path.stem, file.base, file.kinds, file.evaluation, cells=[])
+    recipe = SweepRecipe(file.name or path.stem, file.base, file.kinds, file.evaluation, {})
     # Two cells may be one run: one of them repeats the recipe's own learning rate.
     same: dict[str, Cell] = {}
     for cell, names in blocks.items():
         known_names = recipe.blocks.setdefault(same.setdefault(recipe.key(cell, ""), cell), [])
         known_names += [name for name in names if name not in known_names]
-    recipe.cells.extend(recipe.blocks)
     return recipe
 
 

@@ -22,9 +22,6 @@ VALIDATION_SEED = 0  # every run of every seed is measured on the same sequences
 class Batches:
     """The token batches of a run: training by step, and a fixed set for validation.
 
-    Attributes:
-        has_documents: whether some sequences hold several documents (see data.loader.Batch).
-
     Raises:
         ConfigError: if the ranks do not divide the batch.
         DataError: if a directory is missing or damaged, or the tokenizers of a mixture differ.

@@ -199,11 +199,8 @@ class History:
     """``metrics.jsonl``: one JSON object a row, appended at once; TensorBoard events if configured.
 
     Continuing a run drops the rows after the step it resumes from, so every step stands there once.
-    With ``writes`` off (ranks other than the first) nothing is touched.
-
-    Attributes:
-        rows: how many the file has.
-        last: figures of the newest step that has any, all its rows together.
+    With ``writes`` off (ranks other than the first) nothing is touched. ``rows`` is how many the
+    file has, ``last`` the figures of the newest step that has any, all its rows together.
 
     Raises:
         MissingExtraError: if TensorBoard is asked for and not installed.

@@ -14,15 +14,11 @@ from sparse_bitnet.core import TrainingError
 
 
 class TrainingInterruptedError(TrainingError):
-    """Training was interrupted by a signal, after a whole step.
-
-    Attributes:
-        exit_code: 128 + the signal's number, as a shell reports it.
-    """
+    """Training was interrupted by a signal, after a whole step."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.exit_code = 128 + number  # as a shell reports it
 
 
 class StopRequest:
