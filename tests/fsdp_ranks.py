@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Method, ternarize
 from sparse_bitnet.formats import two_bit
@@ -35,20 +35,9 @@ from sparse_bitnet.nn import (
 from sparse_bitnet.nn import shard as fsdp
 from sparse_bitnet.nn.derived import whole
 from sparse_bitnet.nn.gathered import GatheredTernary
+from tiny_models import tiny_config
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SIZES: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 STEPS = 4
 QUANTIZED = (0.3, 0.7, 1, 1)  # λ of each step, where it has a schedule
 UNEVEN = {"hidden_size": 40, "num_key_value_heads": 1, "head_dim": 6}
@@ -109,7 +98,7 @@ OF_FOUR = ("uneven", "uneven fused", "three experts", "replicated")
 
 def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(scenario.architecture, **scenario.sizes)
+    config = tiny_config(scenario.architecture, **scenario.sizes)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     convert(model, "6:8", kind=scenario.kind, method=scenario.method)

@@ -11,33 +11,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import tiny_models
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.write import pack
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-
-
+SMALL = tiny_models.SIZES | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 SIZES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen2-untied": {"tie_word_embeddings": False},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2-moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-    },
+    "mixtral": tiny_models.OWN_SIZES["mixtral"],
+    "qwen2-moe": tiny_models.OWN_SIZES["qwen2_moe"]
+    | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
 }
 
 
@@ -171,3 +155,18 @@ def packed(pristine, tmp_path):
         return target
 
     return copy
+
+
+def pack_readable(path, template, context, tokenizer):
+    """A packed model that can chat, with room for long answers and nothing that ends them."""
+    model = trained_model("qwen2-untied")
+    with torch.no_grad():  # says what can be read
+        for token in range(300):
+            if not (0 < token < len(tokenizer) and tokenizer.decode([token]).isascii()):
+                model.lm_head.weight[token] = 0
+    model.config.max_position_embeddings = context
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    tokenizer.chat_template = template
+    pack(model, path, tokenizer=tokenizer)
+    tokenizer.chat_template = None
+    return path

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import packed_models
-
-SIZES = packed_models.SMALL | {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
-OWN_SIZES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": packed_models.SIZES["qwen2-moe"]
-    | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
-    "mixtral": packed_models.SIZES["mixtral"],
-    "gpt_oss": packed_models.SIZES["mixtral"] | {"head_dim": 8},
-    "mistral": {"sliding_window": None},
-}
+import tiny_models
 
 
 @pytest.fixture(autouse=True)
@@ -30,21 +20,12 @@ def seeded() -> None:
 
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
-    """``tiny("qwen2", **config)``: the same random model every time."""
-
-    def make(architecture: str = "qwen2", **changes: Any) -> PreTrainedModel:
-        torch.manual_seed(0)
-        sizes = SIZES | OWN_SIZES.get(architecture, {}) | changes
-        config = AutoConfig.for_model(architecture, **sizes)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
-
-    return make
+    return tiny_models.tiny
 
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(0, SIZES["vocab_size"], (2, 12))
+    return torch.randint(0, tiny_models.SIZES["vocab_size"], (2, 12))
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 import requests
-import torch
 
+from packed_models import pack_readable
 from running_server import running
-from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.sampling import Sampler, Token
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -21,20 +20,9 @@ MARKUP = '<img src="x" onerror="alert(1)"><script>alert(2)</script>&amp;<b>bold'
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, trained, tokenizer):
-    """A model that can chat, with room for long answers and nothing that ends them."""
+def directory(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("page") / "tiny"
-    model = trained("qwen2-untied")
-    with torch.no_grad():  # says what can be read
-        for token in range(300):
-            if not (0 < token < len(tokenizer) and tokenizer.decode([token]).isascii()):
-                model.lm_head.weight[token] = 0
-    model.config.max_position_embeddings = 2**15
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    tokenizer.chat_template = TEMPLATE
-    pack(model, path, tokenizer=tokenizer)
-    tokenizer.chat_template = None
-    return path
+    return pack_readable(path, TEMPLATE, 2**15, tokenizer)
 
 
 @pytest.fixture(scope="module")

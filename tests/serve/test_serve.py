@@ -19,11 +19,11 @@ import pytest
 import requests
 import torch
 
+from packed_models import pack_readable
 from running_server import running
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
-from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.serve.requests import Chat, Completion
@@ -38,20 +38,9 @@ SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, trained, tokenizer):
-    """A packed model that can chat, with room for long answers and nothing that ends them."""
+def directory(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("serve") / "tiny"
-    model = trained("qwen2-untied")
-    with torch.no_grad():  # says what can be read
-        for token in range(300):
-            if not (0 < token < len(tokenizer) and tokenizer.decode([token]).isascii()):
-                model.lm_head.weight[token] = 0
-    model.config.max_position_embeddings = 512
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    tokenizer.chat_template = TEMPLATE
-    pack(model, path, tokenizer=tokenizer)
-    tokenizer.chat_template = None
-    return path
+    return pack_readable(path, TEMPLATE, 512, tokenizer)
 
 
 @pytest.fixture

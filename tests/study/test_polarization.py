@@ -17,18 +17,8 @@ from sparse_bitnet.nn import convert, master_weights
 from sparse_bitnet.study.polarization import LayerStatistics, analyse, as_dict, early_and_late, pool
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
+from tiny_models import SIZES
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 

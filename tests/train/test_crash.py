@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import time
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 import training_worker
+from histories import timeless
 from processes import Started
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import train
@@ -51,15 +51,7 @@ class Runner:
         return process
 
     def resume(self) -> list[dict[str, Any]]:
-        return rows(train(config_from_dict(self.values, "test")).directory)
-
-
-def rows(directory: Path) -> list[dict[str, Any]]:
-    """The history without the times."""
-    volatile = {"tokens_per_second", "seconds"}
-    text = (directory / "metrics.jsonl").read_text()
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in row.items() if k not in volatile} for row in parsed]
+        return timeless(train(config_from_dict(self.values, "test")).directory)
 
 
 @pytest.fixture
@@ -69,13 +61,13 @@ def runner(recipe: Any, tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def uninterrupted(recipe: Any) -> list[dict[str, Any]]:
-    return rows(train(recipe("whole")).directory)
+    return timeless(train(recipe("whole")).directory)
 
 
 def test_kill_9_in_training(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
     ended = runner.signalled(signal.SIGKILL, "after step 7", "step", "7")
     assert ended.exitcode == -signal.SIGKILL, ended.complained()
-    assert len(rows(runner.directory)) == 7
+    assert len(timeless(runner.directory)) == 7
     assert runner.resume() == uninterrupted
 
 
@@ -102,7 +94,7 @@ def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]
     assert "SIGTERM: finishing this step, then saving; again to abort" in told
     assert "stopped by SIGTERM after step " in told
     assert "The same command goes on from there" in told
-    assert 3 <= len(rows(runner.directory)) < 12
+    assert 3 <= len(timeless(runner.directory)) < 12
     assert runner.resume() == uninterrupted
 
 

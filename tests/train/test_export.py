@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.data.tokenizer import train_bpe
@@ -24,6 +24,7 @@ from sparse_bitnet.train.export import (
 )
 from sparse_bitnet.train.model import build_model, convert_model
 from sparse_bitnet.train.presets import preset_config
+from tiny_models import tiny_config
 
 TOKENS = torch.arange(20).view(2, 10)
 
@@ -71,18 +72,7 @@ def test_transformers_reads_it_as_converted(tmp_path: Path) -> None:
 
 
 def test_experts_round_trip(tmp_path: Path) -> None:
-    shape = Qwen2MoeConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=4,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-    )
-    model = trained(SparsityConfig(), shape)
+    model = trained(SparsityConfig(), tiny_config("qwen2_moe"))
     save_trained(model, None, tmp_path / "out", SparsityConfig())
     again, _ = load_trained(tmp_path / "out")
     torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)

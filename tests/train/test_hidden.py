@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
+from histories import series
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.nn import convert
@@ -19,38 +19,25 @@ from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.hidden import HiddenStates, hidden_loss
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
+from tiny_models import preset_model
 
 LAYERS = [0, 1]
-
-
-def dense(seed: int, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    shape = preset_config("tiny", 64)
-    for name, value in changes.items():
-        setattr(shape, name, value)
-    return AutoModelForCausalLM.from_config(shape)
-
-
-def series(result: Any, name: str) -> list[float]:
-    rows = [json.loads(line) for line in Path(result.history).read_text().splitlines()]
-    return [row[name] for row in rows if name in row]
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A teacher of the student's shape."""
-    dense(7).save_pretrained(tmp_path / "teacher")
+    preset_model(7).save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
 def test_the_loss_of_a_model(directory: Path) -> None:
     """Against transformers' own hidden states of both, gradients included; some labels ignored."""
-    student = dense(3).train()
+    student = preset_model(3).train()
     convert(student, "6:8")
     config = TeacherConfig(str(directory), hidden_layers=LAYERS, hidden_weight=3.0)
-    teacher = Teacher(config, dense(3))
+    teacher = Teacher(config, preset_model(3))
     batch = Batch.of(torch.randint(64, (3, 17)))
     labels = batch.labels.clone()
     labels[:, ::3] = IGNORED
@@ -120,7 +107,7 @@ def test_a_run(recipe: Any, directory: Path, sections: dict[str, Any]) -> None:
 def test_refusals(recipe: Any, directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"hidden_layers: the teacher has blocks .* no 9"):
         train(recipe(teacher={"source": str(directory), "hidden_layers": [1, 9]}))
-    dense(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "wide")
+    preset_model(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "wide")
     with pytest.raises(ConfigError, match="have 64 features and the teacher's 128"):
         train(recipe("wide", teacher={"source": str(tmp_path / "wide"), "hidden_layers": [0]}))
     assert not (recipe.directory / "wide" / "metrics.jsonl").exists()  # before any work
@@ -130,7 +117,9 @@ def test_a_teacher_on_a_device_of_its_own(directory: Path) -> None:
     """Whatever is moved there and back; a machine without a GPU knows one device by two names."""
     batch = Batch.of(torch.randint(64, (2, 9)))
     found = [
-        Teacher(TeacherConfig(str(directory), hidden_layers=LAYERS, device=name), dense(3))(batch)
+        Teacher(TeacherConfig(str(directory), hidden_layers=LAYERS, device=name), preset_model(3))(
+            batch
+        )
         for name in ("", "cpu:0")
     ]
     assert torch.equal(found[0].hidden, found[1].hidden)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from histories import rows
 from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingError
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
@@ -22,12 +23,6 @@ from sparse_bitnet.train.command import train_command
 from sparse_bitnet.train.optim import clip_gradients
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import load_recipe
-
-
-def rows(result_or_directory: Any) -> list[dict[str, Any]]:
-    directory = getattr(result_or_directory, "directory", result_or_directory)
-    text = (Path(directory) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(result: Any) -> list[float]:

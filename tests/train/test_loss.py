@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, PhiConfig, Qwen2Config
 
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.train import loss as loss_module
@@ -20,6 +20,7 @@ from sparse_bitnet.train.loss import (
     chunked_loss,
 )
 from sparse_bitnet.train.presets import preset_config
+from tiny_models import tiny
 
 
 def full(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -158,17 +159,7 @@ def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> None:
     """A cap of 30, Gemma's own, changes an untrained model's logits by less than 1e-4."""
-    shape = Gemma2Config(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        final_logit_softcapping=cap,
-    )
-    model = AutoModelForCausalLM.from_config(shape)
+    model = tiny("gemma2", vocab_size=50, final_logit_softcapping=cap)
     loss_of = CausalLoss(model)
     assert not loss_of.chunked
     assert model.training, "asking does not change the mode"

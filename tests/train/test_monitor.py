@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from sparse_bitnet.core import Method, MissingExtraError, Pattern, method_mask, ternarize
 from sparse_bitnet.nn import convert, set_pattern
 from sparse_bitnet.train.monitor import History, Monitor, read_history
+from tiny_models import tiny
 
 
 def kept(row: list[float], n: int, m: int) -> list[bool]:
@@ -176,18 +176,7 @@ def test_the_mask_measured_is_the_method_s() -> None:
 
 
 def test_experts_have_a_scale_each() -> None:
-    shape = Qwen2MoeConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=3,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=16,
-    )
-    model = AutoModelForCausalLM.from_config(shape)
+    model = tiny("qwen2_moe", num_experts=3)
     convert(model, "4:8")
     whole = Monitor(model).after_step()
     name, experts = next((n, p) for n, p in model.named_parameters() if p.ndim == 3)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, Qwen2Config
 
+import tiny_models
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import OptimizerConfig
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients
@@ -33,18 +34,7 @@ def test_only_matrices_are_decayed(tied: bool) -> None:
 
 
 def test_experts_are_decayed() -> None:
-    shape = Qwen2MoeConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=4,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-    )
-    model = AutoModelForCausalLM.from_config(shape)
+    model = tiny_models.tiny("qwen2_moe")
     convert(model, "6:8")
     optimizer = build_optimizer(model, OptimizerConfig())
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from histories import timeless
 from processes import train_on_ranks
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
@@ -50,13 +51,6 @@ def torchrun(values: dict[str, Any], directory: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def rows(directory: str | Path) -> list[dict[str, Any]]:
-    text = (Path(directory) / "metrics.jsonl").read_text()
-    volatile = {"tokens_per_second", "seconds"}
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in row.items() if k not in volatile} for row in parsed]
-
-
 @pytest.fixture(scope="module")
 def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The configuration of a finished run of two processes."""
@@ -84,7 +78,7 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
     so nothing depends on how the weights are cut.
     """
     one = train(config_from_dict(as_one(two, "one"), "test"))
-    ours, theirs = rows(two["run"]["directory"]), rows(one.directory)
+    ours, theirs = timeless(two["run"]["directory"]), timeless(one.directory)
     assert len(ours) == 13
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
@@ -103,7 +97,7 @@ def test_two_processes_on_conversations(recipes_in: Any, chats: Path, tmp_path: 
     values = recipes_in(tmp_path).values("two", data=data, schedule={"steps": 4})
     train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    for a, b in zip(rows(values["run"]["directory"]), rows(one.directory), strict=True):
+    for a, b in zip(timeless(values["run"]["directory"]), timeless(one.directory), strict=True):
         for key in ("loss", "gradient_norm", "validation_loss"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
 
@@ -134,7 +128,7 @@ def test_a_teacher_and_gradual_quantization(
     )
     train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
+    ours, theirs = timeless(values["run"]["directory"]), timeless(one.directory)
     assert len(ours) == 8
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-5), a["step"]
@@ -145,7 +139,7 @@ def test_a_teacher_and_gradual_quantization(
     train_on_ranks(written(resumed, tmp_path), 2)
     late = [row for row in theirs if row["step"] > 4]
     assert late[0]["quantization"] == 1
-    for a, b in zip(rows(resumed["run"]["directory"]), late, strict=True):
+    for a, b in zip(timeless(resumed["run"]["directory"]), late, strict=True):
         assert a == pytest.approx(b, abs=1e-5), a["step"]
 
 
@@ -165,7 +159,7 @@ def test_hidden_states_of_a_teacher(
     )
     train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    ours, theirs = rows(values["run"]["directory"])[:2], rows(one.directory)[:2]
+    ours, theirs = timeless(values["run"]["directory"])[:2], timeless(one.directory)[:2]
     assert [row["step"] for row in ours] == [0, 1] and theirs[1]["hidden_loss"] > 0.1
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-5), a["step"]
@@ -189,7 +183,7 @@ def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, com
     )
     torchrun(values, tmp_path)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    ours, theirs = rows(values["run"]["directory"]), rows(one.directory)
+    ours, theirs = timeless(values["run"]["directory"]), timeless(one.directory)
     assert len(ours) == len(theirs) == 13
     for a, b in zip(ours, theirs, strict=True):
         exact = 1e-4 if a["step"] == 1 else 2e-2
@@ -200,7 +194,7 @@ def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, com
 
 
 def test_two_ranks_then_one(two: dict[str, Any]) -> None:
-    whole = rows(two["run"]["directory"])
+    whole = timeless(two["run"]["directory"])
     values = as_one(two, "then-one")
     directory = Path(values["run"]["directory"])
     source = Path(two["run"]["directory"]) / "checkpoints" / "step-00000006"
@@ -209,7 +203,7 @@ def test_two_ranks_then_one(two: dict[str, Any]) -> None:
     shutil.copytree(source, directory / "checkpoints" / source.name)
     resumed = train(config_from_dict(values, "test"))
     late = [row for row in whole if row["step"] > 6]
-    for a, b in zip(rows(resumed.directory), late, strict=True):
+    for a, b in zip(timeless(resumed.directory), late, strict=True):
         for key in ("loss", "flip_rate", "zeros_before_mask", "validation_loss"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
 
@@ -225,7 +219,9 @@ def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingInterruptedError):
         train(config_from_dict(values, "test"), stop)
     train_on_ranks(written(values, tmp_path), 2)
-    for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
+    for a, b in zip(
+        timeless(values["run"]["directory"]), timeless(two["run"]["directory"]), strict=True
+    ):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
 
 
@@ -248,8 +244,8 @@ def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterruptedError):
         train(config_from_dict(cut, "test"), stop)
     train_on_ranks(written(cut, tmp_path), 4)
-    late = [row for row in rows(whole) if row["step"] > 6]
-    found = rows(directory)
+    late = [row for row in timeless(whole) if row["step"] > 6]
+    found = timeless(directory)
     assert len(found) == len(late)
     for a, b in zip(found, late, strict=True):
         for key in ("loss", "flip_rate", "zeros_before_mask", "validation_loss"):
@@ -278,7 +274,7 @@ def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
     assert "stopped by SIGTERM after step" in shown
     assert len(list((directory / "checkpoints").iterdir())) == 1
     resumed = train(config_from_dict(values, "test"))
-    for a, b in zip(rows(resumed.directory), rows(two["run"]["directory"]), strict=True):
+    for a, b in zip(timeless(resumed.directory), timeless(two["run"]["directory"]), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
 
 
@@ -288,7 +284,9 @@ def test_two_processes_compiled(two: dict[str, Any], tmp_path: Path) -> None:
     values["run"]["compile"] = "on"
     torchrun(values, tmp_path)
     # Fused kernels round otherwise, and ternary training amplifies that; see test_golden.py.
-    for a, b in zip(rows(values["run"]["directory"]), rows(two["run"]["directory"]), strict=True):
+    for a, b in zip(
+        timeless(values["run"]["directory"]), timeless(two["run"]["directory"]), strict=True
+    ):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=5e-3), a["step"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from histories import rows, series
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import tokenizer_hash, train_bpe
@@ -21,48 +21,21 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.train import TrainingInterruptedError, save_trained, train
 from sparse_bitnet.train.config import SparsityConfig, TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import load_recipe
 from sparse_bitnet.train.teacher import Teacher
-
-
-def rows(result: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(result.history).read_text().splitlines()]
-
-
-def series(result: Any, name: str) -> list[float]:
-    return [row[name] for row in rows(result) if name in row]
-
-
-def dense(seed: int, vocabulary: int = 64, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    shape = preset_config("tiny", vocabulary)
-    for name, value in changes.items():
-        setattr(shape, name, value)
-    return AutoModelForCausalLM.from_config(shape)
+from tiny_models import preset_model, tiny
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """An untrained teacher, wider than the student."""
-    dense(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "teacher")
+    preset_model(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
 def gemma() -> PreTrainedModel:
     """Caps its logits, so they are no plain product of the head."""
-    torch.manual_seed(0)
-    shape = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        final_logit_softcapping=0.5,
-    )
-    return AutoModelForCausalLM.from_config(shape)
+    return tiny("gemma2", final_logit_softcapping=0.5)
 
 
 @pytest.mark.parametrize("teacher_is", ["plain", "capped"])
@@ -71,12 +44,12 @@ def test_the_loss_of_a_model_with_a_teacher(
     tmp_path: Path, student_is: str, teacher_is: str
 ) -> None:
     """Against full logits of both, gradients included."""
-    models = {"plain": lambda: dense(7), "capped": gemma}
+    models = {"plain": lambda: preset_model(7), "capped": gemma}
     models[teacher_is]().save_pretrained(tmp_path)
     student = models[student_is]().train()
     convert(student, "6:8")
     config = TeacherConfig(str(tmp_path), weight=2.0, cross_entropy=0.5, temperature=3.0)
-    teacher = Teacher(config, dense(3))
+    teacher = Teacher(config, preset_model(3))
     tokens = torch.randint(64, (3, 17))
     loss, parts = CausalLoss(student)(Batch.of(tokens), teacher)
     loss.backward()
@@ -141,25 +114,25 @@ def test_resumed_equals_uninterrupted(recipe: Any, directory: Path) -> None:
 
 
 def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
-    model = dense(3)
+    model = preset_model(3)
     convert(model, "6:8")
     tokens = torch.randint(64, (2, 9))
     expected = model.eval()(tokens[:, :-1]).logits
     save_trained(model, None, tmp_path / "model", SparsityConfig())
-    targets = Teacher(TeacherConfig(str(tmp_path / "model")), dense(3))(Batch.of(tokens))
+    targets = Teacher(TeacherConfig(str(tmp_path / "model")), preset_model(3))(Batch.of(tokens))
     assert torch.equal(targets.logits(slice(None)).view_as(expected), expected)
 
 
 class TestRefusals:
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no Hugging Face directory"):
-            Teacher(TeacherConfig(str(tmp_path / "none")), dense(3))
+            Teacher(TeacherConfig(str(tmp_path / "none")), preset_model(3))
         (tmp_path / "m.gguf").touch()
         with pytest.raises(ConfigError, match=r"m\.gguf is a GGUF file; make a directory of it"):
-            Teacher(TeacherConfig(str(tmp_path / "m.gguf")), dense(3))
+            Teacher(TeacherConfig(str(tmp_path / "m.gguf")), preset_model(3))
 
     def test_another_vocabulary(self, recipe: Any, tmp_path: Path) -> None:
-        dense(0, vocabulary=72).save_pretrained(tmp_path / "teacher")
+        preset_model(0, vocabulary=72).save_pretrained(tmp_path / "teacher")
         with pytest.raises(ConfigError, match="has a vocabulary of 72, the student one of 64"):
             train(recipe(teacher={"source": str(tmp_path / "teacher")}))
 
@@ -167,19 +140,19 @@ class TestRefusals:
         tokenizer = train_bpe(["some text, some more text"], 260)
         tokenizer.save_pretrained(directory)
         config = TeacherConfig(str(directory))
-        Teacher(config, dense(3), tokenizer_hash(tokenizer))
+        Teacher(config, preset_model(3), tokenizer_hash(tokenizer))
         with pytest.raises(ConfigError, match="another tokenizer than the data"):
-            Teacher(config, dense(3), "0" * 64)
+            Teacher(config, preset_model(3), "0" * 64)
 
     def test_damaged_weights(self, directory: Path) -> None:
         path = directory / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match="cannot be loaded"):
-            Teacher(TeacherConfig(str(directory)), dense(3))
+            Teacher(TeacherConfig(str(directory)), preset_model(3))
 
     def test_no_such_device(self, directory: Path) -> None:
         with pytest.raises(ConfigError, match="nonsense"):
-            Teacher(TeacherConfig(str(directory), device="nonsense"), dense(3))
+            Teacher(TeacherConfig(str(directory), device="nonsense"), preset_model(3))
 
     @pytest.mark.parametrize(
         ("values", "message"),

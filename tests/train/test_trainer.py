@@ -27,17 +27,9 @@ from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
 from sparse_bitnet.train.trainer import TeacherMixin
-
-
-def dense(seed: int, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    shape = preset_config("tiny", 64)
-    for name, value in changes.items():
-        setattr(shape, name, value)
-    return AutoModelForCausalLM.from_config(shape)
+from tiny_models import preset_model
 
 
 def rows() -> list[dict[str, Any]]:
@@ -82,14 +74,14 @@ def run(directory: Path, model: PreTrainedModel, accumulation: int) -> tuple[Tra
 
 
 def converted() -> PreTrainedModel:
-    model = dense(3)
+    model = preset_model(3)
     convert(model, "6:8")
     return model
 
 
 def test_as_in_the_docs(tmp_path: Path) -> None:
     """The losses of the loop's own module, logged; accumulation changes nothing."""
-    dense(7).save_pretrained(tmp_path)
+    preset_model(7).save_pretrained(tmp_path)
     trainer, _ = run(tmp_path, converted(), 1)
     found = [row for row in trainer.state.log_history if "loss" in row]
     names = ("cross_entropy", "teacher_loss", "hidden_loss")
@@ -106,7 +98,7 @@ def test_as_in_the_docs(tmp_path: Path) -> None:
 
 
 def test_the_losses_are_the_loops(tmp_path: Path) -> None:
-    dense(7).save_pretrained(tmp_path)
+    preset_model(7).save_pretrained(tmp_path)
     config = TeacherConfig(str(tmp_path), temperature=2.0, hidden_layers=[0, 1])
 
     class Distilling(TeacherMixin, Trainer):
@@ -122,7 +114,7 @@ def test_the_losses_are_the_loops(tmp_path: Path) -> None:
     states = HiddenStates(blocks(model), config.hidden_layers, "student")
     labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     same = Batch(batch["input_ids"], labels, divisor=(labels != IGNORED).sum())
-    wanted, _ = CausalLoss(model, states)(same, Teacher(config, dense(3)))
+    wanted, _ = CausalLoss(model, states)(same, Teacher(config, preset_model(3)))
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
     for name, parameter in model.named_parameters():
@@ -131,7 +123,7 @@ def test_the_losses_are_the_loops(tmp_path: Path) -> None:
 
 def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     """No hook, so it can be pickled and an evaluation keeps no activations; it trains again."""
-    dense(7).save_pretrained(tmp_path)
+    preset_model(7).save_pretrained(tmp_path)
     model = converted()
     for _ in range(2):
         trainer, _ = run(tmp_path, model, 1)
@@ -151,7 +143,7 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
 
 
 def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense(7).save_pretrained(tmp_path)
+    preset_model(7).save_pretrained(tmp_path)
     plain, _ = run(tmp_path, converted(), 1)
     ways = []
 
@@ -168,14 +160,16 @@ def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_batches_without_labels(tmp_path: Path) -> None:
-    dense(7).save_pretrained(tmp_path / "dense")
+    preset_model(7).save_pretrained(tmp_path / "dense")
 
     class Distilling(TeacherMixin, Trainer):
         teacher = TeacherConfig(str(tmp_path / "dense"))
 
     arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
     with pytest.raises(ConfigError, match="the batches have no labels"):
-        Distilling(dense(3), arguments).compute_loss(dense(3).train(), {"input_ids": None})
+        Distilling(preset_model(3), arguments).compute_loss(
+            preset_model(3).train(), {"input_ids": None}
+        )
 
 
 @pytest.mark.parametrize("leaks", ["student", "teacher"])
@@ -190,7 +184,7 @@ def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
         layer_types=["conv", "full_attention"],
         pad_token_id=0,
     )
-    models = {"student": dense(3), "teacher": dense(7)}
+    models = {"student": preset_model(3), "teacher": preset_model(7)}
     torch.manual_seed(0)
     models[leaks] = AutoModelForCausalLM.from_config(shape)
     models["teacher"].save_pretrained(tmp_path / "dense")
@@ -208,7 +202,7 @@ def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    dense(7, vocab_size=272).save_pretrained("dense")
+    preset_model(7, vocab_size=272).save_pretrained("dense")
     train_bpe(["some text, some more text"], 260).save_pretrained("dense")
     text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]

@@ -1,0 +1,56 @@
+"""Models of any architecture, small enough to train and compile in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sparse_bitnet.train.presets import preset_config
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "gemma2": {"num_attention_heads": 2, "head_dim": 16},
+    "mistral": {"sliding_window": None},
+}
+
+
+def tiny_config(architecture: str = "qwen2", **changes: Any) -> PreTrainedConfig:
+    sizes = SIZES | OWN_SIZES.get(architecture, {}) | changes
+    return AutoConfig.for_model(architecture, **sizes)
+
+
+def tiny(architecture: str = "qwen2", **changes: Any) -> PreTrainedModel:
+    """The same random model every time, in training mode."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
+    return model
+
+
+def preset_model(seed: int, vocabulary: int = 64, **changes: Any) -> PreTrainedModel:
+    """Of the preset ``tiny``, a Qwen2, with other settings."""
+    torch.manual_seed(seed)
+    config = preset_config("tiny", vocabulary)
+    config.update(changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
