@@ -77,6 +77,8 @@ struct V {
     using Floats = float32x4_t;
     static Floats no_floats() { return vdupq_n_f32(0); }
     static Floats floats(const float *p) { return vld1q_f32(p); }
+    static Floats all(float value) { return vdupq_n_f32(value); }
+    static void store(float *p, Floats v) { vst1q_f32(p, v); }
     static Floats multiply_add(Floats a, Floats b, Floats sum) { return vfmaq_f32(sum, a, b); }
     template <int64_t T>
     static void widen(const uint8_t *p, Floats &a, Floats &b) {

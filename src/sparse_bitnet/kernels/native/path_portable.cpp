@@ -79,6 +79,12 @@ struct V {
         float lane[lanes];
     };
     static Floats no_floats() { return Floats{}; }
+    static Floats all(float value) {
+        Floats v;
+        for (int i = 0; i < lanes; ++i) v.lane[i] = value;
+        return v;
+    }
+    static void store(float *p, Floats v) { __builtin_memcpy(p, v.lane, sizeof v.lane); }
     static Floats floats(const float *p) {
         Floats v;
         __builtin_memcpy(v.lane, p, sizeof v.lane);

@@ -86,6 +86,7 @@ class Run {
             if (is_many(*one)) scratch_bytes = larger(scratch_bytes, path.many_scratch(*one));
         }
         for (int64_t t = 0; t < tokens; ++t) seen = larger(seen, call.rows[t].seen);
+        seen = (seen + TOKEN_GROUP - 1) / TOKEN_GROUP * TOKEN_GROUP;  // of attention's LANES
         scratch_bytes = larger(scratch_bytes, first.heads / first.kv_heads * seen * 4) / 64 * 64 + 64;
         auto room = [&](int64_t bytes) {
             uint8_t *start = memory + used;
