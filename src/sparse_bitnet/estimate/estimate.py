@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +22,7 @@ from sparse_bitnet.estimate.devices import Device, device_named
 from sparse_bitnet.estimate.sharding import Sharding, page_lines, sharding
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
-from sparse_bitnet.nn import DerivedModule, convert, converted_modules
+from sparse_bitnet.nn import convert, converted_modules
 from sparse_bitnet.packed.load import DType
 from sparse_bitnet.packed.sizes import least_bits, readable_bytes
 from sparse_bitnet.packed.write import HeadName, packed_sizes
@@ -74,32 +74,12 @@ class DecoderShape:
         return 2 * 2 * self.kv_width * sum(self.kv_lengths(context))
 
 
-class Linear(NamedTuple):
-    """One converted module: the part of its weights that a token meets, and the bytes a weight that
-    the device keeps and the product reads."""
-
-    weights: int
-    rows: int
-    active: float
-    bytes: float
-
-
-def _linear(shape: DecoderShape, module: DerivedModule, device: Device) -> Linear:
-    masters = list(module.master_parameters().values())
-    pattern = module.pattern
-    kept = 0.25
-    if not device.is_gpu:
-        fits_2_4 = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0
-        if native.path() == native.REFERENCE:
-            kept = 1.0
-        elif fits_2_4 and native.reads_six_bit():
-            kept = 1.5 / 8
-    return Linear(
-        sum(weight.numel() for weight in masters),
-        sum(weight.numel() // weight.shape[-1] for weight in masters),
-        shape.active_experts if masters[0].dim() == 3 else 1.0,
-        kept,
-    )
+def _bytes_a_weight(device: Device, pattern: Pattern) -> float:
+    """Of a ternary weight as the device keeps it and a product reads it."""
+    if not device.is_gpu and native.path() == native.REFERENCE:
+        return 1.0
+    fits_2_4 = not pattern.is_dense and pattern.n <= 2 and pattern.m % 4 == 0
+    return 1.5 / 8 if not device.is_gpu and fits_2_4 and native.reads_six_bit() else 0.25
 
 
 @dataclass(frozen=True)
@@ -191,8 +171,14 @@ def estimate(
     parameters = sum(p.numel() for p in skeleton.parameters())
     convert(skeleton, parsed)
     sizes = packed_sizes(skeleton, storage, head, dtype)
-    linears = [_linear(shape, module, device) for _, module in converted_modules(skeleton)]
-    weights = sum(linear.weights for linear in linears)
+    stored, rows = _bytes_a_weight(device, parsed), 0
+    linears: list[tuple[int, float]] = []  # weights of each module, the part that a token meets
+    for _, module in converted_modules(skeleton):
+        masters = list(module.master_parameters().values())
+        rows += sum(weight.numel() // weight.shape[-1] for weight in masters)
+        active = shape.active_experts if masters[0].dim() == 3 else 1.0
+        linears.append((sum(weight.numel() for weight in masters), active))
+    weights = sum(count for count, _ in linears)
 
     def roofline(
         tokens: int, length: int, packed: bool, decoding: bool
@@ -209,12 +195,12 @@ def estimate(
             products.append((0.0, 2 * of_head, shape.head))
         else:
             products.append((of_head, 0.0, shape.head_bytes if packed else 2 * shape.head))
-        for one in linears:
-            operations = 2 * one.weights * one.active * tokens
+        for count, active in linears:
+            operations = 2 * count * active * tokens
             # Of experts, every token may meet others, up to all of them.
-            read = one.weights * min(1.0, one.active * tokens)
+            read = count * min(1.0, active * tokens)
             products.append(
-                (0.0, operations, one.bytes * read) if packed else (operations, 0.0, 2 * read)
+                (0.0, operations, stored * read) if packed else (operations, 0.0, 2 * read)
             )
         limits = [
             (bf16 / device.bf16 / 1e12 + int8 / device.int8 / 1e12, read / device.bandwidth / 1e9)
@@ -226,16 +212,16 @@ def estimate(
 
     def cost(packed: bool) -> Cost:
         decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
-        ternary = sum(x.weights * x.bytes + 4 * x.rows for x in linears)
         files = sizes.file_bytes if packed else 2 * parameters
         a, b, c, d = KEPT["bitnet" if packed else "bf16"]
         return Cost(
             files,
-            int(ternary + sizes.other_bytes) if packed else files,
+            int(stored * weights + 4 * rows + sizes.other_bytes) if packed else files,
             *roofline(batch * prompt, prompt, packed, decoding=False)[:2],
             decode,
             decode_bound,
-            operations_per_token=2 * (sum(x.weights * x.active for x in linears) + shape.head),
+            operations_per_token=2
+            * (sum(count * active for count, active in linears) + shape.head),
             bytes_per_token=read / batch,
             # Backward reads the ternary weights too.
             training_bytes=16 * parameters + packed * weights // (4 if device.is_gpu else 1),
