@@ -11,8 +11,8 @@ than one log-probability. What it does badly is met here:
 - a failure in one step ends the loop for good: what was under way fails, and the loop starts again;
 - its queue has no bound and blocks: the bound is kept here, before anything is queued.
 
-A generation that is alone is computed token by token while the manager pauses, which on a CPU is
-several times as fast as a batch of one. When another comes, it goes on in the batch, from the
+A generation that is alone is computed token by token while the manager pauses, which saves what the
+manager does around every step. When another comes, it goes on in the batch, from the
 tokens that it has; its sampler goes along.
 """
 

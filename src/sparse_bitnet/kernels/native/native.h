@@ -41,6 +41,17 @@ constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
+// Four vectors of four words of 32 bits, in place.
+template <typename Bytes>
+inline void transpose_words(Bytes v[4]) {
+    uint32_t from[4][4], to[4][4];
+    static_assert(sizeof(Bytes) == sizeof from[0]);
+    __builtin_memcpy(from, v, sizeof from);
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) to[j][i] = from[i][j];
+    __builtin_memcpy(v, to, sizeof to);
+}
+
 // Activations in the order that weights are unpacked in, and what goes with them. Tokens stand in
 // groups: the planes of a block of all tokens of a group follow each other, zeros beyond `in`.
 // For a float weight the planes are one token after the other in float; see floats.inc.

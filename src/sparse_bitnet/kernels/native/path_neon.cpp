@@ -31,13 +31,7 @@ struct V {
     static Bytes code(Bytes v, int plane) {
         return vandq_u8(vshlq_u8(v, vdupq_n_s8(int8_t(-2 * plane))), vdupq_n_u8(3));
     }
-    static void transpose(Bytes v[width / 4]) {
-        uint32_t from[width / 4][width / 4], to[width / 4][width / 4];
-        __builtin_memcpy(from, v, sizeof from);
-        for (int i = 0; i < width / 4; ++i)
-            for (int j = 0; j < width / 4; ++j) to[j][i] = from[i][j];
-        __builtin_memcpy(v, to, sizeof to);
-    }
+    static void transpose(Bytes v[width / 4]) { transpose_words(v); }
     static Bytes repeat(const void *p) {
         uint32_t word;
         __builtin_memcpy(&word, p, 4);

@@ -31,13 +31,7 @@ struct V {
         for (int i = 0; i < width; ++i) v.lane[i] = (v.lane[i] >> 2 * plane) & 3;
         return v;
     }
-    static void transpose(Bytes v[width / 4]) {
-        uint32_t from[width / 4][width / 4], to[width / 4][width / 4];
-        __builtin_memcpy(from, v, sizeof from);
-        for (int i = 0; i < width / 4; ++i)
-            for (int j = 0; j < width / 4; ++j) to[j][i] = from[i][j];
-        __builtin_memcpy(v, to, sizeof to);
-    }
+    static void transpose(Bytes v[width / 4]) { transpose_words(v); }
     static Bytes repeat(const void *p) {
         Bytes v;
         for (int i = 0; i < width; i += 4) __builtin_memcpy(v.lane + i, p, 4);
