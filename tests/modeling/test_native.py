@@ -97,14 +97,14 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
         model = build_decoder(packed("qwen2", dtype))
         model.lm_head = Head(nn.Linear(96, 96, bias=False, dtype=dtype))
         model.lm_head.weight = nn.Parameter(torch.eye(96, dtype=dtype), False)
-        model.native = NativeStep(model.model, model.lm_head)
+        model.native = NativeStep(model.model)
         hidden = after_a_prompt(model)
         table: Any = Int8Head(301, 96, kind == "with a bias", dtype=dtype)
         table.weight, table.weight_scale = weight, scale
         if kind == "with a bias":
             table.bias = torch.randn(301).to(dtype)
         model.lm_head = TiedInt8Head(table) if kind == "tied" else table
-        model.native = NativeStep(model.model, model.lm_head)
+        model.native = NativeStep(model.model)
         found = after_a_prompt(model)
         assert model.native.call is not None
     assert torch.equal(found, model.lm_head(hidden))
@@ -129,7 +129,7 @@ def test_a_head_of_another_kind_goes_the_modules_way(packed: Packed) -> None:
     model = build_decoder(packed())
     before = after_a_prompt(model)
     model.lm_head = nn.Sequential(model.lm_head)
-    model.native = NativeStep(model.model, model.lm_head)
+    model.native = NativeStep(model.model)
     assert torch.allclose(after_a_prompt(model), before, rtol=0, atol=1e-4)
     assert model.native.call is None
 
@@ -141,6 +141,58 @@ def test_rotation_that_depends_on_the_length(packed: Packed) -> None:
     model = build_decoder(copy.deepcopy(plain))
     assert median(errors(plain, model, 4)[1]) < 1e-5
     assert model.native.call is not None
+
+
+def test_several_whose_rotations_depend_on_each_other(packed: Packed) -> None:
+    """Padded rows of one step have other lengths, and dynamic RoPE asks for the longest."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    plain = packed("llama", rope_parameters=rope, max_position_embeddings=8)
+    model = build_decoder(copy.deepcopy(plain))
+    tokens, mask = torch.randint(1, 300, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5] = mask[2, :2] = 0
+    options = GREEDY | {"attention_mask": mask, "pad_token_id": 0, "max_new_tokens": 6}
+    with torch.inference_mode():
+        assert torch.equal(plain.generate(tokens, **options), model.generate(tokens, **options))
+    assert model.native.call is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_embeddings_that_are_a_view(packed: Packed, batch: int) -> None:
+    """The library reads rows one after the other; a slice of a longer text has gaps."""
+    plain = packed("llama")
+    model = build_decoder(copy.deepcopy(plain))
+    text, found = torch.randint(0, 300, (batch, 4)), []
+    with torch.inference_mode():
+        for one in (plain, model):
+            past: Any = (
+                DynamicCache(config=plain.config) if one is plain else KeyValueCache(model.config)
+            )
+            x = one.get_input_embeddings()(text)
+            one(inputs_embeds=x[:, :3], past_key_values=past)
+            found.append(one(inputs_embeds=x[:, 3:], past_key_values=past).logits)
+    assert model.native.call is not None
+    assert torch.allclose(*found, rtol=0, atol=1e-4)
+
+
+def test_modules_may_be_replaced(packed: Packed) -> None:
+    model = build_decoder(packed("llama"))
+    before = after_a_prompt(model)
+    model.model.norm = copy.deepcopy(model.model.norm)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert torch.allclose(after_a_prompt(model), 2 * before, rtol=1e-4, atol=1e-4)
+    model.lm_head = Head(nn.Linear(96, 310, bias=False))
+    assert after_a_prompt(model).shape[-1] == 310
+    past = KeyValueCache(model.config)
+    model.model.layers[1] = model.model.layers[0]
+    step(model, torch.ones(1, 3, dtype=torch.long), past)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeStep, "__call__", lambda *_: None)
+        other = copy.deepcopy(past)
+        expected = step(model, torch.ones(1, 1, dtype=torch.long), other)
+    assert torch.allclose(
+        step(model, torch.ones(1, 1, dtype=torch.long), past), expected, atol=1e-4
+    )
 
 
 def test_positions_beyond_a_table(packed: Packed) -> None:
@@ -386,7 +438,7 @@ def test_sees_memory_that_was_replaced(packed: Packed) -> None:
         bias.data = bias.data.flip(0) + 1
     found = after_a_prompt(model)
     assert not torch.allclose(found, before, atol=0.1)
-    model.native = NativeStep(model.model, model.lm_head)  # prepares its call anew
+    model.native = NativeStep(model.model)  # prepares its call anew
     assert torch.equal(found, after_a_prompt(model))
 
 

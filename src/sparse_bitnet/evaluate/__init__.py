@@ -7,3 +7,17 @@ from sparse_bitnet.evaluate.cloze import ClozeAccuracy, ClozeItem, cloze_accurac
 from sparse_bitnet.evaluate.harness import evaluate_tasks
 from sparse_bitnet.evaluate.measure import Comparison, Measurements, Report, measure
 from sparse_bitnet.evaluate.perplexity import Perplexity, perplexity
+
+__all__ = [
+    "ClozeAccuracy",
+    "ClozeItem",
+    "Comparison",
+    "Measurements",
+    "Perplexity",
+    "Report",
+    "cloze_accuracy",
+    "cloze_items",
+    "evaluate_tasks",
+    "measure",
+    "perplexity",
+]

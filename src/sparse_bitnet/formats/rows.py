@@ -145,5 +145,5 @@ def check_bytes(
             row, byte = wrong.nonzero()[0].tolist()
             raise PackedFormatError(
                 f"{where}: row {first + row}, byte {byte} is {int(rows[row, byte])}, which stands "
-                "for no ternary weights; the file was edited or damaged, pack the model again"
+                "for no ternary weights; the file was edited or damaged, get or pack it again"
             )

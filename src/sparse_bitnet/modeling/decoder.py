@@ -161,7 +161,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(model.config)
         self.model, self.lm_head = model, lm_head
-        self.native = NativeStep(model, lm_head)
+        self.native = NativeStep(model)
         if generation_config is not None:
             self.generation_config = generation_config
         self.post_init()
@@ -195,7 +195,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits, found = None, BaseModelOutputWithPast(past_key_values=past_key_values)
         if not any(recorded):
             logits = self.native(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, options
+                self.lm_head,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                options,
             )
             if logits is not None and isinstance(logits_to_keep, Tensor):
                 logits = logits[:, logits_to_keep]

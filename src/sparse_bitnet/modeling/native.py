@@ -7,7 +7,8 @@ same weights and the same key-value cache: transformers' paged one of continuous
 
 Results are those of the modules up to the order of float sums: values are rounded to the model's
 dtype where the modules round, but probabilities of attention are kept in float32. They do not
-depend on how many sequences there are.
+depend on how many sequences there are. (Where rotations depend on the longest of them, as with
+dynamic RoPE, several go module by module.)
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ INDEPENDENT = ("default", "linear", "llama3", "yarn")
 """Kinds of rotation whose angles at one position do not depend on the length of the text."""
 POSITIONS = 256
 """A table of rotations has so many at least, and doubles when it runs out."""
+MOST_POSITIONS = 1 << 22
 FULL = "full_attention"
 
 
@@ -46,22 +48,21 @@ class NativeStep:
 
     The call holds addresses. It is prepared again when a weight was replaced or has moved, when
     the number of threads changes, or the path of the library; a copy of a model prepares its own.
-    Modules are those of the first token: walking through them anew takes a millisecond.
+    What is inside a layer is that of the first token: walking through it anew takes a millisecond.
     """
 
-    def __init__(self, decoder: Decoder, head: nn.Module) -> None:
-        self._decoder, self._head = decoder, head
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
         self._forget()
 
     def _forget(self) -> None:
-        self._modules: tuple[list[Any], list[Any]] | None = None
+        self._modules: tuple[list[int], list[Any], list[Any]] | None = None
         self._prepared_for: list[Any] = []
-        self._rotary_for: Any = None
-        self._table: Any = None
+        self._table: tuple[Any, Tensor, Tensor] | None = None
         self.call: StepCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_decoder": self._decoder, "_head": self._head}
+        return {"_decoder": self._decoder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -69,6 +70,7 @@ class NativeStep:
 
     def __call__(
         self,
+        head: nn.Module,
         input_ids: Any,
         inputs_embeds: Any,
         mask: Any,
@@ -79,6 +81,7 @@ class NativeStep:
         """Logits of one token of each sequence, which the cache grows by.
 
         Args:
+            head: of the model.
             input_ids, inputs_embeds: one of them ``[batch, 1]`` or ``[batch, 1, hidden]``, the
                 other None; in continuous batching ``[1, sequences]``.
             mask: of the tokens so far, ``[batch, tokens]`` with 0 where one is padding, or None.
@@ -89,7 +92,8 @@ class NativeStep:
         Returns:
             ``[batch, 1, vocabulary]``, or ``[1, sequences, vocabulary]``. None where the library
             does not serve: other shapes, devices, dtypes and caches, several tokens of a sequence,
-            padding but at the left, compilation, autocast, gradients. Then nothing has changed.
+            padding but at the left, several sequences whose rotations depend on each other,
+            compilation, autocast, gradients. Then nothing has changed.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if (
@@ -100,6 +104,7 @@ class NativeStep:
             or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and given.requires_grad)
             or (position_ids is None and options.get("cache") is not None)
+            or (given.shape[0] * given.shape[1] > 1 and not self._rotates_alone())
         ):
             return None
         count = len(self._decoder.layers)
@@ -113,29 +118,34 @@ class NativeStep:
         x = self._decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if x.dtype not in native.TYPES or any(keys.dtype != x.dtype for keys, _ in caches):
             return None
-        self._prepare(x.dtype)
+        self._prepare(x.dtype, head)
         if self.call is None:
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), cache.get_seq_length())
-        rotary = self._rotary(x, position_ids.expand(given.shape[:2]).flatten().tolist())
+        positions = position_ids.expand(given.shape[:2]).flatten().tolist()
+        if not 0 <= min(positions) <= max(positions) < MOST_POSITIONS:
+            return None
+        rotary = self._rotary(x, positions)
         if any(one.dtype != x.dtype or one.numel() != self.call.head_dim for one in rotary[0]):
             return None
-        y = self.call(x.reshape(len(rows), -1), rows, rotary, caches)
+        y = self.call(x.reshape(len(rows), -1).contiguous(), rows, rotary, caches)
         if options.get("cache") is None:
             for one in cache.layers:
                 one.extend(1)
         return y.view(*given.shape[:2], -1)
 
-    def _prepare(self, dtype: torch.dtype) -> None:
+    def _prepare(self, dtype: torch.dtype, head_module: nn.Module) -> None:
         """Rebuild the call if any of its inputs has changed."""
         layers: Any = self._decoder.layers
-        if self._modules is None:
+        walked = [*map(id, layers), id(self._decoder.norm)]
+        if self._modules is None or self._modules[0] != walked:
             norms = [*(norm for layer in layers for norm in _norms(layer)), self._decoder.norm]
-            self._modules = [one for layer in layers for one in layer.linears()], norms
-        linears, norms = self._modules
+            linears = [one for layer in layers for one in layer.linears()]
+            self._modules, self._prepared_for = (walked, linears, norms), []
+        _, linears, norms = self._modules
         weights = [linear.prepared("weight") for linear in linears]
-        head = _head(self._head)
+        head = _head(head_module)
         # A parameter or bias may be given other memory and stay the same object.
         prepared_for = [
             dtype,
@@ -168,21 +178,25 @@ class NativeStep:
                 dtype,
             )
 
+    def _rotates_alone(self) -> bool:
+        return getattr(self._decoder.rotary_emb, "rope_type", None) in INDEPENDENT
+
     def _rotary(self, x: Tensor, positions: list[int]) -> list[tuple[Tensor, Tensor]]:
         """Cosine and sine ``[head_dim]`` of each position.
 
         Rows of a table where they do not depend on the length of the text.
         """
         module: Any = self._decoder.rotary_emb
-        if getattr(module, "rope_type", None) not in INDEPENDENT:
-            found = (module(x, torch.tensor([[position]])) for position in positions)
-            return [(cosine.flatten(), sine.flatten()) for cosine, sine in found]
+        if not self._rotates_alone():
+            cosine, sine = module(x, torch.tensor([positions]))
+            return [(cosine.flatten(), sine.flatten())]
         table_for, length = (x.dtype, module.inv_freq.data_ptr()), max(positions) + 1
-        if self._rotary_for != table_for or len(self._table[0]) < length:
+        table = self._table  # another thread may put its own there
+        if table is None or table[0] != table_for or len(table[1]) < length:
             length = max(POSITIONS, 2 ** (length - 1).bit_length())
             cosine, sine = module(x, torch.arange(length).unsqueeze(0))
-            self._table, self._rotary_for = (cosine[0], sine[0]), table_for
-        cosine, sine = self._table
+            self._table = table = table_for, cosine[0], sine[0]
+        _, cosine, sine = table
         return [(cosine[position], sine[position]) for position in positions]
 
 

@@ -43,6 +43,7 @@ from sparse_bitnet.train.export import check_target
 
 SCALE = "weight_scale"
 LONGEST_NAME = 200
+AGAIN = "the files were edited or damaged, or are of different models: get the checkpoint again"
 COUNTED = re.compile(r"^(?!max_)(\w*layers|\w*depths?|(num|n)_\w*(layer|block)\w*)$", re.IGNORECASE)
 NAME = re.compile(r"[\w.-]*(\*[\w.-]*){0,2}")
 DERIVED_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older checkpoints store it
@@ -123,21 +124,23 @@ def _read(directory: Path) -> tuple[PreTrainedModel, dict[str, str], set[str], s
     config = read_json(directory / CONFIG)
     config.pop("auto_map", None)
     linear_class, mode, skipped = _quantization(config.pop("quantization_config", None), directory)
-    stored = {
-        name: tensor
-        for path in weight_files(directory)
-        for name, tensor in read_tensors(path).tensors.items()
-        if not DERIVED_BUFFER.search(name)
-    }
+    stored: dict[str, Tensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in read_tensors(path).tensors.items():
+            if name in stored:
+                raise PackedFormatError(f"{path}: tensor {name} is in another file too; {AGAIN}")
+            if not DERIVED_BUFFER.search(name):
+                stored[name] = tensor
     skeleton = _build(config, len(stored), directory / CONFIG)
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     left = get_keys_to_not_convert(skeleton) if skipped is None else skipped
     if len(left) > len(stored) or not all(
-        len(name) <= LONGEST_NAME and NAME.fullmatch(name) for name in left
+        isinstance(name, str) and len(name) <= LONGEST_NAME and NAME.fullmatch(name)
+        for name in left
     ):  # transformers reads them as regular expressions, which can be made to take for ever
         raise PackedFormatError(
             f"{directory / CONFIG}: modules_to_not_convert is {str(left)[:80]}, where names of "
-            "modules are expected; get the checkpoint again"
+            f"modules are expected; {AGAIN}"
         )
     ternary = {name for name in linears if should_convert_module(name, left)}
     head = skeleton.get_output_embeddings()
@@ -145,6 +148,12 @@ def _read(directory: Path) -> tuple[PreTrainedModel, dict[str, str], set[str], s
         raise ConfigError(
             f"{directory}: the output head is ternary; here heads stay in full precision, so this "
             "checkpoint cannot be imported"
+        )
+    known = skeleton.state_dict().keys() | {f"{name}.{SCALE}" for name in ternary}
+    if stray := sorted(stored.keys() - known):
+        raise PackedFormatError(
+            f"{directory}: tensor {stray[0][:LONGEST_NAME]!r} belongs to no part of a "
+            f"{type(skeleton).__name__} with this {CONFIG}; {AGAIN}"
         )
     state = dict(_masters(stored, ternary if mode == "offline" else set(), linear_class))
     given = {n: state.get(source) for n, source in skeleton.all_tied_weights_keys.items()} | state
@@ -218,10 +227,16 @@ def _build(config: dict[str, Any], tensors: int, path: Path) -> PreTrainedModel:
                 f"{path}: {key[:80]} is {str(value)[:40]}, but there are {tensors} tensors; the "
                 "file was edited or damaged, get it again"
             )
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[kind].from_dict(config), dtype=torch.float32
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                CONFIG_MAPPING[kind].from_dict(config), dtype=torch.float32
+            )
+    except Exception as error:  # whatever transformers' constructors raise
+        what = f"{type(error).__name__}: {str(error)[:300]}"
+        raise PackedFormatError(
+            f"{path}: transformers cannot build it ({what}); {AGAIN}"
+        ) from error
     return model
 
 
@@ -234,47 +249,60 @@ def _masters(
             module, _, part = name.rpartition(".")
             task.advance()
             if module not in ternary or part not in (SCALE, "weight", "bias"):
-                yield name, _floats(tensor, name)
+                yield name, _finite(_floats(tensor, name), name)
                 continue
             if part == SCALE:
                 continue
             gamma = _gamma(stored, f"{module}.{SCALE}", linear_class)
             if part == "bias":  # the second linear class scales it together with the product
                 scaled = linear_class == "autobitlinear"
-                yield name, _floats(tensor, name) * (gamma if scaled else 1.0)
+                yield name, _finite(_floats(tensor, name) * (gamma if scaled else 1.0), name)
                 continue
             packed = tensor.dtype == torch.uint8
             values = row_quarters.unpack(tensor, name) if packed else tensor
             if not packed and (
-                linear_class == "bitlinear" or not torch.equal(values, values.sign())
+                linear_class == "bitlinear"
+                or not tensor.is_floating_point()
+                or not torch.equal(values, values.sign())
             ):
                 raise PackedFormatError(
                     f"tensor {name} ({tensor.dtype}) is not ternary, which it has to be beside a "
-                    f"{SCALE}; get the checkpoint again"
+                    f"{SCALE}; {AGAIN}"
                 )
             density = int(values.count_nonzero()) / max(1, values.numel())
-            yield name, values.float() * (gamma / density if density else 0.0)
+            yield name, _finite(values.float() * (gamma / density if density else 0.0), name)
 
 
 def _gamma(stored: dict[str, Tensor], name: str, linear_class: str) -> float:
     if name not in stored:
-        raise PackedFormatError(f"tensor {name} is missing; get the checkpoint again")
-    scale = float(stored[name].float().reshape(()))
+        raise PackedFormatError(f"tensor {name} is missing; {AGAIN}")
+    tensor = stored[name]
+    if tensor.shape not in ((), (1,)) or not tensor.is_floating_point():
+        raise PackedFormatError(
+            f"tensor {name} is {tensor.dtype} {list(tensor.shape)} where one float is expected; "
+            f"{AGAIN}"
+        )
+    scale = float(tensor)
     gamma = scale if linear_class == "autobitlinear" else 1 / scale if scale else 0.0
     # Absmean scales end at 1e-5; one stored in bfloat16 may be rounded below.
     if not 0.99 * SMALLEST_SCALE < gamma < torch.finfo(torch.float32).max:
         raise PackedFormatError(
-            f"tensor {name} is {scale}, which is the scale of no ternary weight; the file was "
-            "edited or damaged, get it again"
+            f"tensor {name} is {scale}, which is the scale of no ternary weight; {AGAIN}"
         )
     return gamma
 
 
 def _floats(tensor: Tensor, name: str) -> Tensor:
     if not tensor.is_floating_point():
-        raise PackedFormatError(f"tensor {name} is {tensor.dtype} where floats are expected")
-    check_finite(tensor, name)
+        raise PackedFormatError(
+            f"tensor {name} is {tensor.dtype} where floats are expected; {AGAIN}"
+        )
     return tensor.float()
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    check_finite(tensor, name)
+    return tensor
 
 
 @contextmanager
@@ -284,8 +312,11 @@ def _reading(directory: Path) -> Iterator[None]:
         yield
     except (ConfigError, WeightError):
         raise
+    except PackedFormatError as error:
+        if str(directory) in str(error):
+            raise
+        raise PackedFormatError(f"{directory}: {error}") from error
     except Exception as error:
         raise PackedFormatError(
-            f"{directory} cannot be read: {str(error)[:500]}; its files were edited or damaged, or "
-            "are of different models: get the checkpoint again"
+            f"{directory} cannot be read ({type(error).__name__}: {str(error)[:500]}); {AGAIN}"
         ) from error

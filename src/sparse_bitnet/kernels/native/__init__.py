@@ -247,5 +247,6 @@ def _ternarize(weight: Tensor, sums: int, row_scale: int, ternary: int, n: int, 
 def run_step(step: Any) -> None:
     """A ``Step`` of native.h, filled in; see ``layer.py``."""
     library, _ = _load()
-    if library is None or library.sparse_bitnet_step(ctypes.byref(step)):
-        raise MemoryError("no memory for the activations of a step")
+    assert library is not None  # a path other than the reference is in use
+    if library.sparse_bitnet_step(ctypes.byref(step)):
+        raise MemoryError("no memory for a step's activations: let fewer sequences run at once")

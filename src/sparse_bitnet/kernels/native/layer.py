@@ -187,6 +187,8 @@ class StepCall:
             caches: keys and values of each layer, ``[sequences or pages, key heads, tokens,
                 head_dim]``, dense in the last dimension and of the same strides.
         """
+        if not rows:
+            return x.new_empty(0, self._step.head.out_features)
         step = _Step.from_buffer_copy(self._step)
         layers = self._array.from_buffer_copy(self._layers)
         y = x.new_empty(len(rows), step.head.out_features)

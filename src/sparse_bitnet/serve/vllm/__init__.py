@@ -7,4 +7,4 @@ through ``quant_method`` of the directory's ``config.json``.
 
 def register() -> None:
     """Make packed directories known; vLLM calls this in each of its processes, more than once."""
-    import sparse_bitnet.serve.vllm.config  # registers the quantization method
+    import sparse_bitnet.serve.vllm.config  # noqa: F401  registers the quantization method
