@@ -324,7 +324,7 @@ def _assumptions(device: Device, has_experts: bool) -> list[str]:
     ]
     if device.is_gpu:
         lines += [
-            "whole 7B models measured on an H200: prefill 1.90×, decode 2.9× for one sequence and "
+            "whole 7B models measured on an H200: prefill 1.92×, decode 2.9× for one sequence and "
             "2.5× for sixteen",
             "a weight is kept once, at two bits, whatever its pattern",
         ]

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data import TokenShards, open_source
 from sparse_bitnet.evaluate.cloze import ClozeAccuracy, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.harness import evaluate_tasks
 from sparse_bitnet.evaluate.perplexity import Perplexity, perplexity
+from sparse_bitnet.evaluate.scoring import check_window
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,12 @@ def measure(
     shards = None if wanted.shards is None else TokenShards(wanted.shards)
     text = open_source(wanted.text) if wanted.text else None
     documents = open_source(wanted.cloze) if wanted.cloze else None
-    sizes: dict[str, Any] = {"window": wanted.window, "batch_size": wanted.batch_size}
+    window = check_window(model, wanted.window)
+    if wanted.window is None:
+        say(
+            f"windows of {window:,} tokens; --window takes the length that a model was trained with"
+        )
+    sizes: dict[str, Any] = {"window": window, "batch_size": wanted.batch_size}
     found: dict[str, Any] = {}
     for name, source in (("shards", shards), ("text", text)):
         if source is not None:

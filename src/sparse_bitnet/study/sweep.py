@@ -122,7 +122,8 @@ def sweep(
     finished = len(jobs) - len(left) - len(run.failed)
     say(
         f"sweep {plan.name}: {finished} of {len(jobs)} cells finished, {len(run.failed)} failed, "
-        f"{len(left)} left, {time.monotonic() - started:.0f} s; rows in {rows_path}"
+        f"{len(left)} left, {time.monotonic() - started:.0f} s; "
+        + (f"rows in {rows_path}" if rows_path.exists() else "the same command goes on")
     )
     if stop and left:
         raise TrainingInterruptedError(

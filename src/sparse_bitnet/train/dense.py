@@ -133,10 +133,14 @@ def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[dict[str, Any]]:
-    """``from_pretrained``'s arguments for a GGUF file, without the files beside it."""
+    """``from_pretrained``'s arguments for a GGUF file, without the files beside it.
+
+    transformers looks for the name in the current directory first, so it is one of its own.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "model.gguf").symlink_to(path.resolve())
-        yield {"pretrained_model_name_or_path": directory, "gguf_file": "model.gguf", **LOCAL}
+        name = f"{Path(directory).name}.gguf"
+        (Path(directory) / name).symlink_to(path.resolve())
+        yield {"pretrained_model_name_or_path": directory, "gguf_file": name, **LOCAL}
 
 
 def _read_gguf_shape(place: dict[str, Any]) -> tuple[Any, list[Any]]:

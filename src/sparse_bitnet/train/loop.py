@@ -102,6 +102,12 @@ class _Run:
             tokenizer=self.batches.tokenizer,
             sample=lambda: here.from_main(self.batches.train(0)[0].inputs.cpu()).to(here.device),
         )
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions and config.data.sequence_length > positions:
+            raise ConfigError(
+                f"data.sequence_length is {config.data.sequence_length}, but the model reads "
+                f"{positions} tokens at once"
+            )
         if self.batches.has_documents:
             check_documents(self.model)
         conversion = convert_model(self.model, config.sparsity)

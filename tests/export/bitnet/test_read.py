@@ -207,7 +207,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     path = source / "model.safetensors"
     clean = load_file(path)
     up, scale = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale"
-    norm = "model.norm.weight"
+    norm, huge = "model.norm.weight", torch.full((32,), 1e300, dtype=torch.float64)
     for change, error, message in (
         ({up: None}, PackedFormatError, f"Missing.*{up}"),
         ({scale: None}, PackedFormatError, f"{scale} is missing"),
@@ -221,11 +221,7 @@ def test_tensors_that_do_not_fit(tmp_path):
         ({up: torch.full_like(clean[up], 255)}, PackedFormatError, "stands for no ternary"),
         ({up: torch.full((48, 32), 0.5)}, PackedFormatError, "is not ternary"),
         ({norm: torch.full((32,), float("inf"))}, WeightError, "model.norm.weight: 32 of 32"),
-        (
-            {norm: torch.full((32,), 1e300, dtype=torch.float64)},
-            WeightError,
-            "model.norm.weight: 32 of 32",
-        ),
+        ({norm: huge}, WeightError, "model.norm.weight: 32 of 32"),
         ({norm: torch.ones(32, dtype=torch.int32)}, PackedFormatError, "where floats are expected"),
         ({"extra": torch.ones(1)}, PackedFormatError, "'extra' belongs to no part"),
     ):
@@ -233,11 +229,12 @@ def test_tensors_that_do_not_fit(tmp_path):
         save_file(state, path, {"format": "pt"})
         with pytest.raises(error, match=f"(?s){message}"):
             import_bitnet(source, tmp_path / "out")
-    save_file(clean, path, {"format": "pt"})
-    (source / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(clean, path.name) | {"again": "more.safetensors"}})
-    )
-    save_file({norm: torch.ones(32)}, source / "more.safetensors", {"format": "pt"})
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file(clean, source / first, {"format": "pt"})
+    save_file({norm: torch.ones(32)}, source / second, {"format": "pt"})
+    path.unlink()
+    index = {"metadata": {}, "weight_map": {up: first, norm: second}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(PackedFormatError, match=f"{norm} is in another file too"):
         import_bitnet(source, tmp_path / "out")
     (source / "model.safetensors.index.json").unlink()

@@ -93,7 +93,8 @@ def test_every_layer_of_a_deep_untrained_model(tmp_path):
         noise = embedding.register_forward_hook(
             lambda _m, _a, output: output * (1 + 6e-8 * torch.randn_like(output))
         )
-        own = float((model(tokens).logits - logits).abs().max())
+        # Of several: whether a last bit turns a rounding over is a processor's luck.
+        own = max(float((model(tokens).logits - logits).abs().max()) for _ in range(12))
         noise.remove()
         for name, module in model.named_modules():
             if isinstance(module, SparseBitLinear):

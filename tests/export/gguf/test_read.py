@@ -23,7 +23,7 @@ from sparse_bitnet.train.dense import read_dense
 TEXT = "def main():\n    return the name of the file 1234\n"
 
 
-def test_a_file_that_we_wrote(tmp_path: Path) -> None:
+def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     shape = Qwen2Config(
         vocab_size=320,
@@ -56,7 +56,15 @@ def test_a_file_that_we_wrote(tmp_path: Path) -> None:
     # Other files of a folder of downloads are not of this model; a lost tensor is not made up.
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "a": ')
     (tmp_path / "generation_config.json").write_text('{"temperature": 7.0, "do_sample": true}')
+    # Nor is one of another name in the current directory, where transformers looks first.
+    other = AutoModelForCausalLM.from_config(shape)
+    convert(other, "6:8")
+    save_trained(other, tokenizer, tmp_path / "else", SparsityConfig(pattern="6:8"))
+    export_gguf(tmp_path / "else", tmp_path / "model.gguf", embeddings="f32")
+    monkeypatch.chdir(tmp_path)
     import_gguf(tmp_path / "m.gguf", tmp_path / "again")
+    again = read_dense(tmp_path / "again", exact=True)
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
     assert "temperature" not in (tmp_path / "again" / "generation_config.json").read_text()
     data = (
         (tmp_path / "m.gguf").read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight")

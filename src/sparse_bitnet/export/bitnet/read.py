@@ -96,6 +96,8 @@ def import_bitnet(source: str | Path, out: str | Path, *, pattern: str = "dense"
     source, out = Path(source), Path(out)
     check_target(out)
     refuse_foreign(out)
+    if not (source / CONFIG).is_file():
+        raise PackedFormatError(f"{source} holds no model: there is no {CONFIG}")
     with _reading(source):
         model, rules, ternary, described = _read(source)
     tokenizer = None
