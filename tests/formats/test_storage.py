@@ -111,7 +111,7 @@ def test_check_names_row_and_byte_beyond_the_first_chunk(form, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_BYTES", 16)
     packed = form.pack(torch.zeros(50, 40, dtype=torch.int8), "w")
     packed[33, 2] = 255
-    with pytest.raises(PackedFormatError, match=r"q_proj: row 33, byte 2 is 255.*pack the model"):
+    with pytest.raises(PackedFormatError, match=r"q_proj: row 33, byte 2 is 255.*pack it again"):
         form.check(packed, 40, "q_proj")
 
 
