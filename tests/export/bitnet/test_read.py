@@ -308,6 +308,6 @@ def test_other_refusals(tmp_path):
     (tmp_path / "kept" / "notes").mkdir()
     with pytest.raises(ConfigError, match="holds notes, which would be lost"):
         import_bitnet(source, tmp_path / "kept")
-    with pytest.raises(PackedFormatError, match="holds no model: there is no config.json"):
+    with pytest.raises(PackedFormatError, match=r"holds no model: there is no config\.json"):
         import_bitnet(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
