@@ -16,7 +16,7 @@ from sparse_bitnet.console import progress
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.nn import frozen
 from sparse_bitnet.packed.load import DType, load
-from sparse_bitnet.serve.generate import context_length
+from sparse_bitnet.train.model import context_length
 
 
 def bench(

@@ -381,6 +381,15 @@ def test_data_errors(recipe: Any, tmp_path: Path) -> None:
         train(recipe("small", model={"vocab_size": 16}))
 
 
+def test_a_window_longer_than_the_model(recipe: Any, tmp_path: Path) -> None:
+    """Conversations have no smallest number of tokens that would tell, only memory runs out."""
+    shape = preset_config("tiny", 300)
+    shape.max_position_embeddings = 16
+    shape.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"sequence_length is 32, .* reads 16 tokens at once"):
+        train(recipe(model={"source": str(tmp_path / "config.json")}))
+
+
 def test_mixture(recipe: Any, tokens: Path) -> None:
     values = recipe.values("mixture", schedule={"steps": 2})
     values["data"] |= {"path": "", "mixture": {str(tokens): 2.0}}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, WeightError
+from sparse_bitnet.train.model import context_length
 
 # Larger batches gain nothing on a CPU; a GPU needs many tokens to be busy, and can halve them.
 TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**17}
@@ -52,7 +53,7 @@ def check_window(model: PreTrainedModel, window: int | None) -> int:
     Raises:
         ConfigError: if it is below 1 or longer than the model's positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model)
     if window is None:
         return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
     if window < 1 or (positions and window > positions):

@@ -56,7 +56,7 @@ class NativeStep:
         self._forget()
 
     def _forget(self) -> None:
-        self._modules: tuple[list[int], list[Any], list[Any]] | None = None
+        self._modules: tuple[list[nn.Module], list[Any], list[Any]] | None = None
         self._prepared_for: list[Any] = []
         self._table: tuple[Any, Tensor, Tensor] | None = None
         self.call: StepCall | None = None
@@ -138,7 +138,7 @@ class NativeStep:
     def _prepare(self, dtype: torch.dtype, head_module: nn.Module) -> None:
         """Rebuild the call if any of its inputs has changed."""
         layers: Any = self._decoder.layers
-        walked = [*map(id, layers), id(self._decoder.norm)]
+        walked = [*layers, self._decoder.norm]  # kept, so that none can take another's place
         if self._modules is None or self._modules[0] != walked:
             norms = [*(norm for layer in layers for norm in _norms(layer)), self._decoder.norm]
             linears = [one for layer in layers for one in layer.linears()]

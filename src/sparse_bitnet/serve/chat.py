@@ -18,11 +18,11 @@ from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.serve.generate import (
     Sampling,
     check_text,
-    context_length,
     encode,
     encode_chat,
     generate_from,
 )
+from sparse_bitnet.train.model import context_length
 
 DRAWN = Sampling(temperature=0.7, top_p=0.95)
 NEW = "/new"

@@ -41,8 +41,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.modeling import KeyValueCache
-from sparse_bitnet.serve.generate import context_length
 from sparse_bitnet.serve.sampling import Sampler, SamplingOptions, Token
+from sparse_bitnet.train.model import context_length
 
 PAGE = 32  # tokens
 BATCH_TOKENS = 256  # of prompts and answers in one step: bounds how long one step takes

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from sparse_bitnet.core import ConfigError, SparseBitNetError
 from sparse_bitnet.nn import frozen
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
+from sparse_bitnet.train.model import context_length
 
 COLDEST = 1e-30
 """Scores divided by a lower temperature than this could leave float32."""
@@ -168,11 +169,6 @@ def generate_from(
     text = tokenizer.decode(result[0, tokens.shape[1] :], skip_special_tokens=True)
     assert isinstance(text, str)
     return text
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that prompt and answer may have together, if the model has positions to run out of."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

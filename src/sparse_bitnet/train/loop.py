@@ -28,6 +28,7 @@ from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import (
     build_model,
     check_documents,
+    context_length,
     convert_model,
     maskless_attention,
 )
@@ -102,7 +103,7 @@ class _Run:
             tokenizer=self.batches.tokenizer,
             sample=lambda: here.from_main(self.batches.train(0)[0].inputs.cpu()).to(here.device),
         )
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = context_length(self.model)
         if positions and config.data.sequence_length > positions:
             raise ConfigError(
                 f"data.sequence_length is {config.data.sequence_length}, but the model reads "

@@ -28,6 +28,11 @@ from sparse_bitnet.train.presets import PRESETS, preset_config
 MASKLESS = "sparse_bitnet_maskless_sdpa"
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model reads at once, if it has positions to run out of."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def build_model(
     config: ModelConfig,
     *,
