@@ -1,11 +1,12 @@
-"""Tokens a second of ``sparse-bitnet serve`` through HTTP, by the number of clients.
+"""Tokens a second of a server through HTTP, by the number of clients.
 
-Starts the server of a model directory, lets so many clients ask at once for answers of a fixed
-length, and measures what all get together, and the server's processor time for a token, which says
-more on a busy machine; then the first token of a new client beside a long stream, and the server's
-memory before and after.
+Starts ``sparse-bitnet serve`` (or ``vllm serve``) of a model directory, lets so many clients ask at
+once for answers of a fixed length, and measures what all get together, and the server's processor
+time for a token, which says more on a busy machine (not vLLM's, whose engine is another process);
+then the first token of a new client beside a long stream, and the server's memory before and after.
 
     python benchmarks/serve_clients.py runs/demo/packed-two-bit --clients 1 8 --out serve.json
+    python benchmarks/serve_clients.py packed --clients 1 32 --vllm="--max-model-len 8192"
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import statistics
 import subprocess
@@ -90,12 +92,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of each answer")
     parser.add_argument("--stream", type=int, default=6000, help="tokens of the long stream")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
+    parser.add_argument("--vllm", metavar="OPTIONS", help="vllm serve, with its own options")
     parser.add_argument("--out", type=Path)
     parsed = parser.parse_args()
     port = free_port()
     url = f"http://localhost:{port}"
-    command = [sys.executable, "-m", "sparse_bitnet", "serve", str(parsed.directory)]
-    server = subprocess.Popen([*command, "--port", str(port)])
+    module = "sparse_bitnet" if parsed.vllm is None else "vllm.entrypoints.cli.main"
+    command = [sys.executable, "-m", module, "serve", str(parsed.directory), "--port", str(port)]
+    server = subprocess.Popen([*command, *shlex.split(parsed.vllm or "")])
     try:
         for _ in range(SECONDS_TO_START):
             try:
