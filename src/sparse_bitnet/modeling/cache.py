@@ -117,7 +117,8 @@ def _is_front(front: Tensor, whole: Tensor) -> bool:
 def _with_room(front: Tensor, new: int) -> Tensor:
     batch, heads, seen, width = front.shape
     length = seen + new
-    whole = front.new_empty(batch, heads, length + max(SPARE_TOKENS, length // 2), width)
+    # Zeros: a graph reads the spare room too, with probabilities of zero, so it has to be finite.
+    whole = front.new_zeros(batch, heads, length + max(SPARE_TOKENS, length // 2), width)
     whole[:, :, :seen] = front
     return whole
 

@@ -10,14 +10,14 @@ and every matrix keeps its own γ, because scales are kept for each row. Built b
 One decoder runs in three ways, which differ in the order of float sums only:
 
 * module by module, as it is written here: prompts, anything;
-* on a CPU one token of each sequence goes from embedding to logits in one native call
-  (``native.py``);
-* compiled on a GPU, few tokens take residual sum, norm and quantization as one kernel, and the
-  products behind read integers.
+* one token of each sequence goes from embedding to logits in one native call on a CPU
+  (``native.py``), as one recorded graph on a GPU (``graph.py``);
+* compiled on a GPU, over a cache of fixed size.
 
-The two fast ways compute what modules compute without calling them, so a hook on a module inside a
-layer, and on a CPU on the last norm or the head, sees prompts only. Hidden states and attentions
-are asked for by ``output_hidden_states`` and ``output_attentions``.
+On a GPU norms quantize (a layer's kernels take residual sum, norm and quantization as one, and the
+products behind read integers). The two fast ways compute what modules compute without calling them,
+so hooks on modules see prompts only. Hidden states and attentions are asked for by
+``output_hidden_states`` and ``output_attentions``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.modeling.cache import KeyValueCache, StaticKeyValueCache
-from sparse_bitnet.modeling.layers import DecoderLayer, RMSNorm
+from sparse_bitnet.modeling.graph import GraphStep
+from sparse_bitnet.modeling.layers import FULL, SLIDING, DecoderLayer, RMSNorm
 from sparse_bitnet.modeling.native import NativeStep
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -161,7 +160,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(model.config)
         self.model, self.lm_head = model, lm_head
-        self.native = NativeStep(model)
+        self.native, self.graph = NativeStep(model), GraphStep(model)
         if generation_config is not None:
             self.generation_config = generation_config
         self.post_init()
@@ -194,15 +193,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         logits, found = None, BaseModelOutputWithPast(past_key_values=past_key_values)
         if not any(recorded):
-            logits = self.native(
-                self.lm_head,
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                options,
-            )
+            given = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, options
+            tried = (step(self.lm_head, *given) for step in (self.native, self.graph))
+            logits = next((one for one in tried if one is not None), None)
             if logits is not None and isinstance(logits_to_keep, Tensor):
                 logits = logits[:, logits_to_keep]
         if logits is None:

@@ -20,6 +20,8 @@ from sparse_bitnet.nn.packed_linear import PackedLinear
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of each position, ``[batch or 1, tokens, head_dim]``."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names of the kinds of attention."""
 
 
 class RMSNorm(nn.Module):

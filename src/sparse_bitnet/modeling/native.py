@@ -28,27 +28,25 @@ from sparse_bitnet.kernels.native.layer import (
     StepCall,
 )
 from sparse_bitnet.modeling.cache import GrowingLayer
-from sparse_bitnet.modeling.layers import Head
+from sparse_bitnet.modeling.layers import FULL, Head
+from sparse_bitnet.modeling.reads import Reads, layer_norms, rotates_alone
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head
 
 if TYPE_CHECKING:
     from sparse_bitnet.modeling.decoder import Decoder, DecoderLayer
 
 
-INDEPENDENT = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotation whose angles at one position do not depend on the length of the text."""
 POSITIONS = 256
 """A table of rotations has so many at least, and doubles when it runs out."""
 MOST_POSITIONS = 1 << 22
-FULL = "full_attention"
 
 
 class NativeStep:
     """The prepared call of a decoder and its head.
 
-    The call holds addresses. It is prepared again when a weight was replaced or has moved, when
-    the number of threads changes, or the path of the library; a copy of a model prepares its own.
-    What is inside a layer is that of the first token: walking through it anew takes a millisecond.
+    The call holds addresses. It is prepared again when what it reads was replaced or has moved
+    (:class:`Reads`), when the number of threads changes, or the path of the library; a copy of a
+    model prepares its own.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -56,7 +54,7 @@ class NativeStep:
         self._forget()
 
     def _forget(self) -> None:
-        self._modules: tuple[list[nn.Module], list[Any], list[Any]] | None = None
+        self._reads = Reads(self._decoder)
         self._prepared_for: list[Any] = []
         self._table: tuple[Any, Tensor, Tensor] | None = None
         self.call: StepCall | None = None
@@ -104,7 +102,7 @@ class NativeStep:
             or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and given.requires_grad)
             or (position_ids is None and options.get("cache") is not None)
-            or (given.shape[0] * given.shape[1] > 1 and not self._rotates_alone())
+            or (given.shape[0] * given.shape[1] > 1 and not rotates_alone(self._decoder))
         ):
             return None
         count = len(self._decoder.layers)
@@ -136,29 +134,15 @@ class NativeStep:
         return y.view(*given.shape[:2], -1)
 
     def _prepare(self, dtype: torch.dtype, head_module: nn.Module) -> None:
-        """Rebuild the call if any of its inputs has changed."""
-        layers: Any = self._decoder.layers
-        walked = [*layers, self._decoder.norm]  # kept, so that none can take another's place
-        if self._modules is None or self._modules[0] != walked:
-            norms = [*(norm for layer in layers for norm in _norms(layer)), self._decoder.norm]
-            linears = [one for layer in layers for one in layer.linears()]
-            self._modules, self._prepared_for = (walked, linears, norms), []
-        _, linears, norms = self._modules
-        weights = [linear.prepared("weight") for linear in linears]
+        """Rebuild the call if anything that it reads has changed."""
         head = _head(head_module)
-        # A parameter or bias may be given other memory and stay the same object.
-        prepared_for = [
-            dtype,
-            torch.get_num_threads(),
-            native.path(),
-            *map(id, weights),  # the call keeps them, so ids are not used again
-            *(_address(one._buffers["bias"]) for one in linears),
-            *(_address(norm._parameters["weight"]) for norm in norms),
-            *map(_address, head),
-        ]
+        reads = self._reads.now(head)
+        weights, norms = self._reads.weights, self._reads.norms
+        prepared_for = [dtype, torch.get_num_threads(), native.path(), *reads]
         if prepared_for == self._prepared_for:
             return
         self._prepared_for, self.call = prepared_for, None
+        layers: Any = self._decoder.layers
         weight, scale, bias = head
         if (
             all(_is_served(layer) for layer in layers)
@@ -178,16 +162,13 @@ class NativeStep:
                 dtype,
             )
 
-    def _rotates_alone(self) -> bool:
-        return getattr(self._decoder.rotary_emb, "rope_type", None) in INDEPENDENT
-
     def _rotary(self, x: Tensor, positions: list[int]) -> list[tuple[Tensor, Tensor]]:
         """Cosine and sine ``[head_dim]`` of each position.
 
         Rows of a table where they do not depend on the length of the text.
         """
         module: Any = self._decoder.rotary_emb
-        if not self._rotates_alone():
+        if not rotates_alone(self._decoder):
             cosine, sine = module(x, torch.tensor([positions]))
             return [(cosine.flatten(), sine.flatten())]
         table_for, length = (x.dtype, module.inv_freq.data_ptr()), max(positions) + 1
@@ -264,10 +245,6 @@ def _in_pages(options: dict[str, Any], given: Tensor, count: int) -> Places | No
     return rows, [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pages]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous()
 
@@ -292,14 +269,8 @@ def _is_served(layer: DecoderLayer) -> bool:
     )
 
 
-def _norms(layer: DecoderLayer) -> list[Any]:
-    """Of attention, of the MLP, and of each query and key head where there are such."""
-    both = [layer.input_layernorm, layer.post_attention_layernorm]
-    return both + [one for one in (layer.self_attn.q_norm, layer.self_attn.k_norm) if one]
-
-
 def _layer_call(layer: DecoderLayer) -> LayerCall:
-    attention, norms = layer.self_attn, _norms(layer)
+    attention, norms = layer.self_attn, layer_norms(layer)
     weights = [norm.weight for norm in norms]
     return LayerCall(
         [

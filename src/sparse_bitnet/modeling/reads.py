@@ -1,0 +1,73 @@
+"""What one pass of a decoder reads besides its inputs: a prepared pass holds addresses of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sparse_bitnet.modeling.decoder import Decoder, DecoderLayer
+
+INDEPENDENT = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotation whose angles at one position do not depend on the length of the text."""
+
+
+class Reads:
+    """Weights, biases and norms of a decoder's packed layers.
+
+    A pass that was prepared for what :meth:`now` gave is prepared again when it gives something
+    else: a weight was replaced or has moved. What is inside a layer is that of the first call:
+    walking through it anew takes a millisecond.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._walked: list[nn.Module] = []
+        self._linears: list[Any] = []
+        self._norms: list[nn.Module] = []
+        self.weights: list[Any] = []
+
+    def now(self, others: Iterable[Tensor | None]) -> list[int]:
+        """Numbers that are the same as long as everything is: ids of :attr:`weights`, addresses.
+
+        Whoever keeps the numbers has to keep :attr:`weights` too, so that no id is used again.
+
+        Args:
+            others: what the pass reads besides: of the head, say.
+        """
+        layers: Any = self._decoder.layers
+        walked = [*layers, self._decoder.norm]  # kept, so that none can take another's place
+        if self._walked != walked:
+            norms = [*(norm for layer in layers for norm in layer_norms(layer)), self._decoder.norm]
+            linears = [one for layer in layers for one in layer.linears()]
+            self._walked, self._linears, self._norms = walked, linears, norms
+        self.weights = [linear.prepared("weight") for linear in self._linears]
+        # A parameter or bias may be given other memory and stay the same object.
+        return [
+            *map(id, self.weights),
+            *(_address(one._buffers["bias"]) for one in self._linears),
+            *(_address(norm._parameters["weight"]) for norm in self._norms),
+            *map(_address, others),
+        ]
+
+    @property
+    def norms(self) -> list[Any]:
+        """Of all layers, and the last one, as :meth:`now` found them."""
+        return self._norms
+
+
+def rotates_alone(decoder: Decoder) -> bool:
+    """True if a token's rotation depends on nothing but its position."""
+    return getattr(decoder.rotary_emb, "rope_type", None) in INDEPENDENT
+
+
+def layer_norms(layer: DecoderLayer) -> list[Any]:
+    """Of attention, of the MLP, and of each query and key head where there are such."""
+    both = [layer.input_layernorm, layer.post_attention_layernorm]
+    return both + [one for one in (layer.self_attn.q_norm, layer.self_attn.k_norm) if one]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
