@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -79,3 +81,30 @@ def packed() -> Packed:
         return model
 
     return make
+
+
+Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
+
+
+@pytest.fixture
+def continuously() -> Continuously:
+    """Greedy answers of given lengths by transformers' continuous batching."""
+
+    def answers(model: Any, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=4, num_blocks=256, max_batch_tokens=32, use_cuda_graph=False
+            ),
+        )
+        manager.start()
+        try:
+            for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+                manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
+            found = [manager.get_result(timeout=60) for _ in prompts]
+        finally:
+            manager.stop(block=True, hard_stop=True)
+        by_name = {one.request_id: one.generated_tokens for one in found}
+        return [by_name[str(index)] for index in range(len(prompts))]
+
+    return answers

@@ -25,6 +25,7 @@ from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, build_deco
 from sparse_bitnet.nn.packed_module import PackedModule
 
 Packed = Callable[..., PreTrainedModel]
+Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
 
 
@@ -72,6 +73,16 @@ class Recorder:
             return step().clone()
 
         return replay
+
+
+def of_model(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and weights in the layout that they are multiplied in."""
+    owned = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            for weight in module._prepared.values():
+                owned += [one for one in vars(weight).values() if isinstance(one, Tensor)]
+    return owned
 
 
 @pytest.fixture
@@ -154,13 +165,8 @@ def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
         for _ in range(3):
             model(torch.randint(1, 300, (2, 1)), past_key_values=past)
     (recorded,) = model.graph._graphs.values()
-    owned = [*model.parameters(), *model.buffers()]
+    owned = [*of_model(model), *vars(recorded.inputs).values()]
     owned += [one for layer in past.layers for one in (layer.keys, layer.values)]
-    owned += [one for one in vars(recorded).values() if isinstance(one, Tensor)]
-    for module in model.modules():
-        if isinstance(module, PackedModule):
-            weights = [*module._prepared.values()]
-            owned += [one for w in weights for one in vars(w).values() if isinstance(one, Tensor)]
     assert recorder.reads.read
     missing = set(recorder.reads.read) - {memory(one) for one in owned}
     assert not missing, [recorder.reads.read[one].shape for one in missing]
@@ -223,6 +229,29 @@ def test_conversations_take_turns(packed: Packed, recorder: Recorder) -> None:
             for text, past in zip(texts[-2:], pasts[-2:], strict=True):
                 model(text[:, -1:], past_key_values=past)
     assert recorder.recorded == count
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_continuous_batching(
+    packed: Packed, recorder: Recorder, continuously: Continuously, architecture: str
+) -> None:
+    """Sequences of other lengths, which end one after the other; one prompt is read in pieces."""
+    model = decoder(packed, architecture)
+    prompts = [torch.randint(1, 300, (length,)).tolist() for length in (3, 50, 1, 17, 9)]
+    lengths = [12, 40, 5, 61, 1]
+    expected = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        ids = torch.tensor([prompt])
+        alone = by_modules(model, ids, do_sample=False, max_new_tokens=length, eos_token_id=None)
+        expected.append(alone[0, len(prompt) :].tolist())
+    assert continuously(model, prompts, lengths) == expected
+    assert recorder.replayed > 40
+    # Passes over eight, four, two sequences and one; all have the same room for keys.
+    assert recorder.recorded <= 4
+    # All is owned by the model and the recording but the one tensor that has all pages.
+    recorded = list(model.graph._graphs.values())[-1]
+    owned = {memory(one) for one in [*vars(recorded.inputs).values(), *of_model(model)]}
+    assert len(set(recorder.reads.read) - owned) == 1
 
 
 def test_threads_take_turns(packed: Packed, recorder: Recorder) -> None:

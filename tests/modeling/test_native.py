@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from sparse_bitnet.kernels import native
@@ -22,6 +22,7 @@ from sparse_bitnet.modeling.native import NativeStep
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head, quantize_rows
 
 Packed = Callable[..., PreTrainedModel]
+Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 pytestmark = pytest.mark.skipif(not native.available(), reason="the CPU kernel was not compiled")
@@ -332,28 +333,12 @@ def test_a_batch_whose_sequences_are_reordered_and_dropped(packed: Packed) -> No
     assert model.native.call is not None
 
 
-def continuously(model: Any, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """Greedy answers of those lengths by transformers' continuous batching."""
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=4, num_blocks=256, max_batch_tokens=32, use_cuda_graph=False
-        ),
-    )
-    manager.start()
-    try:
-        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-            manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
-        found = [manager.get_result(timeout=60) for _ in prompts]
-    finally:
-        manager.stop(block=True, hard_stop=True)
-    answers = {one.request_id: one.generated_tokens for one in found}
-    return [answers[str(index)] for index in range(len(prompts))]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_continuous_batching_goes_through_one_call(
-    packed: Packed, architecture: str, monkeypatch: pytest.MonkeyPatch
+    packed: Packed,
+    continuously: Continuously,
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sequences of other lengths, which end one after the other; one prompt is read in pieces."""
     rows: list[int] = []
@@ -375,7 +360,9 @@ def test_continuous_batching_goes_through_one_call(
         assert answer == alone[0, len(prompt) :].tolist()
 
 
-def test_continuous_batching_with_sliding_windows_goes_the_modules_way(packed: Packed) -> None:
+def test_continuous_batching_with_sliding_windows_goes_the_modules_way(
+    packed: Packed, continuously: Continuously
+) -> None:
     model = build_decoder(packed("mistral", sliding_window=9))
     prompts = [[5, 6, 7], list(range(1, 20))]
     found = continuously(model, prompts, [12, 12])

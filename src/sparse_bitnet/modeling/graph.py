@@ -1,4 +1,4 @@
-"""Tokens of several sequences from embedding to logits as one CUDA graph, on a GPU.
+"""One token of each sequence from embedding to logits as one CUDA graph, on a GPU.
 
 Module by module, a token of a 7B model launches some seven hundred kernels of a few microseconds
 from Python, which takes 30 to 50 ms; as one graph it takes 3. What a graph replays is fixed, so
@@ -9,16 +9,18 @@ what changes from token to token lies in tensors of its own that are written bef
     which keys count ────────────┘           │
                                   keys and values: the cache's own memory
 
-A graph is recorded for the addresses of a cache (and of the weights), the number of sequences and
-how many keys there is room for. It is recorded when these are met for the second time in a row,
-because some caches move with every token (beam search).
+The cache is a :class:`KeyValueCache`, or transformers' paged one of continuous batching, whose
+keys and values are gathered from their pages in every layer.
 
-Results are those of the modules up to the order of float sums.
+A graph is recorded for the addresses of a cache (and of the weights), a number of sequences and of
+keys. It is recorded when these are met for the second time in a row, because some caches move with
+every token (beam search). Results are those of the modules up to the order of float sums.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from sparse_bitnet.modeling.decoder import Decoder
 
 DEVICE = "cuda"
-MOST_GRAPHS = 8
-"""The ones that were not used for longest are dropped; each holds the activations of a pass."""
+MOST_GRAPHS = 16
+"""Those that were not used for longest are dropped; each holds the activations of a pass."""
+FEWEST_KEYS = 256
+"""Of a pass over pages: it has room for so many keys of a sequence, or a power of two more."""
 
 
 class GraphStep:
@@ -46,8 +50,8 @@ class GraphStep:
 
     def _forget(self) -> None:
         self._reads = Reads(self._decoder)
-        self._graphs: dict[tuple[Any, ...], _Recorded] = {}
-        self._met: tuple[Any, ...] | None = None
+        self._graphs: dict[tuple[int, ...], _Recorded] = {}
+        self._met: tuple[int, ...] | None = None
         self._turn = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,75 +72,47 @@ class GraphStep:
         options: dict[str, Any],
     ) -> Tensor | None:
         """Logits of one token of each sequence, which the cache grows by; arguments and result as
-        of :class:`sparse_bitnet.modeling.native.NativeStep`, of which this takes
-        :class:`KeyValueCache`.
+        of :class:`sparse_bitnet.modeling.native.NativeStep`.
 
         None where no graph serves: other devices and caches, embeddings, several tokens of a
         sequence, sliding windows, autocast, gradients, compilation; and where what it would be
         recorded for is new. Then nothing has changed.
         """
+        own: Any = self._decoder.layers
         if (
             torch.compiler.is_compiling()
             or input_ids is None
             or inputs_embeds is not None
             or input_ids.device.type != DEVICE
-            or input_ids.shape[1] != 1
-            or options.get("cache") is not None
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(DEVICE)
             or self._decoder.config._attn_implementation != "sdpa"
             or not rotates_alone(self._decoder)
+            or not all(one.is_packed and one.self_attn.sliding_window is None for one in own)
         ):
             return None
-        layers = getattr(cache, "layers", [])
-        buffers = self._buffers(layers, input_ids.shape[0])
-        if buffers is None:
-            return None
-        seen = layers[0].get_seq_length()
-        if mask is not None and not (
-            isinstance(mask, Tensor) and mask.shape == (input_ids.shape[0], seen + 1)
-        ):
+        if options.get("cache") is None:
+            tokens: _Tokens | None = _in_a_batch(input_ids, position_ids, mask, cache, len(own))
+        else:
+            tokens = _in_pages(input_ids, position_ids, options, len(own))
+        if tokens is None:
             return None
         with self._turn:
-            recorded = self._recorded(head, buffers, input_ids)
-            if recorded is None:
-                return None
-            logits = recorded(input_ids, position_ids, mask, seen)
-        for one in layers:
-            one.extend(1)
-        return logits
+            recorded = self._recorded(head, tokens)
+            return None if recorded is None else tokens.done(recorded(tokens))
 
-    def _buffers(self, layers: Any, batch: int) -> list[tuple[Tensor, Tensor]] | None:
-        """Keys and values with room for a token more, if the cache is one that graphs serve."""
-        own: Any = self._decoder.layers
-        if (
-            len(layers) != len(own)
-            or not all(one.is_packed and one.self_attn.sliding_window is None for one in own)
-            or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
-        ):
-            return None
-        seen, shape = layers[0].get_seq_length(), layers[0].buffer_shape()
-        if shape[0] != batch or any(
-            one.get_seq_length() != seen or one.buffer_shape() != shape for one in layers
-        ):
-            return None
-        return [one.reserve(1) for one in layers]
-
-    def _recorded(
-        self, head: nn.Module, buffers: list[tuple[Tensor, Tensor]], ids: Tensor
-    ) -> _Recorded | None:
-        """The graph for these addresses; None if they are met for the first time in a row."""
+    def _recorded(self, head: nn.Module, tokens: _Tokens) -> _Recorded | None:
+        """The graph for tokens like these; None if they are met for the first time in a row."""
         decoder: Any = self._decoder
         modules = decoder.embed_tokens, decoder.rotary_emb, head
         others = [one for module in modules for one in (*module.parameters(), *module.buffers())]
-        others += [one for both in buffers for one in both]
-        key = (ids.shape[0], *buffers[0][0].shape, *self._reads.now(others))
+        key = *tokens.shape, *self._reads.now([*others, *tokens.memory()])
         recorded = self._graphs.pop(key, None)
         if recorded is None:
             if key != self._met:
                 self._met = key
                 return None
-            recorded = _Recorded(decoder, head, buffers, ids, self._reads.weights)
+            recorded = _Recorded(decoder, head, tokens, self._reads.weights)
         self._graphs[key] = recorded  # the latest is the last
         while len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -144,73 +120,120 @@ class GraphStep:
 
 
 class _Recorded:
-    """A pass over one cache's memory, recorded.
+    """A recorded pass. It owns its inputs and keeps the weights.
 
-    It owns its inputs and keeps the weights. Keys and values belong to the cache, which is all that
-    keeps them: a graph of a cache that is gone is not asked for again, unless another cache has
-    been given the same memory.
+    Keys and values belong to the cache, which is all that keeps them: a graph of a cache that is
+    gone is not asked for again, unless another cache has been given the same memory.
     """
 
-    def __init__(
-        self,
-        decoder: Any,
-        head: nn.Module,
-        buffers: list[tuple[Tensor, Tensor]],
-        ids: Tensor,
-        weights: list[Any],
-    ) -> None:
-        batch, length = ids.shape[0], buffers[0][0].shape[2]
+    def __init__(self, decoder: Any, head: nn.Module, tokens: _Tokens, weights: list[Any]) -> None:
         self._weights = weights
-        with torch.inference_mode(False), torch.device(ids.device):  # written in any mode
-            self._ids, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64).unbind()
-            self._kept = torch.ones(batch, length, dtype=torch.bool)
-            self._numbers = torch.arange(length)
-            # Recording runs the pass, which writes there: behind all tokens.
-            self._place = torch.tensor([length - 1])
+        with torch.inference_mode(False), torch.device(tokens.ids.device):  # written in any mode
+            self.inputs = inputs = tokens.inputs()
+        inputs.fill(tokens)
+        layers = inputs.layers(tokens)
 
         def step() -> Tensor:
-            counts = (self._numbers <= self._place) & self._kept
             hidden = decoder(
-                input_ids=self._ids,
-                attention_mask={FULL: counts[:, None, None]},
-                position_ids=self._positions,
-                past_key_values=_Places(buffers, self._place),
+                input_ids=inputs.ids,
+                attention_mask={FULL: inputs.counts()[:, None, None]},
+                position_ids=inputs.positions,
+                past_key_values=_Cache(layers),
             ).last_hidden_state
             logits: Tensor = head(hidden)
             return logits
 
         self._replay = record(step)
 
-    def __call__(
-        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, seen: int
-    ) -> Tensor:
-        """Logits ``[batch, 1, vocabulary]`` of tokens ``[batch, 1]`` behind ``seen`` others."""
-
-        def fill() -> None:
-            self._ids.copy_(ids)
-            self._place.fill_(seen)
-            if positions is None:
-                self._positions.fill_(seen)
-            else:
-                self._positions.copy_(positions)
-            if mask is None:
-                self._kept.fill_(True)
-            else:
-                self._kept[:, : seen + 1].copy_(mask)
-
-        return self._replay(fill)
+    def __call__(self, tokens: _Tokens) -> Tensor:
+        """Logits ``[sequences, 1, vocabulary]``."""
+        return self._replay(lambda: self.inputs.fill(tokens))
 
 
-class _Places:
-    """A cache for the decoder whose layers write at one place of given buffers."""
+class _Cache:
+    """What the decoder takes for a cache."""
 
     offloading = False
 
-    def __init__(self, buffers: list[tuple[Tensor, Tensor]], place: Tensor) -> None:
-        self.layers = [_Place(keys, values, place) for keys, values in buffers]
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
 
 
-class _Place:
+class _Tokens(ABC):
+    """One token of each sequence, as a call gives them.
+
+    Attributes:
+        ids: of the tokens.
+        shape: sequences, and keys that there is room for, of a pass over them.
+    """
+
+    ids: Tensor
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def memory(self) -> list[Tensor]:
+        """Keys and values of the cache."""
+
+    @abstractmethod
+    def inputs(self) -> Any:
+        """New inputs of a pass over tokens like these."""
+
+    @abstractmethod
+    def done(self, logits: Tensor) -> Tensor:
+        """Count the tokens, and give the logits the shape that was asked for."""
+
+
+class _Batch(_Tokens):
+    """The next token of each sequence of a :class:`KeyValueCache`."""
+
+    def __init__(self, ids: Tensor, positions: Any, mask: Any, layers: list[Any]) -> None:
+        self.ids, self.positions, self.mask, self._layers = ids, positions, mask, layers
+        self.seen = layers[0].get_seq_length()
+        self.buffers: list[tuple[Tensor, Tensor]] = [one.reserve(1) for one in layers]
+        self.shape = ids.shape[0], self.buffers[0][0].shape[2]
+
+    def memory(self) -> list[Tensor]:
+        return [one for both in self.buffers for one in both]
+
+    def inputs(self) -> _BatchInputs:
+        return _BatchInputs(*self.shape)
+
+    def done(self, logits: Tensor) -> Tensor:
+        for one in self._layers:
+            one.extend(1)
+        return logits
+
+
+class _BatchInputs:
+    def __init__(self, batch: int, length: int) -> None:
+        self.ids, self.positions = torch.zeros(2, batch, 1, dtype=torch.int64).unbind()
+        self.place = torch.zeros(1, dtype=torch.int64)
+        self.kept = torch.ones(batch, length, dtype=torch.bool)
+        self.numbers = torch.arange(length)
+
+    def fill(self, tokens: _Batch) -> None:
+        self.ids.copy_(tokens.ids)
+        self.place.fill_(tokens.seen)
+        if tokens.positions is None:
+            self.positions.fill_(tokens.seen)
+        else:
+            self.positions.copy_(tokens.positions)
+        if tokens.mask is None:
+            self.kept.fill_(True)
+        else:
+            self.kept[:, : tokens.seen + 1].copy_(tokens.mask)
+
+    def counts(self) -> Tensor:
+        """Which keys count: ``[batch, length]``."""
+        return (self.numbers <= self.place) & self.kept
+
+    def layers(self, tokens: _Batch) -> list[Any]:
+        return [_InPlace(*both, self.place) for both in tokens.buffers]
+
+
+class _InPlace:
+    """A layer's cache whose sequences all write at one place."""
+
     def __init__(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
         self._keys, self._values, self._place = keys, values, place
 
@@ -219,6 +242,120 @@ class _Place:
         self._keys.index_copy_(2, self._place, keys)
         self._values.index_copy_(2, self._place, values)
         return self._keys, self._values
+
+
+class _Pages(_Tokens):
+    """One token of each sequence of transformers' paged cache, ``[1, sequences]``.
+
+    A pass over them has a power of two of sequences, the last of which stands for the others that
+    are not there, and of keys.
+    """
+
+    def __init__(
+        self, ids: Tensor, positions: Tensor, options: dict[str, Any], allocator: Any, count: int
+    ) -> None:
+        self.ids, self.positions, self.allocator, self.count = ids, positions, allocator, count
+        self.ends = options["cu_seq_lens_k"][FULL]
+        self.reads = options["read_index"][allocator.index]
+        self.writes = options["write_index"][allocator.index]
+        keys = max(FEWEST_KEYS, options["max_length_k"][FULL])
+        self.shape = _power_of_two(ids.shape[1]), _power_of_two(keys)
+
+    def memory(self) -> list[Tensor]:
+        pages = (self.allocator.get_cache_for_block_table(index) for index in range(self.count))
+        return [one for both in pages for one in both]
+
+    def inputs(self) -> _PagesInputs:
+        return _PagesInputs(*self.shape)
+
+    def done(self, logits: Tensor) -> Tensor:
+        return logits[: self.ids.shape[1]].transpose(0, 1)
+
+
+class _PagesInputs:
+    def __init__(self, sequences: int, length: int) -> None:
+        self.ids, self.positions = torch.zeros(2, sequences, 1, dtype=torch.int64).unbind()
+        self.writes, self.lengths, self.rows = torch.zeros(3, sequences, dtype=torch.int64).unbind()
+        self.rows.copy_(torch.arange(sequences))
+        self.reads = torch.zeros(sequences, length, dtype=torch.int64)
+        self.numbers = torch.arange(length)
+
+    def fill(self, tokens: _Pages) -> None:
+        rows = self.rows.clamp(max=tokens.ids.shape[1] - 1)
+        self.ids.copy_(tokens.ids[0, rows, None])
+        self.positions.copy_(tokens.positions[0, rows, None])
+        self.writes.copy_(tokens.writes[rows])
+        starts = tokens.ends[rows]
+        self.lengths.copy_(tokens.ends[rows + 1] - starts)
+        places = starts[:, None] + self.numbers
+        self.reads.copy_(tokens.reads[places.clamp_(max=tokens.reads.shape[0] - 1)])
+
+    def counts(self) -> Tensor:
+        """Which keys count: ``[sequences, length]``."""
+        return self.numbers < self.lengths[:, None]
+
+    def layers(self, tokens: _Pages) -> list[Any]:
+        return [_FromPages(tokens.allocator, index, self) for index in range(tokens.count)]
+
+
+class _FromPages:
+    """A layer's cache whose sequences have their tokens in pages."""
+
+    def __init__(self, allocator: Any, index: int, inputs: _PagesInputs) -> None:
+        self._allocator, self._index, self._inputs = allocator, index, inputs
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[sequences, heads, 1, head_dim]``; returns the keys and values of each."""
+        reads, writes = self._inputs.reads, self._inputs.writes
+        both = self._allocator.update(
+            keys[:, :, 0], values[:, :, 0], self._index, reads.flatten(), writes
+        )
+        keys, values = (one.unflatten(0, reads.shape).transpose(1, 2) for one in both)
+        return keys, values
+
+
+def _in_a_batch(ids: Tensor, positions: Any, mask: Any, cache: Any, count: int) -> _Batch | None:
+    """The tokens as a batch, if they are one a sequence over a cache of ours."""
+    layers = getattr(cache, "layers", [])
+    if (
+        ids.shape[1] != 1
+        or len(layers) != count
+        or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
+    ):
+        return None
+    seen, shape = layers[0].get_seq_length(), layers[0].buffer_shape()
+    if (
+        shape[0] != ids.shape[0]
+        or any(one.get_seq_length() != seen or one.buffer_shape() != shape for one in layers)
+        or not (mask is None or (isinstance(mask, Tensor) and mask.shape == (shape[0], seen + 1)))
+    ):
+        return None
+    return _Batch(ids, positions, mask, layers)
+
+
+def _in_pages(ids: Tensor, positions: Any, options: dict[str, Any], count: int) -> _Pages | None:
+    """The tokens in pages, if they are one a sequence and all layers are of one kind."""
+    # Others in transformers before 5.23.
+    allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
+    one: Any = allocators.get(0)
+    if (
+        ids.shape[0] != 1
+        or positions is None
+        or options.get("block_table") is not None
+        or len(allocators) != count
+        or any(other is not one for other in allocators.values())
+        or one.layer_type != FULL
+        or options["max_length_q"] != 1
+        or options["cu_seq_lens_q"].shape[0] != ids.shape[1] + 1
+        or options["read_index"][one.index].shape[0] == 0
+    ):
+        return None
+    return _Pages(ids, positions, options, one, count)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (number - 1).bit_length()
 
 
 def record(step: Callable[[], Tensor]) -> Callable[[Callable[[], None]], Tensor]:
