@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import tokenizer_hash, train_bpe
 from sparse_bitnet.nn import convert
-from sparse_bitnet.train import TrainingInterruptedError, save_trained, train
+from sparse_bitnet.train import save_trained, train
 from sparse_bitnet.train.config import SparsityConfig, TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.recipe import load_recipe
@@ -90,27 +88,6 @@ def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe: Any, directory: 
     alone = train(recipe("alone"))
     with_one = train(recipe("with", teacher={"source": str(directory), "weight": 0.0}))
     assert series(with_one, "loss") == series(alone, "loss")
-
-
-def test_resumed_equals_uninterrupted(recipe: Any, directory: Path) -> None:
-    sections: dict[str, Any] = {
-        "teacher": {"source": str(directory)},
-        "sparsity": {"quantization": {"until": 0.7, "shape": "sigmoid"}},
-    }
-    whole = train(recipe("whole", **sections))
-
-    def stop(step: int, _model: object) -> None:
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    config = recipe("stopped", **sections)
-    with pytest.raises(TrainingInterruptedError):
-        train(config, stop)
-    resumed = train(config)
-    for column in ("loss", "teacher_loss", "quantization", "teacher_validation_loss"):
-        assert series(resumed, column) == series(whole, column)
-    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
