@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +191,3 @@ def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
 def test_a_cuda_graph_is_refused(recipe: Any, chats: Path) -> None:
     with pytest.raises(ConfigError, match="cannot hold where documents begin"):
         train(recipe(data={"path": str(chats)}, run={"cuda_graph": True}))
-
-
-def test_a_damaged_mark_is_found(chats: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(chats / "train", tmp_path / "train"))
-    data = bytearray((copy / "0.bin").read_bytes())
-    data[2] ^= 1  # the first token's answer byte
-    (copy / "0.bin").write_bytes(data)
-    with pytest.raises(Exception, match="its sha256 is not the index's"):
-        TokenShards(copy)
