@@ -20,6 +20,7 @@ from sparse_bitnet.estimate.estimate import empty_model
 from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.perplexity import perplexity
 from sparse_bitnet.evaluate.scoring import check_window
+from sparse_bitnet.files import read_json_lines
 from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.cells import Cell, Evaluation
 from sparse_bitnet.study.polarization import early_and_late
@@ -189,15 +190,8 @@ def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:
 
 def _read_snapshots(directory: Path) -> list[dict[str, Any]]:
     """Snapshots by fraction; a step taken twice (after a resume) counts once."""
-    path = directory / SNAPSHOT_FILE
-    found: dict[float, list[dict[str, Any]]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            found[values["fraction"]] = values["positions"]
+    rows = read_json_lines(directory / SNAPSHOT_FILE)
+    found = {row["fraction"]: row["positions"] for row in rows}
     return [{"fraction": f, **one} for f in sorted(found) for one in found[f]]
 
 
