@@ -192,7 +192,7 @@ class _Sweep:
     def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
         steps = job.config.schedule.steps
         if "row" in message:
-            row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
+            row = {"key": job.key, **message["row"], "blocks": self.plan.expanded[job.cell]}
             row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
             append_row(self.rows_path, row)
             self._cells_done += 1
