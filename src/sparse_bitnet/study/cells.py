@@ -117,6 +117,26 @@ class Evaluation:
     cloze_questions: PositiveInt = 1000
 
 
+@dataclass(frozen=True)
+class Job:
+    """A cell with all that is needed to run it."""
+
+    key: str
+    cell: Cell
+    config: TrainConfig
+    evaluation: Evaluation
+
+    @property
+    def tokens(self) -> int:
+        data = self.config.data
+        return self.config.schedule.steps * data.batch_size * data.sequence_length
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at once when it is measured."""
+        return self.evaluation.window or self.config.data.sequence_length
+
+
 @with_config(STRICT)
 @dataclass(frozen=True)
 class SweepRecipe:
