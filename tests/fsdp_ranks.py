@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,22 @@ QUANTIZED = (0.3, 0.7, 1, 1)  # λ of each step, where it has a schedule
 UNEVEN = {"hidden_size": 40, "num_key_value_heads": 1, "head_dim": 6}
 
 
+@dataclass(frozen=True)
 class Scenario:
     """One way to train; the same class describes the single process to compare with."""
 
-    def __init__(
-        self,
-        architecture: str = "qwen2",
-        kind: Any = "bitnet",
-        compile: dict[str, Any] | None = None,
-        checkpointed: bool = False,
-        accumulate: int = 1,
-        meta: bool = False,
-        staircase: bool = False,
-        evaluate: bool = False,
-        sizes: dict[str, Any] | None = None,
-        replicas: int = 1,
-        method: Method | None = None,
-        blends: bool = False,
-    ) -> None:
-        self.replicas, self.method, self.blends = replicas, method, blends
-        self.sizes = SIZES | (sizes or {})
-        self.architecture, self.kind, self.compile = architecture, kind, compile
-        self.checkpointed, self.accumulate = checkpointed, accumulate
-        self.meta, self.staircase, self.evaluate = meta, staircase, evaluate
+    architecture: str = "qwen2"
+    kind: Any = "bitnet"
+    compile: dict[str, Any] | None = None
+    checkpointed: bool = False
+    accumulate: int = 1
+    meta: bool = False
+    staircase: bool = False
+    evaluate: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+    method: Method | None = None
+    blends: bool = False
 
 
 SCENARIOS = {
@@ -98,7 +92,7 @@ OF_FOUR = ("uneven", "uneven fused", "three experts", "replicated")
 
 def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
-    config = tiny_config(scenario.architecture, **scenario.sizes)
+    config = tiny_config(scenario.architecture, **SIZES | scenario.sizes)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     convert(model, "6:8", kind=scenario.kind, method=scenario.method)

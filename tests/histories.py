@@ -1,10 +1,15 @@
-"""The rows of a training's ``metrics.jsonl``."""
+"""The rows of a training's ``metrics.jsonl``; runs that are stopped on the way."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TIMES = {"tokens_per_second", "seconds"}
 
@@ -22,3 +27,26 @@ def timeless(run: Any) -> list[dict[str, Any]]:
 
 def series(run: Any, name: str) -> list[float]:
     return [row[name] for row in rows(run) if name in row]
+
+
+def assert_close(
+    ours: Sequence[dict[str, Any]],
+    theirs: Sequence[dict[str, Any]],
+    only: Sequence[str] = (),
+    tolerance: float = 1e-5,
+) -> None:
+    """Every figure of two runs' rows, or those that are named, differs by no more than that."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert only or a.keys() == b.keys()
+        for key in only or a.keys() - {"layers"}:
+            assert a.get(key) == pytest.approx(b.get(key), abs=tolerance), (a["step"], key)
+
+
+def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[int, Any], None]:
+    """For ``train``: a signal to this process after that step."""
+
+    def on_step(done: int, _model: object) -> None:
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    return on_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sparse_bitnet.train.presets import preset_config
@@ -54,3 +55,14 @@ def preset_model(seed: int, vocabulary: int = 64, **changes: Any) -> PreTrainedM
     config.update(changes)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+class Experts(nn.Module):
+    """The parameters of transformers' experts, and no forward: it must not be needed."""
+
+    def __init__(self, experts: int = 4, hidden: int = 16, inner: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner))
+        self.act_fn = nn.SiLU()

@@ -201,6 +201,18 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
         raise ValueError(f"not valid JSON: {error}") from None
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one each line, without lines that a crash cut short or that hold
+    something else; none if there is no such file."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                if isinstance(value := json.loads(line), dict):
+                    found.append(value)
+    return found
+
+
 def refuse_special(*paths: Path) -> None:
     """Refuse pipes and devices: reading one may never end. Links to plain files are fine.
 

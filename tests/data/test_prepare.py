@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import ByT5Tokenizer
 
 from sparse_bitnet.core.errors import ConfigError, DataError
 from sparse_bitnet.data import TokenShards, checked, prepare
 from sparse_bitnet.data.tokenizer import load_tokenizer, vocabulary_size
+
+# Of the corpus that conftest.py prepares.
+SETTINGS: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +96,7 @@ def test_summary_and_reuse(
 def test_bytes_do_not_depend_on_workers(
     corpus: Path, prepared: Path, tmp_path: Path, workers: int
 ) -> None:
-    settings: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
-    prepare(f"jsonl:{corpus}", tmp_path, workers=workers, **settings)
+    prepare(f"jsonl:{corpus}", tmp_path, workers=workers, **SETTINGS)
     assert files(tmp_path) == files(prepared)
 
 
@@ -158,15 +159,6 @@ def test_large_vocabulary_takes_uint32(
     assert shards.tokens(0, 500).tolist() == slow_reference(texts[:20], wide)[:500]
 
 
-def test_tokenizer_in_python_only(tmp_path: Path) -> None:
-    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
-    (tmp_path / "a.txt").write_text("né")
-    spec, name = f"text:{tmp_path / 'a.txt'}", str(tmp_path / "byt5")
-    prepare(spec, tmp_path / "out", tokenizer=name, validation=0)
-    shards = TokenShards(tmp_path / "out" / "train")
-    assert shards.tokens(0, 4).tolist() == [ord("n") + 3, 0xC3 + 3, 0xA9 + 3, 1]
-
-
 # Each point at which a run is killed: the function, and the call of it that does not return.
 KILLS = [
     ("prepare:train_bpe", 1),
@@ -212,20 +204,36 @@ def test_killed_runs_go_on_to_the_same_bytes(corpus: Path, prepared: Path, tmp_p
     )
     assert run.stdout.split() == ["-9"] * len(KILLS), run.stderr
     assert json.loads((out / "prepare.json").read_text())["finished"] is False
-    summary = prepare(f"jsonl:{corpus}", out, vocab_size=384, validation=0.1, shard_tokens=10_000)
+    summary = prepare(f"jsonl:{corpus}", out, **SETTINGS)
     assert summary["reused"] is False
     assert files(out) == files(prepared)
 
 
-def test_lost_files_are_made_again(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def lose(train: Path) -> None:
+    (train / "00002.bin").unlink()
+    os.truncate(train / "00003.bin", 10)
+
+
+def flip(train: Path) -> None:
+    data = bytearray((train / "00001.bin").read_bytes())
+    data[14] ^= 1
+    (train / "00001.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reused"),
+    [
+        (lambda train: (train / "index.json").write_text("edited"), True),
+        (lose, False),
+        (flip, False),
+    ],
+)
+def test_damaged_parts_are_made_again(
+    corpus: Path, prepared: Path, tmp_path: Path, damage: Any, reused: bool
+) -> None:
     out = Path(shutil.copytree(prepared, tmp_path / "out"))
-    settings: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
-    (out / "train" / "index.json").write_text("edited")
-    assert prepare(f"jsonl:{corpus}", out, **settings)["reused"] is True
-    assert files(out) == files(prepared)
-    (out / "train" / "00002.bin").unlink()
-    os.truncate(out / "train" / "00003.bin", 10)
-    assert prepare(f"jsonl:{corpus}", out, **settings)["reused"] is False
+    damage(out / "train")
+    assert prepare(f"jsonl:{corpus}", out, **SETTINGS)["reused"] == reused
     assert files(out) == files(prepared)
 
 
@@ -234,7 +242,6 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     out = Path(shutil.copytree(prepared, tmp_path / "out"))
     spec = f"jsonl:{corpus}"
-    asked: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
     for change, message in [
         ({"vocab_size": 300}, "tokenizer was 'byte-level BPE of 384', now 'byte-level BPE of 300'"),
         ({"validation": 0.2}, r"validation was 0\.1, now 0\.2"),
@@ -243,17 +250,17 @@ def test_other_settings_are_refused_by_name(
         ({"vocab_size": None, "tokenizer": tokenizer}, "tokenizer was 'byte-level BPE of 384', no"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
-            prepare(spec, out, **{**asked, **change})
+            prepare(spec, out, **{**SETTINGS, **change})
         assert "prepare with overwrite" in str(caught.value)
     with pytest.raises(DataError, match=r"source was 'jsonl:.*', now 'stdlib'"):
-        prepare("stdlib", out, **asked)
+        prepare("stdlib", out, **SETTINGS)
     edited = tmp_path / "edited.jsonl"
     edited.write_bytes(corpus.read_bytes())
-    prepare(f"jsonl:{edited}", tmp_path / "2", **asked)
+    prepare(f"jsonl:{edited}", tmp_path / "2", **SETTINGS)
     edited.write_bytes(corpus.read_bytes() * 2)
     with pytest.raises(DataError, match="files was"):
-        prepare(f"jsonl:{edited}", tmp_path / "2", **asked)
-    assert prepare(f"jsonl:{edited}", tmp_path / "2", overwrite=True, **asked)["reused"] is False
+        prepare(f"jsonl:{edited}", tmp_path / "2", **SETTINGS)
+    assert prepare(f"jsonl:{edited}", tmp_path / "2", overwrite=True, **SETTINGS)["reused"] is False
 
 
 def test_overwrite_starts_afresh(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
@@ -299,21 +306,7 @@ def test_edited_tokenizer(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     state["model"]["merges"].pop()
     path.write_text(json.dumps(state))
     with pytest.raises(DataError, match="tokenizer: not the tokenizer that this preparation began"):
-        prepare(f"jsonl:{corpus}", out, vocab_size=384, validation=0.1, shard_tokens=10_000)
-
-
-@pytest.mark.parametrize("change", ["one bit", "every token"])
-def test_a_damaged_part_is_made_again(
-    corpus: Path, prepared: Path, tmp_path: Path, change: str
-) -> None:
-    out = Path(shutil.copytree(prepared, tmp_path / "out"))
-    path = out / "train" / "00001.bin"
-    data = np.frombuffer(path.read_bytes(), "<u2").copy()
-    data[slice(7, 8) if change == "one bit" else slice(None)] ^= 1
-    path.write_bytes(data.tobytes())
-    settings: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
-    assert not prepare(f"jsonl:{corpus}", out, **settings)["reused"]
-    assert files(out) == files(prepared)
+        prepare(f"jsonl:{corpus}", out, **SETTINGS)
 
 
 def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:

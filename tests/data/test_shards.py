@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import shutil
 import stat
 from pathlib import Path
@@ -128,13 +127,6 @@ def test_a_flipped_bit_is_found_by_whoever_opens(copy: Path) -> None:
     for _ in range(2):  # and nothing is remembered of it
         with pytest.raises(DataError, match=r"00001\.bin: its sha256 is not the index's"):
             TokenShards(copy)
-
-
-def test_every_token_changed_is_found(copy: Path) -> None:
-    for path in copy.glob("*.bin"):
-        (np.fromfile(path, "<u2") ^ 1).tofile(path)
-    with pytest.raises(DataError, match=r"00000\.bin: its sha256 is not the index's"):
-        TokenShards(copy)
 
 
 def test_a_file_is_read_once_until_it_changes(copy: Path, reads: list[str]) -> None:
@@ -281,44 +273,3 @@ def test_giant_index(copy: Path) -> None:
         file.truncate(LARGEST_JSON + 1)  # sparse: takes no space
     with pytest.raises(DataError, match="longer than 67108864 bytes"):
         TokenShards(copy)
-
-
-HOSTILE = [None, True, -1, 0, 1, 1.5, 1 << 64, 1e308, "", "x", "../00000.bin", "\0", [], [[]], {}]
-
-
-def test_mutated_indexes_open_consistently_or_are_refused(copy: Path) -> None:
-    """Two hundred random edits: each leaves something sound, or is a DataError."""
-    rng = random.Random(0)
-    original = (copy / "index.json").read_text()
-    refused = 0
-    for _ in range(200):
-        if rng.random() < 0.5:  # one value replaced or removed
-            index = json.loads(original)
-            parent = rng.choice([index, *index["shards"]])
-            key = rng.choice(list(parent))
-            if rng.random() < 0.2:
-                del parent[key]
-            else:
-                parent[key] = rng.choice(HOSTILE)
-            text = json.dumps(index).encode()
-        else:  # bytes overwritten, removed or repeated
-            text = bytearray(original.encode())
-            for _ in range(rng.randint(1, 4)):
-                at = rng.randrange(len(text))
-                match rng.randrange(3):
-                    case 0:
-                        text[at] = rng.randrange(256)
-                    case 1:
-                        del text[at : at + rng.randint(1, 30)]
-                    case 2:
-                        text[at:at] = text[at : at + rng.randint(1, 30)]
-        (copy / "index.json").write_bytes(text)
-        try:
-            shards = TokenShards(copy)
-        except DataError:
-            refused += 1
-            continue
-        tokens = shards.tokens(0, shards.total_tokens)
-        assert len(tokens) == shards.total_tokens > 0
-        assert all(Path(shard.file).parent == Path() for shard in shards.shards)
-    assert refused > 120

@@ -14,63 +14,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.nn import convert, frozen, master_weights
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "embed_dim": 32,
-    "embedding_size": 32,
-    "word_embed_proj_dim": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16,
-    "ffn_dim": 48,
-    "n_inner": 48,
-    "ffn_hidden_size": 48,
-    "num_hidden_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rotary_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_num_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "sliding_window": 16,
-    "state_size": 8,
-    "mamba_d_state": 8,
-    "mamba_n_heads": 8,
-    "mamba_num_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_head_dim": 8,
-    "mamba_expand": 2,
-    "n_groups": 1,
-    "mamba_n_groups": 1,
-    "time_step_rank": 8,
-    "mamba_dt_rank": 8,
-    "lru_width": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+# A small number, and the names that architectures have for what it is in them.
+NAMES: dict[int, str] = {
+    32: "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim lru_width",
+    48: "intermediate_size ffn_dim n_inner ffn_hidden_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+    "q_lora_rank kv_lora_rank sliding_window",
+    2: "num_hidden_layers n_layer n_layers num_layers num_key_value_heads num_experts_per_tok "
+    "mamba_expand eos_token_id",
+    4: "num_attention_heads n_head n_heads num_heads num_experts num_local_experts "
+    "n_routed_experts moe_num_experts",
+    8: "head_dim rotary_dim qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state "
+    "mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim time_step_rank mamba_dt_rank",
+    1: "n_group topk_group n_groups mamba_n_groups bos_token_id",
+    64: "vocab_size max_position_embeddings n_positions",
+    0: "pad_token_id",
 }
+SMALL = {name: number for number, names in NAMES.items() for name in names.split()}
 LARGEST = 5_000_000  # parameters; what stays larger has sizes of other names
 
 

@@ -1,6 +1,5 @@
 """torch.compile: whole graphs, the eager losses, no recompilation when the pattern changes."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -61,27 +60,6 @@ def test_blocks_follow_a_schedule_of_patterns(
     # Ternary layers never recompile; the baseline once, when its mask first comes into force.
     at_the_end = compiled[0] if kind == "bitnet" else 2 * compiled[0]
     assert compiled == [compiled[0]] * 2 + [at_the_end] * 5
-
-
-@pytest.mark.slow
-def test_inductor() -> None:
-    """The backend that people use, through patterns; train/test_compiled.py has it in one step."""
-    eager = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16))
-    convert(eager, "6:8")
-    model = copy.deepcopy(eager)
-    compiled = torch.compile(model, fullgraph=True)
-    for each in (eager, model):
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
-        generator = torch.Generator().manual_seed(1)
-        for pattern in ("6:8", "2:4", "dense"):
-            set_pattern(each, pattern)
-            x = torch.randn(4, 16, generator=generator)
-            (compiled if each is model else eager)(x).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert graphs() == 1
 
 
 def test_whole_model_under_autocast(tiny: Tiny, tokens: Tensor) -> None:

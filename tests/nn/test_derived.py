@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sparse_bitnet.core import (
@@ -331,25 +330,14 @@ class TestFrozen:
         assert_new(model, model, before)
 
 
-def frozen_twice(model: nn.Module) -> None:
-    """Micro-batches of one step may share what they derive."""
-    with frozen(model):
+def test_micro_batches_of_a_step_may_share_what_they_derive() -> None:
+    apart, together = two_layers(), two_layers()
+    for _ in range(2):
+        backward(apart)
+    with frozen(together):
         for _ in range(2):
-            backward(model)
-
-
-def checkpointed_twice(model: nn.Module) -> None:
-    for _ in range(2):
-        checkpoint(model, inputs(), use_reentrant=False).square().sum().backward()
-
-
-@pytest.mark.parametrize("run", [frozen_twice, checkpointed_twice])
-def test_gradients_stay_the_same(run: Callable[[nn.Module], None]) -> None:
-    models = [two_layers(), two_layers()]
-    for _ in range(2):
-        backward(models[0])
-    run(models[1])
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
+            backward(together)
+    for a, b in zip(apart.parameters(), together.parameters(), strict=True):
         assert a.grad is not None and torch.equal(a.grad, b.grad)
 
 

@@ -9,19 +9,9 @@ from torch import Tensor, nn
 from sparse_bitnet.core import Method, Pattern, nm_mask
 from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
 from sparse_bitnet.nn.experts import route, why_not_experts
+from tiny_models import Experts
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 16, 8, 20
-
-
-class Experts(nn.Module):
-    """The parameters of transformers' experts, and no forward: it must not be needed."""
-
-    def __init__(self, gate_up: tuple[int, ...] = (EXPERTS, 2 * INNER, HIDDEN)) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate_up_proj = nn.Parameter(torch.randn(gate_up))
-        self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER))
-        self.act_fn = nn.SiLU()
 
 
 def routing() -> tuple[Tensor, Tensor, Tensor]:
@@ -53,27 +43,23 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("pattern", ["dense", "6:8", "2:4"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_ternary_experts_equal_separate_layers(pattern: str, bits: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "linear", "bits"),
+    [
+        (SparseBitExperts, SparseBitLinear, 8),
+        (SparseBitExperts, SparseBitLinear, 4),
+        (SparseExperts, SparseLinear, 8),
+    ],
+)
+def test_experts_equal_separate_layers(kind: Any, linear: Any, pattern: str, bits: Any) -> None:
     experts, inputs = Experts(), routing()
     options = {"pattern": Pattern.parse(pattern), "method": Method(activation_bits=bits)}
-    module = SparseBitExperts(experts, **options)
-    expected = one_by_one(experts, SparseBitLinear, *inputs, **options)
+    module = kind(experts, **options)
+    expected = one_by_one(experts, linear, *inputs, **options)
     torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
-    assert module.derived("gate_up_proj")[1].shape == (
-        EXPERTS,
-        2,
-    )  # gate and up are matrices of their own
-    assert module.derived("down_proj")[1].shape == (EXPERTS, 1)
-
-
-@pytest.mark.parametrize("pattern", ["dense", "6:8", "2:4"])
-def test_the_twin_equals_separate_layers(pattern: str) -> None:
-    experts, inputs = Experts(), routing()
-    options = {"pattern": Pattern.parse(pattern)}
-    module = SparseExperts(experts, **options)
-    expected = one_by_one(experts, SparseLinear, *inputs, **options)
-    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
+    if kind is SparseBitExperts:  # gate and up are matrices of their own
+        assert module.derived("gate_up_proj")[1].shape == (EXPERTS, 2)
+        assert module.derived("down_proj")[1].shape == (EXPERTS, 1)
 
 
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
@@ -134,7 +120,9 @@ class TestWhyNot:
         assert "are ['weight']" in str(why_not_experts(nn.Conv1d(2, 2, 2, bias=False)))
 
     def test_other_layouts(self) -> None:
-        wrong = str(why_not_experts(Experts((EXPERTS, HIDDEN, 4 * INNER))))
+        turned = Experts()
+        turned.gate_up_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 4 * INNER))
+        wrong = str(why_not_experts(turned))
         assert "gate_up_proj (4, 16, 32) and down_proj (4, 16, 8) are not [E, 2I, H]" in wrong
         flat = Experts()
         flat.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))

@@ -15,6 +15,7 @@ from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseLinear
 from sparse_bitnet.nn.pack import pack_module, swap_packed
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.packed_module import PackedSpec, find_violation, prepare
+from tiny_models import Experts
 
 P68 = Pattern(6, 8)
 
@@ -22,16 +23,6 @@ P68 = Pattern(6, 8)
 @pytest.fixture(params=sorted(STORAGES))
 def storage(request):
     return request.param
-
-
-class Experts(nn.Module):
-    """The parameters of transformers' experts."""
-
-    def __init__(self, experts=3, hidden=16, inner=24):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden))
-        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner))
-        self.act_fn = nn.SiLU()
 
 
 def trained_linear(in_features=40, out_features=6, bias=True, pattern=P68, **kwargs):
@@ -78,7 +69,7 @@ def test_fused_segments_keep_their_scales(storage):
 
 
 def test_experts_equal_training(storage):
-    trained = SparseBitExperts(Experts(), P68)
+    trained = SparseBitExperts(Experts(3, 16, 24), P68)
     packed = pack_module(trained, storage, "experts")
     assert packed.gate_up_proj_scale.shape == (3, 2) and packed.down_proj_scale.shape == (3, 1)
     hidden = torch.randn(9, 16)

@@ -186,20 +186,6 @@ class TestBackward:
         torch.testing.assert_close(dw, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(db, dy.sum((0, 1)), rtol=1e-12, atol=1e-12)
 
-    def test_equals_straight_through_by_detach(self) -> None:
-        """The same estimator in autograd's own words: v + (quantized − v).detach()."""
-        module = layer()
-        x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
-        weight = module.weight.detach().double().requires_grad_()
-        x_q, x_scale, ternary, rows = integers(x, module)
-        x_hat = x + (x_q * x_scale - x).detach()
-        w_hat = weight + (rows[:, None] * ternary - weight).detach()
-        dy = torch.randn(7, 6, dtype=torch.float64)
-        expected = torch.autograd.grad(x_hat @ w_hat.t(), (x, weight), dy)
-        dx, dw, _ = self.gradients(module, x, dy)
-        torch.testing.assert_close(dx, expected[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(dw, expected[1], rtol=1e-12, atol=1e-12)
-
     def test_masked_weights_learn_unless_the_ablation_says_no(self) -> None:
         x = torch.randn(64, 16)
         for gradient in ("dense", "masked"):
@@ -287,17 +273,6 @@ class TestModes:
         module.weight.grad = None
         module(x).mul_(2).sum().backward()
         assert torch.equal(module.weight.grad, expected)
-
-    def test_gradients_accumulate(self) -> None:
-        module = layer()
-        x = torch.randn(8, 16)
-        module(x).sum().backward()
-        assert module.weight.grad is not None
-        together = module.weight.grad.clone()
-        module.zero_grad()
-        for part in x.chunk(4):
-            module(part).sum().backward()
-        torch.testing.assert_close(module.weight.grad, together)
 
 
 class TestRefusals:

@@ -49,7 +49,7 @@ blocks:
         ("bitnet", "4:8", 0),
         ("bitnet", "4:8", 1),
     ]
-    assert recipe.blocks[recipe.cells[3]] == ["a", "b"]
+    assert recipe.expanded[recipe.cells[3]] == ["a", "b"]
     assert recipe.cells[4].schedule == "dense to 50%"
 
 
@@ -62,7 +62,7 @@ blocks:
   - {name: rates, pattern: dense, kind: [bf16, bitnet], learning_rate: [5.0e-4, 4e-3]}
 """
     recipe = read_sweep(write(tmp_path, blocks))
-    told = [(c.kind, c.learning_rate, recipe.blocks[c]) for c in recipe.cells]
+    told = [(c.kind, c.learning_rate, recipe.expanded[c]) for c in recipe.cells]
     assert told == [
         ("bf16", None, ["grid", "rates"]),
         ("bitnet", None, ["grid"]),

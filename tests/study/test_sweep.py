@@ -21,8 +21,8 @@ from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
-from sparse_bitnet.study.cells import read_sweep
-from sparse_bitnet.study.pool import Job, Pool
+from sparse_bitnet.study.cells import Job, read_sweep
+from sparse_bitnet.study.pool import Pool
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import read_rows
 from sparse_bitnet.study.run_cell import run_cell
@@ -142,18 +142,17 @@ def test_killed_while_a_cell_was_measured(
         recipe.write_text(recipe.read_text().replace("checkpoint_every: 6, ", ""))
     job = _jobs(read_sweep(recipe), tmp_path / "cells")[0]
     Path(job.config.run.directory).mkdir(parents=True)
-    measure = job.evaluation
     with monkeypatch.context() as patch:
         patch.setattr(cell_module, "_evaluate", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
-            run_cell(job.cell, job.config, measure)
+            run_cell(job)
     assert (Path(job.config.run.directory) / "result.json").is_file()
     steps: list[int] = []
-    row = run_cell(job.cell, job.config, measure, lambda done, _: steps.append(done))
+    row = run_cell(job, lambda done, _: steps.append(done))
     assert steps == ([] if checkpoints else [1, 2, 3, 4, 5, 6])
     fresh = replace(job.config, run=replace(job.config.run, directory=str(tmp_path / "fresh")))
     (tmp_path / "fresh").mkdir()
-    whole = run_cell(job.cell, fresh, measure)
+    whole = run_cell(replace(job, config=fresh))
     for figure in ("status", "validation", "history", "polarization"):
         assert row[figure] == whole[figure]
 

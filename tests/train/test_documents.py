@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +25,31 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch, Loader
 from sparse_bitnet.data.shards import TokenShards
 from sparse_bitnet.nn import convert
-from sparse_bitnet.train import TrainingInterruptedError, train
+from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
+from tiny_models import preset_model
 
 VOCABULARY = 64  # of the tokens in conftest.py
 
 
-def small(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    shape = preset_config("tiny", VOCABULARY)
-    for name, value in changes.items():
-        setattr(shape, name, value)
-    return AutoModelForCausalLM.from_config(shape)
+WINDOWS: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention"],
+}
 
 
-def shapes() -> dict[str, PreTrainedModel]:
-    windows = {
-        "use_sliding_window": True,
-        "sliding_window": 3,
-        "layer_types": ["sliding_attention"],
-    }
-    return {"sdpa": small(), "windows": small(num_hidden_layers=1, **windows)}
-
-
-@pytest.mark.parametrize("kind", ["sdpa", "windows"])
+@pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["sdpa", "windows"])
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_packed_document_has_the_logits_that_it_has_alone(kind: str, converted: bool) -> None:
-    model = shapes()[kind].eval()
+def test_a_packed_document_has_the_logits_that_it_has_alone(
+    changes: dict[str, Any], converted: bool
+) -> None:
+    model = preset_model(0, **changes).eval()
     if converted:
         convert(model, "6:8")
     lengths = [[5, 1, 9, 3], [18], [1, 1, 2, 14]]
@@ -102,7 +92,7 @@ SMALL: dict[str, Any] = {
 )
 def test_attention_that_begins_anew_is_accepted(shape: PreTrainedConfig) -> None:
     torch.manual_seed(0)
-    check_documents(small())
+    check_documents(preset_model(0))
     check_documents(AutoModelForCausalLM.from_config(shape))
 
 
@@ -190,36 +180,6 @@ def test_a_step_is_the_mean_over_all_answers(
     assert result.validation_loss == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_run_on_conversations_learns_and_resumes_exactly(recipe: Any, chats: Path) -> None:
-    """With a teacher, quantization that comes in, and checkpointing: stopped by a signal and gone
-    on with, the weights are those of an undisturbed run."""
-    teacher = recipe.directory / "teacher"
-    small().save_pretrained(teacher)
-    sections = {
-        "data": {"path": str(chats), "micro_batch_size": 4},
-        "model": {"activation_checkpointing": True},
-        "sparsity": {"quantization": {"until": 0.3}},
-        "teacher": {"source": str(teacher), "weight": 0.1},
-        "schedule": {"steps": 24},
-        "run": {"checkpoint_every": 8},
-    }
-    whole = train(recipe("whole", **sections))
-    rows = [json.loads(line) for line in Path(whole.history).read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0] - 0.3
-
-    def stop(done: int, _: PreTrainedModel) -> None:
-        if done == 11:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TrainingInterruptedError):
-        train(recipe("stopped", **sections), on_step=stop)
-    resumed = train(recipe("stopped", **sections))
-    assert whole.model is not None and resumed.model is not None
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
     """EOS is id 0 of these tokens; the loss of a run changes, and it still learns."""
     runs = {
@@ -231,12 +191,3 @@ def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
 def test_a_cuda_graph_is_refused(recipe: Any, chats: Path) -> None:
     with pytest.raises(ConfigError, match="cannot hold where documents begin"):
         train(recipe(data={"path": str(chats)}, run={"cuda_graph": True}))
-
-
-def test_a_damaged_mark_is_found(chats: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(chats / "train", tmp_path / "train"))
-    data = bytearray((copy / "0.bin").read_bytes())
-    data[2] ^= 1  # the first token's answer byte
-    (copy / "0.bin").write_bytes(data)
-    with pytest.raises(Exception, match="its sha256 is not the index's"):
-        TokenShards(copy)

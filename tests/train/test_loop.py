@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from histories import rows
+from histories import rows, series, stop_at
 from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingError
 from sparse_bitnet.nn import master_weights
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
@@ -26,15 +25,7 @@ from sparse_bitnet.train.recipe import load_recipe
 
 
 def losses(result: Any) -> list[float]:
-    return [row["loss"] for row in rows(result) if "loss" in row]
-
-
-def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
-    def on_step(done: int, _model: object) -> None:
-        if done == step:
-            os.kill(os.getpid(), number)
-
-    return on_step
+    return series(result, "loss")
 
 
 def test_a_run_from_start_to_model(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,48 +183,6 @@ def test_rows_are_synced_before_a_checkpoint(recipe: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr("sparse_bitnet.train.monitor.os.fsync", logged)
     train(recipe(run={"checkpoint_every": 4}))
     assert synced == [4, 8, 12, 12]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_equals_uninterrupted(recipe: Any, number: signal.Signals) -> None:
-    whole = train(recipe("whole"))
-    config = recipe("stopped")
-    with pytest.raises(TrainingInterruptedError) as caught:
-        train(config, stop_at(5, number))
-    assert caught.value.exit_code == 128 + number
-    message = str(caught.value)
-    assert message.startswith(f"stopped by {number.name} after step 5 of 12; saved ")
-    assert message.endswith("step-00000005. The same command goes on from there")
-    assert [row["step"] for row in rows(config.run.directory)] == [1, 2, 3, 4, 5]
-    resumed = train(config)
-    assert losses(resumed) == losses(whole)
-    assert resumed.validation_loss == whole.validation_loss
-    volatile = {"tokens_per_second", "seconds"}
-    for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
-        assert {k: v for k, v in ours.items() if k not in volatile} == {
-            k: v for k, v in theirs.items() if k not in volatile
-        }
-    pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
-    assert all(torch.equal(p, q) for p, q in pairs)
-
-
-def test_resume_repeats_dropout_and_schedule(recipe: Any, tmp_path: Path) -> None:
-    shape = preset_config("tiny", 64)
-    shape.attention_dropout = 0.2
-    shape.save_pretrained(tmp_path)
-    sections: dict[str, Any] = {
-        "model": {"source": str(tmp_path / "config.json")},
-        "sparsity": {"pattern": "4:8", "until": {0.25: "dense", 0.7: "6:8"}},
-    }
-    whole = train(recipe("whole", **sections))
-    config = recipe("stopped", **sections)
-    with pytest.raises(TrainingInterruptedError):
-        train(config, stop_at(5))
-    assert losses(train(config)) == losses(whole)
-    assert [row["pattern"] for row in rows(whole)[:12]] == ["dense"] * 3 + ["6:8"] * 6 + ["4:8"] * 3
-    flips = [row["flip_rate"] for row in rows(whole)[:12]]
-    assert flips[:3] == [None] * 3
-    assert all(rate > 0 for rate in flips[3:])
 
 
 def test_checkpoints_come_at_their_steps_and_the_last_stay(recipe: Any) -> None:
@@ -452,11 +401,6 @@ def test_quantization_comes_in_gradually(recipe: Any, tmp_path: Path) -> None:
     model, _ = load_trained(result.model_directory)
     tokens = torch.arange(32).view(1, 32)
     assert torch.equal(model(tokens).logits, result.model(tokens).logits)
-    # Stopped between full precision and integers.
-    config = recipe("stopped", sparsity=sparsity)
-    with pytest.raises(TrainingInterruptedError):
-        train(config, stop_at(4))
-    assert losses(train(config)) == losses(result)
 
 
 def test_layers_become_ternary_one_after_the_other(recipe: Any) -> None:

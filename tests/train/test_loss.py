@@ -1,4 +1,4 @@
-"""The chunked loss against PyTorch's over full logits."""
+"""The chunked loss against its definition over full logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PhiConfig, Qwen2Config
 
-from sparse_bitnet.data.loader import Batch
+from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.train import loss as loss_module
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import (
@@ -23,33 +23,81 @@ from sparse_bitnet.train.presets import preset_config
 from tiny_models import tiny
 
 
-def full(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy((hidden @ head.T).flatten(0, -2), labels.flatten())
+def definition(
+    student: Tensor,
+    labels: Tensor,
+    divisor: float,
+    teacher: Tensor | None = None,
+    how: TeacherConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Over the logits of all tokens: the loss, and its parts, cross-entropy and T²·KL."""
+    kept = labels != IGNORED
+    entropy = F.cross_entropy(student[kept], labels[kept], reduction="sum") / divisor
+    if teacher is None or how is None:
+        return entropy, entropy.detach().view(1)
+    t = how.temperature
+    log_p, log_q = ((logits[kept] / t).log_softmax(-1) for logits in (teacher, student))
+    divergence = t**2 * (log_p.exp() * (log_p - log_q)).sum() / divisor
+    loss = how.cross_entropy * entropy + how.weight * divergence
+    return loss, torch.stack([entropy, divergence]).detach()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=80)
 @given(
     tokens=st.integers(1, 9),
-    features=st.integers(1, 5),
     vocabulary=st.integers(1, 11),
     chunk=st.integers(1, 12),
     seed=st.integers(0, 1000),
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
+    ignored=st.sampled_from([0.0, 0.6, 1.0]),
+    divisor=st.sampled_from([None, 7.0]),
+    weights=st.none()
+    | st.tuples(
+        st.sampled_from([0.0, 1.0, 2.5]),
+        st.sampled_from([0.0, 1.0, 0.3]),
+        st.sampled_from([0.5, 1.0, 5.0]),
+    ),
+    heads=st.tuples(st.booleans(), st.booleans()),
 )
 def test_value_and_gradients_in_float64(
-    tokens: int, features: int, vocabulary: int, chunk: int, seed: int, scale: float
+    tokens: int,
+    vocabulary: int,
+    chunk: int,
+    seed: int,
+    scale: float,
+    ignored: float,
+    divisor: float | None,
+    weights: tuple[float, float, float] | None,
+    heads: tuple[bool, bool],
 ) -> None:
+    """Student and teacher with or without a head, of other widths; labels of some tokens only."""
     torch.manual_seed(seed)
-    hidden = (torch.randn(1, tokens, features, dtype=torch.float64) * scale).requires_grad_()
-    head = torch.randn(vocabulary, features, dtype=torch.float64, requires_grad=True)
+
+    def last(has_head: bool, width: int) -> tuple[Tensor, Tensor | None]:
+        hidden = torch.randn(1, tokens, width if has_head else vocabulary, dtype=torch.float64)
+        head = torch.randn(vocabulary, width, dtype=torch.float64) if has_head else None
+        return hidden, head
+
+    def logits(hidden: Tensor, head: Tensor | None) -> Tensor:
+        return (hidden if head is None else hidden @ head.T).flatten(0, -2)
+
+    hidden, head = last(heads[0], 5)
+    theirs, their_head = last(heads[1], 3)
+    hidden *= scale
     labels = torch.randint(vocabulary, (1, tokens))
-    loss = chunked_loss(hidden, head, labels, chunk)[0]
-    got = torch.autograd.grad(3.0 * loss, (hidden, head))
-    reference = full(hidden, head, labels)
-    expected = torch.autograd.grad(3.0 * reference, (hidden, head))
-    torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    labels.masked_fill_(torch.rand(1, tokens) < ignored, IGNORED)
+    how = None if weights is None else TeacherConfig("teacher", *weights)
+    targets = None if how is None else Targets(theirs, their_head, how)
+    leaves = [hidden.requires_grad_(), *([] if head is None else [head.requires_grad_()])]
+    given_divisor = None if divisor is None else torch.tensor(divisor)
+    loss, parts = chunked_loss(hidden, head, labels, chunk, targets, given_divisor)
+    got = torch.autograd.grad(3.0 * loss, leaves)
+    assert not parts.requires_grad
+    teacher = None if how is None else logits(theirs, their_head)
+    exact = definition(logits(hidden, head), labels.flatten(), divisor or tokens, teacher, how)
+    expected = torch.autograd.grad(3.0 * exact[0], leaves)
+    torch.testing.assert_close((loss, parts), exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16384, 20480, 16385, 98304])
@@ -63,13 +111,14 @@ def test_chunks_are_equal_where_they_can_be(tokens: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("how", [None, TeacherConfig("teacher", 2.0, 0.5, 3.0)])
 def test_the_form_for_fusion_is_the_same(how: TeacherConfig | None) -> None:
+    """The derivatives of tokens without a label count nowhere, and are none of either's."""
     logits, labels = torch.randn(7, 11, dtype=torch.bfloat16), torch.randint(11, (7,))
+    labels[2] = IGNORED
     teacher = None if how is None else torch.randn(7, 11, dtype=torch.bfloat16)
-    ours = loss_module._loss_and_slope_for_fusion(logits.clone(), labels, teacher, how)
-    theirs = loss_module._loss_and_slope(logits.clone(), labels, teacher, how)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b)
+    sums, slope = loss_module._loss_and_slope_for_fusion(logits.clone(), labels, teacher, how)
+    same, expected = loss_module._loss_and_slope(logits.clone(), labels, teacher, how)
+    torch.testing.assert_close(sums, same)
+    torch.testing.assert_close(slope[labels != IGNORED], expected[labels != IGNORED])
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
@@ -90,7 +139,7 @@ def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
     hidden = torch.randn(64, 32, requires_grad=True)
     head = torch.randn(100, 32, requires_grad=True)
     labels = torch.randint(100, (64,))
-    exact = full(hidden, head, labels)
+    exact, _ = definition(hidden @ head.T, labels, 64)
     expected = torch.autograd.grad(exact, (hidden, head))
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_loss(hidden, head, labels, 10)[0]
@@ -117,23 +166,34 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_full_logits_are_never_there() -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_full_logits_are_never_there(taught: bool) -> None:
     tokens, vocabulary, chunk = 256, 1000, 8
     hidden = torch.randn(tokens, 4, requires_grad=True)
     head = torch.randn(vocabulary, 4, requires_grad=True)
     labels = torch.randint(vocabulary, (tokens,))
+    teacher = Targets(torch.randn(tokens, 6), torch.randn(vocabulary, 6), TeacherConfig())
     with _Largest() as largest:
-        chunked_loss(hidden, head, labels, chunk)[0].backward()
+        chunked_loss(hidden, head, labels, chunk, teacher if taught else None)[0].backward()
     assert largest.elements == chunk * vocabulary
 
 
-def test_default_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 2**19)
-    hidden = torch.randn(10, 2, requires_grad=True)
-    head = torch.randn(151_936, 2)
+@pytest.mark.parametrize(
+    ("taught", "chunk"),
+    [
+        (False, 5),  # six would fit, but two parts of five are equal
+        (True, 2),  # three would fit, but five parts of two are equal
+    ],
+)
+def test_default_chunk_follows_the_vocabularies(
+    monkeypatch: pytest.MonkeyPatch, taught: bool, chunk: int
+) -> None:
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 2**20)
+    hidden, head = torch.randn(10, 2, requires_grad=True), torch.randn(151_936, 2)
+    teacher = Targets(torch.randn(10, 2), head, TeacherConfig()) if taught else None
     with _Largest() as largest:
-        chunked_loss(hidden, head, torch.zeros(10, dtype=torch.int64))[0].backward()
-    assert largest.elements == 2 * 151_936  # three would fit, but five parts of two are equal
+        chunked_loss(hidden, head, torch.zeros(10, dtype=torch.int64), targets=teacher)
+    assert largest.elements == chunk * 151_936
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -181,64 +241,6 @@ def test_a_head_with_a_bias_learns_it() -> None:
     assert model.lm_head.bias.grad.any()
 
 
-def distillation(
-    student: Tensor, teacher: Tensor, labels: Tensor, how: TeacherConfig
-) -> list[Tensor]:
-    """The definition over full logits: the loss, the cross-entropy, and T²·KL."""
-    t = how.temperature
-    p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
-    divergence = t**2 * (p * (p.log() - q.log())).sum(-1).mean()
-    entropy = F.cross_entropy(student, labels)
-    return [how.cross_entropy * entropy + how.weight * divergence, entropy, divergence]
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    tokens=st.integers(1, 9),
-    vocabulary=st.integers(1, 11),
-    chunk=st.integers(1, 12),
-    seed=st.integers(0, 1000),
-    divergence=st.sampled_from([0.0, 1.0, 2.5]),
-    entropy=st.sampled_from([0.0, 1.0, 0.3]),
-    temperature=st.sampled_from([0.5, 1.0, 5.0]),
-    heads=st.tuples(st.booleans(), st.booleans()),
-)
-def test_distillation_in_float64(
-    tokens: int,
-    vocabulary: int,
-    chunk: int,
-    seed: int,
-    divergence: float,
-    entropy: float,
-    temperature: float,
-    heads: tuple[bool, bool],
-) -> None:
-    """Student and teacher with or without a head; of other widths."""
-    torch.manual_seed(seed)
-
-    def last(has_head: bool, width: int) -> tuple[Tensor, Tensor | None]:
-        hidden = torch.randn(1, tokens, width if has_head else vocabulary, dtype=torch.float64)
-        head = torch.randn(vocabulary, width, dtype=torch.float64) if has_head else None
-        return hidden, head
-
-    hidden, head = last(heads[0], 5)
-    theirs, their_head = last(heads[1], 3)
-    labels = torch.randint(vocabulary, (1, tokens))
-    how = TeacherConfig("teacher", divergence, entropy, temperature)
-    leaves = [hidden.requires_grad_(), *([] if head is None else [head.requires_grad_()])]
-    loss, parts = chunked_loss(hidden, head, labels, chunk, Targets(theirs, their_head, how))
-    got = torch.autograd.grad(3.0 * loss, leaves)
-    assert not parts.requires_grad
-    student = (hidden if head is None else hidden @ head.T).flatten(0, -2)
-    teacher = (theirs if their_head is None else theirs @ their_head.T).flatten(0, -2)
-    reference, *of_it = distillation(student, teacher, labels.flatten(), how)
-    expected = torch.autograd.grad(3.0 * reference, leaves)
-    torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(parts, torch.stack(of_it).detach(), rtol=1e-12, atol=1e-12)
-    for ours, exact in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
-
-
 def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
     hidden, head = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
     labels = torch.randint(7, (9,))
@@ -257,62 +259,3 @@ def test_large_and_small_logits_stay_finite(scale: float) -> None:
     loss.backward()
     assert parts.isfinite().all()
     assert hidden.grad.isfinite().all()
-
-
-def test_two_full_logits_are_never_there() -> None:
-    tokens, vocabulary, chunk = 256, 1000, 8
-    hidden = torch.randn(tokens, 4, requires_grad=True)
-    head = torch.randn(vocabulary, 4, requires_grad=True)
-    targets = Targets(torch.randn(tokens, 6), torch.randn(vocabulary, 6), TeacherConfig())
-    labels = torch.randint(vocabulary, (tokens,))
-    with _Largest() as largest:
-        chunked_loss(hidden, head, labels, chunk, targets)[0].backward()
-    assert largest.elements == chunk * vocabulary
-
-
-def test_a_teacher_halves_the_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 8000)
-    hidden, head = torch.randn(8, 2, requires_grad=True), torch.randn(1000, 2)
-    targets = Targets(torch.randn(8, 2), head, TeacherConfig())
-    with _Largest() as largest:
-        chunked_loss(hidden, head, torch.zeros(8, dtype=torch.int64), None, targets)
-    assert largest.elements == 4 * 1000
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 24])
-@pytest.mark.parametrize("has_teacher", [False, True])
-def test_tokens_without_a_label(chunk: int, has_teacher: bool) -> None:
-    """Against full logits of the other tokens alone, gradients included; divided as asked."""
-    hidden = torch.randn(24, 8, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(11, (24,)).masked_fill(torch.rand(24) < 0.6, -100)
-    labels[:2] = torch.tensor([-100, 3])
-    theirs, their_head = torch.randn(24, 6).double(), torch.randn(11, 6).double()
-    how = TeacherConfig("teacher", 2.0, 0.5, 3.0)
-    targets = Targets(theirs, their_head, how) if has_teacher else None
-    divisor = torch.tensor(7.0)
-    loss, parts = chunked_loss(hidden, head, labels, chunk, targets, divisor)
-    mine = torch.autograd.grad(loss, (hidden, head))
-    kept = labels != -100
-    logits = hidden[kept] @ head.T
-    entropy = F.cross_entropy(logits, labels[kept], reduction="sum") / 7
-    expected = entropy
-    if has_teacher:
-        p = ((theirs @ their_head.T)[kept] / 3).softmax(-1)
-        divergence = 9 * F.kl_div((logits / 3).log_softmax(-1), p, reduction="sum") / 7
-        torch.testing.assert_close(parts[1], divergence.detach())
-        expected = 0.5 * entropy + 2 * divergence
-    torch.testing.assert_close(parts[0], entropy.detach())
-    torch.testing.assert_close(loss, expected)
-    for got, wanted in zip(mine, torch.autograd.grad(expected, (hidden, head)), strict=True):
-        torch.testing.assert_close(got, wanted)
-    fused, _ = loss_module._loss_and_slope_for_fusion(logits.detach(), labels[kept])
-    plain, _ = loss_module._loss_and_slope((hidden @ head.T).detach(), labels)
-    torch.testing.assert_close(fused.double(), plain, rtol=1e-6, atol=0)
-
-
-def test_no_label_at_all() -> None:
-    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
-    loss, _ = chunked_loss(hidden, head, torch.full((4,), -100), divisor=torch.tensor(3.0))
-    loss.backward()
-    assert loss == 0 and (hidden.grad == 0).all()

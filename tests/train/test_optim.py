@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 import tiny_models
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train.config import OptimizerConfig
 from sparse_bitnet.train.optim import build_optimizer, clip_gradients
-from sparse_bitnet.train.presets import preset_config
+from tiny_models import preset_model
 
 
 def tiny(tied: bool = True) -> torch.nn.Module:
-    shape: Qwen2Config = preset_config("tiny", 32)
-    shape.tie_word_embeddings = tied
-    model = AutoModelForCausalLM.from_config(shape)
+    model = preset_model(0, 32, tie_word_embeddings=tied)
     convert(model, "6:8")
     return model
 

@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
-from histories import timeless
+from histories import assert_close, stop_at, timeless
 from processes import train_on_ranks
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.checkpoint import MANIFEST
 from sparse_bitnet.train.parallel import Ranks, blocks, ranks
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import config_from_dict
+from tiny_models import preset_model
 
 WORKER = Path(__file__).parents[1] / "training_worker.py"
 
@@ -71,6 +70,12 @@ def as_one(values: dict[str, Any], name: str) -> dict[str, Any]:
     return values | {"run": values["run"] | {"directory": str(directory)}}
 
 
+def begin_at(step: int, whole: Path, directory: Path) -> Path:
+    """Give a run that has not begun the checkpoint of another; returns that one."""
+    source = whole / "checkpoints" / f"step-{step:08d}"
+    return Path(shutil.copytree(source, directory / "checkpoints" / source.name))
+
+
 def test_two_processes_equal_one(two: dict[str, Any]) -> None:
     """Losses, norms, flip rates, zeros: within 1e-5, in fact to the last bit.
 
@@ -78,13 +83,9 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
     so nothing depends on how the weights are cut.
     """
     one = train(config_from_dict(as_one(two, "one"), "test"))
-    ours, theirs = timeless(two["run"]["directory"]), timeless(one.directory)
+    ours = timeless(two["run"]["directory"])
     assert len(ours) == 13
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in ("loss", "gradient_norm", "flip_rate", "zeros_before_mask", "validation_loss"):
-            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
-        assert a["pattern"] == b["pattern"] if "pattern" in a else True
+    assert_close(ours, timeless(one))
     # The exported models are the same too, and load like any other.
     model, _ = load_trained(Path(two["run"]["directory"]) / "model")
     for p, q in zip(model.parameters(), one.model.parameters(), strict=True):
@@ -97,16 +98,14 @@ def test_two_processes_on_conversations(recipes_in: Any, chats: Path, tmp_path: 
     values = recipes_in(tmp_path).values("two", data=data, schedule={"steps": 4})
     train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    for a, b in zip(timeless(values["run"]["directory"]), timeless(one.directory), strict=True):
-        for key in ("loss", "gradient_norm", "validation_loss"):
-            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+    figures = ("loss", "gradient_norm", "validation_loss")
+    assert_close(timeless(values["run"]["directory"]), timeless(one), figures)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(preset_config("tiny", 64)).save_pretrained(directory)
+    preset_model(7).save_pretrained(directory)
     return {"source": str(directory), "temperature": 2.0}
 
 
@@ -128,19 +127,15 @@ def test_a_teacher_and_gradual_quantization(
     )
     train_on_ranks(written(values, tmp_path), 2)
     one = train(config_from_dict(as_one(values, "one"), "test"))
-    ours, theirs = timeless(values["run"]["directory"]), timeless(one.directory)
-    assert len(ours) == 8
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, abs=1e-5), a["step"]
+    directory, theirs = Path(values["run"]["directory"]), timeless(one)
+    assert len(theirs) == 8
+    assert_close(timeless(directory), theirs)
     resumed = as_one(values, "resumed")
-    source = Path(values["run"]["directory"]) / "checkpoints" / "step-00000004"
-    checkpoints = Path(resumed["run"]["directory"]) / "checkpoints"
-    shutil.copytree(source, checkpoints / source.name)
+    begin_at(4, directory, Path(resumed["run"]["directory"]))
     train_on_ranks(written(resumed, tmp_path), 2)
     late = [row for row in theirs if row["step"] > 4]
     assert late[0]["quantization"] == 1
-    for a, b in zip(timeless(resumed["run"]["directory"]), late, strict=True):
-        assert a == pytest.approx(b, abs=1e-5), a["step"]
+    assert_close(timeless(resumed["run"]["directory"]), late)
 
 
 def test_hidden_states_of_a_teacher(
@@ -161,8 +156,7 @@ def test_hidden_states_of_a_teacher(
     one = train(config_from_dict(as_one(values, "one"), "test"))
     ours, theirs = timeless(values["run"]["directory"])[:2], timeless(one.directory)[:2]
     assert [row["step"] for row in ours] == [0, 1] and theirs[1]["hidden_loss"] > 0.1
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, abs=1e-5), a["step"]
+    assert_close(ours, theirs)
 
 
 @pytest.mark.gpu
@@ -193,36 +187,17 @@ def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, com
             assert a.get(key) == pytest.approx(b.get(key), abs=2e-3), (a["step"], key)
 
 
+RESUMED = ("loss", "flip_rate", "zeros_before_mask", "validation_loss")
+
+
 def test_two_ranks_then_one(two: dict[str, Any]) -> None:
-    whole = timeless(two["run"]["directory"])
-    values = as_one(two, "then-one")
-    directory = Path(values["run"]["directory"])
-    source = Path(two["run"]["directory"]) / "checkpoints" / "step-00000006"
+    values, whole = as_one(two, "then-one"), Path(two["run"]["directory"])
+    source = begin_at(6, whole, Path(values["run"]["directory"]))
     assert json.loads((source / MANIFEST).read_text())["ranks"] == 2
     assert len(list(source.glob("*.safetensors"))) == 2
-    shutil.copytree(source, directory / "checkpoints" / source.name)
     resumed = train(config_from_dict(values, "test"))
-    late = [row for row in whole if row["step"] > 6]
-    for a, b in zip(timeless(resumed.directory), late, strict=True):
-        for key in ("loss", "flip_rate", "zeros_before_mask", "validation_loss"):
-            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
-
-
-@pytest.mark.slow
-def test_one_rank_then_two(two: dict[str, Any], tmp_path: Path) -> None:
-    values = as_one(two, "then-two")
-
-    def stop(done: int, _model: object) -> None:
-        if done == 6:
-            os.kill(os.getpid(), 15)
-
-    with pytest.raises(TrainingInterruptedError):
-        train(config_from_dict(values, "test"), stop)
-    train_on_ranks(written(values, tmp_path), 2)
-    for a, b in zip(
-        timeless(values["run"]["directory"]), timeless(two["run"]["directory"]), strict=True
-    ):
-        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+    late = [row for row in timeless(whole) if row["step"] > 6]
+    assert_close(timeless(resumed), late, RESUMED)
 
 
 @pytest.mark.slow
@@ -233,23 +208,12 @@ def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
     train_on_ranks(written(values, tmp_path), 2)
     whole = Path(values["run"]["directory"])
     cut = as_one(values, "cut")
-    directory = Path(cut["run"]["directory"])
-    name = "step-00000006"
-    shutil.copytree(whole / "checkpoints" / name, directory / "checkpoints" / name)
-
-    def stop(done: int, _model: object) -> None:
-        if done == 9:
-            os.kill(os.getpid(), 15)
-
+    begin_at(6, whole, Path(cut["run"]["directory"]))
     with pytest.raises(TrainingInterruptedError):
-        train(config_from_dict(cut, "test"), stop)
+        train(config_from_dict(cut, "test"), stop_at(9))
     train_on_ranks(written(cut, tmp_path), 4)
     late = [row for row in timeless(whole) if row["step"] > 6]
-    found = timeless(directory)
-    assert len(found) == len(late)
-    for a, b in zip(found, late, strict=True):
-        for key in ("loss", "flip_rate", "zeros_before_mask", "validation_loss"):
-            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+    assert_close(timeless(cut["run"]["directory"]), late, RESUMED)
 
 
 @pytest.mark.slow
@@ -274,8 +238,7 @@ def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
     assert "stopped by SIGTERM after step" in shown
     assert len(list((directory / "checkpoints").iterdir())) == 1
     resumed = train(config_from_dict(values, "test"))
-    for a, b in zip(timeless(resumed.directory), timeless(two["run"]["directory"]), strict=True):
-        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5), a["step"]
+    assert_close(timeless(resumed), timeless(two["run"]["directory"]), ["loss"])
 
 
 @pytest.mark.slow
@@ -284,10 +247,8 @@ def test_two_processes_compiled(two: dict[str, Any], tmp_path: Path) -> None:
     values["run"]["compile"] = "on"
     torchrun(values, tmp_path)
     # Fused kernels round otherwise, and ternary training amplifies that; see test_golden.py.
-    for a, b in zip(
-        timeless(values["run"]["directory"]), timeless(two["run"]["directory"]), strict=True
-    ):
-        assert a.get("loss") == pytest.approx(b.get("loss"), abs=5e-3), a["step"]
+    ours, theirs = (timeless(one["run"]["directory"]) for one in (values, two))
+    assert_close(ours, theirs, ["loss"], 5e-3)
 
 
 def test_batches_must_divide(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +285,4 @@ def test_too_many_processes_for_the_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_blocks_are_the_decoder_s() -> None:
-    from transformers import AutoModelForCausalLM
-
-    from sparse_bitnet.train.presets import preset_config
-
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 16))
-    assert [type(block).__name__ for block in blocks(model)] == ["Qwen2DecoderLayer"] * 2
+    assert [type(block).__name__ for block in blocks(preset_model(0))] == ["Qwen2DecoderLayer"] * 2

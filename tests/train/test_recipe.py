@@ -151,6 +151,8 @@ def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
         ("sparsity", {"quantization": {"until": 0.7, "begin": {"a": 0.4}}}, "at most 1 − until"),
         ("sparsity", {"kind": "bf16", "quantization": {"until": 0.7}}, "bf16 has no quantization"),
         ("sparsity", {"method": {"gradient": "none"}}, "it must be 'dense' or 'masked'"),
+        ("teacher", {"temperature": 0}, "teacher.temperature is 0: it must be greater than 0"),
+        ("teacher", {"weight": -1}, "teacher.weight is -1: it must be greater"),
         ("optimizer", {"learning_rate": 0}, "it must be greater than 0"),
         ("optimizer", {"learning_rate": float("nan")}, "it must be a finite number"),
         ("optimizer", {"betas": [0.9, 1.0]}, "betas.1 is 1.0: it must be less than 1"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from histories import rows, series
-from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.data.tokenizer import tokenizer_hash, train_bpe
 from sparse_bitnet.nn import convert
-from sparse_bitnet.train import TrainingInterruptedError, save_trained, train
+from sparse_bitnet.train import save_trained, train
 from sparse_bitnet.train.config import SparsityConfig, TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.recipe import load_recipe
@@ -92,27 +90,6 @@ def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe: Any, directory: 
     assert series(with_one, "loss") == series(alone, "loss")
 
 
-def test_resumed_equals_uninterrupted(recipe: Any, directory: Path) -> None:
-    sections: dict[str, Any] = {
-        "teacher": {"source": str(directory)},
-        "sparsity": {"quantization": {"until": 0.7, "shape": "sigmoid"}},
-    }
-    whole = train(recipe("whole", **sections))
-
-    def stop(step: int, _model: object) -> None:
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    config = recipe("stopped", **sections)
-    with pytest.raises(TrainingInterruptedError):
-        train(config, stop)
-    resumed = train(config)
-    for column in ("loss", "teacher_loss", "quantization", "teacher_validation_loss"):
-        assert series(resumed, column) == series(whole, column)
-    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
 def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
     model = preset_model(3)
     convert(model, "6:8")
@@ -144,26 +121,9 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="another tokenizer than the data"):
             Teacher(config, preset_model(3), "0" * 64)
 
-    def test_damaged_weights(self, directory: Path) -> None:
-        path = directory / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match="cannot be loaded"):
-            Teacher(TeacherConfig(str(directory)), preset_model(3))
-
     def test_no_such_device(self, directory: Path) -> None:
         with pytest.raises(ConfigError, match="nonsense"):
             Teacher(TeacherConfig(str(directory), device="nonsense"), preset_model(3))
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"temperature": 0}, "teacher.temperature is 0: it must be greater than 0"),
-            ({"weight": -1}, "teacher.weight is -1: it must be greater"),
-        ],
-    )
-    def test_values(self, recipe: Any, values: dict[str, float], message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            recipe(teacher=values)
 
 
 def test_teacher_on_the_command_line(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
-    Lfm2Config,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -29,7 +28,7 @@ from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.parallel import blocks
 from sparse_bitnet.train.teacher import Teacher
 from sparse_bitnet.train.trainer import TeacherMixin
-from tiny_models import preset_model
+from tiny_models import preset_model, tiny
 
 
 def rows() -> list[dict[str, Any]]:
@@ -43,14 +42,23 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def run(directory: Path, model: PreTrainedModel, accumulation: int) -> tuple[Trainer, Any]:
-    """Four steps of eight rows with the example's class; and the rows of the first step."""
+def distilling(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
+    """The example's class, its teacher in ``directory``."""
 
     class Distilling(TeacherMixin, Trainer):
         teacher = TeacherConfig(str(directory), temperature=2.0, hidden_layers=[0, 1])
 
-    arguments = TrainingArguments(
-        str(directory / "out"),
+    arguments = TrainingArguments(str(directory / "out"), use_cpu=True, report_to=[], **options)
+    callbacks = [SparseBitNetCallback("6:8")]
+    data = {"train_dataset": rows(), "eval_dataset": rows()}
+    return Distilling(model, arguments, **data, callbacks=callbacks)
+
+
+def run(directory: Path, model: PreTrainedModel, accumulation: int = 1) -> Any:
+    """Four steps of eight rows."""
+    trainer = distilling(
+        model,
+        directory,
         max_steps=4,
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
@@ -58,19 +66,10 @@ def run(directory: Path, model: PreTrainedModel, accumulation: int) -> tuple[Tra
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=4,
-        use_cpu=True,
-        report_to=[],
         save_strategy="no",
     )
-    trainer = Distilling(
-        model,
-        arguments,
-        train_dataset=rows(),
-        eval_dataset=rows(),
-        callbacks=[SparseBitNetCallback("6:8")],
-    )
     trainer.train()
-    return trainer, next(iter(trainer.get_train_dataloader()))
+    return trainer
 
 
 def converted() -> PreTrainedModel:
@@ -82,7 +81,7 @@ def converted() -> PreTrainedModel:
 def test_as_in_the_docs(tmp_path: Path) -> None:
     """The losses of the loop's own module, logged; accumulation changes nothing."""
     preset_model(7).save_pretrained(tmp_path)
-    trainer, _ = run(tmp_path, converted(), 1)
+    trainer = run(tmp_path, converted())
     found = [row for row in trainer.state.log_history if "loss" in row]
     names = ("cross_entropy", "teacher_loss", "hidden_loss")
     for row in found:
@@ -90,7 +89,7 @@ def test_as_in_the_docs(tmp_path: Path) -> None:
         assert "zeros_before_mask" in row
     assert all(found[-1][name] < found[0][name] for name in names)
     assert any("eval_loss" in row for row in trainer.state.log_history)
-    again, _ = run(tmp_path, converted(), 2)
+    again = run(tmp_path, converted(), 2)
     others = [row for row in again.state.log_history if "loss" in row]
     for row, other in zip(found, others, strict=True):
         for name in ("loss", *names):
@@ -99,15 +98,10 @@ def test_as_in_the_docs(tmp_path: Path) -> None:
 
 def test_the_losses_are_the_loops(tmp_path: Path) -> None:
     preset_model(7).save_pretrained(tmp_path)
-    config = TeacherConfig(str(tmp_path), temperature=2.0, hidden_layers=[0, 1])
-
-    class Distilling(TeacherMixin, Trainer):
-        teacher = config
-
     model = converted().train()
-    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
     batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "labels")}
-    loss = Distilling(model, arguments).compute_loss(model, batch)
+    trainer = distilling(model, tmp_path)
+    loss, config = trainer.compute_loss(model, batch), trainer.teacher
     loss.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model = converted().train()
@@ -126,15 +120,14 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     preset_model(7).save_pretrained(tmp_path)
     model = converted()
     for _ in range(2):
-        trainer, _ = run(tmp_path, model, 1)
+        trainer = run(tmp_path, model)
         assert not any(module._forward_hooks for module in model.modules())
         pickle.dumps(model)
     kept = []
 
     class Watch(TrainerCallback):
         def on_evaluate(self, *_: Any, **__: Any) -> None:
-            pair = trainer._pair  # type: ignore[attr-defined]
-            kept.extend(pair[0].states._kept.values())
+            kept.extend(trainer._pair[0].states._kept.values())
 
     trainer.add_callback(Watch())
     trainer.train()
@@ -144,7 +137,7 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
 
 def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset_model(7).save_pretrained(tmp_path)
-    plain, _ = run(tmp_path, converted(), 1)
+    plain = run(tmp_path, converted())
     ways = []
 
     def reduce(_self: Any, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -152,7 +145,7 @@ def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return tensor + 1  # as if another rank had 2 more
 
     monkeypatch.setattr("accelerate.Accelerator.reduce", reduce)
-    several, _ = run(tmp_path, converted(), 1)
+    several = run(tmp_path, converted())
     assert ways == ["mean"] * 4
     for name in ("cross_entropy", "teacher_loss", "hidden_loss"):
         one, other = (run.state.log_history[0][name] for run in (plain, several))
@@ -160,44 +153,21 @@ def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_batches_without_labels(tmp_path: Path) -> None:
-    preset_model(7).save_pretrained(tmp_path / "dense")
-
-    class Distilling(TeacherMixin, Trainer):
-        teacher = TeacherConfig(str(tmp_path / "dense"))
-
-    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    model = converted().train()
     with pytest.raises(ConfigError, match="the batches have no labels"):
-        Distilling(preset_model(3), arguments).compute_loss(
-            preset_model(3).train(), {"input_ids": None}
-        )
+        distilling(model, tmp_path).compute_loss(model, {"input_ids": None})
 
 
 @pytest.mark.parametrize("leaks", ["student", "teacher"])
 def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
-    shape = Lfm2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        pad_token_id=0,
-    )
     models = {"student": preset_model(3), "teacher": preset_model(7)}
-    torch.manual_seed(0)
-    models[leaks] = AutoModelForCausalLM.from_config(shape)
-    models["teacher"].save_pretrained(tmp_path / "dense")
-
-    class Distilling(TeacherMixin, Trainer):
-        teacher = TeacherConfig(str(tmp_path / "dense"))
-
-    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    models[leaks] = tiny("lfm2", hidden_size=64, layer_types=["conv", "full_attention"])
+    models["teacher"].save_pretrained(tmp_path)
     ids = torch.randint(64, (1, 12))
     packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(6).repeat(1, 2)}
     student = models["student"].train()
     with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
-        Distilling(student, arguments).compute_loss(student, packed)
+        distilling(student, tmp_path).compute_loss(student, packed)
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels.registry import prepare, ternary_linear
@@ -79,10 +78,6 @@ def measure_cpu() -> Device:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The shortest of the calls that fit the time, after one that does not count."""
-    call()
-    best, end = math.inf, time.perf_counter() + SECONDS
-    while (start := time.perf_counter()) < end:
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    """The shortest of the calls that fit the time."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=SECONDS).times)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
-from sparse_bitnet.estimate.sharding import Sharding, page_lines, sharding
+from sparse_bitnet.estimate.sharding import Sharding
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import convert, converted_modules
@@ -232,7 +232,7 @@ def estimate(
     both = bf16, packed = cost(packed=False), cost(packed=True)
     kv_bytes, stored_bits = batch * shape.kv_bytes(context), 8 * sizes.packed_bytes / weights
     others = parameters - weights
-    shards = sharding(weights, shape.layers, others, device, gpus, step) if gpus > 1 else None
+    shards = Sharding(weights, shape.layers, others, device, gpus, step) if gpus > 1 else None
 
     def row(name: str, texts: Iterable[str], more: str = "") -> str:
         return f"{name:32}" + "".join(f"{text:>12}" for text in texts) + more
@@ -270,7 +270,7 @@ def estimate(
         if memory and one.device_bytes + kv_bytes > memory:
             lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
     if shards is not None:
-        lines += ["", *page_lines(shards, device)]
+        lines += ["", str(shards)]
     if price is not None:
         lines += ["", f"at {price:g} an hour, a million tokens cost at least"]
         for what, tokens in (("prefill", batch * prompt), ("decode", batch)):

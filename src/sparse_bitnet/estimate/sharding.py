@@ -9,7 +9,6 @@ behind arithmetic, so times bound from above what sharding adds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from sparse_bitnet.estimate.devices import Device
 from sparse_bitnet.packed.sizes import readable_bytes
@@ -21,63 +20,48 @@ HOST = 8  # GPUs that share fast links
 NETWORK = 50.0  # GB/s of a GPU beyond its host: 400 Gbit/s
 
 
-@dataclass(frozen=True)
 class Sharding:
-    """One rank of many, in bytes and seconds."""
+    """The costs of one rank of ``gpus``, in bytes and seconds; ``str()`` is a page for people.
 
-    gpus: int
-    tokens: int  # of one step, all ranks together, in one micro-batch
-    shard_bytes: float  # masters, gradients and moments of its own rows
-    # Beside them at the peak: two layers as gathered, one of them as int8 and its gradients twice;
-    # the root's parameters and their gradients.
-    whole_bytes: float
-    gathered_bytes: float  # that a rank receives in a step
-    reduced_bytes: float
-    compute_seconds: float  # 6 operations a parameter and token at TRAINED of the device's peak
-    network_seconds: float
-    float32_seconds: float  # if masters were gathered
+    Args:
+        weights: that are ternary, in ``layers`` equal layers.
+        others: parameters of the root: embeddings, head, last norm.
+        tokens: of a step, all ranks together, in one micro-batch.
+    """
 
+    def __init__(
+        self, weights: int, layers: int, others: int, device: Device, gpus: int, tokens: int
+    ) -> None:
+        part, every = (gpus - 1) / gpus, weights + others
+        link = 1e9 * (device.link if gpus <= HOST else min(NETWORK, device.link))
+        speed = TRAINED * device.bf16 * 1e12
+        self.gpus, self.tokens = gpus, tokens
+        # Masters, gradients and moments of its own rows.
+        self.shard_bytes = STATE * every / gpus
+        # Beside them at the peak: two layers as gathered, one of them as int8 and its gradients
+        # twice; the root's parameters and their gradients.
+        a_layer = weights / layers * (2 * TWO_BITS + 1 + 2 * FLOAT32)
+        self.whole_bytes = a_layer + 2 * FLOAT32 * others
+        # That a rank receives in a step.
+        self.gathered_bytes = part * (2 * TWO_BITS * weights + FLOAT32 * others)
+        self.reduced_bytes = part * FLOAT32 * every
+        self.compute_seconds = 6.0 * every * tokens / gpus / speed
+        self.network_seconds = (self.gathered_bytes + self.reduced_bytes) / link
+        # If masters were gathered.
+        gathered32 = part * (2 * FLOAT32 * weights + FLOAT32 * others)
+        self.float32_seconds = (gathered32 + self.reduced_bytes) / link
+        # From so many tokens a GPU and micro-batch on, computing takes longer.
+        self.hiding_tokens = math.ceil((2 * TWO_BITS + FLOAT32) / link * speed / 6)
 
-def sharding(
-    weights: int, layers: int, others: int, device: Device, gpus: int, tokens: int
-) -> Sharding:
-    """The costs of one rank of ``gpus``: ``weights`` are ternary, in ``layers`` equal layers;
-    ``others`` are the root's (embeddings, head, last norm); ``tokens`` those of a step."""
-    part = (gpus - 1) / gpus
-    link = _bytes_per_second(device, gpus)
-    gathered = part * (2 * TWO_BITS * weights + FLOAT32 * others)
-    reduced = part * FLOAT32 * (weights + others)
-    whole32 = part * (2 * FLOAT32 * weights + FLOAT32 * others)
-    operations = 6.0 * (weights + others) * tokens
-    return Sharding(
-        gpus=gpus,
-        tokens=tokens,
-        shard_bytes=STATE * (weights + others) / gpus,
-        whole_bytes=weights / layers * (2 * TWO_BITS + 1 + 2 * FLOAT32) + 2 * FLOAT32 * others,
-        gathered_bytes=gathered,
-        reduced_bytes=reduced,
-        compute_seconds=operations / (gpus * TRAINED * device.bf16 * 1e12),
-        network_seconds=(gathered + reduced) / link if gpus > 1 else 0.0,
-        float32_seconds=(whole32 + reduced) / link if gpus > 1 else 0.0,
-    )
-
-
-def page_lines(one: Sharding, device: Device) -> list[str]:
-    """Training over several GPUs, for people."""
-    seconds_a_weight = (2 * TWO_BITS + FLOAT32) / _bytes_per_second(device, one.gpus)
-    hidden = math.ceil(seconds_a_weight * TRAINED * device.bf16 * 1e12 / 6)
-    return [
-        f"training on {one.gpus} GPUs, {one.tokens:,} tokens a step, sharded (FSDP2, two bits "
-        "gathered):",
-        f"  a GPU keeps {readable_bytes(one.shard_bytes)} of shards and at most "
-        f"{readable_bytes(one.whole_bytes)} whole, and activations",
-        f"  a GPU gathers {readable_bytes(one.gathered_bytes)} and reduces "
-        f"{readable_bytes(one.reduced_bytes)} a micro-batch",
-        f"  a step computes {one.compute_seconds:.3g} s and communicates at most "
-        f"{one.network_seconds:.3g} s ({one.float32_seconds:.3g} s with float32 gathered)",
-        f"  computing takes longer from {hidden:,} tokens a GPU and micro-batch on",
-    ]
-
-
-def _bytes_per_second(device: Device, gpus: int) -> float:
-    return 1e9 * (device.link if gpus <= HOST else min(NETWORK, device.link))
+    def __str__(self) -> str:
+        return (
+            f"training on {self.gpus} GPUs, {self.tokens:,} tokens a step, sharded (FSDP2, two "
+            "bits gathered):\n"
+            f"  a GPU keeps {readable_bytes(self.shard_bytes)} of shards and at most "
+            f"{readable_bytes(self.whole_bytes)} whole, and activations\n"
+            f"  a GPU gathers {readable_bytes(self.gathered_bytes)} and reduces "
+            f"{readable_bytes(self.reduced_bytes)} a micro-batch\n"
+            f"  a step computes {self.compute_seconds:.3g} s and communicates at most "
+            f"{self.network_seconds:.3g} s ({self.float32_seconds:.3g} s with float32 gathered)\n"
+            f"  computing takes longer from {self.hiding_tokens:,} tokens a GPU and micro-batch on"
+        )

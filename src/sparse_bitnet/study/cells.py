@@ -117,10 +117,30 @@ class Evaluation:
     cloze_questions: PositiveInt = 1000
 
 
+@dataclass(frozen=True)
+class Job:
+    """A cell with all that is needed to run it."""
+
+    key: str
+    cell: Cell
+    config: TrainConfig
+    evaluation: Evaluation
+
+    @property
+    def tokens(self) -> int:
+        data = self.config.data
+        return self.config.schedule.steps * data.batch_size * data.sequence_length
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at once when it is measured."""
+        return self.evaluation.window or self.config.data.sequence_length
+
+
 @with_config(STRICT)
 @dataclass(frozen=True)
-class _File:
-    """A recipe as it is written."""
+class SweepRecipe:
+    """A recipe as it is written, and what it expands to."""
 
     name: str = ""
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -128,6 +148,8 @@ class _File:
     defaults: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    # Each cell, and the names of the blocks that it stands in.
+    expanded: dict[Cell, list[str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for kind, sections in (("base", self.base), *self.kinds.items()):
@@ -137,20 +159,9 @@ class _File:
         if not self.blocks:
             raise ConfigError("no cells; add blocks")
 
-
-@dataclass(frozen=True)
-class SweepRecipe:
-    """A recipe, read and expanded."""
-
-    name: str
-    base: dict[str, Any]
-    kinds: dict[Kind, dict[str, dict[str, Any]]]
-    evaluation: Evaluation
-    blocks: dict[Cell, list[str]]  # each cell, and the blocks that it stands in
-
     @property
     def cells(self) -> list[Cell]:
-        return list(self.blocks)
+        return list(self.expanded)
 
     def config(self, cell: Cell) -> TrainConfig:
         """The whole training configuration of a cell (its directory is set by the sweep).
@@ -192,22 +203,19 @@ def read_sweep(path: str | Path) -> SweepRecipe:
         ConfigError: for a file that cannot be read, an unknown key, a value out of range.
     """
     path = Path(path)
-    file = checked(_File, read_yaml(path) or {}, str(path))
-    blocks: dict[Cell, list[str]] = {}
-    for index, block in enumerate(file.blocks):
+    recipe = checked(SweepRecipe, read_yaml(path) or {}, str(path))
+    recipe = replace(recipe, name=recipe.name or path.stem)
+    # Two cells may be one run: one of them repeats the recipe's own learning rate.
+    same: dict[str, Cell] = {}
+    for index, block in enumerate(recipe.blocks):
         name = block.get("name", f"block {index + 1}")
         if not isinstance(name, str):
             raise ConfigError(f"{path}, block {index + 1}: its name is {shown(name)}, not a word")
-        for cell in _expand(block, file.defaults, f"{path}, {name}"):
-            in_blocks = blocks.setdefault(cell, [])
-            if name not in in_blocks:
-                in_blocks.append(name)
-    recipe = SweepRecipe(file.name or path.stem, file.base, file.kinds, file.evaluation, {})
-    # Two cells may be one run: one of them repeats the recipe's own learning rate.
-    same: dict[str, Cell] = {}
-    for cell, names in blocks.items():
-        known_names = recipe.blocks.setdefault(same.setdefault(recipe.key(cell, ""), cell), [])
-        known_names += [name for name in names if name not in known_names]
+        for cell in _expand(block, recipe.defaults, f"{path}, {name}"):
+            first = same.setdefault(recipe.key(cell, ""), cell)
+            names = recipe.expanded.setdefault(first, [])
+            if name not in names:
+                names.append(name)
     return recipe
 
 

@@ -11,35 +11,18 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from sparse_bitnet.console import say
-from sparse_bitnet.study.cells import Cell, Evaluation
-from sparse_bitnet.train.config import TrainConfig
+from sparse_bitnet.study.cells import Job
 
 GRACE_SECONDS = 20.0
 COMMAND = (sys.executable, "-m", "sparse_bitnet.study.worker")
 
 Message = dict[str, Any]
-
-
-@dataclass
-class Job:
-    """A cell with all that a worker needs to run it."""
-
-    key: str
-    cell: Cell
-    config: TrainConfig
-    evaluation: Evaluation
-
-    @property
-    def tokens(self) -> int:
-        data = self.config.data
-        return self.config.schedule.steps * data.batch_size * data.sequence_length
 
 
 class Worker:

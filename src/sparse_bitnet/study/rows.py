@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from pydantic_core import to_json
+
 from sparse_bitnet.core import DataError
 from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.train.recipe import checked
@@ -123,13 +125,12 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    data = to_json(row, inf_nan_mode="null") + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = "\n" + line
-        data = line.encode()
+            data = b"\n" + data
         while data:
             data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)
@@ -172,13 +173,3 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _whole(digits: str) -> int | float:
     """An integer of JSON; as a float where it is too large for one, which infinity may be."""
     return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value

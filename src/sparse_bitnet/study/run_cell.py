@@ -20,8 +20,9 @@ from sparse_bitnet.estimate.estimate import empty_model
 from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
 from sparse_bitnet.evaluate.perplexity import perplexity
 from sparse_bitnet.evaluate.scoring import check_window
+from sparse_bitnet.files import read_json_lines
 from sparse_bitnet.kernels.environment import environment
-from sparse_bitnet.study.cells import Cell, Evaluation
+from sparse_bitnet.study.cells import Job
 from sparse_bitnet.study.polarization import early_and_late
 from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TrainConfig
@@ -40,10 +41,8 @@ POINTS = 250
 Report = Callable[[int, int], None]
 
 
-def run_cell(
-    cell: Cell, config: TrainConfig, evaluation: Evaluation, report: Report | None = None
-) -> dict[str, Any]:
-    """Train a cell in ``config.run.directory`` (going on where it was left) and measure it.
+def run_cell(job: Job, report: Report | None = None) -> dict[str, Any]:
+    """Train a cell in its run's directory (going on where it was left) and measure it.
 
     Args:
         report: called with (steps done, steps) after every step.
@@ -56,7 +55,7 @@ def run_cell(
         ConfigError, DataError, CheckpointError: as :func:`sparse_bitnet.train.train`.
         TrainingInterruptedError: after SIGTERM or Ctrl-C.
     """
-    started = time.perf_counter()
+    started, config = time.perf_counter(), job.config
     directory = Path(config.run.directory)
     steps = config.schedule.steps
     wanted = {max(1, round(fraction * steps)): fraction for fraction in SNAPSHOTS}
@@ -86,8 +85,7 @@ def run_cell(
             assert result.model_directory is not None
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model, tokenizer = load_trained(result.model_directory, device)
-        measured = _evaluate(model, tokenizer, config, evaluation)
-    tokens_per_step = config.data.batch_size * config.data.sequence_length
+        measured = _evaluate(model, tokenizer, job)
     history = read_history(directory / "metrics.jsonl")
     rates = [row["tokens_per_second"] for row in history if "tokens_per_second" in row]
     return {
@@ -95,12 +93,12 @@ def run_cell(
         "status": "done" if problem is None else "diverged",
         "problem": problem,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cell": cell.to_dict(),
+        "cell": job.cell.to_dict(),
         "config": to_dict(config),
-        "evaluation": dataclasses.asdict(evaluation),
+        "evaluation": dataclasses.asdict(job.evaluation),
         "data": data_facts(config),
         "weights": result.linear_weights if result else None,
-        "tokens": steps * tokens_per_step,
+        "tokens": job.tokens,
         "steps": steps,
         "environment": environment(),
         "seconds": time.perf_counter() - started,
@@ -108,7 +106,7 @@ def run_cell(
         # The first reading holds compilation.
         "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
         **measured,
-        "history": _history(history, tokens_per_step),
+        "history": _history(history, job.tokens // steps),
         "polarization": _read_snapshots(directory),
     }
 
@@ -125,14 +123,10 @@ def data_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: TrainConfig,
-    evaluation: Evaluation,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, job: Job
 ) -> dict[str, Any]:
-    device = model.device.type
+    config, evaluation, device = job.config, job.evaluation, model.device.type
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device == "cuda")
-    window = evaluation.window or config.data.sequence_length
     directory = next(iter(config.data.mixture or [config.data.path]))
     # Other batch shapes than in training: compiling for them would take longer than they do.
     with (
@@ -142,14 +136,14 @@ def _evaluate(
         found = perplexity(
             model,
             TokenShards(Path(directory) / "validation"),
-            window=window,
-            stride=window,
+            window=job.window,
+            stride=job.window,
             limit=evaluation.validation_tokens or None,
         )
         cloze = None
         if evaluation.cloze_text and tokenizer is not None:
             items = _items(evaluation.cloze_text, evaluation.cloze_questions)
-            answered = cloze_accuracy(model, tokenizer, items, window=window)
+            answered = cloze_accuracy(model, tokenizer, items, window=job.window)
             cloze = {
                 "accuracy": answered.accuracy,
                 "questions": answered.items,
@@ -161,18 +155,19 @@ def _evaluate(
     }
 
 
-def check_model(cell: Cell, config: TrainConfig, evaluation: Evaluation) -> None:
+def check_model(job: Job) -> None:
     """Find out before anything is trained whether patterns and windows fit the model.
 
     Raises:
         ConfigError: naming the cell and what does not fit.
     """
-    model = empty_model(config.model.source, 1, torch.float32)  # embeddings: any number of rows
+    source = job.config.model.source
+    model = empty_model(source, 1, torch.float32)  # embeddings: any number of rows
     try:
-        convert_model(model, config.sparsity)
-        check_window(model, evaluation.window or config.data.sequence_length)
+        convert_model(model, job.config.sparsity)
+        check_window(model, job.window)
     except (ConfigError, PatternError) as error:
-        raise ConfigError(f"{cell}: {error}") from error
+        raise ConfigError(f"{job.cell}: {error}") from error
 
 
 @cache
@@ -189,15 +184,8 @@ def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:
 
 def _read_snapshots(directory: Path) -> list[dict[str, Any]]:
     """Snapshots by fraction; a step taken twice (after a resume) counts once."""
-    path = directory / SNAPSHOT_FILE
-    found: dict[float, list[dict[str, Any]]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            found[values["fraction"]] = values["positions"]
+    rows = read_json_lines(directory / SNAPSHOT_FILE)
+    found = {row["fraction"]: row["positions"] for row in rows}
     return [{"fraction": f, **one} for f in sorted(found) for one in found[f]]
 
 

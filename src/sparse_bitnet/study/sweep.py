@@ -26,8 +26,8 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data import open_source
 from sparse_bitnet.evaluate.cloze import cloze_items
 from sparse_bitnet.files import locked, write_text
-from sparse_bitnet.study.cells import SweepRecipe, fingerprint, key_today, read_sweep
-from sparse_bitnet.study.pool import Job, Message, Pool
+from sparse_bitnet.study.cells import Job, SweepRecipe, fingerprint, key_today, read_sweep
+from sparse_bitnet.study.pool import Message, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 from sparse_bitnet.study.run_cell import check_model, data_facts
 from sparse_bitnet.train.config import TrainConfig
@@ -94,7 +94,7 @@ def sweep(
     if plan.evaluation.cloze_text:  # before anything is trained
         cloze_items(open_source(plan.evaluation.cloze_text), limit=1)
     for job in jobs:
-        check_model(job.cell, job.config, plan.evaluation)
+        check_model(job)
     rows_path = out / ROWS_FILE
     if dry_run:
         waiting = _waiting(plan, jobs, rows_path)
@@ -192,7 +192,7 @@ class _Sweep:
     def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
         steps = job.config.schedule.steps
         if "row" in message:
-            row = {"key": job.key, **message["row"], "blocks": self.plan.blocks[job.cell]}
+            row = {"key": job.key, **message["row"], "blocks": self.plan.expanded[job.cell]}
             row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
             append_row(self.rows_path, row)
             self._cells_done += 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.study.pool import Job
+from sparse_bitnet.study.cells import Job
 from sparse_bitnet.study.run_cell import run_cell
 from sparse_bitnet.train.signals import TrainingInterruptedError
 
@@ -69,7 +69,7 @@ def _run(job: Job, connection: Connection, stops: list[int]) -> dict[str, Any]:
             last = now
             connection.send({"done": done, "steps": steps})  # raises once the sweep is gone
 
-    return run_cell(job.cell, job.config, job.evaluation, report)
+    return run_cell(job, report)
 
 
 if __name__ == "__main__":

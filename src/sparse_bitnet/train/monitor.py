@@ -40,7 +40,7 @@ from sparse_bitnet.core import (
     round_ternary,
     row_scale,
 )
-from sparse_bitnet.files import write_text
+from sparse_bitnet.files import read_json_lines, write_text
 from sparse_bitnet.nn import MasterWeight, master_weights
 from sparse_bitnet.nn.derived import whole
 
@@ -283,16 +283,7 @@ class Clock:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 def _tensorboard(directory: Path, first_step: int) -> Any:

@@ -205,7 +205,7 @@ def _problem(kind: Any, error: Any) -> str:
     loc = error["loc"]
     key = ".".join(part if isinstance(part, str) else shown(part) for part in loc)
     if error["type"] == "unexpected_keyword_argument":
-        names = [*get_type_hints(_type_at(kind, loc[:-1]))]
+        names = [one.name for one in dataclasses.fields(_type_at(kind, loc[:-1])) if one.init]
         near = difflib.get_close_matches(str(loc[-1])[:100], names, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
         return f"{key[:100]} is unknown; {hint}"
