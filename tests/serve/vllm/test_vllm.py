@@ -10,16 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_bitnet import Method, convert, load, pack
 from sparse_bitnet.core import ConfigError, PackedFormatError, Pattern
@@ -50,18 +41,12 @@ SHAPE = {
 }
 TIE = 1e-3
 """Of logits of a few units: sums of float32 in another order differ by 1e-4 after two layers."""
-MODELS = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
-    "llama": (LlamaForCausalLM, LlamaConfig),
-    "phi3": (Phi3ForCausalLM, Phi3Config),
-}
 
 
 def write(directory, architecture, tokenizer, options=None, convert_options=None, **shape):
     torch.manual_seed(0)
-    model_class, config_class = MODELS[architecture]
-    model = model_class(config_class(**SHAPE | shape)).eval()
+    shape = AutoConfig.for_model(architecture, **SHAPE | shape)
+    model = AutoModelForCausalLM.from_config(shape).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
