@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_bitnet import Method, convert, load, pack
-from sparse_bitnet.core import PackedFormatError
+from sparse_bitnet.core import ConfigError, PackedFormatError, Pattern
+from sparse_bitnet.kernels import quantize_activations
+from sparse_bitnet.kernels.matmul.hopper_plan import cheapest
+from sparse_bitnet.nn.packed_module import PackedSpec
+from sparse_bitnet.packed.config import SparseBitNetConfig
 
 vllm = pytest.importorskip("vllm")
+config = pytest.importorskip("sparse_bitnet.serve.vllm.config")
+linear = pytest.importorskip("sparse_bitnet.serve.vllm.linear")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors arrive as they are raised
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -44,18 +41,12 @@ SHAPE = {
 }
 TIE = 1e-3
 """Of logits of a few units: sums of float32 in another order differ by 1e-4 after two layers."""
-MODELS = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
-    "llama": (LlamaForCausalLM, LlamaConfig),
-    "phi3": (Phi3ForCausalLM, Phi3Config),
-}
 
 
 def write(directory, architecture, tokenizer, options=None, convert_options=None, **shape):
     torch.manual_seed(0)
-    model_class, config_class = MODELS[architecture]
-    model = model_class(config_class(**SHAPE | shape)).eval()
+    shape = AutoConfig.for_model(architecture, **SHAPE | shape)
+    model = AutoModelForCausalLM.from_config(shape).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
@@ -111,6 +102,7 @@ CASES = {
     "int8 head, tied later": ("llama", {"head": "int8"}, {}, {"tie_word_embeddings": True}),
     "shards": ("llama", {"shard_bytes": 100_000}, {}, {}),
     "4-bit activations": ("llama", {}, {"method": Method(activation_bits=4)}, {}),
+    "2:4": ("llama", {}, {"rules": {"proj": "2:4"}}, {}),
     "patterns of their own": ("llama", {}, {"rules": {"q_proj": "2:4", "v_proj": "dense"}}, {}),
     "a layer in full precision": ("llama", {}, {"rules": {r"layers\.0\.mlp\.down": "skip"}}, {}),
 }
@@ -137,13 +129,54 @@ def test_two_ranks(key_heads, tmp_path, tokenizer, monkeypatch):
     assert begin_with(of_vllm(directory, tensor_parallel_size=2), of_generate(directory))
 
 
-def test_rows_that_cannot_be_cut(tmp_path, tokenizer, monkeypatch, capfd):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    directory = write(tmp_path / "m", "llama", tokenizer, {"storage": "trits"})
-    with pytest.raises(Exception, match="initialization failed"):
-        engine(directory, tensor_parallel_size=2)
-    shown = "".join(capfd.readouterr())  # a worker's error comes in its log
-    assert "o_proj: rows of 128 weights (trits, 6:8, 8 activation bits) cannot be cut" in shown
+@pytest.mark.parametrize(
+    ("spec", "columns"),
+    [
+        (PackedSpec("trits"), 64),  # five trits a byte
+        (PackedSpec("two-bit"), 66),  # four weights a byte
+        (PackedSpec("two-bit", Pattern(6, 8)), 60),
+        (PackedSpec("two-bit", activation_bits=4), 64),  # their scale is a mean
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_be_cut(spec, columns):
+    method = linear.PackedLinearMethod(spec, "down_proj")
+    with pytest.raises(ConfigError, match=f"down_proj: rows of {2 * columns} .* into 2 equal"):
+        method.create_weights(torch.nn.Module(), columns, [8], 2 * columns, 8, torch.float32)
+
+
+def test_a_layer_is_found_under_the_name_that_vllm_gives_it():
+    packed = config.PackedConfig(SparseBitNetConfig.of({"model.layers.0.down": PackedSpec()}, []))
+    packed.apply_vllm_mapper(config.WeightsMapper(orig_to_new_prefix={"model.": "text.model."}))
+    assert list(packed.specs) == ["text.model.layers.0.down"]
+
+
+def test_parts_are_quantized_as_the_whole():
+    x = torch.randn(5, 3, 96)
+    x[0, 0] = 0
+    x_q, x_scale = quantize_activations(x)
+    absmax = x.abs().amax(-1, keepdim=True)
+    for part, part_q in zip(x.split(32, -1), x_q.split(32, -1), strict=True):
+        values, scale = linear.quantize_part(part, absmax)
+        assert torch.equal(values, part_q)
+        assert torch.equal(scale, x_scale)
+
+
+@pytest.mark.parametrize(
+    ("out", "columns"), [(1152, 896), (9728, 896), (896, 4864), (4608, 3584), (3584, 18944)]
+)
+def test_every_tile_is_compiled_before_the_first_request(out, columns):
+    def tile(tokens):
+        multiprocessors = 132  # an H200's
+
+        def fits(tile, splits, count):
+            return count * splits <= multiprocessors * tile.ctas
+
+        return cheapest(tokens, out, columns, multiprocessors, fits).tile
+
+    for most in (1, 7, 300, 4000):
+        met = {tile(tokens) for tokens in linear.token_counts(most)}
+        assert met == {tile(tokens) for tokens in range(1, most + 1)}
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +223,6 @@ def test_missing_tensor(name, whole, tmp_path, read_header, write_header):
 def test_never_loaded(monkeypatch, whole):
     """A directory that is not verified, as one of a hub's: bytes and scales are checked again."""
     from vllm.model_executor.model_loader import default_loader
-
-    from sparse_bitnet.serve.vllm import config
 
     monkeypatch.setattr(config, "check_directory", lambda directory: None)
     everything = default_loader.DefaultModelLoader.get_all_weights

@@ -62,24 +62,16 @@ class PackedLinearMethod(LinearMethodBase):
         """
         self.columns, self.rows = input_size_per_partition, tuple(output_partition_sizes)
         self.is_cut = input_size_per_partition != input_size
-        self.dtype = params_dtype
-        self.most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         if self.is_cut:
             self._check_cut(input_size)
+        self.dtype = params_dtype
+        self.most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         stored = (sum(self.rows), self.storage.packed_length(self.columns))
         weight = torch.full(stored, UNWRITTEN, dtype=torch.uint8)
+        loader = extra["weight_loader"]
+        add_parameter(layer, "weight", weight, input_dim=1, output_dim=0, weight_loader=loader)
         scale = torch.full((len(self.rows),), torch.nan, dtype=torch.float32)
-        for name, tensor, attributes in (
-            (
-                "weight",
-                weight,
-                {"input_dim": 1, "output_dim": 0, "weight_loader": extra["weight_loader"]},
-            ),
-            ("weight_scale", scale, {"weight_loader": self._load_scale}),
-        ):
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            set_weight_attrs(parameter, attributes)
-            layer.register_parameter(name, parameter)
+        add_parameter(layer, "weight_scale", scale, weight_loader=self._load_scale)
 
     def _check_cut(self, input_size: int) -> None:
         parts = input_size // self.columns
@@ -115,37 +107,37 @@ class PackedLinearMethod(LinearMethodBase):
         """
         stored, scale = layer.weight.data, layer.weight_scale.data
         ternary = self.storage.unpack(stored, self.columns, f"{self.where}.weight")
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise PackedFormatError(
-                f"{self.where}.weight_scale: a scale is missing or not a positive number; get the "
-                "directory again, or pack the model again"
-            )
+        check_scale(scale, self.where)
         gammas = row_scale(scale, self.rows, sum(self.rows))
         as_stored = stored if self.spec.storage == "two-bit" else None
         weight = prepare(ternary, gammas, as_stored)
         layer.weight = nn.Parameter(weight.packed, requires_grad=False)
         layer.weight_scale = nn.Parameter(weight.w_scale, requires_grad=False)
         self.weight = weight
-        self._warm()
+        self._warm(layer.bias)
 
-    def _warm(self) -> None:
+    def _warm(self, bias: Tensor | None) -> None:
         """Compile kernels now: a CUDA graph cannot, and the first request should not wait."""
-        key = (self.rows, self.columns, self.dtype, self.weight.backend)
-        if self.weight.device.type != "cuda" or key in _WARM:
+        weight = self.weight
+        key = (weight.layout, weight.out_features, self.columns, self.dtype, bias is None)
+        if weight.device.type != "cuda" or key in _WARM:
             return
         _WARM.add(key)
         for tokens in token_counts(self.most_tokens):
-            x = torch.zeros(tokens, self.columns, dtype=self.dtype, device=self.weight.device)
-            self._compute(x, None)
+            x = torch.zeros(tokens, self.columns, dtype=self.dtype, device=weight.device)
+            self._compute(x, bias, x[:, :1] if self.is_cut else None)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._compute(x, bias)
+        if not self.is_cut:
+            return self._compute(x, bias)
+        own = x.abs().amax(-1, keepdim=True)
+        return self._compute(x, bias, tensor_model_parallel_all_gather(own).amax(-1, keepdim=True))
 
-    def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.is_cut and self.spec.activation_bits == 8:
+    def _compute(self, x: Tensor, bias: Tensor | None, absmax: Tensor | None = None) -> Tensor:
+        if absmax is not None:
+            x_q, x_scale = quantize_part(x, absmax)
+        elif self.spec.activation_bits == 8:
             return ternary_linear(x, self.weight, bias)
-        if self.is_cut:
-            x_q, x_scale = quantize_cut(x)
         else:
             x_q, x_scale = quantize_activations(x, self.spec.activation_bits)
         return integer_linear(x_q, x_scale, self.weight, bias, x.dtype)
@@ -155,24 +147,41 @@ _WARM: set[tuple[Any, ...]] = set()
 
 
 def token_counts(most: int) -> list[int]:
-    """Token counts up to ``most``, a quarter apart, so that they meet every tile of a kernel."""
-    counts = {quarter * 2**power // 4 for power in range(20) for quarter in (4, 5, 6, 7)}
-    return sorted({count for count in counts if count < most} | {most})
+    """Token counts up to ``most`` that meet every tile of a kernel; few tokens have narrow ones."""
+    return sorted({1, *range(8, min(256, most), 8), *range(256, most, 64), most})
 
 
-def quantize_cut(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize this rank's part of each token by the absmax of all parts.
+def quantize_part(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a part of each token by the absmax of the whole.
 
     Args:
-        x: ``[..., in / ranks]``, float.
+        x: ``[..., part]``, float.
+        absmax: ``[..., 1]``, of all parts of the token.
 
     Returns:
-        int8 ``[..., in / ranks]`` and float32 ``[..., 1]``, equal to parts of what
-        ``quantize_activations`` gives for whole tokens.
+        int8 ``[..., part]`` and float32 ``[..., 1]``, equal to what ``quantize_activations`` gives
+        for whole tokens.
     """
-    own = x.abs().amax(-1, keepdim=True)
-    absmax = tensor_model_parallel_all_gather(own).amax(-1, keepdim=True)
     # It rides along as further columns, so that the same kernel rounds the same way.
     widened = torch.cat([x, absmax.expand(*absmax.shape[:-1], PADDING)], dim=-1)
     x_q, x_scale = quantize_activations(widened)
     return x_q[..., : x.shape[-1]], x_scale
+
+
+def add_parameter(layer: nn.Module, name: str, tensor: Tensor, **attributes: Any) -> None:
+    """Register a parameter with the attributes by which vLLM loads it."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    set_weight_attrs(parameter, attributes)
+    layer.register_parameter(name, parameter)
+
+
+def check_scale(scale: Tensor, where: str) -> None:
+    """
+    Raises:
+        PackedFormatError: unless all are positive numbers; NaN is what was never loaded.
+    """
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise PackedFormatError(
+            f"{where}.weight_scale: a scale is missing or not a positive number; get the "
+            "directory again, or pack the model again"
+        )

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
-from sparse_bitnet.core import PackedFormatError
 from sparse_bitnet.kernels.int8_linear import int8_linear
+from sparse_bitnet.serve.vllm.linear import add_parameter, check_scale
 
 
 class Int8TableMethod(QuantizeMethodBase):
@@ -38,10 +37,8 @@ class Int8TableMethod(QuantizeMethodBase):
         rows = sum(output_partition_sizes)
         weight = torch.zeros(rows, input_size_per_partition, dtype=torch.int8)
         scale = torch.full((rows,), torch.nan, dtype=torch.float32)
-        for name, tensor in (("weight", weight), ("weight_scale", scale)):
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            set_weight_attrs(parameter, {"output_dim": 0, **extra})
-            layer.register_parameter(name, parameter)
+        add_parameter(layer, "weight", weight, output_dim=0, **extra)
+        add_parameter(layer, "weight_scale", scale, output_dim=0, **extra)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         layer.weight, layer.weight_scale = embed_tokens.weight, embed_tokens.weight_scale
@@ -52,12 +49,7 @@ class Int8TableMethod(QuantizeMethodBase):
         Raises:
             PackedFormatError: if scales are missing or are none that packing writes.
         """
-        scale = layer.weight_scale[: layer.num_org_embeddings_per_partition]
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise PackedFormatError(
-                f"{self.where}.weight_scale: a scale is missing or not a positive number; get the "
-                "directory again, or pack the model again"
-            )
+        check_scale(layer.weight_scale[: layer.num_org_embeddings_per_partition], self.where)
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         return (layer.weight[ids] * layer.weight_scale[ids].unsqueeze(-1)).to(self.dtype)
