@@ -254,6 +254,22 @@ def test_continuous_batching(
     assert len(set(recorder.reads.read) - owned) == 1
 
 
+def test_too_many_keys_go_module_by_module(
+    packed: Packed,
+    recorder: Recorder,
+    continuously: Continuously,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = decoder(packed)
+    prompts = [[5, 6, 7], list(range(1, 20))]
+    expected = continuously(model, prompts, [9, 9])
+    assert recorder.replayed
+    recorder.replayed = 0
+    monkeypatch.setattr(graph, "MOST_KEYS", graph.FEWEST_KEYS - 1)
+    assert continuously(model, prompts, [9, 9]) == expected
+    assert recorder.replayed == 0
+
+
 def test_threads_take_turns(packed: Packed, recorder: Recorder) -> None:
     model = decoder(packed)
     prompts = [torch.randint(1, 300, (1, 6)) for _ in range(4)]

@@ -19,6 +19,7 @@ every token (beam search). Results are those of the modules up to the order of f
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from sparse_bitnet.modeling.decoder import Decoder
 
 DEVICE = "cuda"
-MOST_GRAPHS = 16
+MOST_GRAPHS = 8
 """Those that were not used for longest are dropped; each holds the activations of a pass."""
-FEWEST_KEYS = 256
-"""Of a pass over pages: it has room for so many keys of a sequence, or a power of two more."""
+FEWEST_KEYS, MOST_KEYS = 256, 2**16
+"""Of a pass over pages, which gathers them: room for so many of a sequence at least, for so many of
+all at most (134 MB in the layers of a 7B Qwen2.5); more go module by module."""
 
 
 class GraphStep:
@@ -350,7 +352,8 @@ def _in_pages(ids: Tensor, positions: Any, options: dict[str, Any], count: int) 
         or options["read_index"][one.index].shape[0] == 0
     ):
         return None
-    return _Pages(ids, positions, options, one, count)
+    tokens = _Pages(ids, positions, options, one, count)
+    return tokens if math.prod(tokens.shape) <= MOST_KEYS else None
 
 
 def _power_of_two(number: int) -> int:
