@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.nn import convert, master_weights
 from sparse_bitnet.train.callback import SparseBitNetCallback
-from sparse_bitnet.train.presets import preset_config
+from tiny_models import preset_model
 
 
 class Spy(TrainerCallback):
@@ -34,8 +34,7 @@ class Spy(TrainerCallback):
 def trainer(
     directory: Path, callback: SparseBitNetCallback, spy: Spy, converted: bool = True, **more: Any
 ) -> Trainer:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 32))
+    model = preset_model(0, 32)
     if converted:
         convert(model, "6:8")
     rows = [{"input_ids": (ids := torch.arange(i, i + 8) % 32), "labels": ids} for i in range(32)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_bitnet.core import CheckpointError
 from sparse_bitnet.train import checkpoint as module
@@ -19,7 +18,7 @@ from sparse_bitnet.train.config import OptimizerConfig
 from sparse_bitnet.train.model import convert_model
 from sparse_bitnet.train.optim import build_optimizer
 from sparse_bitnet.train.parallel import Ranks
-from sparse_bitnet.train.presets import preset_config
+from tiny_models import preset_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 IDS = torch.arange(16).view(2, 8)
@@ -29,8 +28,7 @@ class Setup:
     """A model that has learned a little, and its checkpoints."""
 
     def __init__(self, directory: Path, config: Any, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_config(preset_config("tiny", 32))
+        self.model = preset_model(seed, 32)
         convert_model(self.model, config.sparsity)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.files = Checkpoints(directory, 2, config, {"tokens": [1]}, ALONE)
@@ -214,7 +212,7 @@ def test_foreign_configurations_and_models(setup: Setup) -> None:
     with pytest.raises(CheckpointError, match=r"is foreign: .*speed is unknown"):
         setup.load(5)
     (path / MANIFEST).write_text(json.dumps(manifest))
-    wider = AutoModelForCausalLM.from_config(preset_config("demo", 32))
+    wider = preset_model(0, 32, hidden_size=128)
     optimizer = build_optimizer(wider, OptimizerConfig())
     with pytest.raises(CheckpointError, match="does not fit this model"):
         setup.files.load(5, wider, optimizer)

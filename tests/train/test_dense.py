@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.train.config import ModelConfig
 from sparse_bitnet.train.dense import foreign_code, is_gguf, read_dense
 from sparse_bitnet.train.model import build_model
-from sparse_bitnet.train.presets import preset_config
+from tiny_models import preset_model
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 Edit = Callable[[dict[str, Any]], object]
@@ -24,9 +23,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 32))
-    model.save_pretrained(tmp_path / "model")
+    preset_model(0, 32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

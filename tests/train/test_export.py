@@ -24,7 +24,7 @@ from sparse_bitnet.train.export import (
 )
 from sparse_bitnet.train.model import build_model, convert_model
 from sparse_bitnet.train.presets import preset_config
-from tiny_models import tiny_config
+from tiny_models import preset_model, tiny_config
 
 TOKENS = torch.arange(20).view(2, 10)
 
@@ -74,7 +74,7 @@ def test_experts_round_trip(tmp_path: Path) -> None:
 
 def test_tokenizer_travels(tmp_path: Path) -> None:
     tokenizer = train_bpe(["some text to learn from, some more text"], 300)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", len(tokenizer)))
+    model = preset_model(0, len(tokenizer))
     convert(model, "6:8")
     save_trained(model, tokenizer, tmp_path / "out", SparsityConfig())
     _, again = load_trained(tmp_path / "out")
@@ -193,7 +193,7 @@ def test_directories_without_checksums_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}])
 def test_a_damaged_record(tmp_path: Path, damage: dict[str, Any]) -> None:
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    model = preset_model(0)
     convert(model, "6:8")
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

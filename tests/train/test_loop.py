@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from histories import rows, series, stop_at
 from sparse_bitnet.core import ConfigError, DataError, PatternError, TrainingError
@@ -21,7 +20,8 @@ from sparse_bitnet.train import TrainingInterruptedError, load_trained, train
 from sparse_bitnet.train.command import train_command
 from sparse_bitnet.train.optim import clip_gradients
 from sparse_bitnet.train.presets import preset_config
-from sparse_bitnet.train.recipe import load_recipe
+from sparse_bitnet.train.recipe import config_from_dict, load_recipe
+from tiny_models import preset_model
 
 
 def losses(result: Any) -> list[float]:
@@ -269,7 +269,7 @@ def test_bf16_autocast(recipe: Any) -> None:
 
 
 def test_dense_checkpoint_to_sparse(recipe: Any, tmp_path: Path) -> None:
-    dense = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
+    dense = preset_model(0)
     dense.save_pretrained(tmp_path / "dense")
     config = recipe(
         model={"source": str(tmp_path / "dense")},
@@ -342,8 +342,6 @@ def test_a_window_longer_than_the_model(recipe: Any, tmp_path: Path) -> None:
 def test_mixture(recipe: Any, tokens: Path) -> None:
     values = recipe.values("mixture", schedule={"steps": 2})
     values["data"] |= {"path": "", "mixture": {str(tokens): 2.0}}
-    from sparse_bitnet.train.recipe import config_from_dict
-
     one = train(config_from_dict(values, "test"))
     assert losses(one) == losses(train(recipe("single", schedule={"steps": 2})))
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
+from histories import rows
 from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.recipe import (
     config_from_dict,
     differences,
@@ -23,6 +20,7 @@ from sparse_bitnet.train.recipe import (
     read_yaml,
     to_yaml,
 )
+from tiny_models import preset_model
 
 MINIMAL = "data: {path: somewhere}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -233,9 +231,7 @@ def test_hostile_yaml(tmp_path: Path, text: str) -> None:
 
 def test_from_pretrained_as_it_stands(chats: Path, tmp_path: Path) -> None:
     """Every value of the recipe but its sizes, by the command line, on conversations."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 64))
-    model.save_pretrained(tmp_path / "model")
+    preset_model(0).save_pretrained(tmp_path / "model")
     recipe = next(path for path in RECIPES if path.name == "from-pretrained.yaml")
     options = {
         "model.source": tmp_path / "model",
@@ -249,7 +245,7 @@ def test_from_pretrained_as_it_stands(chats: Path, tmp_path: Path) -> None:
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     cli.main(["train", str(recipe), *arguments])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert rows[-2]["quantization"] == 1 and rows[-2]["teacher_loss"] > 0
-    assert math.isfinite(rows[-1]["validation_loss"])
+    *_, last, validation = rows(tmp_path / "run")
+    assert last["quantization"] == 1 and last["teacher_loss"] > 0
+    assert math.isfinite(validation["validation_loss"])
     assert (tmp_path / "run" / "model" / "config.json").is_file()
