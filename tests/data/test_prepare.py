@@ -165,7 +165,7 @@ KILLS = [
     ("journal:Journal.save", 1),  # the tokenizer in place, but not noted
     ("encode:_ShardWriter.add", 4),  # in the middle of a shard
     ("journal:Journal.save", 2),  # the first part in place, but not noted
-    ("encode:PartWriter.close", 2),  # in the second part
+    ("encode:PartWriter.finish", 2),  # in the second part
     ("prepare:write_text", 2),  # one index written, the other not
     ("journal:Journal.save", 1),  # everything but the last note
 ]

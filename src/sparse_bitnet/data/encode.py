@@ -132,12 +132,12 @@ def encode(
             text_bytes += portion.bytes
             writer.add(portion, encoded, len(journal.parts))
             if writer.tokens >= shard_tokens:
-                journal.parts.append(Part(number, documents, text_bytes, writer.close()))
+                journal.parts.append(Part(number, documents, text_bytes, writer.finish()))
                 journal.save(out)
             rate = (text_bytes - before) / MEGABYTE / (time.monotonic() - started)
             show(portion.position, text_bytes, f", {rate:.1f} MB/s")
         if writer.tokens:
-            journal.parts.append(Part(number, documents, text_bytes, writer.close()))
+            journal.parts.append(Part(number, documents, text_bytes, writer.finish()))
             journal.save(out)
     if template is not None:
         template.report()
@@ -158,7 +158,7 @@ def reading(description: str, source: Source) -> Iterator[Callable[[int, int, st
         yield show
 
 
-class PartWriter:
+class PartWriter(ExitStack):
     """Collects tokens into one file a split, and gives the finished files as shards.
 
     A split's file is made when its first token comes, so a part may lack a split. Leaving the
@@ -166,8 +166,8 @@ class PartWriter:
     """
 
     def __init__(self, out: Path, dtype: np.dtype[Any]) -> None:
+        super().__init__()
         self.out, self.dtype = out, dtype
-        self._files = ExitStack()
         self._open: dict[str, _ShardWriter] = {}
 
     @property
@@ -179,26 +179,19 @@ class PartWriter:
         for split, tokens in encoded.items():
             if split not in self._open:
                 path = self.out / split / f"{part:05d}.bin"
-                temporary = self._files.enter_context(atomic_file(path))
-                file = self._files.enter_context(temporary.open("wb"))
+                file = self.enter_context(self.enter_context(atomic_file(path)).open("wb"))
                 self._open[split] = _ShardWriter(path.name, file)
             data = tokens.astype(self.dtype).tobytes()
             self._open[split].add(
                 data, len(tokens), len(portion.documents[split]), portion.split_bytes[split]
             )
 
-    def close(self) -> dict[str, Shard]:
+    def finish(self) -> dict[str, Shard]:
         """Put the files in place."""
-        self._files.close()
+        self.close()
         shards = {split: writer.shard() for split, writer in self._open.items()}
         self._open = {}
         return shards
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._files.__exit__(*error)
 
 
 class _ShardWriter:
