@@ -10,16 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GPTJConfig,
-    JambaConfig,
-    Lfm2Config,
-    MambaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import IGNORED, Batch, Loader
@@ -29,9 +20,8 @@ from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.loss import CausalLoss
 from sparse_bitnet.train.model import check_documents
-from sparse_bitnet.train.presets import preset_config
 from sparse_bitnet.train.teacher import Teacher
-from tiny_models import preset_model
+from tiny_models import preset_model, tiny
 
 VOCABULARY = 64  # of the tokens in conftest.py
 
@@ -73,62 +63,43 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(
     assert mixed.abs().max() > 0.05  # which is what they would see of each other
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+def lfm2() -> PreTrainedModel:
+    return tiny("lfm2", layer_types=["conv", "full_attention"])
+
+
+GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [
-        GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-        MixtralConfig(**SMALL),
-    ],
+    "make", [lambda: preset_model(0), lambda: tiny("gptj", **GPTJ), lambda: tiny("mixtral")]
 )
-def test_attention_that_begins_anew_is_accepted(shape: PreTrainedConfig) -> None:
-    torch.manual_seed(0)
-    check_documents(preset_model(0))
-    check_documents(AutoModelForCausalLM.from_config(shape))
+def test_attention_that_begins_anew_is_accepted(make: Any) -> None:
+    check_documents(make())
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [
-        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
-        Lfm2Config(layer_types=["conv", "full_attention"], **SMALL),
-        JambaConfig(num_experts=2, **SMALL),
-    ],
+    "make", [lambda: tiny("mamba", num_hidden_layers=1), lfm2, lambda: tiny("jamba", num_experts=2)]
 )
-def test_what_a_recurrence_leaks_is_refused(shape: PreTrainedConfig) -> None:
+def test_what_a_recurrence_leaks_is_refused(make: Any) -> None:
     """Little of it in an untrained model: 5e-5 of the logits in Lfm2, 1e-3 in Jamba."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(shape)
     with pytest.raises(ConfigError, match="ForCausalLM lets tokens see the documents before"):
-        check_documents(model)
+        check_documents(make())
 
 
 def test_a_teacher_that_leaks_is_refused(recipe: Any, chats: Path, tokens: Path) -> None:
     """For conversations; ordinary text has no documents to keep apart."""
-    torch.manual_seed(0)
-    shape = Lfm2Config(layer_types=["conv", "full_attention"], **SMALL)
     teacher = recipe.directory / "teacher"
-    AutoModelForCausalLM.from_config(shape).save_pretrained(teacher)
+    lfm2().save_pretrained(teacher)
     sections: dict[str, Any] = {"teacher": {"source": str(teacher)}, "schedule": {"steps": 1}}
     with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
         train(recipe("chats", data={"path": str(chats)}, **sections))
     train(recipe("text", data={"path": str(tokens)}, **sections))
 
 
-@pytest.mark.parametrize("shape", [preset_config("tiny", VOCABULARY), MixtralConfig(**SMALL)])
-def test_a_trained_teacher_is_accepted(shape: PreTrainedConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [lambda: preset_model(0), lambda: tiny("mixtral")])
+def test_a_trained_teacher_is_accepted(make: Any, tmp_path: Path) -> None:
     """Its activations are rounded to int8, of each token by itself."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(shape)
+    model = make()
     convert(model, "6:8")
     model.save_pretrained(tmp_path)
     Teacher(TeacherConfig(str(tmp_path)), model, documents=True)

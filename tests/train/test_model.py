@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.model import MASKLESS, build_model, convert_model, maskless_attention
+from tiny_models import tiny_config
 
 CPU = torch.device("cpu")
-LLAMA = LlamaConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-)
+LLAMA = tiny_config("llama", vocab_size=40, num_hidden_layers=1)
 
 
 def build(vocab_size: int = 40, seed: int = 0, **config: object) -> torch.nn.Module:
@@ -136,8 +130,7 @@ def test_maskless_attention_is_causal_attention(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_windows_keep_their_masks(tmp_path: Path) -> None:
-    shape = MistralConfig(**(LLAMA.to_dict() | {"sliding_window": 4, "model_type": "mistral"}))
-    shape.save_pretrained(tmp_path)
+    tiny_config("mistral", vocab_size=40, sliding_window=4).save_pretrained(tmp_path)
     model = build(source=str(tmp_path / "config.json"))
     with maskless_attention(model):
         assert model.config._attn_implementation == "sdpa"
