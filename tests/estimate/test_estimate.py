@@ -5,14 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-)
 
 from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.estimate.devices import GPUS, Device, device_named, measure_cpu
@@ -22,41 +14,31 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.packed.load import load_packed
 from sparse_bitnet.packed.write import pack
+from tiny_models import tiny
 
-SMALL = {
-    **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None},
-}
-EXPERTS = {"num_experts_per_tok": 2}
-WIDTHS = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-CONFIGS = {
-    "qwen2": lambda: Qwen2Config(tie_word_embeddings=True, **SMALL),
-    "qwen2-untied": lambda: Qwen2Config(tie_word_embeddings=False, **SMALL),
-    "llama": lambda: LlamaConfig(**SMALL),
-    "mixtral": lambda: MixtralConfig(num_local_experts=4, **EXPERTS, **SMALL),
-    "qwen2-moe": lambda: Qwen2MoeConfig(num_experts=4, **EXPERTS, **WIDTHS, **SMALL),
+KINDS = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2-untied": {"tie_word_embeddings": False},
+    "llama": {},
+    "mixtral": {},
+    "qwen2-moe": {},
 }
 
 
-@pytest.fixture
-def trained():
-    def build(kind):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-        convert(model, "6:8")
-        return model.eval()
-
-    return build
+def trained(kind, pattern="6:8", **sizes):
+    name = kind.removesuffix("-untied").replace("-", "_")
+    model = tiny(name, **KINDS[kind] | sizes)
+    convert(model, pattern)
+    return model.eval()
 
 
 HEADS = pytest.mark.parametrize("head", ["float", "int8"])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied", "llama", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", ["two-bit", "trits"])
 @HEADS
-def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head, trained):
+def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head):
     """To the byte: the same code lays out the file. Without weights, from config.json alone."""
     model = trained(kind)
     result = pack(model, tmp_path / "packed", storage=storage, head=head, dtype="bfloat16")
@@ -74,7 +56,7 @@ def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head, trai
 @pytest.mark.parametrize("storage", ["two-bit", "trits"])
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [(LlamaConfig, "6:8"), (LlamaConfig, "2:4"), (MixtralConfig, "2:4")],
+    [("llama", "6:8"), ("llama", "2:4"), ("mixtral", "2:4")],
     ids=["6:8", "2:4", "experts"],
 )
 def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
@@ -82,10 +64,8 @@ def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
 ):
     cpu = Device("some CPU", 1.0, 1.0, 1.0, 0.0, "made up, for no rate counts here")
     monkeypatch.setattr("sparse_bitnet.estimate.estimate.device_named", lambda _: cpu)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
-    convert(model, pattern)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    model = trained(kind, pattern, **sizes)
     pack(model, tmp_path / "packed", storage=storage, dtype="bfloat16")
     for path in native.available():
         with native.forced(path):
@@ -102,7 +82,7 @@ def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
             assert sum(taken.values()) == expected, path
 
 
-def test_the_kv_cache_is_what_transformers_keeps(tmp_path, trained):
+def test_the_kv_cache_is_what_transformers_keeps(tmp_path):
     model = trained("qwen2").to(torch.bfloat16)
     cache = model(torch.zeros(3, 10, dtype=torch.int64), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -112,16 +92,9 @@ def test_the_kv_cache_is_what_transformers_keeps(tmp_path, trained):
 
 def kept_by_autograd(kind, hidden, intermediate, kv_heads, layers, tokens):
     """Bytes that autograd keeps of a training step's body, parameters and buffers apart."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 16,
-        num_key_value_heads=kv_heads,
-    )
-    model = Qwen2ForCausalLM(config).train()
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden // 16, "num_key_value_heads": kv_heads}
+    model = tiny("qwen2", max_position_embeddings=tokens, **sizes, **heads).train()
     convert(model, "6:8", kind=kind)
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     kept = {}
@@ -204,21 +177,21 @@ def test_rates_of_a_slow_cpu_are_not_rounded_to_nothing(monkeypatch):
     assert min(measured.bf16, measured.int8, measured.bandwidth) > 0 and not measured.is_gpu
 
 
-def test_what_does_not_fit_is_reported(trained, tmp_path):
+def test_what_does_not_fit_is_reported(tmp_path):
     page = str(estimate("qwen2.5-3b", gpu="l4", batch=64, context=32768))
     assert "BF16 does not fit: the device has 24.00 GB" in page
     trained("mixtral").config.save_pretrained(tmp_path)
     assert "different experts" in str(estimate(str(tmp_path)))
 
 
-def test_experts_are_read_as_tokens_meet_them(trained, tmp_path):
+def test_experts_are_read_as_tokens_meet_them(tmp_path):
     trained("mixtral").config.save_pretrained(tmp_path)  # 2 of 4 experts a token
     one, many = (estimate(str(tmp_path), batch=batch, context=1).bf16 for batch in (1, 64))
     assert one.operations_per_token == many.operations_per_token
     assert one.decode_seconds < many.decode_seconds
 
 
-def test_layers_of_linear_attention_have_no_kv_cache(trained, tmp_path):
+def test_layers_of_linear_attention_have_no_kv_cache(tmp_path):
     config = trained("qwen2").config
     config.save_pretrained(tmp_path)
     both = estimate(str(tmp_path))
