@@ -5,18 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-import packed_models
 from sparse_bitnet.core import ConfigError, WeightError
 from sparse_bitnet.nn.int8_head import (
     Int8Embedding,
@@ -26,13 +15,15 @@ from sparse_bitnet.nn.int8_head import (
     quantize_rows,
     swap_int8,
 )
+from tiny_models import tiny
 
-SMALL = packed_models.SMALL | {"vocab_size": 90, "num_hidden_layers": 1}
+
+def small(architecture, **changes):
+    return tiny(architecture, vocab_size=90, num_hidden_layers=1, **changes).eval()
 
 
 def qwen(tied):
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=tied, **SMALL)).eval()
+    return small("qwen2", tie_word_embeddings=tied)
 
 
 def swapped(tied):
@@ -95,9 +86,7 @@ def test_compiles_without_a_break(tied):
 
 
 def test_a_head_with_a_bias():
-    torch.manual_seed(0)
-    small = SMALL | {"num_key_value_heads": 4}
-    model = PhiForCausalLM(PhiConfig(tie_word_embeddings=False, **small)).eval()
+    model = small("phi", num_key_value_heads=4, tie_word_embeddings=False)
     nn.init.normal_(model.lm_head.bias)
     weight, bias = model.lm_head.weight.detach(), model.lm_head.bias.detach()
     swap_int8(model, int8_modules(model), device="cpu")
@@ -121,9 +110,8 @@ def test_rounding_is_half_a_step_and_zero_rows_stay_zero():
 
 
 def test_refuses_what_it_would_compute_wrongly():
-    gemma = Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, **SMALL))
     with pytest.raises(ConfigError, match="tied to a Gemma3TextScaledWordEmbedding, which does mo"):
-        int8_modules(gemma)
+        int8_modules(small("gemma3_text", head_dim=8))
     model = qwen(True)
     model.lm_head = nn.Identity()
     with pytest.raises(ConfigError, match="the output head of this Qwen2ForCausalLM is a Identity"):
@@ -136,10 +124,8 @@ def test_refuses_what_it_would_compute_wrongly():
 
 def test_activations_that_became_integers_are_refused():
     """Mamba casts what goes into its head to the dtype of the head's weight."""
-    torch.manual_seed(0)
     shape = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "state_size": 16}
-    config = Mamba2Config(vocab_size=90, hidden_size=32, num_hidden_layers=1, **shape)
-    model = Mamba2ForCausalLM(config).eval()
+    model = small("mamba2", **shape)
     swap_int8(model, int8_modules(model), device="cpu")
     model.lm_head.weight.fill_(1)
     model.lm_head.weight_scale.fill_(1)

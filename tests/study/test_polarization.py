@@ -9,24 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+import tiny_models
 from sparse_bitnet.core import CheckpointError, ConfigError, Pattern, PatternError
 from sparse_bitnet.core import polarization as measure
 from sparse_bitnet.nn import convert, master_weights
 from sparse_bitnet.study.polarization import LayerStatistics, analyse, as_dict, early_and_late, pool
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
-from tiny_models import SIZES
-
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def tiny(architecture: str, **sizes: Any) -> PreTrainedModel:
     """Its linears' rows grow, so that matrices fused into one have unlike γ."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **sizes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model = tiny_models.tiny(architecture, **sizes)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -43,7 +39,7 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     # γ = mean|w| = (4·1 + 4·0.2)/8 = 0.6; |w|/γ is 1.667 or 0.333, so half are zeros. Under 4:8
     # each group of one row loses its four 0.2: threshold 0.333 γ, inside the dead zone.
     row = [1.0, -1.0, 0.2, -0.2, 1.0, 0.2, -1.0, 0.2]
-    model = tiny("llama", **SIZES)
+    model = tiny("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     with torch.no_grad():
         model.get_parameter(name).copy_(torch.tensor(row).repeat(48, 4))
@@ -122,13 +118,13 @@ def test_what_rules_decided_in_training_counts(tmp_path: Path, toy_tokens: Path)
 
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize(
-    ("architecture", "more"), [("phi3", {}), ("glm", {"head_dim": 8}), ("mixtral", EXPERTS)]
+    ("architecture", "more"), [("phi3", {}), ("glm", {"head_dim": 8}), ("mixtral", {})]
 )
 def test_fused_matrices_and_experts_have_the_scales_of_training(
     architecture: str, more: dict[str, Any], converted: bool, tmp_path: Path
 ) -> None:
     """An ordinary directory is measured as training would begin with it."""
-    model = tiny(architecture, **SIZES | more)
+    model = tiny(architecture, **more)
     if converted:
         convert(model, "6:8")
     model.save_pretrained(tmp_path / "model")
@@ -148,7 +144,7 @@ def test_fused_matrices_and_experts_have_the_scales_of_training(
 
 def test_what_training_would_leave_is_left_out_with_its_reason(tmp_path: Path) -> None:
     """gpt-oss stores experts as [in, out]; of GPT-2 nothing is a linear."""
-    tiny("gpt_oss", **SIZES, **EXPERTS, head_dim=8).save_pretrained(tmp_path / "model")
+    tiny("gpt_oss").save_pretrained(tmp_path / "model")
     analysis = analyse(tmp_path)
     left = analysis.values["left_out"]
     assert any("mlp.experts" in name for name in left)
@@ -167,6 +163,6 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(packed))
     with pytest.raises(CheckpointError, match="of a packed model, the one that it was packed from"):
         analyse(tmp_path)
-    tiny("llama", **SIZES | {"intermediate_size": 44}).save_pretrained(tmp_path / "odd")
+    tiny("llama", intermediate_size=44).save_pretrained(tmp_path / "odd")
     with pytest.raises(PatternError, match="in_features 44 is not a multiple of M = 8"):
         analyse(tmp_path / "odd")
