@@ -6,9 +6,11 @@ The shape is Qwen2.5-7B's, with random weights: packed directories are made here
 vLLM's dummies. Each request has 512 prompt tokens and gets 128 new ones; tokens a second are those
 of steps in which all requests advance. ``prefill`` is four prompts of 4,096 tokens. vLLM finds the
 plugin through the package's metadata, so the package has to be installed. Every row is written at
-once: ``results/<gpu>/vllm.json``, where rows of the same kind and concurrency are replaced. With
-``--gpus 2`` matrices are cut over two of them; the tokens that one request gets stand in its row,
-to be held beside one GPU's.
+once: ``results/<gpu>/vllm.json``, where rows of the same kind and concurrency are replaced. Runs of
+one kind were up to a fifth apart, so what is compared has to be of one run:
+``vllm_patterns.json`` beside it is the file of ``--kinds 6:8 2:4 dense``. With ``--gpus 2``
+matrices are cut over two of them (kind ``6:8, 2 GPUs``); the tokens that one request gets stand in
+its row, to be held beside one GPU's.
 """
 
 from __future__ import annotations
