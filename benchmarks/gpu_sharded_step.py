@@ -9,7 +9,8 @@ Rows, by what is gathered for forward and backward:
 on 1, 2, 4 … GPUs of one host, each number in processes of its own (torchrun); on one GPU nothing is
 sharded. Master weights and gradients are float32, products bf16 or int8, blocks compiled. Every GPU
 takes ``--sequences`` of 2,048 tokens a step, so ``tokens_per_second`` is of all GPUs, and
-``efficiency`` that of one GPU of it over that of one GPU alone. ``received_bytes`` is what a rank
+``efficiency`` that of one GPU of it over that of one GPU alone, where both are rows of one call
+(or were put together by hand). ``received_bytes`` is what a rank
 gets in a step, by collective; ``memory`` its peak. ``communication`` is the time of NCCL's kernels
 in a profiled step, ``exposed`` the part of it in which no other kernel runs.
 
