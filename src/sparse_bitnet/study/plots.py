@@ -162,7 +162,7 @@ def panels(
     if log_x:
         for axis in axes:
             _plain_ticks(axis)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", wrap=True)
     return png(figure)
 
 
@@ -208,7 +208,7 @@ def polarization(grid: Sequence[Sequence[Histogram]], title: str) -> bytes:
     for axis_row in axes:
         axis_row[0].set_ylabel("density")
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", wrap=True)
     return png(figure)
 
 
