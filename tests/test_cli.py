@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +17,8 @@ import sparse_bitnet
 from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError, DataError, PatternError
 from sparse_bitnet.study.sweep import SweepResult
+
+ROOT = Path(__file__).parents[1]
 
 
 def exit_code(arguments: list[str]) -> int | str | None:
@@ -41,9 +45,47 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
     assert f"sparse-bitnet {verb}" in capsys.readouterr().out
 
 
-def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(["explode"]) == cli.MISUSED
-    assert "there is no verb 'explode'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("xyz", ""),
+        ("data", "; did you mean data prepare?"),
+        ("data prepar text out", "; did you mean data prepare?"),
+        ("evalute packed", "; did you mean evaluate?"),
+        ("in", "; did you mean inspect?"),
+        ("sweeps", "; did you mean sweep?"),
+    ],
+)
+def test_an_unknown_verb(arguments: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(arguments.split()) == cli.MISUSED
+    *overview, said = capsys.readouterr().err.splitlines()
+    assert said == f"error: there is no verb '{arguments.split(maxsplit=1)[0]}'{meant}"
+    assert "\n".join(overview) == cli.OVERVIEW
+
+
+@pytest.mark.parametrize(
+    ("verb", "usage"),
+    [
+        ("data prepare", "SOURCE OUT"),
+        ("pack", "MODEL OUT"),
+        ("export", "MODEL OUT"),
+        ("import", "SOURCE OUT"),
+        ("evaluate", "MODEL [BASELINE]"),
+        ("generate", "MODEL PROMPT"),
+        ("bench", "[MODELS]"),
+    ],
+)
+def test_usage_names_what_stands_where(
+    verb: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code([*verb.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert usage in shown.splitlines()[0] and "``" not in shown and "{None}" not in shown
+
+
+def test_a_continued_line_of_help_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["pack", "--help"]) == 0
+    assert "what that costs, `evaluate`" in capsys.readouterr().out
 
 
 def test_a_sweep_with_failed_cells_is_shown_and_exits_1(
@@ -110,5 +152,14 @@ def test_the_package_names_what_it_promises() -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the source that runs, not of what pip noted when it was installed."""
     cli.main(["--version"])
-    assert capsys.readouterr().out.startswith("sparse-bitnet 0.")
+    newest = re.search(
+        r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert newest is not None
+    assert capsys.readouterr().out == f"sparse-bitnet {newest[1]}\n"
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert described["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "sparse_bitnet.core.__version__"
+    }

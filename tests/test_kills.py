@@ -161,5 +161,6 @@ def test_pack(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "work" / "killed"
     assert start(["pack", str(tmp_path / "trained"), str(whole)]).wait() == 0
     out.parent.mkdir()
-    kill_over_and_over(["pack", str(tmp_path / "trained"), str(out)], out.parent)
+    again = ["pack", str(tmp_path / "trained"), str(out), "--overwrite"]
+    kill_over_and_over(again, out.parent)
     assert all_files(out) == all_files(whole)

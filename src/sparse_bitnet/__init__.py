@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: torch and transformers take seconds.
 _HOME = {
+    "__version__": "core",
     "Method": "core",
     "Pattern": "core",
     "SparseBitNetError": "core",

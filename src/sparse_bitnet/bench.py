@@ -20,7 +20,7 @@ from sparse_bitnet.train.model import context_length
 
 
 def bench(
-    directories: tuple[Path, ...],
+    models: tuple[Path, ...],
     *,
     batch: int = 1,
     prompt: int = 512,
@@ -33,7 +33,7 @@ def bench(
     """Tokens a second of one or several models, which take turns.
 
     Args:
-        directories: of packed, trained or Hugging Face models, all loaded at once.
+        models: directories, packed, trained or of Hugging Face, all loaded at once.
         batch: sequences at once.
         prompt: tokens of each prompt.
         new: tokens that are decoded behind it.
@@ -47,28 +47,27 @@ def bench(
         ConfigError: for a number below 1, or beyond a model's context.
         PackedFormatError, CheckpointError: if a directory cannot be loaded.
     """
-    if not directories:
+    if not models:
         raise ConfigError("bench: give a model's directory, or several")
     for name, number in (("batch", batch), ("prompt", prompt), ("new", new), ("repeats", repeats)):
         if number < 1:
-            raise ConfigError(f"bench: {name} is {number}; it has to be 1 or more")
-    models = {
-        str(path): load(path, dtype=dtype, device=device, compile=compile)[0]
-        for path in directories
+            raise ConfigError(f"bench: --{name} is {number}; it has to be 1 or more")
+    loaded = {
+        str(path): load(path, dtype=dtype, device=device, compile=compile)[0] for path in models
     }
-    for name, model in models.items():
+    for name, model in loaded.items():
         room = context_length(model)
         if room is not None and prompt + new + 1 > room:
             raise ConfigError(f"bench: {prompt} + {new} tokens exceed {name}'s context of {room}")
         if model.generation_config is not None:
             model.generation_config.eos_token_id = None
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with progress("bench", (1 + repeats) * len(models)) as task:
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loaded}
+    with progress("bench", (1 + repeats) * len(loaded)) as task:
         for _ in range(1 + repeats):
-            for name, model in models.items():
+            for name, model in loaded.items():
                 times[name].append(_seconds(model, batch, prompt, new))
                 task.advance(detail=name)
-    width = max(map(len, models))
+    width = max(map(len, loaded))
     lines = [f"{'tokens/s':{width}}  prefill {batch} × {prompt}  decode, batch {batch}"]
     for name, (_, *counted) in times.items():  # the first one warms up
         prefill, decode = (statistics.median(column) for column in zip(*counted, strict=True))

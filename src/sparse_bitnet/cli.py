@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, is_dataclass
+from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import tyro
 
-from sparse_bitnet.console import out, say
-from sparse_bitnet.core import ConfigError, PatternError, SparseBitNetError
+from sparse_bitnet.console import err, out, say
+from sparse_bitnet.core import ConfigError, PatternError, SparseBitNetError, __version__
 
 # verb: (module, function, one line for the overview)
 VERBS = {
@@ -40,6 +41,9 @@ VERBS = {
     "bench": ("bench", "bench", "prefill and decode speed of model directories, here"),
     "kernels": ("kernels.registry", "explain", "which kernel serves what on this machine, and why"),
 }
+OVERVIEW = "usage: sparse-bitnet VERB [options]      sparse-bitnet VERB --help\n\n" + "\n".join(
+    f"  {verb:14} {line}" for verb, (_, _, line) in VERBS.items()
+)
 # Verbs whose options are not known before their first argument is read.
 READ_THEIR_OWN_ARGUMENTS = {"train"}
 
@@ -54,14 +58,15 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
-        out.print(f"sparse-bitnet {version('sparse-bitnet')}", markup=False, highlight=False)
+        out.print(f"sparse-bitnet {__version__}", markup=False, highlight=False)
+        return
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        out.print(OVERVIEW, markup=False)
         return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
     if verb is None:
-        _overview()
-        if not arguments or arguments[0] in {"-h", "--help"}:
-            return
-        say(f"error: there is no verb {arguments[0]!r}")
+        err.print(OVERVIEW, markup=False)
+        say(f"error: there is no verb {arguments[0]!r}{_suggestion(arguments)}")
         sys.exit(MISUSED)
     try:
         result = _call(verb, arguments[len(verb.split()) :])
@@ -90,11 +95,18 @@ def _call(verb: str, arguments: list[str]) -> Any:
     call = getattr(import_module(f"sparse_bitnet.{module}"), function)
     if verb in READ_THEIR_OWN_ARGUMENTS:
         return call(arguments)
+    # tyro begins a new line for every continued one, and shows a docstring's quotes.
+    call.__doc__ = re.sub(r"\n {12,}", " ", call.__doc__).replace("``", "")
     return tyro.cli(
         call,
         prog=f"sparse-bitnet {verb}",
         args=arguments,
-        config=(tyro.conf.PositionalRequiredArgs,),
+        config=(
+            tyro.conf.PositionalRequiredArgs,
+            tyro.conf.PositionalMetavarFromFieldName,
+            tyro.conf.DisallowNone,
+            tyro.conf.FlagCreatePairsOff,
+        ),
     )
 
 
@@ -109,7 +121,8 @@ def _show(result: Any) -> None:
     out.print(str(result), markup=False)
 
 
-def _overview() -> None:
-    out.print("usage: sparse-bitnet VERB [options]      sparse-bitnet VERB --help\n", markup=False)
-    for verb, (_, _, line) in VERBS.items():
-        out.print(f"  {verb:14} {line}", markup=False)
+def _suggestion(arguments: list[str]) -> str:
+    close = [verb for verb in VERBS if verb.startswith(arguments[0])]
+    close = close or get_close_matches(" ".join(arguments[:2]), VERBS)
+    close = close or get_close_matches(arguments[0], VERBS)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -94,7 +94,9 @@ def demo(directory: Path = Path("runs/demo"), pretrained: bool = False) -> None:
 
     with part("Pack the sparse one, load it again, compare"):
         packed = {
-            storage: pack(models[SPARSE], directory / f"packed-{storage}", storage=storage)
+            storage: pack(
+                models[SPARSE], directory / f"packed-{storage}", storage=storage, overwrite=True
+            )
             for storage in ("two-bit", "trits")
         }
         runs = packed["two-bit"].directory
@@ -153,7 +155,7 @@ def _demo_pretrained(directory: Path) -> None:
         measured["after training"] = measure(load_trained(trained)[0], held_out, PRETRAINED_LIMIT)
 
     with part("Pack it, load it again, compare"):
-        packed = {"two-bit": pack(trained, directory / "packed")}
+        packed = {"two-bit": pack(trained, directory / "packed", overwrite=True)}
         runs = packed["two-bit"].directory
         quick = AutoModelForCausalLM.from_pretrained(runs).eval()
         own, tokenizer = load_trained(trained)

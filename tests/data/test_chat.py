@@ -408,7 +408,7 @@ class TestRefusals:
 
     def test_models(self, model: Path, prepared: Path, tmp_path: Path) -> None:
         spec = write(tmp_path / "a.jsonl", conversations(3))
-        with pytest.raises(ConfigError, match="has its own tokenizer; leave tokenizer"):
+        with pytest.raises(ConfigError, match="has its own tokenizer; leave --tokenizer"):
             prepare(spec, tmp_path / "out", model=str(model), tokenizer=str(model))
         with pytest.raises(DataError, match="no model directory"):
             prepare(spec, tmp_path / "out", model=str(prepared / "tokenizer"))

@@ -180,7 +180,7 @@ def test_ranks_that_do_not_divide_the_batch(counting: list[TokenShards]) -> None
 def test_shards_shorter_than_a_window(counting: list[TokenShards]) -> None:
     assert tokens(Loader(counting[2], 809, 1), 9).shape == (1, 810)
     with pytest.raises(
-        DataError, match="810 tokens, fewer than one window of 811; use a shorter s"
+        DataError, match="810 tokens, fewer than one window of 811; use a shorter d"
     ):
         Loader(counting[2], 810, 1)
 

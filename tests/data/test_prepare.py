@@ -251,7 +251,7 @@ def test_other_settings_are_refused_by_name(
     ]:
         with pytest.raises(DataError, match=message) as caught:
             prepare(spec, out, **{**SETTINGS, **change})
-        assert "prepare with overwrite" in str(caught.value)
+        assert "prepare with --overwrite" in str(caught.value)
     with pytest.raises(DataError, match=r"source was 'jsonl:.*', now 'stdlib'"):
         prepare("stdlib", out, **SETTINGS)
     edited = tmp_path / "edited.jsonl"
@@ -318,7 +318,7 @@ def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         prepare(spec, tmp_path / "2", vocab_size=300)
     path.write_text('{"text": "one"}\n')
-    with pytest.raises(DataError, match="nothing was held out, of 1 documents; raise validation"):
+    with pytest.raises(DataError, match="nothing was held out, of 1 documents; raise --validation"):
         prepare(spec, tmp_path / "3", tokenizer=tokenizer)
     with pytest.raises(DataError, match="every document was held out and none is left"):
         prepare(spec, tmp_path / "4", tokenizer=tokenizer, validation=1 - 2**-53)
@@ -358,13 +358,16 @@ def test_a_corrected_source_goes_where_the_wrong_one_gave_no_shard(
 
 def test_settings_out_of_range(tmp_path: Path) -> None:
     for settings, message in [
-        ({"tokenizer": "x", "vocab_size": 9}, "vocab_size 9 is for training a tokenizer, but toke"),
-        ({"validation": 1.0}, r"validation is 1\.0; it is a fraction"),
+        (
+            {"tokenizer": "x", "vocab_size": 9},
+            "--vocab-size is for training a tok.*, and x has one",
+        ),
+        ({"validation": 1.0}, r"--validation is 1\.0; it is a fraction"),
         ({"validation": -0.1}, r"validation is -0\.1"),
         ({"validation": float("nan")}, "validation is nan"),
-        ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
-        ({"shard_tokens": 0}, "shard_tokens is 0; it must be at least 1"),
-        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"max_bytes": 0}, "--max-bytes is 0; it must be at least 1"),
+        ({"shard_tokens": 0}, "--shard-tokens is 0; it must be at least 1"),
+        ({"workers": 0}, "--workers is 0; it must be at least 1"),
     ]:
         with pytest.raises(ConfigError, match=message):
             prepare("stdlib", tmp_path / "out", **settings)

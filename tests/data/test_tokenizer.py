@@ -142,7 +142,7 @@ def test_fair_sample() -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vocab_size is 256; a byte-level BPE needs at least 257"):
+    with pytest.raises(ConfigError, match="--vocab-size is 256; a byte-level BPE needs at lea"):
         train_bpe(["text"], 256)
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         train_bpe([], 300)

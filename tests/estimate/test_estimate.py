@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sparse_bitnet.core import ConfigError, PatternError
+from sparse_bitnet.core import CheckpointError, ConfigError, PatternError
 from sparse_bitnet.estimate.devices import GPUS, Device, device_named, measure_cpu
 from sparse_bitnet.estimate.estimate import KEPT, estimate
 from sparse_bitnet.kernels import native
@@ -201,6 +201,15 @@ def test_layers_of_linear_attention_have_no_kv_cache(tmp_path):
     assert 2 * estimate(str(tmp_path)).kv_bytes == both.kv_bytes > 0
 
 
+def test_a_configuration_alone_and_a_run(trained, tmp_path):
+    trained("qwen2").config.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "model" / "config.json").rename(tmp_path / "bare.json")
+    assert estimate(str(tmp_path / "bare.json")).weights == 15_360
+    (tmp_path / "bare.json").rename(tmp_path / "run" / "model" / "config.json")
+    with pytest.raises(CheckpointError, match=r"run is a training run; give its model, .*/model$"):
+        estimate(str(tmp_path / "run"))
+
+
 def test_models_without_attention_are_refused(tmp_path):
     from transformers import Mamba2Config
 
@@ -215,13 +224,13 @@ def test_models_without_attention_are_refused(tmp_path):
     ("options", "error", "message"),
     [
         ({"model": "gpt-9"}, ConfigError, "gpt-9: no preset and no such directory or config.json"),
-        ({"model": "tiny"}, ConfigError, "takes its vocabulary from the data: give vocab_size"),
+        ({"model": "tiny"}, ConfigError, "takes its vocabulary from the data: give --vocab-size"),
         ({"gpu": "abacus"}, ConfigError, "gpu 'abacus' is unknown; choose among a100, h100"),
         ({"pattern": "9:8"}, PatternError, "9:8"),
         ({"pattern": "4:7"}, PatternError, "7"),
-        ({"batch": 0}, ConfigError, "estimate: batch is 0; it has to be 1 or more"),
-        ({"price": -1.0}, ConfigError, "estimate: price is -1.0; it has to be 0 or more"),
-        ({"price": math.nan}, ConfigError, "estimate: price is nan"),
+        ({"batch": 0}, ConfigError, "estimate: --batch is 0; it has to be 1 or more"),
+        ({"price": -1.0}, ConfigError, "estimate: --price is -1.0; it has to be 0 or more"),
+        ({"price": math.nan}, ConfigError, "estimate: --price is nan"),
         ({"storage": "zip"}, ConfigError, "storage is 'zip'"),
     ],
 )

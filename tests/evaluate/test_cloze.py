@@ -136,7 +136,7 @@ def test_limit_draws_from_all_documents(prose):
     assert found == cloze_items(documents, limit=10)
     assert found != everything[:10]
     assert cloze_items(documents, limit=10_000) == everything
-    with pytest.raises(ConfigError, match="limit 0 is out of range"):
+    with pytest.raises(ConfigError, match="--items 0 is out of range"):
         cloze_items(documents, limit=0)
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_asked(model, make_model, tokenizer, items):
     with pytest.raises(DataError, match="outside the model's vocabulary of 32 ids"):
         cloze_accuracy(make_model(vocab=32), tokenizer, items)
     rare = ClozeItem("the quick", (" brown", " xylophone", " dog", " green"), 0)
-    with pytest.raises(ConfigError, match="window 1 is shorter than a candidate of"):
+    with pytest.raises(ConfigError, match="--window 1 is shorter than a candidate of"):
         cloze_accuracy(model, tokenizer, [rare], window=1)
     with pytest.raises(ConfigError, match="window 65 is out of range"):
         cloze_accuracy(model, tokenizer, items, window=65)

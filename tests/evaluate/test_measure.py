@@ -53,7 +53,7 @@ def test_lines_of_tasks():
 
 
 def test_wrong_requests_fail_before_any_work(model, tokenizer, tmp_path: Path):
-    with pytest.raises(ConfigError, match="nothing to measure: give shards, text, cloze or tasks"):
+    with pytest.raises(ConfigError, match="nothing to measure: give --shards, --text, --cloze or"):
         measure(model, tokenizer, Measurements())
     (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
     text = f"text:{tmp_path / 'a.txt'}"

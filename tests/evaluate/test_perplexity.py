@@ -362,7 +362,7 @@ def test_files_that_cannot_be_scored(model, tokenizer, tmp_path: Path):
         ({"window": 8, "stride": 9}, "stride 9 is out of range: 1 to the window, 8"),
         ({"stride": 0}, "stride 0 is out of range"),
         ({"limit": 0}, "limit 0 is out of range"),
-        ({"batch_size": 0}, "batch_size 0 is out of range"),
+        ({"batch_size": 0}, "--batch-size 0 is out of range"),
     ],
 )
 def test_options_out_of_range(model, options, message):

@@ -23,7 +23,7 @@ def build(directory: Path) -> None:
 
 def read(directory: Path, mutation: Any) -> None:
     out = directory.parent / "model.gguf"
-    export_gguf(directory, out)
+    export_gguf(directory, out, overwrite=True)
     tensors = GGUFReader(out).tensors
     if not mutation.touched & {"config.json", "model.safetensors"}:
         assert len(tensors) == TENSORS, [tensor.name for tensor in tensors]

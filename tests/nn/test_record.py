@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparse_bitnet.core import CheckpointError, ConfigError, Method
+from sparse_bitnet.core import CheckpointError, ConfigError, Method, __version__
 from sparse_bitnet.nn import SparseBitLinear, convert, master_weights, set_pattern
 from sparse_bitnet.nn.record import ABSENT
 from sparse_bitnet.packed.write import pack
@@ -54,7 +53,7 @@ def test_from_pretrained_gives_the_converted_model_again(
     set_pattern(model, "4:8")
     model.save_pretrained(tmp_path / "first")
     written = described(tmp_path / "first")["quantization_config"]
-    assert written["pattern"] == "4:8" and written["version"] == version("sparse-bitnet")
+    assert written["pattern"] == "4:8" and written["version"] == __version__
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     for one, other in zip(master_weights(again), master_weights(model), strict=True):
         assert (one.name, one.pattern) == (other.name, other.pattern)

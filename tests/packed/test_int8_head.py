@@ -85,7 +85,7 @@ def test_generates_and_inspects(tmp_path, trained, tokenizer):
 
 
 def inspect_float(tmp_path, trained, kind):
-    pack(trained(kind), tmp_path / "float")
+    pack(trained(kind), tmp_path / "float", overwrite=True)
     report = inspect(tmp_path / "float")
     assert report.head.startswith("float32")
     return report

@@ -139,9 +139,11 @@ def test_load_takes_packed_trained_and_ordinary_directories(
     assert load(tmp_path / "plain", dtype="float32", device="cpu")[0].dtype == torch.float32
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").touch()
-    with pytest.raises(CheckpointError, match=r"it is a run, whose model is .*/run/model"):
+    with pytest.raises(
+        CheckpointError, match=r"run is a training run; give its model, .*/run/model"
+    ):
         load(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="nothing holds no model: there is no config"):
+    with pytest.raises(CheckpointError, match="nothing holds no model: it does not exist"):
         load(tmp_path / "nothing")
     with pytest.raises(PackedFormatError, match=r"there is no config.json of a packed Sparse-Bit"):
         load_packed(tmp_path / "plain")

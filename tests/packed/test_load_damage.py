@@ -47,6 +47,10 @@ def edit_tensors(file, change):
     save_file(tensors, file, metadata={"format": "pt"} | checksum_metadata(tensors))
 
 
+NORM = "model.layers.1.input_layernorm.weight"
+inf, nan, one = float("inf"), float("nan"), torch.tensor([1])
+
+
 def put(name, tensor):
     return lambda tensors: tensors.update({name: tensor(tensors[name])})
 
@@ -57,7 +61,11 @@ def put(name, tensor):
     [
         (put(f"{Q}.weight", lambda t: t | 3), f"{Q}.weight: row 0, byte 0 is .* no ternary weigh"),
         (put(f"{Q}.weight_scale", lambda t: -t), f"{Q}.weight_scale: a scale is not a positive"),
-        (put(f"{Q}.weight_scale", lambda t: t / 0), f"{Q}.weight_scale: a scale is not a positi"),
+        (put(f"{Q}.weight_scale", lambda t: t / 0), f"tensor {Q}.weight_scale holds NaN or infin"),
+        (put(NORM, lambda t: t.index_fill_(0, one, nan)), f"safetensors: tensor {NORM} holds NaN"),
+        (put(NORM, lambda t: t.index_fill_(0, one, -inf)), f"tensor {NORM} holds NaN or infinity"),
+        (put(NORM, lambda t: t.half() / 0), f"tensor {NORM} holds NaN or infinity"),
+        (put(NORM, lambda t: t.double()), f"tensor {NORM} is torch.float64 .* asks for torch.flo"),
         (put(f"{Q}.weight", lambda t: t[:-1].clone()), "but config.json asks for torch.uint8"),
         (put(f"{Q}.weight", lambda t: t.to(torch.int8)), r"is torch.int8 \[32, 8\], but config"),
         (put(f"{Q}.weight", lambda t: t.float()), r"is torch.float32 \[32, 8\], but config"),

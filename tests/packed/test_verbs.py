@@ -3,19 +3,15 @@
 import json
 
 import pytest
-import tyro
 
+from sparse_bitnet import cli
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.packed import verbs
-from sparse_bitnet.serve.verbs import generate
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
 
 
 def call(verb, *arguments):
-    config = (tyro.conf.PositionalRequiredArgs,)
-    function = generate if verb == "generate" else getattr(verbs, verb)
-    return tyro.cli(function, args=[str(a) for a in arguments], config=config)
+    return cli._call(verb, [str(a) for a in arguments])
 
 
 def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):
@@ -35,7 +31,7 @@ def test_pack_inspect_generate_evaluate(tmp_path, trained, tokenizer, capsys):
     call("generate", packed, "def main():", "--max-new-tokens", "8", "--temperature", "0.5")
     assert capsys.readouterr().out.startswith("def main():")
 
-    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+    with pytest.raises(ConfigError, match="--max-new-tokens is 0"):
         call("generate", packed, "def main():", "--max-new-tokens", "0")
     assert capsys.readouterr().out == ""
 

@@ -166,21 +166,24 @@ def test_an_edited_master_weight_is_packed_as_it_is_now(
 def test_replaces_a_packed_directory_and_nothing_else(tmp_path, trained, logits):
     first, second = trained("qwen2"), trained("qwen2", "2:4")
     pack(first, tmp_path / "out")
-    pack(second, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"out exists; .* or replace it with --overwrite"):
+        pack(second, tmp_path / "out")
+    assert torch.equal(logits(load_packed(tmp_path / "out")), logits(first))
+    pack(second, tmp_path / "out", overwrite=True)
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(second))
     (tmp_path / "home").mkdir()
     pack(first, tmp_path / "home")  # an empty directory is fine
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("42")
-    with pytest.raises(ConfigError, match="thesis exists and is not a packed model; give a new"):
-        pack(first, tmp_path / "thesis")
+    with pytest.raises(ConfigError, match="thesis exists and is not a packed model; give ano"):
+        pack(first, tmp_path / "thesis", overwrite=True)
     with pytest.raises(ConfigError, match="exists and is not a packed model"):
-        pack(first, tmp_path / "thesis" / "chapter.tex")
+        pack(first, tmp_path / "thesis" / "chapter.tex", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "42"
     for mine in ("README.md", "nested"):
         (tmp_path / "out" / mine).mkdir()
         with pytest.raises(ConfigError, match=f"out holds {mine}, which would be lost"):
-            pack(first, tmp_path / "out")
+            pack(first, tmp_path / "out", overwrite=True)
         (tmp_path / "out" / mine).rmdir()
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(second))
 
@@ -189,13 +192,14 @@ def test_all_that_is_written_may_be_replaced(tmp_path, trained, tokenizer):
     """What packing writes, with every optional file, is known as such."""
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     try:
-        for _ in range(2):
-            pack(trained("qwen2"), tmp_path / "out", tokenizer=tokenizer, shard_bytes=20_000)
+        for overwrite in (False, True):
+            options = {"shard_bytes": 20_000, "overwrite": overwrite}
+            pack(trained("qwen2"), tmp_path / "out", tokenizer=tokenizer, **options)
     finally:
         tokenizer.chat_template = None
     model = load_packed(tmp_path / "out")
     model.save_pretrained(tmp_path / "out")
-    pack(trained("qwen2"), tmp_path / "out")
+    pack(trained("qwen2"), tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -243,7 +247,7 @@ def test_a_failed_pack_keeps_the_directory_that_was_there(tmp_path, trained, log
     pack(good, tmp_path / "out")
     derive_wrongly(bad.model.layers[0].mlp.up_proj, "weight", slice(None))
     with pytest.raises(WeightError):
-        pack(bad, tmp_path / "out")
+        pack(bad, tmp_path / "out", overwrite=True)
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(good))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -264,10 +268,19 @@ def test_refuses_models_without_ternary_weights(tmp_path, pristine, build, train
 
 def test_refuses_directories_that_are_no_trained_model(tmp_path, pristine, build):
     build("qwen2").save_pretrained(tmp_path / "plain")
-    for source in (tmp_path / "plain", tmp_path / "nothing", pristine / "two-bit"):
-        with pytest.raises(CheckpointError, match="not a trained model"):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").touch()
+    for source, message in (
+        (tmp_path / "plain", "plain is not a trained model"),
+        (tmp_path / "nothing", "nothing holds no model: it does not exist"),
+        (tmp_path / "run", r"run is a training run; give its model, .*/run/model"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
             pack(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="two-bit is packed already; give the model it was made"):
+        pack(pristine / "two-bit", tmp_path / "out")
     shutil.rmtree(tmp_path / "plain")
+    shutil.rmtree(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

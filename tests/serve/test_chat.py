@@ -47,9 +47,9 @@ def test_without_a_template_the_text_goes_on(trained, tokenizer):
     assert first == generate_text(model, tokenizer, "def main", 6)
     second = talk.answer("return", silent)
     assert second == generate_text(model, tokenizer, f"def main{first}\nreturn", 6)
-    with pytest.raises(ConfigError, match="no chat template, so there is no place for system"):
+    with pytest.raises(ConfigError, match="no chat template, so there is no place for --system"):
         Conversation(model, tokenizer, "be brief")
-    with pytest.raises(ConfigError, match="max_new_tokens is 0; it has to be 1 or more"):
+    with pytest.raises(ConfigError, match="--max-new-tokens is 0; it has to be 1 or more"):
         Conversation(model, tokenizer, max_new_tokens=0)
 
 

@@ -70,7 +70,7 @@ def test_sizes(model):
     assert cache_bytes_per_token(model) == expected
     with pytest.raises(ConfigError, match="128 is the smallest"):
         Engine(model, cache_tokens=5)
-    with pytest.raises(ConfigError, match="max_running"):
+    with pytest.raises(ConfigError, match="--max-running"):
         Engine(model, most_running=0)
 
 

@@ -62,7 +62,7 @@ def test_a_prompt_that_is_no_text_and_no_length(trained, tokenizer):
         ConfigError, match="the text is not UTF-8 at character 3; write it in UTF-8"
     ):
         generate_text(trained("qwen2"), tokenizer, "caf\udce9", 5)
-    with pytest.raises(ConfigError, match="max_new_tokens is 0; it has to be 1 or more"):
+    with pytest.raises(ConfigError, match="--max-new-tokens is 0; it has to be 1 or more"):
         generate_text(trained("qwen2"), tokenizer, PROMPT, 0)
 
 
@@ -81,10 +81,10 @@ def test_a_directory_without_tokenizer(tmp_path, trained):
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature is -1; it has to be 0 or more"),
-        ({"top_k": -1}, "top_k is -1; it has to be 0 or more"),
-        ({"top_p": 0}, r"top_p is 0; it has to be in \(0, 1\]"),
-        ({"top_p": 1.5}, r"top_p is 1.5; it has to be in \(0, 1\]"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it has to be above 0"),
+        ({"top_k": -1}, "--top-k is -1; it has to be 0 or more"),
+        ({"top_p": 0}, r"--top-p is 0; it has to be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"--top-p is 1.5; it has to be in \(0, 1\]"),
+        ({"repetition_penalty": 0}, "--repetition-penalty is 0; it has to be above 0"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it has to be a whole number of 64 bits"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf; it has to be finite"),

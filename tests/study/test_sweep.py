@@ -395,7 +395,7 @@ def test_what_does_not_fit_the_model_is_found_before_anything_is_trained(
 
 
 def test_refused_settings(tmp_path: Path, toy_tokens: Path) -> None:
-    with pytest.raises(ConfigError, match="per_gpu is 0; at least 1"):
+    with pytest.raises(ConfigError, match="--per-gpu is 0; at least 1"):
         sweep(write_recipe(tmp_path, toy_tokens), tmp_path / "out", per_gpu=0)
     for minutes in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match=r"minutes is .*; above 0"):

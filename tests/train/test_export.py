@@ -83,8 +83,12 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
 
 
 def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load_trained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is not a trained model: it has no sparse_bitnet"):
         load_trained(tmp_path)
+    (tmp_path / "config.json").unlink()
     side = tmp_path / SIDE_FILE
     good = {"format": 1, "pattern": "6:8", "kind": "bitnet", "method": {}, "rules": {}, "run": {}}
     for change in (
@@ -104,7 +108,7 @@ def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="damaged or foreign"):
             read_trained(tmp_path)
     side.write_text(json.dumps(good))
-    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be loaded"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no model"):
         load_trained(tmp_path)
 
 

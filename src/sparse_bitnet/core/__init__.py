@@ -33,6 +33,8 @@ from sparse_bitnet.core.ternary import (
     zero_matrices,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "DENSE",
     "BackendError",
@@ -48,6 +50,7 @@ __all__ = [
     "SparseBitNetError",
     "TrainingError",
     "WeightError",
+    "__version__",
     "absmean",
     "check_finite",
     "check_row",

@@ -115,7 +115,7 @@ def _load(out: Path) -> Journal | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: damaged or of another version ({str(error)[:300]}); prepare again with "
-            "overwrite"
+            "--overwrite"
         ) from error
 
 
@@ -127,5 +127,5 @@ def _refuse_other(there: dict[str, Any], asked: dict[str, Any], out: Path) -> No
         )
         raise DataError(
             f"{out}: holds data prepared otherwise: {named}. Name another directory, or prepare "
-            "with overwrite"
+            "with --overwrite"
         )

@@ -100,7 +100,7 @@ class Loader:
             if shards.total_tokens <= sequence_length and not shards.has_answers:
                 raise DataError(
                     f"{shards.path}: {shards.total_tokens} tokens, fewer than one window of "
-                    f"{sequence_length + 1}; use a shorter sequence_length or more text"
+                    f"{sequence_length + 1}; use a shorter data.sequence_length or more text"
                 )
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -191,7 +191,7 @@ class Loader:
         if not windows:
             raise DataError(
                 f"{shards.path}: no answer begins within {most} tokens of its conversation's "
-                "beginning; use a longer sequence_length"
+                "beginning; use a longer data.sequence_length"
             )
         return np.array(windows)
 

@@ -76,18 +76,17 @@ def prepare(
             holds something else.
     """
     if model is not None and tokenizer is not None:
-        raise ConfigError(f"model {model} has its own tokenizer; leave tokenizer {tokenizer} out")
+        raise ConfigError(f"--model {model} has its own tokenizer; leave --tokenizer out")
     if vocab_size is not None and (named := tokenizer or model) is not None:
         raise ConfigError(
-            f"vocab_size {vocab_size} is for training a tokenizer, but tokenizer {named} is given; "
-            "leave one of them out"
+            f"--vocab-size is for training a tokenizer, and {named} has one; leave it out"
         )
     if not 0 <= validation < 1:
-        raise ConfigError(f"validation is {validation}; it is a fraction of at least 0, below 1")
+        raise ConfigError(f"--validation is {validation}; it is a fraction of at least 0, below 1")
     numbers = {"max_bytes": max_bytes, "shard_tokens": shard_tokens, "workers": workers}
     for name, value in numbers.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     started, out = time.monotonic(), Path(out)
     limit = NO_LIMIT if max_bytes is None else float(max_bytes)
     held_out = validation if validation_source is None else 0.0
@@ -174,7 +173,8 @@ def _chat_settings(sources: list[Source], encoder: Encoder | None) -> dict[str, 
         return {}
     if not all(source.has_chats for source in sources):
         raise ConfigError(
-            "source and validation_source must both hold conversations (#messages), or both text"
+            "the source and --validation-source must both hold conversations (#messages), or both "
+            "text"
         )
     if encoder is None:
         raise ConfigError(
@@ -207,7 +207,7 @@ def _tokenizer(
     if encoder.hash != journal.tokenizer_hash:
         raise DataError(
             f"{directory}: not the tokenizer that this preparation began with; it was edited since "
-            "or changes when saved: prepare again with overwrite, or use another"
+            "or changes when saved: prepare again with --overwrite, or use another"
         )
     return encoder
 
@@ -244,12 +244,12 @@ def _check_splits(journal: Journal, selections: list[Selection]) -> None:
         documents = sum(shard.documents for shard in journal.shards(TRAIN))
         raise DataError(
             f"{selections[-1].source.spec}: nothing was held out, of {documents} documents; raise "
-            "validation, name a validation_source that has text, or set validation to 0"
+            "--validation, name a --validation-source that has text, or give --validation 0"
         )
     if not journal.shards(TRAIN):
         raise DataError(
             f"{selections[0].source.spec}: every document was held out and none is left to train "
-            "on; lower validation"
+            "on; lower --validation"
         )
 
 

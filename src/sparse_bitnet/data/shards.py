@@ -294,7 +294,7 @@ def find_damage(
         if file.largest >= vocab_size:
             return shard, (
                 f"holds token id {file.largest}, but the vocabulary has {vocab_size}; prepare the "
-                "data again with overwrite"
+                "data again with --overwrite"
             )
     if unread:
         checked.remember(directory, known)

@@ -246,7 +246,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"vocab_size is {vocab_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}, "
+            f"--vocab-size is {vocab_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}, "
             "the 256 bytes and EOS"
         )
     sample = fair_sample(documents, TRAINING_CHARACTERS)

@@ -52,7 +52,7 @@ def device_named(name: str) -> Device:
         ConfigError: for another name.
     """
     if name not in (*GPUS, "cpu"):
-        raise ConfigError(f"gpu {name!r} is unknown; choose among {', '.join(GPUS)}, cpu")
+        raise ConfigError(f"--gpu {name!r} is unknown; choose among {', '.join(GPUS)}, cpu")
     return GPUS[name] if name in GPUS else measure_cpu()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparse_bitnet.core import ConfigError, Pattern
+from sparse_bitnet.core import CheckpointError, ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
 from sparse_bitnet.estimate.sharding import Sharding
 from sparse_bitnet.formats import StorageName
@@ -135,7 +135,7 @@ def estimate(
     """Memory, arithmetic and best possible times of a model before training.
 
     Args:
-        model: a preset such as qwen2.5-1.5b, or a directory with a Hugging Face config.json.
+        model: a preset such as qwen2.5-1.5b, a Hugging Face directory, or a config.json.
         pattern: N:M of all linears, or dense.
         gpu: a100, h100, h200, b200, l4, l40s, rtx4090, or cpu for this machine's, measured.
         storage: of the packed files.
@@ -156,9 +156,9 @@ def estimate(
     counts = {"prompt": prompt, "context": context, "batch": batch, "gpus": gpus, "step": step}
     for name, value in counts.items():
         if value < 1:
-            raise ConfigError(f"estimate: {name} is {value}; it has to be 1 or more")
+            raise ConfigError(f"estimate: --{name} is {value}; it has to be 1 or more")
     if price is not None and not 0 <= price < math.inf:
-        raise ConfigError(f"estimate: price is {price}; it has to be 0 or more")
+        raise ConfigError(f"estimate: --price is {price}; it has to be 0 or more")
     parsed, device = Pattern.parse(pattern), device_named(gpu)
     skeleton = empty_model(model, vocab_size, getattr(torch, dtype))
     try:
@@ -305,7 +305,7 @@ def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreT
         del config.quantization_config
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except ConfigError:
+    except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # whatever a foreign config.json makes transformers raise
         raise ConfigError(

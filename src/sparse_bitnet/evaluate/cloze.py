@@ -88,7 +88,7 @@ def cloze_items(
         ConfigError: if ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit {limit} is out of range: make at least 1 item")
+        raise ConfigError(f"--items {limit} is out of range: make at least 1 item")
     items = [item for text in documents for item in _items_of(text, seed, context_words)]
     if not items:
         raise DataError(
@@ -173,7 +173,7 @@ def candidate_scores(
     questions = _encode(tokenizer, items)
     longest = max(len(candidate) for _, candidate in questions)
     if longest > window:
-        raise ConfigError(f"window {window} is shorter than a candidate of {longest} tokens")
+        raise ConfigError(f"--window {window} is shorter than a candidate of {longest} tokens")
     largest = max(max(*context, *candidate) for context, candidate in questions)
     if largest >= vocabulary(model):
         raise DataError(

@@ -28,7 +28,7 @@ class Measurements:
         tasks: tasks of lm-eval.
         include_path: a folder of task YAML files, instead of lm-eval's own.
         window: tokens the model reads at once; give the length that it was trained with. By default
-            1024, or fewer where the model has fewer positions.
+            it is 1024, or fewer where the model has fewer positions.
         stride: tokens from one window of a perplexity to the next; by default half a window.
         batch_size: windows, candidates or prompts at once; by default chosen by device.
         limit: score at most this many tokens of a perplexity.
@@ -129,7 +129,7 @@ def measure(
         MissingExtraError: if tasks are wanted and lm-eval is not installed.
     """
     if wanted.shards is None and not (wanted.text or wanted.cloze or wanted.tasks):
-        raise ConfigError("nothing to measure: give shards, text, cloze or tasks")
+        raise ConfigError("nothing to measure: give --shards, --text, --cloze or --tasks")
     shards = None if wanted.shards is None else TokenShards(wanted.shards)
     text = open_source(wanted.text) if wanted.text else None
     documents = open_source(wanted.cloze) if wanted.cloze else None

@@ -115,9 +115,9 @@ def perplexity(
     window = check_window(model, window)
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride {stride} is out of range: 1 to the window, {window}")
+        raise ConfigError(f"--stride {stride} is out of range: 1 to the window, {window}")
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit {limit} is out of range: score at least 1 token")
+        raise ConfigError(f"--limit {limit} is out of range: score at least 1 token")
     vocab = vocabulary(model)
     text = _open(source, tokenizer, vocab)
     total = text.total if limit is None else text.cut(limit)

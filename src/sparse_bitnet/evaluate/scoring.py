@@ -58,8 +58,8 @@ def check_window(model: PreTrainedModel, window: int | None) -> int:
         return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
     if window < 1 or (positions and window > positions):
         raise ConfigError(
-            f"window {window} is out of range: the model reads 1 to {positions or 'any number of'} "
-            "tokens at once"
+            f"--window {window} is out of range: the model reads 1 to "
+            f"{positions or 'any number of'} tokens at once"
         )
     return window
 
@@ -75,7 +75,7 @@ def choose_batch(
     """
     if given is not None:
         if given < 1:
-            raise ConfigError(f"batch_size {given} is out of range: 1 or more, or leave it out")
+            raise ConfigError(f"--batch-size {given} is out of range: 1 or more, or leave it out")
         return given
     kind = "cuda" if model.device.type == "cuda" else "cpu"
     tokens = TOKENS_AT_ONCE[kind]

@@ -16,7 +16,7 @@ Target = Literal["gguf", "bitnet"]
 
 
 def export(
-    directory: Path,
+    model: Path,
     out: Path,
     *,
     to: Target | None = None,
@@ -24,11 +24,12 @@ def export(
     embeddings: EmbeddingType | None = None,
     odd_rows: OddRows | None = None,
     linear_class: LinearClass | None = None,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Write a packed or trained model in a format of others; prints what that format loses.
 
     Args:
-        directory: of the model.
+        model: its directory, packed or trained.
         out: the file (gguf) or directory (bitnet) to write.
         to: gguf for llama.cpp, bitnet for stock transformers; by default gguf if OUT ends so.
         linears: gguf: tq2_0 (2.06 bits a weight; the default), tq1_0 (1.69 bits) or q2_0 (2.25
@@ -37,6 +38,7 @@ def export(
         odd_rows: gguf: refuse (the default) layers whose rows the block (256; 64 of q2_0) does not
             divide, or store them as F16.
         linear_class: bitnet: bitlinear (the default), or autobitlinear.
+        overwrite: replace a GGUF file, or a directory in bitnet's format.
     """
     if to is None:
         if out.suffix.lower() != ".gguf":
@@ -50,22 +52,25 @@ def export(
     if other := given["bitnet" if to == "gguf" else "gguf"]:
         raise ConfigError(f"export: --{min(other).replace('_', '-')} is no option of --to {to}")
     write = export_gguf if to == "gguf" else export_bitnet
-    return write(directory, out, **given[to])
+    return write(model, out, overwrite=overwrite, **given[to])
 
 
 def import_checkpoint(
-    source: Path, directory: Path, *, pattern: str = "dense"
+    source: Path, out: Path, *, pattern: str = "dense", overwrite: bool = False
 ) -> ImportResult | ImportedGguf:
     """Read a checkpoint of transformers' bitnet format as a trained model, or a GGUF file as a
     float32 one to start from.
 
     Args:
         source: directory of the checkpoint, with safetensors; or a GGUF file (without a pattern).
-        directory: the model to write.
+        out: directory of the model to write.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are.
+        overwrite: replace a model of the kind that is written.
     """
-    if source.suffix.lower() == ".gguf":
+    if not source.exists():
+        raise ConfigError(f"import: {source}: there is no such directory or file")
+    if source.is_file():
         if pattern != "dense":
             raise ConfigError("import: a GGUF file is written as it is, without a pattern")
-        return import_gguf(source, directory)
-    return import_bitnet(source, directory, pattern=pattern)
+        return import_gguf(source, out, overwrite=overwrite)
+    return import_bitnet(source, out, pattern=pattern, overwrite=overwrite)

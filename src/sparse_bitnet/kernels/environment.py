@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "sparse-bitnet")
+from sparse_bitnet.core import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton")
 
 
 @cache
@@ -28,6 +30,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **versions,
+        "sparse-bitnet": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",

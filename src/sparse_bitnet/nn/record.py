@@ -21,13 +21,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sparse_bitnet.core import ConfigError, Method, Pattern
+from sparse_bitnet.core import ConfigError, Method, Pattern, __version__
 from sparse_bitnet.files import write_text
 
 QUANT_METHOD = "sparse_bitnet_trained"
@@ -112,7 +111,7 @@ def record(
         own = {n.removeprefix(inside): p for n, p in modules.items() if n.startswith(inside)}
         described = {
             "quant_method": QUANT_METHOD,
-            "version": version("sparse-bitnet"),
+            "version": __version__,
             "pattern": str(pattern),
             "kind": kind,
             "method": asdict(method),

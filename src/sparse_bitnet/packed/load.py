@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from sparse_bitnet.console import say
-from sparse_bitnet.core import CheckpointError, ConfigError, PackedFormatError
+from sparse_bitnet.core import ConfigError, PackedFormatError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import refuse_special
 from sparse_bitnet.kernels.native.pages import use_large_pages
@@ -142,7 +142,7 @@ def load(
     device = usable_device(device)
     if compile and device.type != "cuda":
         raise ConfigError(
-            f"compile needs the model on an NVIDIA GPU, it is on {device.type}; leave it out"
+            f"--compile needs the model on an NVIDIA GPU, it is on {device.type}; leave it out"
         )
     model, tokenizer = load_unfused(directory, dtype=dtype, device=device)
     if is_packed(directory) and unsupported(model) is None:
@@ -197,10 +197,6 @@ def load_unfused(
 
 def _load_ordinary(directory: Path, device: torch.device) -> PreTrainedModel:
     """A model that is not ours, in its own dtype; the person is told which it is."""
-    if not (directory / "config.json").is_file():
-        run = directory / "model" / "config.json"
-        hint = f"; it is a run, whose model is {run.parent}" if run.is_file() else ""
-        raise CheckpointError(f"{directory} holds no model: there is no config.json{hint}")
     model = read_dense(directory)
     dtype = getattr(read_shape(directory), "dtype", None) or torch.float32
     say(f"{directory}: an ordinary {type(model).__name__} in {str(dtype).removeprefix('torch.')}")

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from sparse_bitnet.console import out, say
+from sparse_bitnet.console import out as console
+from sparse_bitnet.console import say
 from sparse_bitnet.evaluate import Comparison, Measurements, Report, measure
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.packed import inspect as inspecting
@@ -20,63 +21,66 @@ from sparse_bitnet.packed import write
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.packed.write import HeadName, PackResult
 
-AsJson = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")]
+AsJson = Annotated[bool, tyro.conf.arg(name="json")]
 DEFAULT_MEASUREMENTS = Measurements()
 
 
 def pack(
-    source: Path,
-    directory: Path,
+    model: Path,
+    out: Path,
     *,
     storage: StorageName = "two-bit",
     head: HeadName = "float",
     dtype: DType | None = None,
     tokenizer: Path | None = None,
     check: bool = True,
+    overwrite: bool = False,
 ) -> PackResult:
     """Write a trained model as a packed directory that transformers loads.
 
     Args:
-        source: directory of the trained model (model/ of a run).
-        directory: the packed directory to write.
+        model: directory of the trained model (model/ of a run).
+        out: the packed directory to write.
         storage: two-bit is fastest to unpack; trits takes 1.6 bits a weight.
         head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight; what
             that costs, `evaluate` of this and of a directory with the float head says.
         dtype: of embeddings, norms, head and biases; the model's own when left out.
-        tokenizer: directory of another tokenizer than the source's.
-        check: run a few tokens through the trained model, and compare each layer's result with
-            that of its packed form, before anything is written.
+        tokenizer: directory of another tokenizer than the model's.
+        check: before anything is written, a few tokens run through the trained model, and each
+            layer's result is compared with that of its packed form; --no-check leaves it out.
+        overwrite: replace a packed directory.
     """
     started = time.perf_counter()
     result = write.pack(
-        source,
-        directory,
+        model,
+        out,
         storage=storage,
         head=head,
         dtype=dtype,
         tokenizer=tokenizer,
         check=check,
+        overwrite=overwrite,
     )
     say(f"packed in {time.perf_counter() - started:.1f} s")
     return result
 
 
-def inspect(directory: Path, *, as_json: AsJson = False) -> dict[str, Any] | str:
+def inspect(model: Path, *, as_json: AsJson = False) -> dict[str, Any] | str:
     """What a packed, trained or ordinary directory holds, measured: patterns, zeros, bits, sizes.
 
     Args:
-        directory: of the model, or a GGUF file.
+        model: its directory, or a GGUF file.
         as_json: print JSON instead of a table.
     """
-    report = inspecting.inspect(directory)
+    report = inspecting.inspect(model)
     if as_json:
         return report.as_dict()
-    out.print(report.table())
+    console.print(report.table())
     return f"\n{report.summary()}"
 
 
 def evaluate(
-    directory: Path,
+    model: Path,
     baseline: tyro.conf.Positional[Path | None] = None,
     *,
     measurements: tyro.conf.OmitArgPrefixes[Measurements] = DEFAULT_MEASUREMENTS,
@@ -87,7 +91,7 @@ def evaluate(
     """Perplexity, cloze accuracy and lm-eval tasks of a model: packed, trained or ordinary.
 
     Args:
-        directory: of the model, or a GGUF file.
+        model: its directory, or a GGUF file.
         baseline: another model's, measured likewise and compared with.
         measurements: what to measure, and how.
         dtype: to compute in; the stored one when left out.
@@ -95,8 +99,8 @@ def evaluate(
         as_json: print JSON instead of lines.
     """
     reports = {}
-    for one in (directory, *([] if baseline is None else [baseline])):  # one at a time in memory
+    for one in (model, *([] if baseline is None else [baseline])):  # one at a time in memory
         loaded = load_with_tokenizer(one, dtype=dtype, device=device)
         reports[str(one)] = measure(*loaded, measurements)
-    found = Comparison(reports) if len(reports) == 2 else reports[str(directory)]
+    found = Comparison(reports) if len(reports) == 2 else reports[str(model)]
     return found.as_dict() if as_json else found

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparse_bitnet import files
-from sparse_bitnet.core import ConfigError, PackedFormatError
+from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError, check_finite
 from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
@@ -22,6 +24,7 @@ from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checks
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What this package and transformers write into the directory of a language model.
 WRITTEN = re.compile(
@@ -61,33 +64,37 @@ def quant_method(directory: Path) -> object:
     return described.get("quant_method") if isinstance(described, dict) else None
 
 
-def check_target(out: Path, method: str, what: str) -> None:
-    """Refuse to replace what is no model of that ``quant_method``, or holds files of others.
+def check_target(out: Path, what: str, is_such: bool, overwrite: bool) -> None:
+    """Refuse to replace what exists: without ``overwrite`` anything, with it what is not such a
+    thing as will be written, and a directory with files of others.
+
+    Args:
+        out: file or directory that will be written.
+        what: "a packed model".
+        is_such: whether there is one already.
 
     Raises:
-        ConfigError: naming the directory, or one of the files.
+        ConfigError: naming it, or a file in it that would be lost.
     """
-    if out.exists() and not (
-        out.is_dir() and (not any(out.iterdir()) or quant_method(out) == method)
-    ):
-        raise ConfigError(
-            f"{out} exists and is not {what}; give a new directory, or remove it first"
-        )
-    refuse_foreign(out)
-
-
-def refuse_foreign(directory: Path) -> None:
-    """Refuse to replace a model's directory, if there is one, that has somebody else's files in it.
-
-    Raises:
-        ConfigError: naming one of them.
-    """
-    for path in sorted(directory.iterdir()) if directory.exists() else ():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_such:
+        raise ConfigError(f"{out} exists and is not {what}; give another name, or remove it first")
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
         if not WRITTEN.fullmatch(path.name):
             raise ConfigError(
-                f"{directory} holds {path.name}, which would be lost: the whole directory is "
-                "replaced; move it away, or give a new directory"
+                f"{out} holds {path.name}, which would be lost: the whole directory is replaced; "
+                "move it away, or give another name"
             )
+    if not overwrite:
+        raise ConfigError(f"{out} exists; give another name, or replace it with --overwrite")
+
+
+def is_stored_as(directory: Path, method: str | None) -> bool:
+    """True if a readable ``config.json`` has that ``quant_method``, or None if that is None."""
+    with suppress(PackedFormatError):
+        return (directory / CONFIG).is_file() and quant_method(directory) == method
+    return False
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -127,7 +134,7 @@ def check_shard_name(name: object, where: Path) -> None:
 def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
     """Check weight files against a model with (empty) packed modules, then their checksums.
 
-    Bytes and scales have one dtype; other floats may be stored in any.
+    Bytes and scales have one dtype; other floats may be stored in any that models compute in.
 
     Raises:
         PackedFormatError: naming the file and what is wrong with it.
@@ -157,9 +164,7 @@ def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
             missing.remove(here)
             wanted = expected[here]
             fits = tensor.dtype == wanted.dtype or (
-                here not in exact
-                and tensor.dtype.is_floating_point
-                and wanted.dtype.is_floating_point
+                here not in exact and tensor.dtype in FLOATS and wanted.dtype.is_floating_point
             )
             if tensor.shape != wanted.shape or not fits:
                 raise PackedFormatError(
@@ -179,6 +184,15 @@ def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
         )
     for file in opened:
         verify_checksums(file)
+        for name, tensor in file.tensors.items():
+            if tensor.is_floating_point():
+                try:
+                    check_finite(tensor)
+                except WeightError as error:
+                    raise PackedFormatError(
+                        f"{file.path}: tensor {name} holds NaN or infinity; the file was edited or "
+                        f"damaged, {REMEDY}"
+                    ) from error
 
 
 def name_in(model: nn.Module, name: str, known: Iterable[str]) -> str | None:

@@ -40,7 +40,7 @@ from sparse_bitnet.packed.load import DType
 from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.tensor_file import file_size, write_tensors
-from sparse_bitnet.packed.verify import INDEX, check_target
+from sparse_bitnet.packed.verify import INDEX, check_target, is_stored_as
 from sparse_bitnet.train.export import load_trained
 
 HeadName = Literal["float", "int8"]
@@ -92,6 +92,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     check: bool = True,
+    overwrite: bool = False,
 ) -> PackResult:
     """Write a trained model as a packed directory that ``from_pretrained`` loads.
 
@@ -100,8 +101,7 @@ def pack(
     Args:
         source: a converted model, also inside DDP or ``torch.compile``, or the directory of a
             trained one.
-        out: the directory to write; it appears whole or not at all. A packed directory that is
-            there already is replaced, unless it holds files of somebody else.
+        out: the directory to write, new or empty; it appears whole or not at all.
         storage: ``"two-bit"`` (2 bits a weight, fastest to unpack) or ``"trits"`` (1.6 bits).
         head: ``"int8"`` stores the output head, and an embedding tied to it, as int8 with a scale
             for each row; ``"float"`` leaves them as they are.
@@ -110,19 +110,25 @@ def pack(
         shard_bytes: start another weight file when one grows beyond this.
         check: first run a few tokens through the trained model, and give what each layer gets to
             its packed form, one at a time: all must be called and give equal results.
+        overwrite: replace a packed directory, if it has no files of somebody else.
 
     Raises:
         CheckpointError: if the source directory is damaged or not a trained model.
-        ConfigError: if nothing in the model is ternary, it has adapters, ``out`` is another kind of
-            directory or has files of somebody else, the tokenizer cannot be loaded, or the head
+        ConfigError: if nothing in the model is ternary, it has adapters, ``out`` is
+            there and not to be replaced, the tokenizer cannot be loaded, or the head
             cannot be int8.
         WeightError: if a weight holds NaN, or breaks its N:M pattern; names module and group.
         WeightError: if the packed model would compute something else; names the modules.
     """
     out = Path(out)
     storage_named(storage)
-    check_target(out, QUANT_METHOD, "a packed model")
-    model, own = load_trained(source) if isinstance(source, str | Path) else (source, None)
+    check_target(out, "a packed model", is_stored_as(out, QUANT_METHOD), overwrite)
+    if isinstance(source, str | Path):
+        if is_stored_as(Path(source), QUANT_METHOD):
+            raise ConfigError(f"pack: {source} is packed already; give the model it was made from")
+        model, own = load_trained(source)
+    else:
+        model, own = source, None
     model = unwrapped(model)
     check_adapters(model, "pack")
     tokenizer = own if tokenizer is None else tokenizer

@@ -29,7 +29,7 @@ NEW = "/new"
 
 
 def chat(
-    directory: Path,
+    model: Path,
     *,
     system: str | None = None,
     max_new_tokens: int = 512,
@@ -43,21 +43,21 @@ def chat(
     your line at its end. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves.
 
     Args:
-        directory: of the model and its tokenizer, or a GGUF file.
+        model: directory of the model and its tokenizer, or a GGUF file.
         system: instructions before the first turn; needs a chat template.
         max_new_tokens: an answer has at most so many.
         sampling: how the next token is chosen.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
     """
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    conversation = Conversation(model, tokenizer, system, max_new_tokens, sampling)
+    loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=device)
+    conversation = Conversation(loaded, tokenizer, system, max_new_tokens, sampling)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its line editing and history
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 can be refused
     how = "answers" if conversation.has_turns else "continues the text (it has no chat template)"
-    say(f"{directory} {how}; Ctrl-C stops an answer, {NEW} starts over, Ctrl-D leaves")
+    say(f"{model} {how}; Ctrl-C stops an answer, {NEW} starts over, Ctrl-D leaves")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -104,11 +104,11 @@ class Conversation:
         check_text(system or "")
         if system is not None and not self.has_turns:
             raise ConfigError(
-                "chat: the tokenizer has no chat template, so there is no place for system; the "
-                "model only continues text"
+                "chat: the tokenizer has no chat template, so there is no place for "
+                "--system; the model only continues text"
             )
         if max_new_tokens < 1:
-            raise ConfigError(f"chat: max_new_tokens is {max_new_tokens}; it has to be 1 or more")
+            raise ConfigError(f"chat: --max-new-tokens is {max_new_tokens}; it has to be 1 or more")
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._system, self._max_new_tokens = system, max_new_tokens
         self.start_over()

@@ -149,9 +149,11 @@ class Engine:
         most_waiting: int = MOST_WAITING,
     ) -> None:
         if cache_tokens is not None and cache_tokens < 4 * PAGE:
-            raise ConfigError(f"serve: cache_tokens is {cache_tokens}; {4 * PAGE} is the smallest")
+            raise ConfigError(
+                f"serve: --cache-tokens is {cache_tokens}; {4 * PAGE} is the smallest"
+            )
         if most_running < 1 or most_waiting < 0:
-            raise ConfigError("serve: max_running has to be 1 or more, max_waiting 0 or more")
+            raise ConfigError("serve: --max-running has to be 1 or more, --max-waiting 0 or more")
         self._model: Any = model
         self.cache_tokens = cache_tokens or default_cache_tokens(model)
         self.context = min(context_length(model) or 2**31, int(self.cache_tokens / ROOM))
@@ -218,8 +220,11 @@ class Engine:
             self._manager.cancel_request(generation.name)
 
     def close(self) -> None:
-        """End the threads; what is under way fails."""
+        """End the threads; what is under way fails. Again: nothing."""
+        if self._closing:
+            return
         self._closing = True
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # it has never run
         for one in list(self.generations.values()):
             self.cancel(one)  # so that one that is computed alone lets the manager go on
         self._manager.stop(block=True, timeout=10, hard_stop=True)
@@ -244,7 +249,8 @@ class Engine:
             with self._manager.pause(), torch.no_grad():
                 self._step_alone(one)
         except Exception as error:
-            LOG.exception("a generation failed")
+            if not self._closing:
+                LOG.exception("a generation failed")
             one.fail(f"{type(error).__name__}: {str(error)[:300]}")
         if not (one.cancelled or one.has_ended):
             self._add(one)

@@ -52,9 +52,8 @@ class Sampling:
             ("seed", -(2**63) <= self.seed < 2**64, "a whole number of 64 bits"),
         ):
             if not fits:
-                raise ConfigError(
-                    f"generate: {name} is {getattr(self, name)}; it has to be {expected}"
-                )
+                option = f"--{name.replace('_', '-')} is {getattr(self, name)}"
+                raise ConfigError(f"generate: {option}; it has to be {expected}")
 
     def options(self) -> dict[str, float | int | bool | None]:
         """For transformers' ``generate``. All are set, so that no stored default slips in."""
@@ -134,7 +133,7 @@ def generate_from(
             or if the model's generation config makes no sense.
     """
     if max_new_tokens < 1:
-        raise ConfigError(f"generate: max_new_tokens is {max_new_tokens}; it has to be 1 or more")
+        raise ConfigError(f"generate: --max-new-tokens is {max_new_tokens}; it has to be 1 or more")
     room = context_length(model)
     if room is not None:
         if tokens.shape[1] >= room:

@@ -7,11 +7,13 @@ middleware.py limits hosts, keys, sizes and times.
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import tyro
@@ -38,8 +40,8 @@ class Options:
         port: to listen on.
         name: what clients call the model; the directory's name when left out.
         api_key: file with the key that clients must send; SPARSE_BITNET_API_KEY when left out.
-        allowed_hosts: names of this server beside localhost and host that clients may use: a name,
-            *.NAME, or * for any.
+        allowed_hosts: names of this server beside localhost and host that clients may use: NAME,
+            or *.NAME, or * for any.
         cors_origins: web pages that may use the server from a browser, such as
             http://localhost:3000; * for any.
         cache_tokens: tokens of all sequences at once that the key-value cache has room for; chosen
@@ -66,7 +68,7 @@ class Options:
 DEFAULTS = Options()
 
 
-def serve(directory: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS) -> None:
+def serve(model: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS) -> None:
     """Serve a packed or trained model to OpenAI clients, until Ctrl-C.
 
     Routes: /v1/chat/completions and /v1/completions, streaming or not, /v1/models, /health,
@@ -74,7 +76,7 @@ def serve(directory: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAU
     use it.
 
     Args:
-        directory: of the model and its tokenizer, or a GGUF file.
+        model: directory of the model and its tokenizer, or a GGUF file.
         server: where and how.
 
     Raises:
@@ -82,7 +84,7 @@ def serve(directory: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAU
         ConfigError: for a port out of range or taken, or a directory without tokenizer.
         PackedFormatError, CheckpointError: if the directory cannot be loaded.
     """
-    built = build_server(directory, server)
+    built = build_server(model, server)
     chat = "" if built.has_chat_template else " (no chat template: /v1/completions only)"
     address = f"http://{server.host}:{server.port}/v1"
     say(f"serving {built.name} at {address}{chat}; Ctrl-C stops")
@@ -117,9 +119,16 @@ def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
 
     from sparse_bitnet.serve.app import build_app
 
+    class _Patient(uvicorn.Server):
+        """A second Ctrl-C does not tear down what ends within seconds."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            self.force_exit = False
+
     host, port = options.host, options.port
     if not 0 <= port < 2**16:
-        raise ConfigError(f"serve: port {port} is out of range: 0 to {2**16 - 1}")
+        raise ConfigError(f"serve: --port {port} is out of range: 0 to {2**16 - 1}")
     hosts = middleware.allowed_hosts(host, options.allowed_hosts)
     key = middleware.read_key(options.api_key)
     _check_free(host, port)
@@ -142,7 +151,13 @@ def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
         server_header=False,
         log_level="error",
     )
-    return Server(uvicorn.Server(config), engine, name, tokenizer.chat_template is not None)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_goodbye)
+    return Server(_Patient(config), engine, name, tokenizer.chat_template is not None)
+
+
+def _is_no_goodbye(record: logging.LogRecord) -> bool:
+    """False for what uvicorn logs as an error when answers outlast :data:`SECONDS_TO_FINISH`."""
+    return "graceful shutdown exceeded" not in record.msg
 
 
 def _check_free(host: str, port: int) -> None:
@@ -151,7 +166,9 @@ def _check_free(host: str, port: int) -> None:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"serve: host {host!r} is no address of this machine ({error})") from None
+        raise ConfigError(
+            f"serve: --host {host!r} is no address of this machine ({error})"
+        ) from None
     for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:

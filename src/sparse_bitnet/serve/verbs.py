@@ -13,7 +13,7 @@ DEFAULT_SAMPLING = Sampling()
 
 
 def generate(
-    directory: Path,
+    model: Path,
     prompt: str,
     *,
     max_new_tokens: int = 200,
@@ -25,7 +25,7 @@ def generate(
     """Print a prompt and its continuation, streaming the text to the terminal.
 
     Args:
-        directory: of the model and its tokenizer, or a GGUF file.
+        model: directory of the model and its tokenizer, or a GGUF file.
         prompt: the text to continue.
         max_new_tokens: stop after so many.
         sampling: how the next token is chosen.
@@ -34,7 +34,7 @@ def generate(
         compile: on a GPU, compile the decoder first: tokens take about half the time, the first
             some tens of seconds.
     """
-    model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device, compile=compile)
+    loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=device, compile=compile)
     before = prompt  # shown with the first piece, when nothing is left to be refused
 
     def write(text: str) -> None:
@@ -42,5 +42,5 @@ def generate(
         print(before + text, end="", flush=True)
         before = ""
 
-    generate_text(model, tokenizer, prompt, max_new_tokens, sampling, write)
+    generate_text(loaded, tokenizer, prompt, max_new_tokens, sampling, write)
     print()

@@ -144,7 +144,7 @@ class Analysis:
 def analyse(
     checkpoint: str | Path, out: str | Path | None = None, *, pattern: str | None = None
 ) -> Analysis:
-    """The verb ``polarization``: measure every linear of a model, write JSON and plots.
+    """Measure every linear of a model; write JSON and plots.
 
     Args:
         checkpoint: a training run, its ``model`` directory, a Hugging Face directory, or a GGUF

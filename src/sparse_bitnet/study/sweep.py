@@ -82,11 +82,11 @@ def sweep(
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once workers have saved and left.
     """
     started = time.monotonic()
-    for name, value in (("per_gpu", per_gpu), ("cpu_workers", cpu_workers)):
+    for name, value in (("per-gpu", per_gpu), ("cpu-workers", cpu_workers)):
         if value < 1:
-            raise ConfigError(f"sweep: {name} is {value}; at least 1")
+            raise ConfigError(f"sweep: --{name} is {value}; at least 1")
     if minutes is not None and not minutes > 0:
-        raise ConfigError(f"sweep: minutes is {minutes}; above 0")
+        raise ConfigError(f"sweep: --minutes is {minutes}; above 0")
     deadline = math.inf if minutes is None else started + 60 * minutes
     plan = read_sweep(recipe)
     out = Path(out)

@@ -56,6 +56,7 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
             names code to be fetched, or is a trained model that has changed since.
     """
     directory = Path(directory)
+    check_has_model(directory)
     try:
         _check_config(directory)
         _check_sums(directory)
@@ -85,10 +86,27 @@ def read_dense(directory: str | Path, exact: bool = False, **options: Any) -> Pr
     return model.eval()
 
 
+def check_has_model(directory: Path) -> None:
+    """Refuse a directory without ``config.json``, and name the model of a training run.
+
+    Raises:
+        CheckpointError: saying what the directory is instead.
+    """
+    if not (directory / "config.json").is_file():
+        inside = directory / "model"
+        if (inside / "config.json").is_file():
+            raise CheckpointError(f"{directory} is a training run; give its model, {inside}")
+        why = "there is no config.json" if directory.exists() else "it does not exist"
+        raise CheckpointError(f"{directory} holds no model: {why}")
+
+
 def is_gguf(path: str | Path) -> bool:
-    """True for a GGUF file, by its name."""
+    """True for a file named ``*.gguf``, or that begins as GGUF files do."""
     path = Path(path)
-    return path.suffix.lower() == ".gguf" and path.is_file()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
 
 
 def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -194,11 +212,13 @@ def read_shape(path: str | Path) -> Any:
     file.
 
     Raises:
-        OSError: if there is none.
+        OSError, CheckpointError: if there is none.
         ValueError: if it is damaged, names code to be fetched, or has more layers than any model.
         MissingExtraError: for a GGUF file, without the package ``gguf``.
     """
     path = Path(path)
+    if path.is_dir():
+        check_has_model(path)
     if is_gguf(path):
         with _alone(path) as place, no_bars():
             return _read_gguf_shape(place)[0]

@@ -26,7 +26,7 @@ from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record
 from sparse_bitnet.train.checksums import checksum, weight_files
 from sparse_bitnet.train.config import SparsityConfig
-from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, no_bars, read_dense
+from sparse_bitnet.train.dense import IMPORT_FIRST, check_has_model, is_gguf, no_bars, read_dense
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
@@ -142,9 +142,10 @@ def read_trained(directory: str | Path) -> SparsityConfig:
         described = {name: values[name] for name in ("pattern", "kind", "method", "rules")}
         return checked(SparsityConfig, described, path.name)
     except FileNotFoundError as error:
+        check_has_model(directory)
         raise CheckpointError(
             f"{directory} is not a trained model: it has no {SIDE_FILE}, and its config.json does "
-            "not say that it was converted; give the model/ directory of a run"
+            "not say that it was converted"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or foreign: {error}") from error

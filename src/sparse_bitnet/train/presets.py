@@ -62,7 +62,7 @@ def preset_config(name: str, vocab_size: int | None = None) -> Qwen2Config:
     shape = PRESETS[name]
     rows = vocab_size or shape.vocab_size
     if rows is None:
-        raise ConfigError(f"preset {name} takes its vocabulary from the data: give vocab_size")
+        raise ConfigError(f"preset {name} takes its vocabulary from the data: give --vocab-size")
     return Qwen2Config(
         vocab_size=rows,
         hidden_size=shape.hidden,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 
 import pytest
@@ -267,6 +268,7 @@ def test_files_that_are_damaged_or_dangerous(tmp_path, tokenizer):
     (source / "evil.py").write_text("raise SystemExit('code was run')")
     edit_config(source, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"})
     import_bitnet(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
     described = json.loads((source / "tokenizer_config.json").read_text())
     described["auto_map"] = {"AutoTokenizer": ["evil.T", "evil.T"]}
     (source / "tokenizer_config.json").write_text(json.dumps(described))
@@ -294,7 +296,7 @@ def test_generation_settings(tmp_path, capsys):
     settings = load_trained(tmp_path / "out")[0].generation_config
     assert settings.eos_token_id == [3, 4] and settings.temperature == 0.6
     path.write_text(json.dumps({"eos_token_id": 3, "temperature": 0.6}))  # no sampling
-    import_bitnet(source, tmp_path / "out")
+    import_bitnet(source, tmp_path / "out", overwrite=True)
     assert "generation_config.json is left out" in capsys.readouterr().err
     assert load_trained(tmp_path / "out")[0].generation_config.eos_token_id == 0
 
@@ -302,12 +304,14 @@ def test_generation_settings(tmp_path, capsys):
 def test_other_refusals(tmp_path):
     source = write_checkpoint(tmp_path / "s", *FORMS["bitlinear"])
     with pytest.raises(ConfigError, match="exists and is not a trained model"):
-        import_bitnet(source, source)
+        import_bitnet(source, source, overwrite=True)
     import_bitnet(source, tmp_path / "kept")
-    import_bitnet(source, tmp_path / "kept")  # one of its own is replaced
+    with pytest.raises(ConfigError, match=r"exists; .*--overwrite"):
+        import_bitnet(source, tmp_path / "kept")
+    import_bitnet(source, tmp_path / "kept", overwrite=True)
     (tmp_path / "kept" / "notes").mkdir()
     with pytest.raises(ConfigError, match="holds notes, which would be lost"):
-        import_bitnet(source, tmp_path / "kept")
+        import_bitnet(source, tmp_path / "kept", overwrite=True)
     with pytest.raises(PackedFormatError, match=r"holds no model: there is no config\.json"):
         import_bitnet(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -129,20 +129,22 @@ def test_what_the_format_cannot_say(tmp_path, trained):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not a model of the bitnet format"):
-        export_bitnet(tmp_path / "packed", tmp_path / "full")
+        export_bitnet(tmp_path / "packed", tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     export_bitnet(tmp_path / "packed", target)
-    export_bitnet(tmp_path / "packed", target)  # one of its own is replaced
+    with pytest.raises(ConfigError, match=r"exists; .*--overwrite"):
+        export_bitnet(tmp_path / "packed", target)
+    export_bitnet(tmp_path / "packed", target, overwrite=True)
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds notes\.txt, which would be lost"):
-        export_bitnet(tmp_path / "packed", target)
+        export_bitnet(tmp_path / "packed", target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
 
 
 def test_an_int8_head_is_stored_as_floats(tmp_path, trained, logits, stock):
     for architecture in ("qwen2", "qwen2-untied"):
-        pack(trained(architecture), tmp_path / "packed", head="int8")
-        export_bitnet(tmp_path / "packed", tmp_path / "out")
+        pack(trained(architecture), tmp_path / "packed", head="int8", overwrite=True)
+        export_bitnet(tmp_path / "packed", tmp_path / "out", overwrite=True)
         ours = logits(load(tmp_path / "packed")[0])
         # Here the head's input is rounded too, there it is not.
         assert float((stock(tmp_path / "out") - ours).abs().max()) < 0.02 * float(ours.std())

@@ -39,8 +39,8 @@ def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tokenizer = train_bpe([TEXT] * 30, 320)
     save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
     export_gguf(tmp_path / "trained", tmp_path / "m.gguf", embeddings="f32")
-    (tmp_path / "M.GGUF").write_bytes((tmp_path / "m.gguf").read_bytes())
-    result = import_checkpoint(tmp_path / "M.GGUF", tmp_path / "dense")
+    (tmp_path / "sha256-1f").write_bytes((tmp_path / "m.gguf").read_bytes())
+    result = import_checkpoint(tmp_path / "sha256-1f", tmp_path / "dense")
     assert str(result).startswith(f"{tmp_path / 'dense'}: Qwen2ForCausalLM with ")
     found = read_dense(tmp_path / "dense", exact=True)
     expected, _ = load_trained(tmp_path / "trained")
@@ -51,8 +51,15 @@ def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             weights[f"{name}.weight"] = ternary * scale.half().float()
     assert all(torch.equal(p, weights[name]) for name, p in found.named_parameters())
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")(TEXT) == tokenizer(TEXT)
-    with pytest.raises(ConfigError, match="exists; give a new directory"):
+    with pytest.raises(ConfigError, match=r"exists; .*--overwrite"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="trained exists and is not a dense model"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "trained", overwrite=True)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "dense", overwrite=True)
+    (tmp_path / "m.txt").write_text("GGU")
+    for name in ("m.txt", "nowhere.gguf"):
+        with pytest.raises(ConfigError, match=f"{name}: there is no such"):
+            import_checkpoint(tmp_path / name, tmp_path / "out")
     # Other files of a folder of downloads are not of this model; a lost tensor is not made up.
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "a": ')
     (tmp_path / "generation_config.json").write_text('{"temperature": 7.0, "do_sample": true}')
@@ -77,7 +84,7 @@ def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such GGUF file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read"):

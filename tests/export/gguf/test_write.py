@@ -217,7 +217,7 @@ def test_packed_and_trained_give_the_same_file(save, tmp_path):
     pack(directory, tmp_path / "packed", storage="trits")
     files = []
     for source in (directory, tmp_path / "packed"):
-        export_gguf(source, tmp_path / "m.gguf")
+        export_gguf(source, tmp_path / "m.gguf", overwrite=True)
         found, _ = read(tmp_path / "m.gguf")
         files.append(found)
     assert files[0].keys() == files[1].keys()
@@ -229,7 +229,7 @@ def test_embeddings_as_asked(save, tmp_path):
     model, _ = load_trained(directory)
     exact = model.get_input_embeddings().weight.detach()
     for kind, tolerance in (("f32", 0.0), ("f16", 2**-11), ("q8_0", 1 / 254 * 1.01)):
-        export_gguf(directory, tmp_path / "m.gguf", embeddings=kind)
+        export_gguf(directory, tmp_path / "m.gguf", embeddings=kind, overwrite=True)
         type_there, values = read(tmp_path / "m.gguf")[0]["token_embd.weight"]
         assert type_there.name.lower() == kind
         assert float((values - exact).abs().max()) <= tolerance * float(exact.abs().max())
@@ -266,7 +266,7 @@ def test_q2_0_takes_rows_of_64(save, tmp_path):
             assert torch.equal(found[name][1], wanted)
     odd = save("llama", intermediate_size=96)
     with pytest.raises(ConfigError, match=r"Q2_0 stores rows in blocks of 64.* have 96") as caught:
-        export_gguf(odd, tmp_path / "m.gguf", linears="q2_0")
+        export_gguf(odd, tmp_path / "n.gguf", linears="q2_0")
     assert "--linears" not in str(caught.value)
 
 
@@ -295,7 +295,7 @@ def test_a_llama_with_sub_norms(save, tmp_path):
     assert all(torch.equal(found[n][1], expected[n]) for n in found if n.startswith("blk"))
     assert keys["general.architecture"] == "bitnet"
     with pytest.raises(ConfigError, match=r"output head is .* and it knows the embedding as head"):
-        export_gguf(save("bitnet", hidden_act="silu"), tmp_path / "m.gguf")
+        export_gguf(save("bitnet", hidden_act="silu"), tmp_path / "n.gguf")
 
 
 def test_llama3_frequencies(save, tmp_path):
@@ -360,6 +360,14 @@ def test_other_refusals(save, tmp_path, monkeypatch):
     directory = save("qwen2")
     with pytest.raises(ConfigError, match="is a directory"):
         export_gguf(directory, tmp_path)
+    for name, text, overwrite, message in (
+        ("m.gguf", "GGUF", False, r"m.gguf exists; .*--overwrite"),
+        ("notes.txt", "mine", True, "notes.txt exists and is not a GGUF file"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            export_gguf(directory, tmp_path / name, overwrite=overwrite)
+        assert (tmp_path / name).read_text() == text
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[gguf\]'"):
         export_gguf(directory, tmp_path / "m.gguf")

@@ -36,10 +36,10 @@ from sparse_bitnet.files import refuse_special
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.tensor_file import read_tensors
-from sparse_bitnet.packed.verify import CONFIG, read_json, refuse_foreign, weight_files
+from sparse_bitnet.packed.verify import CONFIG, check_target, read_json, weight_files
 from sparse_bitnet.train import SparsityConfig, save_trained
 from sparse_bitnet.train.dense import foreign_code, no_bars
-from sparse_bitnet.train.export import check_target
+from sparse_bitnet.train.export import is_trained
 
 SCALE = "weight_scale"
 LONGEST_NAME = 200
@@ -75,27 +75,28 @@ class ImportResult:
         )
 
 
-def import_bitnet(source: str | Path, out: str | Path, *, pattern: str = "dense") -> ImportResult:
+def import_bitnet(
+    source: str | Path, out: str | Path, *, pattern: str = "dense", overwrite: bool = False
+) -> ImportResult:
     """Read a checkpoint of ``quant_method: bitnet`` and write it as a trained directory.
 
     Args:
         source: directory of the checkpoint; its weights have to be safetensors.
-        out: the trained directory to write; it appears whole or not at all. A trained directory
-            that is there already is replaced, unless it holds files of somebody else.
+        out: the trained directory to write, new or empty; it appears whole or not at all.
         pattern: N:M to mask to in one shot; dense leaves the weights as they are. γ stays that of
             the dense weight. Where magnitudes are equal, as in weights that were stored ternary,
             zeros go first and then those further right.
+        overwrite: replace a trained directory, if it has no files of somebody else.
 
     Raises:
         PackedFormatError: if the checkpoint is damaged, or its parts contradict each other.
         ConfigError: if it is of another format, uses a part of it that is not known here, or
-            ``out`` is another kind of directory.
+            ``out`` is there and not to be replaced.
         PatternError: if M does not divide a layer's input features.
         WeightError: if a weight is NaN or infinite.
     """
     source, out = Path(source), Path(out)
-    check_target(out)
-    refuse_foreign(out)
+    check_target(out, "a trained model", is_trained(out), overwrite)
     if not (source / CONFIG).is_file():
         raise PackedFormatError(f"{source} holds no model: there is no {CONFIG}")
     with _reading(source):

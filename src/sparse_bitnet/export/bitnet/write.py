@@ -27,29 +27,33 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
 from sparse_bitnet.packed.tensor_file import write_tensors
-from sparse_bitnet.packed.verify import WEIGHTS, check_target
+from sparse_bitnet.packed.verify import WEIGHTS, check_target, is_stored_as
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 
 
 def export_bitnet(
-    directory: str | Path, out: str | Path, *, linear_class: LinearClass = "bitlinear"
+    directory: str | Path,
+    out: str | Path,
+    *,
+    linear_class: LinearClass = "bitlinear",
+    overwrite: bool = False,
 ) -> ExportResult:
     """Write a packed or trained model as a ``bitnet`` directory of transformers.
 
     Args:
         directory: of the model.
-        out: the directory to write; it appears whole or not at all. One of this format that is
-            there already is replaced, unless it holds files of somebody else.
+        out: the directory to write, new or empty; it appears whole or not at all.
         linear_class: which of the two layers computes it; llama.cpp's converter reads the first.
+        overwrite: replace a directory of this format, if it has no files of somebody else.
 
     Raises:
         PackedFormatError, CheckpointError: if the directory is damaged or none of ours.
-        ConfigError: if the format cannot say the model, or ``out`` is another kind of directory.
+        ConfigError: if the format cannot say the model, or ``out`` is there and not to be replaced.
         WeightError: if a tensor holds NaN or infinity.
     """
     out = Path(out)
-    check_target(out, "bitnet", "a model of the bitnet format")
+    check_target(out, "a model of the bitnet format", is_stored_as(out, "bitnet"), overwrite)
     source = open_exportable(directory, "the bitnet format")
     for name, (rows, _) in source.shapes.items():
         if rows % PER_BYTE:

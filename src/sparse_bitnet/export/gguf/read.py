@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import atomic_directory
-from sparse_bitnet.train.dense import no_bars, read_gguf
+from sparse_bitnet.packed.verify import check_target, is_stored_as
+from sparse_bitnet.train.dense import is_gguf, no_bars, read_gguf
+from sparse_bitnet.train.export import is_trained
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,24 @@ class ImportedGguf:
         )
 
 
-def import_gguf(source: str | Path, out: str | Path) -> ImportedGguf:
+def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False) -> ImportedGguf:
     """Write the model and tokenizer of a GGUF file as float32 safetensors.
 
     Args:
         source: the file; of an architecture and a tokenizer that transformers reads from GGUF.
         out: the directory to write, new or empty; it appears whole or not at all.
+        overwrite: replace a directory of a dense model, if it has no files of somebody else.
 
     Raises:
         MissingExtraError: without the package ``gguf``.
-        ConfigError: if there is no such file, or ``out`` holds something.
+        ConfigError: if there is no such file, or ``out`` is there and not to be replaced.
         CheckpointError: if transformers cannot read the file, or a value is NaN or infinite.
     """
     source, out = Path(source), Path(out)
-    if not source.is_file():
-        raise ConfigError(f"{source}: there is no such file")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists; give a new directory, or remove it first")
+    if not is_gguf(source):
+        raise ConfigError(f"{source}: there is no such GGUF file")
+    is_dense = is_stored_as(out, None) and not is_trained(out)
+    check_target(out, "a dense model", is_dense, overwrite)
     model, tokenizer = read_gguf(source)
     with atomic_directory(out) as temporary, no_bars():
         model.save_pretrained(temporary)

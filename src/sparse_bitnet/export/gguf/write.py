@@ -39,7 +39,8 @@ from sparse_bitnet.export.gguf.model import (
 )
 from sparse_bitnet.export.gguf.tokenizer import vocabulary
 from sparse_bitnet.files import atomic_file
-from sparse_bitnet.train.dense import gguf_package
+from sparse_bitnet.packed.verify import check_target
+from sparse_bitnet.train.dense import gguf_package, is_gguf
 
 LinearType = Literal["tq2_0", "tq1_0", "q2_0"]
 EmbeddingType = Literal["f16", "q8_0", "f32"]
@@ -69,25 +70,31 @@ def export_gguf(
     linears: LinearType = "tq2_0",
     embeddings: EmbeddingType = "f16",
     odd_rows: OddRows = "refuse",
+    overwrite: bool = False,
 ) -> ExportResult:
     """Write a packed or trained model as a GGUF file. Needs the extra ``gguf``.
 
     Args:
         directory: of the model and its tokenizer.
-        out: the file; it appears whole or not at all.
+        out: the file, new; it appears whole or not at all.
         linears: how ternary layers are stored.
         embeddings: how embedding and output head are stored.
         odd_rows: what to do with ternary layers whose rows the block of ``linears`` (256; 64 of
             q2_0) does not divide.
+        overwrite: replace a GGUF file.
 
     Raises:
         MissingExtraError: without the package ``gguf``.
         PackedFormatError, CheckpointError: if the directory is damaged or none of ours.
-        ConfigError: if llama.cpp has no name for the architecture or the tokenizer, or no block
-            fits a row.
+        ConfigError: if llama.cpp has no name for the architecture or the tokenizer, no block fits
+            a row, or ``out`` is there and not to be replaced.
         WeightError: if a value does not fit fp16.
     """
     gguf_package()
+    out = Path(out)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
+    check_target(out, "a GGUF file", is_gguf(out), overwrite)
     source = open_exportable(directory, "GGUF")
     kind = architecture(source.model)
     if source.tokenizer is None:
@@ -116,9 +123,6 @@ def export_gguf(
         lost.append(
             f"activations are rounded to 8 bits by blocks of {together} there, by token here"
         )
-    out = Path(out)
-    if out.is_dir():
-        raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
     with atomic_file(out) as temporary:
         _write(temporary, kind, source, words, tensors, lost, Path(directory).resolve().name)
     change = tensors.largest_change
@@ -173,7 +177,7 @@ class _Tensors:
             if kind == "Q8_0" and tensor.shape[-1] % 32:
                 raise ConfigError(
                     f"gguf: Q8_0 stores rows in blocks of 32, and those of {name} have "
-                    f"{tensor.shape[-1]} values; store embeddings as f16"
+                    f"{tensor.shape[-1]} values; use --embeddings f16"
                 )
             yield _Planned(there, tuple(tensor.shape), kind, partial(self._reordered, name))
         factors = rope_factors(self.source.model)
