@@ -37,7 +37,6 @@ def free_port() -> int:
 
 
 def ask(url: str, tokens: int, stream: bool = False) -> requests.Response:
-    # Nothing may end an answer early, or clients would be measured at different lengths.
     body = {"prompt": PROMPT, "max_tokens": tokens, "stream": stream, "temperature": 0}
     answer = requests.post(f"{url}/v1/completions", json=body, stream=stream, timeout=600)
     answer.raise_for_status()
@@ -109,6 +108,8 @@ def main() -> None:
                 if server.poll() is not None:
                     sys.exit("the server did not start")
                 time.sleep(1)
+        else:
+            sys.exit(f"the server did not start within {SECONDS_TO_START} s")
         ask(url, parsed.tokens)
         before = resident_mib(server.pid)
         rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in parsed.clients}
@@ -123,9 +124,11 @@ def main() -> None:
             }
             rows.append(rounds_of_one[0] | medians)
             print(json.dumps(rows[-1]), flush=True)
+        result: dict[str, Any] = {"rows": rows}
+        if parsed.out:  # a stream longer than the model's context would lose them
+            parsed.out.write_text(json.dumps(result, indent=1) + "\n")
         firsts = [first_token_beside(url, parsed.stream) for _ in range(parsed.repeats)]
-        result = {
-            "rows": rows,
+        result |= {
             "first_token_beside_a_stream_s": round(statistics.median(firsts), 3),
             "worst_first_token_s": round(max(firsts), 3),
             "resident_mib": [before, resident_mib(server.pid)],
@@ -135,7 +138,10 @@ def main() -> None:
             parsed.out.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class Recorder:
         self.recorded = self.replayed = 0
         self.reads = Reads()
 
-    def __call__(self, step: Callable[[], Tensor]) -> Callable[[Callable[[], None]], Tensor]:
+    def __call__(
+        self, step: Callable[[], Tensor], device: torch.device
+    ) -> Callable[[Callable[[], None]], Tensor]:
         self.recorded += 1
         self.reads = Reads()
         with self.reads:
@@ -117,8 +119,8 @@ def test_the_same_text(packed: Packed, recorder: Recorder, architecture: str) ->
     assert recorder.replayed == 0
     found = model.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(found, expected)
-    # The prompt gives the first token, the modules the second.
-    assert recorder.replayed == GREEDY["max_new_tokens"] - 2
+    # The prompt gives the first token, the modules two, until the cache is met a third time.
+    assert recorder.replayed == GREEDY["max_new_tokens"] - graph.MEETINGS
     assert recorder.recorded == 1
 
 
@@ -140,7 +142,7 @@ def test_logits_with_and_without_mask_and_positions(packed: Packed, recorder: Re
             y = model(token, past_key_values=pasts[0], **given).logits
             expected = model.model(token, past_key_values=pasts[1], **given).last_hidden_state
             torch.testing.assert_close(y, model.lm_head(expected), rtol=1e-5, atol=1e-5)
-    assert recorder.replayed == 8
+    assert recorder.replayed == 10 - graph.MEETINGS
     for one, other in zip(pasts[0].layers, pasts[1].layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-5, atol=1e-5)
 
@@ -156,13 +158,112 @@ def test_a_longer_text_is_recorded_anew(
     assert 2 <= recorder.recorded <= 5
 
 
+def test_a_short_answer_records_nothing(packed: Packed, recorder: Recorder) -> None:
+    model = decoder(packed)
+    ids = torch.randint(1, 300, (1, 5))
+    model.generate(ids, max_new_tokens=graph.MEETINGS, do_sample=False)
+    assert recorder.recorded == 0
+
+
+@pytest.mark.parametrize("what", ["layer", "head"])
+def test_hooks_are_called(packed: Packed, recorder: Recorder, what: str) -> None:
+    model = decoder(packed)
+    module: nn.Module = model.lm_head if what == "head" else model.model.layers[1].mlp
+    ids = torch.randint(1, 300, (1, 5))
+    seen: list[int] = []
+    hook = module.register_forward_hook(lambda *_: seen.append(1))
+    expected = model.generate(ids, **GREEDY)
+    assert recorder.recorded == 0
+    hook.remove()
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert recorder.recorded == 1
+    assert len(seen) == (GREEDY["max_new_tokens"] if what == "head" else 1 + 39)
+
+
+def test_a_recording_that_fails(
+    packed: Packed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is that of the modules, with a warning once, until the model has moved."""
+    model = decoder(packed)
+    ids = torch.randint(1, 300, (1, 5))
+    expected = by_modules(model, ids, **GREEDY)
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(graph, "record", no_memory)
+    with pytest.warns(UserWarning, match="module by module from now on.*no memory is left"):
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    monkeypatch.setattr(graph, "record", recorder)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert recorder.recorded == 0
+    model.to(torch.float64).to(torch.float32)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert recorder.recorded == 1
+
+
+def test_a_moved_model_keeps_nothing(packed: Packed, recorder: Recorder) -> None:
+    model = decoder(packed)
+    model.generate(torch.randint(1, 300, (1, 5)), **GREEDY)
+    old = weakref.ref(model.model.layers[0].mlp.down_proj.prepared("weight"))
+    model.to(torch.bfloat16)
+    recorder.reads = Reads()
+    gc.collect()
+    assert not model.graph._graphs
+    assert old() is None
+
+
+@pytest.mark.parametrize("what", ["mlp", "down_proj", "norm", "head", "last"])
+def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str) -> None:
+    """Over the same cache, and where the new one has the old one's weights."""
+    model = decoder(packed)
+    past = KeyValueCache(model.config)
+    token = torch.randint(1, 300, (1, 1))
+
+    class Half(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any) -> Any:
+            return self.inner(*args) / 2
+
+    with torch.no_grad():
+        model(torch.randint(1, 300, (1, 7)), past_key_values=past)
+        for _ in range(graph.MEETINGS + 1):
+            before = model(token, past_key_values=past).logits
+            past.crop(-1)
+        layer: Any = model.model.layers[1]
+        if what == "mlp":
+            layer.mlp = copy.deepcopy(layer.mlp)
+            layer.mlp.down_proj._buffers["weight_scale"] *= 2
+            layer.mlp.down_proj._prepared.clear()
+        elif what == "down_proj":
+            layer.mlp.down_proj = copy.deepcopy(model.model.layers[0].mlp.down_proj)
+        elif what == "norm":
+            layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
+            layer.input_layernorm.epsilon = 0.5
+        elif what == "last":
+            model.model.norm = copy.deepcopy(model.model.norm)
+            model.model.norm.epsilon = 0.5
+        else:
+            model.lm_head = Half(model.lm_head)
+        for _ in range(graph.MEETINGS + 1):
+            found = model(token, past_key_values=past).logits
+            past.crop(-1)
+        model.graph = lambda *_: None
+        expected = model(token, past_key_values=past).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, before, rtol=1e-3)
+
+
 def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
     """A CUDA graph holds addresses: whatever it reads must live as long as it does."""
     model = decoder(packed)
     past = KeyValueCache(model.config)
     with torch.no_grad():
         model(torch.randint(1, 300, (2, 7)), past_key_values=past)
-        for _ in range(3):
+        for _ in range(graph.MEETINGS):
             model(torch.randint(1, 300, (2, 1)), past_key_values=past)
     (recorded,) = model.graph._graphs.values()
     owned = [*of_model(model), *vars(recorded.inputs).values()]
@@ -178,7 +279,7 @@ def test_a_cache_is_not_kept(packed: Packed, recorder: Recorder) -> None:
     past = KeyValueCache(model.config)
     with torch.no_grad():
         model(torch.randint(1, 300, (1, 7)), past_key_values=past)
-        for _ in range(3):
+        for _ in range(graph.MEETINGS):
             model(torch.randint(1, 300, (1, 1)), past_key_values=past)
     (recorded,) = model.graph._graphs.values()
     recorded._replay, recorder.reads = None, Reads()
@@ -221,7 +322,7 @@ def test_conversations_take_turns(packed: Packed, recorder: Recorder) -> None:
     with torch.no_grad():
         for text, past in zip(texts, pasts, strict=True):
             model(text, past_key_values=past)
-            for _ in range(2):
+            for _ in range(graph.MEETINGS):
                 model(text[:, -1:], past_key_values=past)
         assert recorder.recorded == count
         assert len(model.graph._graphs) == graph.MOST_GRAPHS
@@ -246,7 +347,7 @@ def test_continuous_batching(
         expected.append(alone[0, len(prompt) :].tolist())
     assert continuously(model, prompts, lengths) == expected
     assert recorder.replayed > 40
-    # Passes over eight, four, two sequences and one; all have the same room for keys.
+    # Passes over four, two sequences and one; all have the same room for keys.
     assert recorder.recorded <= 4
     # All is owned by the model and the recording but the one tensor that has all pages.
     recorded = list(model.graph._graphs.values())[-1]
@@ -265,7 +366,7 @@ def test_too_many_keys_go_module_by_module(
     expected = continuously(model, prompts, [9, 9])
     assert recorder.replayed
     recorder.replayed = 0
-    monkeypatch.setattr(graph, "MOST_KEYS", graph.FEWEST_KEYS - 1)
+    monkeypatch.setattr(graph, "MOST_GATHERED", 2 * 32 * graph.FEWEST_KEYS - 1)
     assert continuously(model, prompts, [9, 9]) == expected
     assert recorder.replayed == 0
 

@@ -15,9 +15,9 @@ One decoder runs in three ways, which differ in the order of float sums only:
 * compiled on a GPU, over a cache of fixed size.
 
 On a GPU norms quantize (a layer's kernels take residual sum, norm and quantization as one, and the
-products behind read integers). The two fast ways compute what modules compute without calling them,
-so hooks on modules see prompts only. Hidden states and attentions are asked for by
-``output_hidden_states`` and ``output_attentions``.
+products behind read integers). The native call computes what modules compute without calling them,
+so on a CPU hooks on modules see prompts only; on a GPU a model with hooks goes module by module.
+Hidden states and attentions are asked for by ``output_hidden_states`` and ``output_attentions``.
 """
 
 from __future__ import annotations
@@ -166,6 +166,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.post_init()
         self.requires_grad_(False)
         self.eval()
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Move or convert the model, whose graphs would hold the old memory."""
+        self.graph.drop()
+        return super()._apply(*args, **options)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

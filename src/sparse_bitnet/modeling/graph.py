@@ -13,14 +13,19 @@ The cache is a :class:`KeyValueCache`, or transformers' paged one of continuous 
 keys and values are gathered from their pages in every layer.
 
 A graph is recorded for the addresses of a cache (and of the weights), a number of sequences and of
-keys. It is recorded when these are met for the second time in a row, because some caches move with
-every token (beam search). Results are those of the modules up to the order of float sums.
+keys. Recording takes as long as a few tokens, so it waits until these are met for the third time in
+a row: some answers are short, and some caches move with every token (beam search). Results are
+those of the modules up to the order of float sums.
+
+While one thread records, another one must not draw from the GPU's default generator: CUDA's
+recording owns it for that tenth of a second, and PyTorch raises in the other thread.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -38,9 +43,13 @@ if TYPE_CHECKING:
 DEVICE = "cuda"
 MOST_GRAPHS = 8
 """Those that were not used for longest are dropped; each holds the activations of a pass."""
-FEWEST_KEYS, MOST_KEYS = 256, 2**16
-"""Of a pass over pages, which gathers them: room for so many of a sequence at least, for so many of
-all at most (134 MB in the layers of a 7B Qwen2.5); more go module by module."""
+MEETINGS = 3
+FEWEST_KEYS = 256
+"""Of a pass over pages: it has room for so many of a sequence, or a power of two more."""
+MOST_GATHERED = 2**25
+"""Numbers that a layer gathers from pages for keys, and for values: 134 MB in bfloat16 together.
+Steps that need more, of a long text beside short ones, go module by module."""
+_ONE_RECORDS = threading.Lock()  # in a process: recording synchronizes the device
 
 
 class GraphStep:
@@ -53,8 +62,14 @@ class GraphStep:
     def _forget(self) -> None:
         self._reads = Reads(self._decoder)
         self._graphs: dict[tuple[int, ...], _Recorded] = {}
-        self._met: tuple[int, ...] | None = None
+        self._met: tuple[tuple[int, ...], int] = ((), 0)
+        self._has_failed = False
         self._turn = threading.Lock()
+
+    def drop(self) -> None:
+        """Forget all graphs and the memory that they hold."""
+        with self._turn:
+            self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_decoder": self._decoder}
@@ -77,12 +92,14 @@ class GraphStep:
         of :class:`sparse_bitnet.modeling.native.NativeStep`.
 
         None where no graph serves: other devices and caches, embeddings, several tokens of a
-        sequence, sliding windows, autocast, gradients, compilation; and where what it would be
-        recorded for is new. Then nothing has changed.
+        sequence, sliding windows, hooks on modules, autocast, gradients, compilation; and where
+        what it would be recorded for is new. Then nothing has changed.
         """
         own: Any = self._decoder.layers
         if (
-            torch.compiler.is_compiling()
+            self._has_failed
+            or torch.compiler.is_compiling()
+            or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
             or input_ids is None
             or inputs_embeds is not None
             or input_ids.device.type != DEVICE
@@ -104,17 +121,30 @@ class GraphStep:
             return None if recorded is None else tokens.done(recorded(tokens))
 
     def _recorded(self, head: nn.Module, tokens: _Tokens) -> _Recorded | None:
-        """The graph for tokens like these; None if they are met for the first time in a row."""
+        """The graph for tokens like these; None if they have not been met often enough."""
         decoder: Any = self._decoder
         modules = decoder.embed_tokens, decoder.rotary_emb, head
         others = [one for module in modules for one in (*module.parameters(), *module.buffers())]
-        key = *tokens.shape, *self._reads.now([*others, *tokens.memory()])
+        key = *tokens.shape, id(head), *self._reads.now([*others, *tokens.memory()])
+        if self._reads.are_hooked(head):
+            return None
         recorded = self._graphs.pop(key, None)
         if recorded is None:
-            if key != self._met:
-                self._met = key
+            self._met = (key, self._met[1] + 1 if self._met[0] == key else 1)
+            if self._met[1] < MEETINGS:
                 return None
-            recorded = _Recorded(decoder, head, tokens, self._reads.weights)
+            try:
+                with _ONE_RECORDS:
+                    recorded = _Recorded(decoder, head, tokens, self._reads.weights)
+            except RuntimeError as error:  # CUDA's, such as no memory left
+                self._has_failed = True
+                self._graphs.clear()
+                warnings.warn(
+                    "tokens are computed module by module from now on, which is slower: a CUDA "
+                    f"graph of them could not be recorded ({str(error)[:300]})",
+                    stacklevel=2,
+                )
+                return None
         self._graphs[key] = recorded  # the latest is the last
         while len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -129,7 +159,7 @@ class _Recorded:
     """
 
     def __init__(self, decoder: Any, head: nn.Module, tokens: _Tokens, weights: list[Any]) -> None:
-        self._weights = weights
+        self._kept = weights, head  # so that no id of the key is used again
         with torch.inference_mode(False), torch.device(tokens.ids.device):  # written in any mode
             self.inputs = inputs = tokens.inputs()
         inputs.fill(tokens)
@@ -145,7 +175,7 @@ class _Recorded:
             logits: Tensor = head(hidden)
             return logits
 
-        self._replay = record(step)
+        self._replay = record(step, tokens.ids.device)
 
     def __call__(self, tokens: _Tokens) -> Tensor:
         """Logits ``[sequences, 1, vocabulary]``."""
@@ -166,7 +196,7 @@ class _Tokens(ABC):
 
     Attributes:
         ids: of the tokens.
-        shape: sequences, and keys that there is room for, of a pass over them.
+        shape: sequences, and keys of each that there is room for, of a pass over them.
     """
 
     ids: Tensor
@@ -337,7 +367,7 @@ def _in_a_batch(ids: Tensor, positions: Any, mask: Any, cache: Any, count: int) 
 
 def _in_pages(ids: Tensor, positions: Any, options: dict[str, Any], count: int) -> _Pages | None:
     """The tokens in pages, if they are one a sequence and all layers are of one kind."""
-    # Others in transformers before 5.23.
+    # Other versions of transformers have none.
     allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
     one: Any = allocators.get(0)
     if (
@@ -353,7 +383,8 @@ def _in_pages(ids: Tensor, positions: Any, options: dict[str, Any], count: int) 
     ):
         return None
     tokens = _Pages(ids, positions, options, one, count)
-    return tokens if math.prod(tokens.shape) <= MOST_KEYS else None
+    heads, width = tokens.memory()[0].shape[-2:]
+    return tokens if math.prod(tokens.shape) * heads * width <= MOST_GATHERED else None
 
 
 def _power_of_two(number: int) -> int:
@@ -361,28 +392,30 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def record(step: Callable[[], Tensor]) -> Callable[[Callable[[], None]], Tensor]:
+def record(
+    step: Callable[[], Tensor], device: torch.device
+) -> Callable[[Callable[[], None]], Tensor]:
     """A function that replays ``step`` on what its argument has filled in, and returns a copy.
 
     Whatever tensors ``step`` reads have to live as long as the function is called.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()  # kernels are compiled and chosen
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
-    free = torch.cuda.Event()
+    with torch.cuda.device(device):
+        aside, graph, free = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.Event()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # left too where recording fails
+            step()  # kernels are compiled and chosen
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                result = step()
+        torch.cuda.current_stream().wait_stream(aside)
 
     def replay(fill: Callable[[], None]) -> Tensor:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(free)  # the last replay may be another stream's
-        fill()
-        graph.replay()
-        copy = result.clone()
-        free.record(stream)
-        return copy
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(free)  # the last replay may be another stream's
+            fill()
+            graph.replay()
+            copy = result.clone()
+            free.record(stream)
+            return copy
 
     return replay

@@ -222,7 +222,7 @@ def _in_pages(options: dict[str, Any], given: Tensor, count: int) -> Places | No
     first page on.
     """
     tokens = given.shape[1]
-    # Others in transformers before 5.23.
+    # Other versions of transformers have none.
     allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
     one: Any = allocators.get(0)
     if (

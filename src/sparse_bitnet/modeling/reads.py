@@ -18,13 +18,15 @@ class Reads:
     """Weights, biases and norms of a decoder's packed layers.
 
     A pass that was prepared for what :meth:`now` gave is prepared again when it gives something
-    else: a weight was replaced or has moved. What is inside a layer is that of the first call:
-    walking through it anew takes a millisecond.
+    else: a module or a weight was replaced, or has moved. Numbers that modules hold, such as a
+    norm's epsilon, are taken as they were.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._walked: list[nn.Module] = []
+        self._walks = 0
+        self._modules: list[nn.Module] = []
+        self._children: list[nn.Module | None] = []  # kept, so that none can take another's place
         self._linears: list[Any] = []
         self._norms: list[nn.Module] = []
         self.weights: list[Any] = []
@@ -37,20 +39,33 @@ class Reads:
         Args:
             others: what the pass reads besides: of the head, say.
         """
-        layers: Any = self._decoder.layers
-        walked = [*layers, self._decoder.norm]  # kept, so that none can take another's place
-        if self._walked != walked:
-            norms = [*(norm for layer in layers for norm in layer_norms(layer)), self._decoder.norm]
-            linears = [one for layer in layers for one in layer.linears()]
-            self._walked, self._linears, self._norms = walked, linears, norms
+        if not self._modules or _children(self._modules) != self._children:
+            self._walk()
         self.weights = [linear.prepared("weight") for linear in self._linears]
         # A parameter or bias may be given other memory and stay the same object.
         return [
+            self._walks,
             *map(id, self.weights),
             *(_address(one._buffers["bias"]) for one in self._linears),
             *(_address(norm._parameters["weight"]) for norm in self._norms),
             *map(_address, others),
         ]
+
+    def _walk(self) -> None:
+        layers: Any = self._decoder.layers
+        self._walks += 1
+        self._modules = [*self._decoder.modules()]
+        self._children = _children(self._modules)
+        self._linears = [one for layer in layers for one in layer.linears()]
+        self._norms = [
+            *(norm for layer in layers for norm in layer_norms(layer)),
+            self._decoder.norm,
+        ]
+
+    def are_hooked(self, head: nn.Module) -> bool:
+        """True if a module of the decoder, as :meth:`now` found them, or the head has hooks."""
+        modules = (*self._modules, *head.modules())
+        return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
 
     @property
     def norms(self) -> list[Any]:
@@ -61,6 +76,10 @@ class Reads:
 def rotates_alone(decoder: Decoder) -> bool:
     """True if a token's rotation depends on nothing but its position."""
     return getattr(decoder.rotary_emb, "rope_type", None) in INDEPENDENT
+
+
+def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
+    return [child for module in modules for child in module._modules.values()]
 
 
 def layer_norms(layer: DecoderLayer) -> list[Any]:
