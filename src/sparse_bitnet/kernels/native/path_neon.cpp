@@ -11,7 +11,6 @@ namespace {
 struct V {
     static constexpr int64_t width = 16;
     static constexpr int tokens = 4, packed_tokens = 8;
-    static constexpr bool fuses = true;  // multiply and add in one instruction
     static constexpr bool reads_six_bit = false;
     using Bytes = uint8x16_t;
     using Sum = int32x4_t;

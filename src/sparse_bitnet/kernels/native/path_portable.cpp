@@ -7,7 +7,6 @@ namespace {
 struct V {
     static constexpr int64_t width = 16;
     static constexpr int tokens = 1, packed_tokens = 4;
-    static constexpr bool fuses = false;  // multiply and add in one instruction
     static constexpr bool reads_six_bit = false;
     struct Bytes {
         uint8_t lane[width];
