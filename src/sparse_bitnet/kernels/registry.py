@@ -10,7 +10,7 @@ backend        device                       layout
 hopper         sm_90, with NVRTC            two bits, in the order of wgmma's fragments, or of
                                             wgmma.sp's where a weight keeps 2:4
 triton         other GPUs from sm_80 on     two bits, rows of 64-weight blocks
-native         CPU, where it was compiled   two bits in panels of 32 rows; six for four weights of 2:4
+native         CPU, where it was compiled   two bits, panels of 32 rows; six for four weights of 2:4
 reference      everything else              int8
 =============  ===========================  =====================================================
 """

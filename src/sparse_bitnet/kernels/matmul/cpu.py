@@ -2,11 +2,11 @@
 
 **Two bits.** The bytes of ``formats.two_bit``, with rows in panels of 32: four bytes of each, then
 the next four of each. Byte i of a row holds weights 4i to 4i + 3, so shifting by 0, 2, 4, 6 and
-masking gives four vectors of codes T + 1, for weights 4i, 4i + 1, 4i + 2, 4i + 3. The activations are
+masking gives four vectors of codes T + 1, for weights 4i, 4i + 1, 4i + 2, 4i + 3. Activations are
 dealt into the same four planes once a token, while they are quantized. Then ``vpdpbusd`` multiplies
-four unsigned codes of each of sixteen rows with four signed activations, and Σ Xq leaves at the end:
-Σ T·x = Σ code·x − Σ x. A row's sum stays in its lane, a panel is read from end to end, and eight
-tokens share what was unpacked. With rows as they are stored, eight tokens took 2.8 times as long.
+four unsigned codes of each of sixteen rows with four signed activations, and Σ Xq leaves at the
+end: Σ T·x = Σ code·x − Σ x. A row's sum stays in its lane, a panel is read from end to end, and
+eight tokens share what was unpacked. Rows as they are stored took twice as long for eight tokens.
 
 **Six bits for four weights**, 1.5 a weight: a group with at most two non-zeros is one of 33, so 2:4
 (and 1:4, 2:8, …) can be read so. One byte permutation looks up 64 groups at once; needs AVX-512
@@ -175,8 +175,8 @@ def _linear(
     expected = packed_shape(layout, out, columns)
     if columns == 0 or weight.shape != expected:
         raise WeightError(
-            f"matmul: a {layout} weight [{out}, {columns}] is stored in {list(expected)} bytes, not "
-            f"{list(weight.shape)}"
+            f"matmul: a {layout} weight [{out}, {columns}] is stored in {list(expected)} bytes, "
+            f"not {list(weight.shape)}"
         )
     check_row(columns, "matmul")
     rows = x.reshape(-1, columns)
