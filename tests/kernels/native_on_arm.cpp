@@ -23,17 +23,19 @@ struct Case {
 
 // Outputs that differ from the reference's order of operations.
 long wrong_outputs(const Case &c, int64_t path) {
-    const int64_t row_bytes = c.layout == TWO_BIT ? (c.in + 3) / 4 : c.in;
-    std::vector<uint8_t> weight(row_bytes * c.out, 0x55);
+    const bool packed = c.layout == TWO_BIT;
+    const int64_t stride = packed ? words_of(c.in) * word_bytes(TWO_BIT) : c.in;  // of panels, or rows
+    std::vector<uint8_t> weight(stride * (packed ? (c.out + 31) / 32 : c.out), 0x55);
     std::vector<int> plain(c.in * c.out);
     for (int64_t row = 0; row < c.out; ++row)
         for (int64_t k = 0; k < c.in; ++k) {
-            const int w = c.layout == TWO_BIT ? std::rand() % 3 - 1 : std::rand() % 256 - 128;
+            const int w = packed ? std::rand() % 3 - 1 : std::rand() % 256 - 128;
             plain[row * c.in + k] = w;
-            uint8_t &byte = weight[row * row_bytes + (c.layout == TWO_BIT ? k / 4 : k)];
+            uint8_t &byte = weight[packed ? row / 32 * stride + k / 16 * 128 + row % 32 * 4 + k % 16 / 4
+                                          : row * stride + k];
             const int shift = int(k % 4) * 2;
-            byte = c.layout == TWO_BIT ? uint8_t((byte & ~(3 << shift)) | (w + 1) << shift)
-                                       : uint8_t(w);
+            byte = packed ? uint8_t((byte & ~(3 << shift)) | (w + 1) << shift)
+                          : uint8_t(w);
         }
     std::vector<float> x(c.tokens * c.in), x_scale(c.tokens), w_scale(c.out), bias(c.out);
     std::vector<uint16_t> halves(x.size());
@@ -67,7 +69,7 @@ long wrong_outputs(const Case &c, int64_t path) {
                         : c.x_type == INT8  ? static_cast<void *>(quantized.data())
                                             : static_cast<void *>(halves.data());
     const Linear call{given,       c.x_type,    c.in,    x_scale.data(), weight.data(), c.layout,
-                      row_bytes,   w_scale.data(), bias.data(), FLOAT32, y.data(),      FLOAT32,
+                      stride,      w_scale.data(), bias.data(), FLOAT32, y.data(),      FLOAT32,
                       c.tokens,    c.in,        c.out,   2,              path};
     if (sparse_bitnet_linear(&call) != 0) return c.tokens * c.out;
     long wrong = 0;

@@ -26,8 +26,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(not PATHS, reason="the CPU kernel was not compiled")
 
 
+def two_bit_panels(ternary: Tensor) -> Tensor:
+    return cpu.pack_two_bit(two_bit.pack(ternary))
+
+
 def layouts(ternary: Tensor, path: str) -> Iterator[tuple[Tensor, str]]:
-    packed = two_bit.pack(ternary)
+    packed = two_bit_panels(ternary)
     yield packed, "two-bit"
     yield ternary, "bytes"
     with native.forced(path):
@@ -134,7 +138,7 @@ def test_activations_that_are_hard_to_round(path: str, dtype: torch.dtype) -> No
     x = x.to(dtype)
     ternary, scale = random_ternary(33, 256, False), torch.rand(33)
     expected = expected_of(x, ternary, scale, None, torch.float32)
-    weight = two_bit.pack(ternary)
+    weight = two_bit_panels(ternary)
     with native.forced(path):
         for rows in (slice(None), *(slice(i, i + 1) for i in range(10))):
             y = cpu.linear(x[rows], weight, "two-bit", scale)
@@ -153,7 +157,7 @@ def test_every_conversion(path: str, source: torch.dtype, target: torch.dtype) -
     else:
         bits = torch.arange(65536).to(torch.int16)
     bias = bits.view(source)
-    weight = two_bit.pack(torch.zeros(65536, 1, dtype=torch.int8))
+    weight = two_bit_panels(torch.zeros(65536, 1, dtype=torch.int8))
     with native.forced(path):
         y = cpu.linear(torch.ones(1, 1), weight, "two-bit", torch.ones(65536), bias, target)
     expected = (torch.zeros(65536) + bias).to(target)
@@ -259,7 +263,7 @@ def test_strides_and_leading_dimensions(path: str) -> None:
     ):
         expected = expected_of(x, weight.unpack(), scale, None, torch.float32)
         with native.forced(path):
-            y = cpu.linear(x, two_bit.pack(weight.unpack()), "two-bit", scale)
+            y = cpu.linear(x, two_bit_panels(weight.unpack()), "two-bit", scale)
         assert y.shape == (*x.shape[:-1], 12)
         assert torch.equal(y, expected)
 
@@ -371,19 +375,22 @@ def test_works_in_a_graph() -> None:
         lambda x: ternary_linear(x, weight) + 1, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(linear(x), ternary_linear(x, weight) + 1)
-    arguments = (x, None, two_bit.pack(ternary), "two-bit", scale, None, torch.bfloat16)
+    arguments = (x, None, two_bit_panels(ternary), "two-bit", scale, None, torch.bfloat16)
     torch.library.opcheck(torch.ops.sparse_bitnet.cpu_linear.default, arguments)
 
 
-@needs_library
-def test_prepare_keeps_one_copy() -> None:
-    ternary = random_ternary(8, 100, False)
-    ternary[0] = 1  # more than two of four
-    stored = two_bit.pack(ternary)
-    weight = prepare(ternary, torch.rand(8), stored=stored)
-    assert weight.backend == "native" and weight.layout == "two-bit"
-    assert weight.packed is not None and weight.packed.data_ptr() == stored.data_ptr()
-    assert torch.equal(weight.unpack(), ternary)
+@settings(deadline=None, max_examples=30)
+@given(out=st.integers(0, 70), columns=st.integers(1, 600), seed=st.integers(0, 2**32))
+def test_panels_of_rows(out: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    ternary = random_ternary(out, columns, False)
+    packed = two_bit_panels(ternary)
+    assert packed.shape == cpu.packed_shape("two-bit", out, columns)
+    assert torch.equal(cpu.unpack(packed, "two-bit", out, columns), ternary)
+    for row, column in ((0, 0), (out - 1, columns - 1)) if out else ():
+        word = packed[row // 32, column // 16].view(32, 4)[row % 32]
+        code = word[column % 16 // 4] >> column % 4 * 2 & 3
+        assert code == ternary[row, column] + 1
 
 
 def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,31 +410,30 @@ def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_six_bits_for_four_weights(out: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
     ternary = random_ternary(out, columns, True)
-    packed = two_bit.pack(ternary)
-    six_bit = cpu.pack_six_bit(packed)
+    six_bit = cpu.pack_six_bit(two_bit_panels(ternary))
     assert six_bit is not None
-    assert six_bit.shape == (out, cpu.row_bytes("six-bit", columns))
-    assert torch.equal(cpu.unpack(six_bit, "six-bit", columns), ternary)
+    assert six_bit.shape == cpu.packed_shape("six-bit", out, columns)
+    assert torch.equal(cpu.unpack(six_bit, "six-bit", out, columns), ternary)
 
 
 def test_six_bits_refuse_three_of_four() -> None:
     ternary = torch.zeros(70, 64, dtype=torch.int8)
     ternary[69, 60:63] = 1
-    assert cpu.pack_six_bit(two_bit.pack(ternary)) is None
+    assert cpu.pack_six_bit(two_bit_panels(ternary)) is None
 
 
 @needs_library
 def test_refuses_what_does_not_fit() -> None:
-    weight, scale = two_bit.pack(random_ternary(4, 64, False)), torch.ones(4)
+    weight, scale = two_bit_panels(random_ternary(4, 64, False)), torch.ones(4)
     for x, bytes_, row_scale in (
-        (torch.randn(2, 68), weight, scale),
-        (torch.randn(2, 64), weight[:3], scale),
-        (torch.randn(2, 64), weight, torch.ones(5)),
+        (torch.randn(2, 65), weight, scale),
+        (torch.randn(2, 64), weight[:0], scale),
+        (torch.randn(2, 64), weight, torch.ones(33)),
         (torch.randn(2, 0), weight[:, :0], scale),
     ):
         with pytest.raises(WeightError, match="two-bit weight"):
             cpu.linear(x, bytes_, "two-bit", row_scale)
-    six_bit = cpu.pack_six_bit(two_bit.pack(random_ternary(4, 64, True)))
+    six_bit = cpu.pack_six_bit(two_bit_panels(random_ternary(4, 64, True)))
     assert six_bit is not None
     with (
         native.forced("portable"),

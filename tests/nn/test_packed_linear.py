@@ -216,7 +216,7 @@ def test_rows_that_int32_cannot_sum_are_refused(columns: int) -> None:
         with pytest.raises(WeightError, match=message):
             ternary_matmul(x_q, ones, x_q, ones[0])
         with pytest.raises(WeightError, match=message):
-            cpu.linear(x_q, two_bit.pack(x_q), "two-bit", ones[0], x_scale=ones)
+            cpu.linear(x_q, *cpu.pack(x_q), ones[0], x_scale=ones)
         shorter = x_q[:, 1:]  # whose sum is rounded to float32 once
         y = ternary_matmul(127 * shorter, ones, shorter, ones[0])
         assert y.item() == torch.tensor(127 * (2**23 - 1)).float().item()

@@ -10,7 +10,7 @@ backend        device                       layout
 hopper         sm_90, with NVRTC            two bits, in the order of wgmma's fragments, or of
                                             wgmma.sp's where a weight keeps 2:4
 triton         other GPUs from sm_80 on     two bits, rows of 64-weight blocks
-native         CPU, where it was compiled   two bits as stored; six bits for four weights of 2:4
+native         CPU, where it was compiled   two bits, panels of 32 rows; six for four weights of 2:4
 reference      everything else              int8
 =============  ===========================  =====================================================
 """
@@ -140,8 +140,7 @@ def prepare(
     Args:
         ternary: int8 ``[out, in]`` with values in {−1, 0, 1}.
         w_scale: float32 ``[out]``, γ of every row.
-        stored: the same weight as bytes of ``formats.two_bit``, if the caller has them: a CPU reads
-            them where they are.
+        stored: the same weight as bytes of ``formats.two_bit``, if the caller has them.
         backend: instead of the device's.
     """
     ternary = ternary.contiguous()

@@ -7,7 +7,7 @@ instead of leaving the weight random.
 
 The storage is chosen for size, the compute layout for the device, so they are different things: the
 layout is derived at the first use and dropped when the module moves. Only one of them is kept. Once
-the layout is there the stored bytes go (on a CPU most layouts are these bytes). Whoever asks for
+the layout is there the stored bytes go. Whoever asks for
 them, to save the model or to move it, gets them packed again.
 """
 
@@ -215,8 +215,7 @@ class PackedModule(StoredModule, ABC):
             scale = self.get_buffer(f"{name}_scale")
             rows = row_scale(scale, self.shard_sizes_of(name), shape[-2])
             self._prepared[name] = self.prepare_weight(self.unpack(name), rows)
-            if not _shares_memory(self._prepared[name], self.get_buffer(name)):
-                self._buffers[name] = None
+            self._buffers[name] = None
 
     def _restore(self) -> None:
         """Pack stored bytes that are gone from the compute layout again."""
@@ -257,12 +256,6 @@ def _unpacked(layout: Any) -> Tensor:
         return torch.stack([weight.unpack() for weight in layout])
     ternary: Tensor = layout.unpack()
     return ternary
-
-
-def _shares_memory(layout: Any, stored: Tensor) -> bool:
-    memory = stored.untyped_storage().data_ptr()
-    weights = layout if isinstance(layout, list) else [layout]
-    return any(weight.packed.untyped_storage().data_ptr() == memory for weight in weights)
 
 
 def _expect_bytes(module: nn.Module, *_: object) -> None:

@@ -1,10 +1,12 @@
 """int8 × ternary on a CPU from packed bytes, and their layouts; the arithmetic is in ``native/``.
 
-**Two bits.** The bytes of ``formats.two_bit`` as they are stored: no second copy. Byte i of a row
-holds weights 4i to 4i + 3, so shifting 64 bytes by 0, 2, 4, 6 and masking gives four vectors of
-codes T + 1, for weights 4i, 4i + 1, 4i + 2, 4i + 3. The activations are dealt into the same four
-planes once a token, while they are quantized. Then ``vpdpbusd`` multiplies unsigned codes with
-signed activations, and Σ Xq leaves at the end:  Σ T·x = Σ code·x − Σ x.
+**Two bits.** The bytes of ``formats.two_bit``, with rows in panels of 32: four bytes of each, then
+the next four of each. Byte i of a row holds weights 4i to 4i + 3, so shifting by 0, 2, 4, 6 and
+masking gives four vectors of codes T + 1, for weights 4i, 4i + 1, 4i + 2, 4i + 3. Activations are
+dealt into the same four planes once a token, while they are quantized. Then ``vpdpbusd`` multiplies
+four unsigned codes of each of sixteen rows with four signed activations, and Σ Xq leaves at the
+end: Σ T·x = Σ code·x − Σ x. A row's sum stays in its lane, a panel is read from end to end, and
+eight tokens share what was unpacked. Rows as they are stored took twice as long for eight tokens.
 
 **Six bits for four weights**, 1.5 a weight: a group with at most two non-zeros is one of 33, so 2:4
 (and 1:4, 2:8, …) can be read so. One byte permutation looks up 64 groups at once; needs AVX-512
@@ -31,9 +33,10 @@ from sparse_bitnet.kernels.library import register
 from sparse_bitnet.kernels.native.pages import use_large_pages
 from sparse_bitnet.kernels.registry import Backend, TernaryWeight, register_backend
 
-BLOCK = 256
-"""Weights of a six-bit row come in blocks of so many: 64 groups in 48 bytes."""
-GROUP_BITS = 6
+PANEL = 32
+"""Rows of a panel, padded with zeros."""
+WORD = {"two-bit": 4, "six-bit": 3}
+"""Bytes of a row that stand together, for sixteen weights."""
 LONGEST_ROW = 2**16
 """Products of bytes, (w + 128)·x, are summed in int32: 255·128·2¹⁶ fits."""
 MOST_BYTE_TOKENS = 8
@@ -46,13 +49,11 @@ ZEROS = 0x55
 """Four weights of zero, in two bits each."""
 
 
-def row_bytes(layout: str, in_features: int) -> int:
-    """Bytes of a row of so many weights."""
-    if layout == "two-bit":
-        return two_bit.packed_length(in_features)
-    if layout == "six-bit":
-        return -(-in_features // BLOCK) * (BLOCK // 4 * GROUP_BITS // 8)
-    return in_features
+def packed_shape(layout: str, out_features: int, in_features: int) -> tuple[int, ...]:
+    """Of a weight: ``[panels, words of a row, bytes]``, or ``[out, in]`` of bytes."""
+    if layout == "bytes":
+        return out_features, in_features
+    return -(-out_features // PANEL), -(-in_features // 16), PANEL * WORD[layout]
 
 
 def serves_bytes(x_q: Tensor, weight: Tensor, most_tokens: int = MOST_BYTE_TOKENS) -> bool:
@@ -78,20 +79,29 @@ def pack(ternary: Tensor, stored: Tensor | None = None) -> tuple[Tensor, str]:
 
     Args:
         ternary: int8 ``[out, in]``.
-        stored: the same as bytes of ``formats.two_bit``, used as they are if they serve.
+        stored: the same as bytes of ``formats.two_bit``, if the caller has them.
     """
-    packed = two_bit.pack(ternary) if stored is None else stored.contiguous()
+    packed = pack_two_bit(two_bit.pack(ternary) if stored is None else stored)
     six_bit = pack_six_bit(packed) if native.reads_six_bit() else None
     chosen, layout = (packed, "two-bit") if six_bit is None else (six_bit, "six-bit")
     use_large_pages(chosen)
     return chosen, layout
 
 
-def unpack(packed: Tensor, layout: str, in_features: int) -> Tensor:
+def unpack(packed: Tensor, layout: str, out_features: int, in_features: int) -> Tensor:
     """The inverse of :func:`pack`: int8 ``[out, in]``."""
     if layout == "six-bit":
-        packed = unpack_six_bit(packed, in_features)
-    return two_bit.unpack(packed, in_features)
+        packed = unpack_six_bit(packed)
+    rows = packed.unflatten(-1, (PANEL, -1)).transpose(1, 2).flatten(-2).flatten(0, 1)
+    return two_bit.unpack(rows[:out_features, : two_bit.packed_length(in_features)], in_features)
+
+
+def pack_two_bit(stored: Tensor) -> Tensor:
+    """uint8 ``[out, bytes]`` of ``formats.two_bit`` → :func:`packed_shape` of two-bit."""
+    out, length = stored.shape
+    padded = torch.nn.functional.pad(stored, (0, -length % 4, 0, -out % PANEL), value=ZEROS)
+    words = padded.unflatten(-1, (-1, 4)).unflatten(0, (-1, PANEL))
+    return words.transpose(1, 2).flatten(-2).contiguous()
 
 
 @cache
@@ -103,32 +113,26 @@ def _groups() -> Tensor:
 
 
 def pack_six_bit(packed: Tensor) -> Tensor | None:
-    """uint8 ``[out, bytes]`` of ``formats.two_bit`` → ``[out, row_bytes]``, six bits a group.
-
-    None if some group of four holds more than two non-zeros. A row is padded with zeros to a whole
-    number of blocks.
-    """
+    """:func:`pack_two_bit`'s → six bits a group; None where one has more than two non-zeros."""
     groups = _groups()
     index_of = torch.full((256,), 255, dtype=torch.uint8)
     index_of[groups.long()] = torch.arange(len(groups), dtype=torch.uint8)
-    padding = -packed.shape[-1] % (BLOCK // 4)
-    out = packed.new_empty((packed.shape[0], (packed.shape[-1] + padding) // 4 * 3))
-    for first in range(0, packed.shape[0], 64):  # rows that fit the cache
-        rows = torch.nn.functional.pad(packed[first : first + 64], (0, padding), value=ZEROS)
-        index = index_of[rows.int()]
+    out = packed.new_empty((*packed.shape[:-1], PANEL * WORD["six-bit"]))
+    for first in range(0, packed.shape[0], 2):  # panels that fit the cache
+        index = index_of[packed[first : first + 2].int()]
         if index.numel() and int(index.max()) == 255:
             return None
         a, b, c, d = index.unflatten(-1, (-1, 4)).unbind(-1)
         three = (a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2)
-        out[first : first + 64] = torch.stack(three, -1).flatten(-2)
+        out[first : first + 2] = torch.stack(three, -1).flatten(-2)
     return out
 
 
-def unpack_six_bit(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of :func:`pack_six_bit`: uint8 ``[out, ceil(in / 4)]`` of ``formats.two_bit``."""
+def unpack_six_bit(packed: Tensor) -> Tensor:
+    """The inverse of :func:`pack_six_bit`."""
     x, y, z = packed.unflatten(-1, (-1, 3)).unbind(-1)
     index = torch.stack((x, x >> 6 | y << 2, y >> 4 | z << 4, z >> 2), -1).flatten(-2) & 63
-    return _groups()[index.int()][:, : two_bit.packed_length(in_features)].contiguous()
+    return _groups()[index.int()]
 
 
 def linear(
@@ -144,7 +148,7 @@ def linear(
 
     Args:
         x: ``[..., in]``, float, quantized to eight bits in the same call; or int8 with ``x_scale``.
-        weight: ``[out, row_bytes(layout, in)]``, contiguous.
+        weight: of :func:`packed_shape`, contiguous.
         layout: of the weight: two-bit, six-bit or bytes.
         w_scale: float32 ``[out]``.
         bias: ``[out]`` or None.
@@ -168,10 +172,11 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     columns, out = x.shape[-1], w_scale.shape[0]
-    if columns == 0 or weight.shape != (out, row_bytes(layout, columns)):
+    expected = packed_shape(layout, out, columns)
+    if columns == 0 or weight.shape != expected:
         raise WeightError(
-            f"matmul: a {layout} weight [{out}, {columns}] is stored in "
-            f"{[out, row_bytes(layout, columns)]} bytes, not {list(weight.shape)}"
+            f"matmul: a {layout} weight [{out}, {columns}] is stored in {list(expected)} bytes, "
+            f"not {list(weight.shape)}"
         )
     check_row(columns, "matmul")
     rows = x.reshape(-1, columns)
@@ -259,7 +264,7 @@ register(
 
 
 class Native(Backend):
-    """The compiled library: two bits as stored, or six bits for four weights of 2:4."""
+    """The compiled library: panels of two bits a weight, or of six for four weights of 2:4."""
 
     name = "native"
     rank = 1
@@ -274,7 +279,7 @@ class Native(Backend):
         return pack(ternary, stored)
 
     def unpack(self, weight: TernaryWeight) -> Tensor:
-        return unpack(weight.packed, weight.layout, weight.in_features)
+        return unpack(weight.packed, weight.layout, weight.out_features, weight.in_features)
 
     def multiply(
         self,

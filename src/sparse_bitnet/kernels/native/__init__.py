@@ -176,7 +176,7 @@ def linear(
         x: ``[tokens, in]``: float32, bfloat16 or float16, quantized here unless the weight is of
             floats; or int8 with ``x_scale``.
         x_scale: float32 ``[tokens]``, contiguous; None with float activations.
-        weight: uint8 or int8 ``[out, bytes]`` in that layout, or floats ``[out, in]``.
+        weight: uint8 or int8 in that layout, as of ``matmul/cpu.py``, or floats ``[out, in]``.
         w_scale: float32 ``[out]``, contiguous; None with a float weight.
         bias: float ``[out]``, contiguous, or None.
         y: ``[tokens, out]``, contiguous, of a float dtype as of ``x``.
@@ -207,7 +207,7 @@ def linear(
             TYPES[y.dtype],
             x.shape[0],
             x.shape[1],
-            weight.shape[0],
+            y.shape[-1],
             torch.get_num_threads(),
             _PATH_IDS[name],
         )

@@ -25,7 +25,7 @@ class _Linear(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("x", "x_type", "x_stride", "x_scale")),
-        *((name, ctypes.c_int64) for name in ("weight", "layout", "row_bytes", "w_scale")),
+        *((name, ctypes.c_int64) for name in ("weight", "layout", "stride", "w_scale")),
         *((name, ctypes.c_int64) for name in ("bias", "bias_type", "y", "y_type", "tokens")),
         *((name, ctypes.c_int64) for name in ("in_features", "out_features", "threads", "path")),
     ]
@@ -128,7 +128,7 @@ class LayerCall:
 def _fill(
     linear: _Linear, weight: Tensor, layout: str, w_scale: Tensor | None, bias: Tensor | None
 ) -> None:
-    linear.weight, linear.row_bytes = weight.data_ptr(), weight.stride(0) * weight.element_size()
+    linear.weight, linear.stride = weight.data_ptr(), weight.stride(0) * weight.element_size()
     linear.layout = native.LAYOUTS.index(layout)
     linear.w_scale = 0 if w_scale is None else w_scale.data_ptr()
     if bias is not None:

@@ -160,13 +160,14 @@ namespace {
 
 // Room for activations as Path wants them.
 struct Spread {
-    Spread(const Linear &call, int64_t group)
-        : length(blocks_of(call.in) * BLOCK * (call.layout >= FLOATS ? 4 : 1)), group(group),
+    explicit Spread(const Linear &call)
+        : group(group_of(call.layout, call.tokens)), length(blocks_of(call.in) * BLOCK * (call.layout >= FLOATS ? 4 : 1)),
           padded((call.tokens + group - 1) / group * group),
           memory(padded * (length + int64_t(sizeof(float) + sizeof(int32_t)))) {
         uint8_t *start = memory.aligned();
         tokens.planes = reinterpret_cast<int8_t *>(start);
         tokens.length = length;
+        tokens.group = group;
         tokens.scale = reinterpret_cast<float *>(start + padded * length);
         tokens.sum = reinterpret_cast<int32_t *>(tokens.scale + padded);
     }
@@ -174,7 +175,7 @@ struct Spread {
         int8_t *to = tokens.planes + token / group * group * length + token % group * PLANE;
         path.spread(call, token, to, group * PLANE, tokens.scale + token, tokens.sum + token);
     }
-    int64_t length, group, padded;
+    int64_t group, length, padded;
     Memory memory;
     Tokens tokens;
 };
@@ -191,14 +192,14 @@ void run_few(void *context, int64_t part) {
     Ranges &job = *static_cast<Ranges *>(context);
     const int64_t first = part * job.rows, last = smaller(first + job.rows, job.call.out);
     if (first >= last) return;
-    Spread spread(job.call, 1);  // by every thread for itself: cheaper than to wait for one
+    Spread spread(job.call);  // by every thread for itself: cheaper than to wait for one
     if (spread.memory.start == nullptr) {
         job.failed = true;
         return;
     }
     for (int64_t token = 0; token < job.call.tokens; ++token)
         spread.fill(job.path, job.call, token);
-    job.path.few(job.call, spread.tokens, first, last);
+    job.path.product(job.call, spread.tokens, first, last, nullptr);
 }
 
 void run_spread(void *context, int64_t part) {
@@ -212,12 +213,12 @@ void run_many(void *context, int64_t part) {
     Ranges &job = *static_cast<Ranges *>(context);
     const int64_t first = part * job.rows, last = smaller(first + job.rows, job.call.out);
     if (first >= last) return;
-    Memory scratch(job.path.many_scratch(job.call));
-    if (scratch.start == nullptr) {
+    Memory memory(job.path.scratch(job.call));
+    if (memory.start == nullptr) {
         job.failed = true;
         return;
     }
-    job.path.many(job.call, job.spread->tokens, first, last, scratch.aligned());
+    job.path.product(job.call, job.spread->tokens, first, last, memory.aligned());
 }
 
 int64_t product(const Linear &call) {
@@ -227,13 +228,11 @@ int64_t product(const Linear &call) {
     const int64_t work = call.tokens * call.out * (call.in + 1);
     const int64_t threads = smaller(call.threads, work / work_of_a_thread());
     const int64_t parts = threads < 1 ? 1 : threads;
-    const bool few = call.tokens <= path->few_tokens;
-    const int64_t rows = share(call.out, parts, few ? 4 : PANEL_ROWS);
-    Ranges job{*path, call, nullptr, parts, rows};
-    if (few) {
+    Ranges job{*path, call, nullptr, parts, share(call.out, parts, PANEL_ROWS)};
+    if (call.tokens <= FEW_TOKENS) {
         parallel(parts, &job, run_few);
     } else {
-        Spread spread(call, call.layout >= BYTES ? 1 : TOKEN_GROUP);
+        Spread spread(call);
         if (spread.memory.start == nullptr) return 2;
         job.spread = &spread;
         parallel(parts, &job, run_spread);

@@ -13,9 +13,9 @@ struct Linear {
     int64_t x_type;          // Type; floats are quantized here, int8 comes with x_scale
     int64_t x_stride;        // elements from token to token
     const float *x_scale;    // [tokens], only with int8 activations
-    const uint8_t *weight;   // [out, row_bytes]
+    const uint8_t *weight;
     int64_t layout;          // Layout
-    int64_t row_bytes;
+    int64_t stride;          // bytes from row to row, or from panel to panel of packed ones
     const float *w_scale;    // [out], null with a float weight
     const void *bias;        // [out] of bias_type, or null
     int64_t bias_type;       // Type
@@ -27,17 +27,22 @@ struct Linear {
 };
 
 enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+// Packed rows, of two bits a weight or of six for four, stand in panels of 32: the first four bytes
+// (in six bits: three) of each, then the next ones of each, and so on.
 enum Layout : int64_t { TWO_BIT, SIX_BIT, BYTES, FLOATS };  // of a float type: FLOATS + Type
 enum PathId : int64_t { PORTABLE, NEON, AVX2, AVX_VNNI, AVX512_VNNI, AMX, PATHS };
 
 constexpr int64_t BLOCK = 256;     // weights that meet one block of activations
 constexpr int64_t PLANE = 64;      // activations of a plane of a block
 constexpr int64_t PLANES = 4;      // plane p of a block holds activations p, 4 + p, 8 + p, …
-constexpr int64_t PANEL_ROWS = 32; // rows whose codes are kept while all tokens pass
-constexpr int64_t TOKEN_GROUP = 16;  // tokens of a group, where there are many; else one
+constexpr int64_t PANEL_ROWS = 32; // rows of a panel
+constexpr int64_t FEW_TOKENS = 8;  // whose activations are cheap to quantize, and stand in one group
+constexpr int64_t TOKEN_GROUP = 16;  // tokens of a group, where there are more
 constexpr int64_t PREFETCH_BYTES = 4096;
 
 constexpr int64_t blocks_of(int64_t in) { return (in + BLOCK - 1) / BLOCK; }
+constexpr int64_t words_of(int64_t in) { return (in + 15) / 16; }  // of packed rows, padded
+constexpr int64_t word_bytes(int64_t layout) { return PANEL_ROWS * (layout == SIX_BIT ? 3 : 4); }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
@@ -54,13 +59,19 @@ inline void transpose_words(Bytes v[4]) {
 
 // Activations in the order that weights are unpacked in, and what goes with them. Tokens stand in
 // groups: the planes of a block of all tokens of a group follow each other, zeros beyond `in`.
-// For a float weight the planes are one token after the other in float; see floats.inc.
+// For a weight of bytes a group is one token, in its own order, and for one of floats the same in
+// float; see floats.inc.
 struct Tokens {
     int8_t *planes;  // [groups, blocks, PLANES, tokens of a group, PLANE]
     int64_t length;  // bytes of a token: blocks · BLOCK, times four in float
     float *scale;    // [tokens]
     int32_t *sum;    // [tokens], Σ Xq
+    int64_t group;   // tokens of a group
 };
+
+constexpr int64_t group_of(int64_t layout, int64_t tokens) {
+    return layout >= BYTES ? 1 : tokens <= FEW_TOKENS ? tokens : TOKEN_GROUP;
+}
 
 // One token of a step: its place in its sequence, and the tokens that it sees in the cache.
 struct Row {
@@ -137,15 +148,12 @@ struct LayerPath {
 
 // The same functions for every instruction set. Rows are [first, last) of the weight.
 struct Path {
-    int64_t few_tokens;  // up to here weights are unpacked in registers, every time
     // Activations of one token → planes, scale and sum.
     void (*spread)(const Linear &, int64_t token, int8_t *planes, int64_t plane_step, float *scale,
                    int32_t *sum);
-    // Products of a range of rows with all tokens, from packed weights, written to y.
-    void (*few)(const Linear &, const Tokens &, int64_t first, int64_t last);
-    // The same for many tokens; scratch holds many_scratch(call) bytes.
-    void (*many)(const Linear &, const Tokens &, int64_t first, int64_t last, uint8_t *scratch);
-    int64_t (*many_scratch)(const Linear &);
+    // Products of a range of rows with all tokens, written to y; memory holds scratch(call) bytes.
+    void (*product)(const Linear &, const Tokens &, int64_t first, int64_t last, uint8_t *memory);
+    int64_t (*scratch)(const Linear &);
     const LayerPath *layer;
     void (*ternarize)(const Ternarize &, int64_t first, int64_t last);
 };

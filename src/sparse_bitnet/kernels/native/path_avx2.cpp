@@ -12,8 +12,7 @@ namespace {
 #include "kernel.inc"
 }  // namespace
 
-const Path avx2_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
-                                ternarize_rows};
+const Path avx2_path = {spread_any, product, no_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

@@ -10,8 +10,7 @@ namespace {
 
 struct V {
     static constexpr int64_t width = 16;
-    static constexpr int tokens = 4, many_tokens = 8;
-    static constexpr bool fuses = true;  // multiply and add in one instruction
+    static constexpr int tokens = 4, packed_tokens = 8;
     static constexpr bool reads_six_bit = false;
     using Bytes = uint8x16_t;
     using Sum = int32x4_t;
@@ -25,8 +24,8 @@ struct V {
     }
     static void store(void *p, Bytes v) { vst1q_u8(static_cast<uint8_t *>(p), v); }
     template <int64_t>
-    static Bytes two_bit(const uint8_t *row, int64_t at, int64_t n) {
-        return n < width ? load(row + at, n) : load(row + at);
+    static Bytes two_bit(const uint8_t *p) {
+        return load(p);
     }
     static Bytes code(Bytes v, int plane) {
         return vandq_u8(vshlq_u8(v, vdupq_n_s8(int8_t(-2 * plane))), vdupq_n_u8(3));
@@ -37,7 +36,6 @@ struct V {
         __builtin_memcpy(&word, p, 4);
         return vreinterpretq_u8_u32(vdupq_n_u32(word));
     }
-    static Sum sums(const int32_t *p) { return vld1q_s32(p); }
     static void store(int32_t *p, Sum v) { vst1q_s32(p, v); }
     // Codes are below 128, so a signed product serves.
     static Sum dot(Sum sum, Bytes codes, Bytes x) { return signed_dot(sum, codes, x); }
@@ -96,8 +94,7 @@ struct V {
 
 }  // namespace
 
-const Path neon_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
-                                ternarize_rows};
+const Path neon_path = {spread_any, product, no_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet
 END_TARGET

@@ -6,8 +6,7 @@ namespace {
 
 struct V {
     static constexpr int64_t width = 16;
-    static constexpr int tokens = 1, many_tokens = 4;
-    static constexpr bool fuses = false;  // multiply and add in one instruction
+    static constexpr int tokens = 1, packed_tokens = 4;
     static constexpr bool reads_six_bit = false;
     struct Bytes {
         uint8_t lane[width];
@@ -24,8 +23,8 @@ struct V {
     }
     static void store(void *p, Bytes v) { __builtin_memcpy(p, v.lane, width); }
     template <int64_t>
-    static Bytes two_bit(const uint8_t *row, int64_t at, int64_t n) {
-        return load(row + at, n);
+    static Bytes two_bit(const uint8_t *p) {
+        return load(p);
     }
     static Bytes code(Bytes v, int plane) {
         for (int i = 0; i < width; ++i) v.lane[i] = (v.lane[i] >> 2 * plane) & 3;
@@ -35,11 +34,6 @@ struct V {
     static Bytes repeat(const void *p) {
         Bytes v;
         for (int i = 0; i < width; i += 4) __builtin_memcpy(v.lane + i, p, 4);
-        return v;
-    }
-    static Sum sums(const int32_t *p) {
-        Sum v;
-        __builtin_memcpy(v.lane, p, sizeof v.lane);
         return v;
     }
     static void store(int32_t *p, Sum v) { __builtin_memcpy(p, v.lane, sizeof v.lane); }
@@ -146,7 +140,6 @@ struct V {
 
 }  // namespace
 
-const Path portable_path = {4, spread_any, few, many<2, tile_products>, many_scratch<2>, &layer_path,
-                                ternarize_rows};
+const Path portable_path = {spread_any, product, no_scratch, &layer_path, ternarize_rows};
 
 }  // namespace sparse_bitnet

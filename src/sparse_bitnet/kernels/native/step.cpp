@@ -83,7 +83,7 @@ class Run {
         for (Linear *one : {&first.qkv, &first.o, &first.gate_up, &first.down, &call.head}) {
             const bool is_int8_head = one->layout == BYTES;
             longest = larger(longest, (1 + is_int8_head) * length_of(*one));
-            if (is_many(*one)) scratch_bytes = larger(scratch_bytes, path.many_scratch(*one));
+            scratch_bytes = larger(scratch_bytes, path.scratch(*one));
         }
         for (int64_t t = 0; t < tokens; ++t) seen = larger(seen, call.rows[t].seen);
         seen = (seen + TOKEN_GROUP - 1) / TOKEN_GROUP * TOKEN_GROUP;  // of attention's LANES
@@ -110,7 +110,6 @@ class Run {
 
     void plan() {
         __builtin_memcpy(stream, call.x, tokens * hidden * size);
-        const int64_t multiple = tokens > path.few_tokens ? PANEL_ROWS : 4;
         int64_t seen = 0;
         for (int64_t t = 0; t < tokens; ++t) seen += call.rows[t].seen;
         for (int64_t i = 0; i < call.count; ++i) {
@@ -124,11 +123,11 @@ class Run {
             add(QKV, layer, width, layer->head_dim, tokens * hidden);
             add(ATTENTION, layer, tokens * heads, group, seen * layer->head_dim / tokens);
             add(ATTENDED, layer, tokens, 1, attended_width * WORK_OF_A_VALUE);
-            add(O, layer, hidden, multiple, tokens * attended_width);
+            add(O, layer, hidden, PANEL_ROWS, tokens * attended_width);
             add(MLP_NORM, layer, tokens, 1, hidden * WORK_OF_A_VALUE);
-            add(GATE_UP, layer, inner, multiple, 2 * tokens * hidden);
+            add(GATE_UP, layer, inner, PANEL_ROWS, 2 * tokens * hidden);
             add(GATED, layer, tokens, 1, inner * WORK_OF_A_VALUE);
-            add(DOWN, layer, hidden, multiple, tokens * inner);
+            add(DOWN, layer, hidden, PANEL_ROWS, tokens * inner);
         }
         connect(call.head, normed, call.y);
         if (call.head.layout == BYTES) {
@@ -138,7 +137,7 @@ class Run {
             int8_head.bias = nullptr;
         }
         add(LAST_NORM, nullptr, tokens, 1, hidden * WORK_OF_A_VALUE);
-        add(HEAD, nullptr, call.head.out, multiple, tokens * hidden);
+        add(HEAD, nullptr, call.head.out, PANEL_ROWS, tokens * hidden);
         team = smaller(team, call.threads);
         advance(0, scratch);
     }
@@ -209,17 +208,13 @@ class Run {
         team = larger(team, phases[count - 1].parts);
     }
 
-    bool is_many(const Linear &linear) const {
-        return tokens > path.few_tokens && linear.layout < BYTES;
-    }
-
     static int64_t length_of(const Linear &linear) {
         return blocks_of(linear.in) * BLOCK * (linear.layout >= FLOATS ? 4 : 1);
     }
 
     // Token → the activations that the product with this weight wants.
     void spread(const Linear &linear, int64_t token) {
-        const int64_t length = length_of(linear), group = is_many(linear) ? TOKEN_GROUP : 1;
+        const int64_t length = length_of(linear), group = group_of(linear.layout, tokens);
         int8_t *to = planes + token / group * group * length + token % group * PLANE;
         path.spread(linear, token, to, group * PLANE, scale + token, sum + token);
     }
@@ -241,9 +236,8 @@ class Run {
     }
 
     void multiply(const Linear &linear, int64_t first, int64_t last, uint8_t *mine) {
-        const Tokens x{planes, length_of(linear), scale, sum};
-        if (is_many(linear)) return path.many(linear, x, first, last, mine);
-        path.few(linear, x, first, last);
+        const Tokens x{planes, length_of(linear), scale, sum, group_of(linear.layout, tokens)};
+        path.product(linear, x, first, last, mine);
     }
 
     void add_to_stream(int64_t first, int64_t last) {
