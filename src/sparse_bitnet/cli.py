@@ -122,7 +122,7 @@ def _show(result: Any) -> None:
 
 
 def _suggestion(arguments: list[str]) -> str:
-    close = [verb for verb in VERBS if verb.startswith(arguments[0])]
+    close = [verb for verb in VERBS if arguments[0] and verb.startswith(arguments[0])]
     close = close or get_close_matches(" ".join(arguments[:2]), VERBS)
     close = close or get_close_matches(arguments[0], VERBS)
     return f"; did you mean {' or '.join(close)}?" if close else ""

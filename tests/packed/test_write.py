@@ -180,12 +180,35 @@ def test_replaces_a_packed_directory_and_nothing_else(tmp_path, trained, logits)
     with pytest.raises(ConfigError, match="exists and is not a packed model"):
         pack(first, tmp_path / "thesis" / "chapter.tex", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "42"
-    for mine in ("README.md", "nested"):
+    for mine in ("README.md", "nested", "my.model", "tokenizer.json.d", "polarization"):
         (tmp_path / "out" / mine).mkdir()
         with pytest.raises(ConfigError, match=f"out holds {mine}, which would be lost"):
             pack(first, tmp_path / "out", overwrite=True)
         (tmp_path / "out" / mine).rmdir()
+    for mine in ("model-notes.safetensors", "tokenizer-corpus.txt", "a.model"):
+        (tmp_path / "out" / mine).write_text("42")
+        with pytest.raises(ConfigError, match=f"out holds {mine}, which would be lost"):
+            pack(first, tmp_path / "out", overwrite=True)
+        (tmp_path / "out" / mine).unlink()
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(second))
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is the current directory"):
+        pack(trained("qwen2"), ".")
+
+
+def test_values_beyond_the_dtype(tmp_path, trained):
+    """They would be infinite in the file, which loading refuses."""
+    model = trained("qwen2")
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    with pytest.raises(WeightError, match=r"norm\.weight has values beyond float16; give --dtype"):
+        pack(model, tmp_path / "out", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    pack(model, tmp_path / "out", dtype="bfloat16")
+    load_packed(tmp_path / "out")
 
 
 def test_all_that_is_written_may_be_replaced(tmp_path, trained, tokenizer):

@@ -217,9 +217,9 @@ def _reports(
     name: str, module: PackedModule | DerivedModule, stored_bytes: float | None
 ) -> Iterator[WeightReport]:
     if isinstance(module, PackedModule):
-        declared = module.spec.pattern
+        declared, state = module.spec.pattern, module.state_dict()
         for key, shape in module.weight_shapes.items():
-            stored = module.get_buffer(key).nbytes + module.get_buffer(f"{key}_scale").nbytes
+            stored = state[key].nbytes + state[f"{key}_scale"].nbytes
             sizes = module.shard_sizes_of(key)
             bits = 8 * stored / math.prod(shape)
             yield _report(f"{name}.{key}", module.unpack(key), declared, bits, sizes)

@@ -26,12 +26,14 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
 # What this package and transformers write into the directory of a language model.
 WRITTEN = re.compile(
-    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|polarization|"
-    r"model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model|"
-    r"chat_template\.(jinja|json)|additional_chat_templates"
+    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
+    r"chat_template\.(jinja|json)"
 )
 
 
@@ -74,20 +76,25 @@ def check_target(out: Path, what: str, is_such: bool, overwrite: bool) -> None:
         is_such: whether there is one already.
 
     Raises:
-        ConfigError: naming it, or a file in it that would be lost.
+        ConfigError: naming it, or a file in it that would be lost; for the current directory.
     """
+    if out.is_dir() and out.samefile("."):
+        raise ConfigError(f"{out} is the current directory, which would be replaced; name another")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_such:
         raise ConfigError(f"{out} exists and is not {what}; give another name, or remove it first")
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        if not WRITTEN.fullmatch(path.name):
+        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
             raise ConfigError(
                 f"{out} holds {path.name}, which would be lost: the whole directory is replaced; "
                 "move it away, or give another name"
             )
     if not overwrite:
-        raise ConfigError(f"{out} exists; give another name, or replace it with --overwrite")
+        raise ConfigError(
+            f"{out} exists; give another name, or replace it with --overwrite (in Python "
+            "overwrite=True)"
+        )
 
 
 def is_stored_as(directory: Path, method: str | None) -> bool:

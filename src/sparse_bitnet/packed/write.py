@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.console import progress, say
-from sparse_bitnet.core import ConfigError, DataError, check_finite, zero_matrices
+from sparse_bitnet.core import ConfigError, DataError, WeightError, check_finite, zero_matrices
 from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import StorageName
@@ -226,7 +226,7 @@ class _PackedForm:
                         self.zero += [f"{name}.{key}{index}" for index in zero]
                 for key, tensor in packed.state_dict().items():
                     if key == "bias":
-                        self.others[f"{name}.bias"] = self._cast(tensor)
+                        self.others[f"{name}.bias"] = self._cast(tensor, f"{name}.bias")
                     else:
                         self.packed[f"{name}.{key}"] = tensor
                 task.advance()
@@ -237,7 +237,7 @@ class _PackedForm:
             if name.removesuffix(".weight") not in self.int8:
                 if tensor.is_floating_point() and not empty:
                     check_finite(tensor, name)
-                self.others[name] = self._cast(tensor)
+                self.others[name] = self._cast(tensor, name)
                 continue
             if empty:
                 weight = tensor.to("meta", torch.int8)
@@ -250,9 +250,16 @@ class _PackedForm:
     def tensors(self) -> dict[str, Tensor]:
         return self.others | self.packed
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else None
-        return tensor.to("meta" if self.empty else tensor.device, dtype or tensor.dtype)
+    def _cast(self, tensor: Tensor, name: str) -> Tensor:
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor.to("meta") if self.empty else tensor
+        cast = tensor.to("meta" if self.empty else tensor.device, self.dtype)
+        if not self.empty and not bool(torch.isfinite(cast).all()):
+            raise WeightError(
+                f"pack: {name} has values beyond {str(self.dtype).removeprefix('torch.')}; give "
+                "--dtype bfloat16 or float32"
+            )
+        return cast
 
     def write_config(self, directory: Path) -> None:
         config = copy.deepcopy(self.model.config)

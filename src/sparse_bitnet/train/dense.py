@@ -103,10 +103,13 @@ def check_has_model(directory: Path) -> None:
 def is_gguf(path: str | Path) -> bool:
     """True for a file named ``*.gguf``, or that begins as GGUF files do."""
     path = Path(path)
-    if not path.is_file():
-        return False
+    return path.is_file() and (path.suffix.lower() == ".gguf" or begins_as_gguf(path))
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """True for a file that begins as GGUF files do."""
     with path.open("rb") as file:
-        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
+        return file.read(4) == b"GGUF"
 
 
 def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -363,6 +363,7 @@ def test_other_refusals(save, tmp_path, monkeypatch):
     for name, text, overwrite, message in (
         ("m.gguf", "GGUF", False, r"m.gguf exists; .*--overwrite"),
         ("notes.txt", "mine", True, "notes.txt exists and is not a GGUF file"),
+        ("notes.gguf", "mine", True, "notes.gguf exists and is not a GGUF file"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -40,7 +40,7 @@ from sparse_bitnet.export.gguf.model import (
 from sparse_bitnet.export.gguf.tokenizer import vocabulary
 from sparse_bitnet.files import atomic_file
 from sparse_bitnet.packed.verify import check_target
-from sparse_bitnet.train.dense import gguf_package, is_gguf
+from sparse_bitnet.train.dense import begins_as_gguf, gguf_package
 
 LinearType = Literal["tq2_0", "tq1_0", "q2_0"]
 EmbeddingType = Literal["f16", "q8_0", "f32"]
@@ -94,7 +94,7 @@ def export_gguf(
     out = Path(out)
     if out.is_dir():
         raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
-    check_target(out, "a GGUF file", is_gguf(out), overwrite)
+    check_target(out, "a GGUF file", out.is_file() and begins_as_gguf(out), overwrite)
     source = open_exportable(directory, "GGUF")
     kind = architecture(source.model)
     if source.tokenizer is None:
