@@ -53,14 +53,12 @@ class Reads:
 
     def _walk(self) -> None:
         layers: Any = self._decoder.layers
+        norms = [norm for layer in layers for norm in layer_norms(layer)]
         self._walks += 1
-        self._modules = [*self._decoder.modules()]
-        self._children = _children(self._modules)
         self._linears = [one for layer in layers for one in layer.linears()]
-        self._norms = [
-            *(norm for layer in layers for norm in layer_norms(layer)),
-            self._decoder.norm,
-        ]
+        self._norms = [*norms, self._decoder.norm]
+        self._modules = [*self._decoder.modules()]
+        self._children = _children(self._modules)  # the last: another thread may look now
 
     def are_hooked(self, head: nn.Module) -> bool:
         """True if a module of the decoder, as :meth:`now` found them, or the head has hooks."""
