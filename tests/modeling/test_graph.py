@@ -236,8 +236,8 @@ def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str
         layer: Any = model.model.layers[1]
         if what == "mlp":
             layer.mlp = copy.deepcopy(layer.mlp)
-            layer.mlp.down_proj._buffers["weight_scale"] *= 2
-            layer.mlp.down_proj._prepared.clear()
+            down = layer.mlp.down_proj
+            down.store("weight", down.unpack("weight"), 2 * down.weight_scale)
         elif what == "down_proj":
             layer.mlp.down_proj = copy.deepcopy(model.model.layers[0].mlp.down_proj)
         elif what == "norm":
