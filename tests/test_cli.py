@@ -83,6 +83,16 @@ def test_usage_names_what_stands_where(
     assert usage in shown.splitlines()[0] and "``" not in shown and "{None}" not in shown
 
 
+@pytest.mark.parametrize("verb", ["pack", "data prepare"])
+def test_help_before_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["help", *verb.split()]) == 0
+    before = capsys.readouterr().out
+    assert exit_code([*verb.split(), "--help"]) == 0
+    assert capsys.readouterr().out == before
+    cli.main(["help"])
+    assert "data prepare" in capsys.readouterr().out
+
+
 def test_a_continued_line_of_help_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["pack", "--help"]) == 0
     assert "what that costs, `evaluate`" in capsys.readouterr().out

@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments == ["--version"]:
         out.print(f"sparse-bitnet {__version__}", markup=False, highlight=False)
         return
-    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+    if arguments[:1] == ["help"]:  # help pack is pack --help
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in {"-h", "--help"}:
         out.print(OVERVIEW, markup=False)
         return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
