@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_bitnet.core import PackedFormatError, WeightError
 
-CHUNK_BYTES = 2**15
+CHUNK_BYTES = 2**18  # fewer let a large model wait for Python, more for memory
 DEVICE_CHUNK_BYTES = 2**26
 
 
