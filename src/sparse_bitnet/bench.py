@@ -40,8 +40,7 @@ def bench(
         repeats: of every model; the median counts.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
-        compile: on a GPU, compile the decoder first: tokens take about half the time, the first
-            some tens of seconds.
+        compile: on a GPU, compile the decoder first: fewer kernels a token.
 
     Raises:
         ConfigError: for a number below 1, or beyond a model's context.

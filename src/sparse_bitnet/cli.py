@@ -98,7 +98,7 @@ def _call(verb: str, arguments: list[str]) -> Any:
     if verb in READ_THEIR_OWN_ARGUMENTS:
         return call(arguments)
     # tyro begins a new line for every continued one, and shows a docstring's quotes.
-    call.__doc__ = re.sub(r"\n {12,}", " ", call.__doc__).replace("``", "")
+    call.__doc__ = re.sub(r"\n {12,}", " ", call.__doc__ or "").replace("``", "")
     return tyro.cli(
         call,
         prog=f"sparse-bitnet {verb}",

@@ -257,15 +257,21 @@ def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str
     assert not torch.allclose(found, before, rtol=1e-3)
 
 
-def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
-    """A CUDA graph holds addresses: whatever it reads must live as long as it does."""
-    model = decoder(packed)
+def recorded_once(model: DecoderForCausalLM) -> tuple[KeyValueCache, Any]:
+    """A cache of two sequences, and the pass that was recorded over it."""
     past = KeyValueCache(model.config)
     with torch.no_grad():
         model(torch.randint(1, 300, (2, 7)), past_key_values=past)
         for _ in range(graph.MEETINGS):
             model(torch.randint(1, 300, (2, 1)), past_key_values=past)
     (recorded,) = model.graph._graphs.values()
+    return past, recorded
+
+
+def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
+    """A CUDA graph holds addresses: whatever it reads must live as long as it does."""
+    model = decoder(packed)
+    past, recorded = recorded_once(model)
     owned = [*of_model(model), *vars(recorded.inputs).values()]
     owned += [one for layer in past.layers for one in (layer.keys, layer.values)]
     assert recorder.reads.read
@@ -276,12 +282,7 @@ def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
 def test_a_cache_is_not_kept(packed: Packed, recorder: Recorder) -> None:
     """By CUDA's recording; this one keeps what its Python reads."""
     model = decoder(packed)
-    past = KeyValueCache(model.config)
-    with torch.no_grad():
-        model(torch.randint(1, 300, (1, 7)), past_key_values=past)
-        for _ in range(graph.MEETINGS):
-            model(torch.randint(1, 300, (1, 1)), past_key_values=past)
-    (recorded,) = model.graph._graphs.values()
+    past, recorded = recorded_once(model)
     recorded._replay, recorder.reads = None, Reads()
     gone = weakref.ref(past.layers[0]._buffers[0])
     del past

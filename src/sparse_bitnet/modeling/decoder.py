@@ -41,6 +41,7 @@ from sparse_bitnet.modeling.cache import KeyValueCache, StaticKeyValueCache
 from sparse_bitnet.modeling.graph import GraphStep
 from sparse_bitnet.modeling.layers import FULL, SLIDING, DecoderLayer, RMSNorm
 from sparse_bitnet.modeling.native import NativeStep
+from sparse_bitnet.modeling.reads import Given
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -198,8 +199,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         logits, found = None, BaseModelOutputWithPast(past_key_values=past_key_values)
         if not any(recorded):
-            given = input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, options
-            tried = (step(self.lm_head, *given) for step in (self.native, self.graph))
+            given = Given(
+                self.lm_head,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                options,
+            )
+            tried = (step(given) for step in (self.native, self.graph))
             logits = next((one for one in tried if one is not None), None)
             if logits is not None and isinstance(logits_to_keep, Tensor):
                 logits = logits[:, logits_to_keep]

@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.modeling.cache import GrowingLayer
+from sparse_bitnet.modeling.cache import FixedLayer, GrowingLayer
 from sparse_bitnet.modeling.layers import FULL
-from sparse_bitnet.modeling.reads import Reads, rotates_alone
+from sparse_bitnet.modeling.reads import Given, Reads, Step, rotates_alone
 
 if TYPE_CHECKING:
-    from sparse_bitnet.modeling.decoder import Decoder
+    pass
 
 DEVICE = "cuda"
 MOST_GRAPHS = 8
@@ -52,12 +52,8 @@ Steps that need more, of a long text beside short ones, go module by module."""
 _ONE_RECORDS = threading.Lock()  # in a process: recording synchronizes the device
 
 
-class GraphStep:
+class GraphStep(Step):
     """The recorded passes of a decoder. Calls of several threads take turns."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._forget()
 
     def _forget(self) -> None:
         self._reads = Reads(self._decoder)
@@ -71,30 +67,11 @@ class GraphStep:
         with self._turn:
             self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_decoder": self._decoder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def __call__(
-        self,
-        head: nn.Module,
-        input_ids: Any,
-        inputs_embeds: Any,
-        mask: Any,
-        position_ids: Any,
-        cache: Any,
-        options: dict[str, Any],
-    ) -> Tensor | None:
-        """Logits of one token of each sequence, which the cache grows by; arguments and result as
-        of :class:`sparse_bitnet.modeling.native.NativeStep`.
-
-        None where no graph serves: other devices and caches, embeddings, several tokens of a
-        sequence, sliding windows, hooks on modules, autocast, gradients, compilation; and where
-        what it would be recorded for is new. Then nothing has changed.
-        """
+    def __call__(self, given: Given) -> Tensor | None:
+        """See :class:`Step`. Left to the modules: other devices and caches, embeddings, several
+        tokens of a sequence, sliding windows, hooks on modules, autocast, gradients, compilation;
+        and what has not been met often enough to be recorded."""
+        head, input_ids, inputs_embeds, mask, position_ids, cache, options = given
         own: Any = self._decoder.layers
         if (
             self._has_failed
@@ -260,20 +237,7 @@ class _BatchInputs:
         return (self.numbers <= self.place) & self.kept
 
     def layers(self, tokens: _Batch) -> list[Any]:
-        return [_InPlace(*both, self.place) for both in tokens.buffers]
-
-
-class _InPlace:
-    """A layer's cache whose sequences all write at one place."""
-
-    def __init__(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
-        self._keys, self._values, self._place = keys, values, place
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``[batch, heads, 1, head_dim]``; returns all there is room for."""
-        self._keys.index_copy_(2, self._place, keys)
-        self._values.index_copy_(2, self._place, values)
-        return self._keys, self._values
+        return [FixedLayer(*both, self.place) for both in tokens.buffers]
 
 
 class _Pages(_Tokens):

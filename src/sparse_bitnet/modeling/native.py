@@ -29,11 +29,11 @@ from sparse_bitnet.kernels.native.layer import (
 )
 from sparse_bitnet.modeling.cache import GrowingLayer
 from sparse_bitnet.modeling.layers import FULL, Head
-from sparse_bitnet.modeling.reads import Reads, layer_norms, rotates_alone
+from sparse_bitnet.modeling.reads import Given, Reads, Step, layer_norms, rotates_alone
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head
 
 if TYPE_CHECKING:
-    from sparse_bitnet.modeling.decoder import Decoder, DecoderLayer
+    from sparse_bitnet.modeling.decoder import DecoderLayer
 
 
 POSITIONS = 256
@@ -41,17 +41,12 @@ POSITIONS = 256
 MOST_POSITIONS = 1 << 22
 
 
-class NativeStep:
-    """The prepared call of a decoder and its head.
+class NativeStep(Step):
+    """The prepared call of a decoder and its head, on a CPU.
 
-    The call holds addresses. It is prepared again when what it reads was replaced or has moved
-    (:class:`Reads`), when the number of threads changes, or the path of the library; a copy of a
-    model prepares its own.
+    It is prepared again when what it reads was replaced or has moved (:class:`Reads`), when the
+    number of threads changes, or the path of the library.
     """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._forget()
 
     def _forget(self) -> None:
         self._reads = Reads(self._decoder)
@@ -59,57 +54,28 @@ class NativeStep:
         self._table: tuple[Any, Tensor, Tensor] | None = None
         self.call: StepCall | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_decoder": self._decoder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def __call__(
-        self,
-        head: nn.Module,
-        input_ids: Any,
-        inputs_embeds: Any,
-        mask: Any,
-        position_ids: Any,
-        cache: Any,
-        options: dict[str, Any],
-    ) -> Tensor | None:
-        """Logits of one token of each sequence, which the cache grows by.
-
-        Args:
-            head: of the model.
-            input_ids, inputs_embeds: one of them ``[batch, 1]`` or ``[batch, 1, hidden]``, the
-                other None; in continuous batching ``[1, sequences]``.
-            mask: of the tokens so far, ``[batch, tokens]`` with 0 where one is padding, or None.
-            position_ids: of the tokens, or None.
-            cache: of the model.
-            options: for the attention; in continuous batching with the paged cache.
-
-        Returns:
-            ``[batch, 1, vocabulary]``, or ``[1, sequences, vocabulary]``. None where the library
-            does not serve: other shapes, devices, dtypes and caches, several tokens of a sequence,
-            padding but at the left, several sequences whose rotations depend on each other,
-            compilation, autocast, gradients. Then nothing has changed.
-        """
-        given = inputs_embeds if input_ids is None else input_ids
+    def __call__(self, given: Given) -> Tensor | None:
+        """See :class:`Step`. Left to the modules: other shapes, devices, dtypes and caches, several
+        tokens of a sequence, padding but at the left, several sequences whose rotations depend on
+        each other, compilation, autocast, gradients."""
+        head, input_ids, inputs_embeds, mask, position_ids, cache, options = given
+        tokens = inputs_embeds if input_ids is None else input_ids
         if (
             torch.compiler.is_compiling()
-            or given is None
+            or tokens is None
             or (input_ids is not None and inputs_embeds is not None)
-            or given.device.type != "cpu"
+            or tokens.device.type != "cpu"
             or torch.is_autocast_enabled("cpu")
-            or (torch.is_grad_enabled() and given.requires_grad)
+            or (torch.is_grad_enabled() and tokens.requires_grad)
             or (position_ids is None and options.get("cache") is not None)
-            or (given.shape[0] * given.shape[1] > 1 and not rotates_alone(self._decoder))
+            or (tokens.shape[0] * tokens.shape[1] > 1 and not rotates_alone(self._decoder))
         ):
             return None
         count = len(self._decoder.layers)
         if options.get("cache") is None:
-            found = _in_a_batch(cache, mask, given, count)
+            found = _in_a_batch(cache, mask, tokens, count)
         else:
-            found = _in_pages(options, given, count)
+            found = _in_pages(options, tokens, count)
         if found is None:
             return None
         rows, caches = found
@@ -121,7 +87,7 @@ class NativeStep:
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), cache.get_seq_length())
-        positions = position_ids.expand(given.shape[:2]).flatten().tolist()
+        positions = position_ids.expand(tokens.shape[:2]).flatten().tolist()
         if not 0 <= min(positions) <= max(positions) < MOST_POSITIONS:
             return None
         rotary = self._rotary(x, positions)
@@ -131,7 +97,7 @@ class NativeStep:
         if options.get("cache") is None:
             for one in cache.layers:
                 one.extend(1)
-        return y.view(*given.shape[:2], -1)
+        return y.view(*tokens.shape[:2], -1)
 
     def _prepare(self, dtype: torch.dtype, head_module: nn.Module) -> None:
         """Rebuild the call if anything that it reads has changed."""

@@ -1,9 +1,10 @@
-"""What one pass of a decoder reads besides its inputs: a prepared pass holds addresses of it."""
+"""What prepared passes of a decoder share: how they are called, what they hold addresses of."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +13,50 @@ if TYPE_CHECKING:
 
 INDEPENDENT = ("default", "linear", "llama3", "yarn")
 """Kinds of rotation whose angles at one position do not depend on the length of the text."""
+
+
+class Given(NamedTuple):
+    """What a model is asked for."""
+
+    head: nn.Module  # of the model
+    # One of these two [batch, 1] or [batch, 1, hidden], the other None; in continuous batching
+    # [1, sequences].
+    input_ids: Any
+    inputs_embeds: Any
+    mask: Any  # of the tokens so far, [batch, tokens] with 0 where one is padding, or None
+    position_ids: Any  # of the tokens, or None
+    cache: Any  # of the model
+    options: dict[str, Any]  # for the attention; in continuous batching with the paged cache
+
+
+class Step(ABC):
+    """A prepared pass of one token of each sequence, from embedding to logits.
+
+    It holds addresses, so a copy of a model prepares its own.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_decoder": self._decoder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_decoder"])  # type: ignore[misc]
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Begin with nothing prepared."""
+
+    @abstractmethod
+    def __call__(self, given: Given) -> Tensor | None:
+        """Logits of the tokens, which the cache grows by.
+
+        Returns:
+            ``[batch, 1, vocabulary]``, or ``[1, sequences, vocabulary]``. None where this pass does
+            not serve; then nothing has changed.
+        """
 
 
 class Reads:
@@ -28,7 +73,7 @@ class Reads:
         self._modules: list[nn.Module] = []
         self._children: list[nn.Module | None] = []  # kept, so that none can take another's place
         self._linears: list[Any] = []
-        self._norms: list[nn.Module] = []
+        self.norms: list[Any] = []  # of all layers, and the last one
         self.weights: list[Any] = []
 
     def now(self, others: Iterable[Tensor | None]) -> list[int]:
@@ -47,7 +92,7 @@ class Reads:
             self._walks,
             *map(id, self.weights),
             *(_address(one._buffers["bias"]) for one in self._linears),
-            *(_address(norm._parameters["weight"]) for norm in self._norms),
+            *(_address(norm._parameters["weight"]) for norm in self.norms),
             *map(_address, others),
         ]
 
@@ -56,7 +101,7 @@ class Reads:
         norms = [norm for layer in layers for norm in layer_norms(layer)]
         self._walks += 1
         self._linears = [one for layer in layers for one in layer.linears()]
-        self._norms = [*norms, self._decoder.norm]
+        self.norms = [*norms, self._decoder.norm]
         self._modules = [*self._decoder.modules()]
         self._children = _children(self._modules)  # the last: another thread may look now
 
@@ -64,11 +109,6 @@ class Reads:
         """True if a module of the decoder, as :meth:`now` found them, or the head has hooks."""
         modules = (*self._modules, *head.modules())
         return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
-
-    @property
-    def norms(self) -> list[Any]:
-        """Of all layers, and the last one, as :meth:`now` found them."""
-        return self._norms
 
 
 def rotates_alone(decoder: Decoder) -> bool:

@@ -130,8 +130,8 @@ def load(
         dtype: to compute in; the stored one when left out.
         device: where to put the model; the GPU when left out, if there is one.
         compile: on a GPU, let ``generate`` decode with a static key-value cache, compiled. A token
-            is one CUDA graph either way; compiled it takes about half the time, and the second one
-            some tens of seconds.
+            is one CUDA graph either way; compiled it has fewer kernels. Compiling takes its time
+            before the second token: it pays for long texts.
 
     Raises:
         PackedFormatError: if a packed directory is damaged, or its weights break their pattern.

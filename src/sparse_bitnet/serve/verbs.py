@@ -31,8 +31,7 @@ def generate(
         sampling: how the next token is chosen.
         dtype: to compute in; the stored one when left out.
         device: the GPU when left out, if there is one.
-        compile: on a GPU, compile the decoder first: tokens take about half the time, the first
-            some tens of seconds.
+        compile: on a GPU, compile the decoder first: fewer kernels a token, for long texts.
     """
     loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=device, compile=compile)
     before = prompt  # shown with the first piece, when nothing is left to be refused

@@ -176,9 +176,10 @@ def add_parameter(layer: nn.Module, name: str, tensor: Tensor, **attributes: Any
 
 
 def check_scale(scale: Tensor, where: str) -> None:
-    """
+    """Refuse scales that packing never writes; NaN is what was never loaded.
+
     Raises:
-        PackedFormatError: unless all are positive numbers; NaN is what was never loaded.
+        PackedFormatError: unless all are positive numbers.
     """
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise PackedFormatError(
