@@ -10,7 +10,8 @@ once: ``results/<gpu>/vllm.json``, where rows of the same kind and concurrency a
 one kind were up to a fifth apart, so what is compared has to be of one run:
 ``vllm_patterns.json`` beside it is the file of ``--kinds 6:8 2:4 dense``. With ``--gpus 2``
 matrices are cut over two of them (kind ``6:8, 2 GPUs``); the tokens that one request gets stand in
-its row, to be held beside one GPU's.
+its row, to be held beside one GPU's, with the two likeliest of each step and their log
+probabilities.
 """
 
 from __future__ import annotations
@@ -147,7 +148,32 @@ def measure(kind: str, concurrency: list[int], layers: int, gpus: int, out: Path
     for count in concurrency:
         steps, first, made = requests(llm, count, PROMPT, NEW)
         rate = count / statistics.median(steps)
-        add_row(out, kind, count, rate, first, weights, made if count == 1 else None)
+        row = add_row(out, kind, count, rate, first, weights)
+        if count == 1:
+            add(out, {**row, "tokens": made, "best_two": best_two(llm)})
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    shape = (count, length)
+    found: list[list[int]] = torch.randint(
+        10, SHAPE["vocab_size"] - 10, shape, generator=generator
+    ).tolist()
+    return found
+
+
+def best_two(llm: Any) -> list[dict[int, float]]:
+    """Log probabilities of the two likeliest tokens at each of the first steps of one request."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False, logprobs=2
+    )
+    (answer,) = llm.generate({"prompt_token_ids": prompts(1, PROMPT)[0]}, sampling)
+    return [
+        {token: found.logprob for token, found in step.items()}
+        for step in answer.outputs[0].logprobs
+    ]
 
 
 def requests(
@@ -158,7 +184,7 @@ def requests(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, generator = llm.llm_engine, torch.Generator().manual_seed(count)
+    engine = llm.llm_engine
     sampling = SamplingParams(
         max_tokens=new,
         temperature=0,
@@ -167,10 +193,8 @@ def requests(
         output_kind=RequestOutputKind.DELTA,
     )
     start = time.perf_counter()
-    for index in range(count):
-        ids = torch.randint(10, SHAPE["vocab_size"] - 10, (prompt,), generator=generator)
-        name = f"{start}-{index}"
-        engine.add_request(name, {"prompt_token_ids": ids.tolist()}, sampling)
+    for index, ids in enumerate(prompts(count, prompt)):
+        engine.add_request(f"{start}-{index}", {"prompt_token_ids": ids}, sampling)
     first: dict[str, float] = {}
     steps, before, was_full, tokens = [], start, False, list[int]()
     while engine.has_unfinished_requests():
@@ -194,8 +218,7 @@ def add_row(
     rate: float,
     first: list[float],
     weights: int,
-    tokens: list[int] | None = None,
-) -> None:
+) -> dict[str, Any]:
     row = {
         "kind": kind,
         "concurrency": concurrency,
@@ -203,12 +226,15 @@ def add_row(
         "ttft_ms": round(1e3 * statistics.median(first), 2),
         "weights_gib": round(weights / 2**30, 3),
     }
-    if tokens:
-        row["tokens"] = tokens
     print(json.dumps(row), flush=True)
+    add(out, row)
+    return row
+
+
+def add(out: Path, row: dict[str, Any]) -> None:
     path = out / "vllm.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    same = (kind, concurrency)
+    same = (row["kind"], row["concurrency"])
     rows = [other for other in rows if (other["kind"], other["concurrency"]) != same]
     gpu_common.write("vllm", [*rows, row], out)
 
