@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import __version__ as installed
 
 from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache
 from sparse_bitnet.nn import convert
@@ -81,6 +83,7 @@ def test_conversations_take_turns(packed: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(Version(installed) < Version("5.19"), reason="`serve` needs transformers 5.19")
 def test_continuous_batching(packed: Path) -> None:
     model, _ = load(packed, dtype="float32", device="cuda")
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
