@@ -25,14 +25,6 @@ SPARSE = "sparse tiles"  # the layout of weights that keep 2:4
 SOURCE = Path(__file__).with_name("hopper.cu")
 OUTPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-CLEAR = r"""
-// Zeroes the flags of a product, which may begin, and ask for its weights, while the kernel ahead
-// of this one still runs: it waits for the end of this one, which has waited for that.
-extern "C" __global__ void clear(int* flags, int count) {
-  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
-  for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
-}
-"""
 LONGEST_ROW = 2**18
 """Sums carry a factor of 64 and reach 128 · 64 a column: from here on they would leave int32."""
 
@@ -214,26 +206,13 @@ def matmul(
         values.cut_tiles = count - max(0, waves - how.cut_waves + 1) * ctas
         area = tile.rows * tile.tokens
         sums = torch.empty(ctas * area, dtype=torch.int32, device=y.device)
-        flags = _zeros(ctas * tile.warpgroups, y.device)
+        flags = torch.zeros(ctas * tile.warpgroups, dtype=torch.int32, device=y.device)
         values.sums, values.flags = sums.data_ptr(), flags.data_ptr()
     y_map = x_map  # a placeholder where the copy engine cannot store the result
     if y.element_size() == 2 and out % 8 == 0:
         y_map = _tensor_map(y.data_ptr(), 2, out, tokens, 2 * out, tiles.ROWS, tile.tokens)
     code.launch(ctas, [*addresses, y_map.getPtr()], dependent=dependent)
     return y
-
-
-@cache
-def _clear() -> Kernel:
-    return Kernel(CLEAR, {}, "clear", 256, 0)
-
-
-def _zeros(count: int, device: torch.device) -> Tensor:
-    """int32 zeros, by a kernel that does not end the overlap of those around it."""
-    flags = torch.empty(count, dtype=torch.int32, device=device)
-    values = ctypes.c_void_p(flags.data_ptr()), ctypes.c_int(count)
-    _clear().launch(1, [ctypes.addressof(value) for value in values])
-    return flags
 
 
 def readable(bias: Tensor | None) -> Tensor | None:
