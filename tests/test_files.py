@@ -6,6 +6,7 @@ import copy
 import errno
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from sparse_bitnet import files
+from sparse_bitnet.core import ConfigError, OutputError
 from sparse_bitnet.files import (
     LARGEST_JSON,
     atomic_directory,
@@ -63,18 +66,92 @@ def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: '{target}'"),
-        (OSError("8 requested and 3 written"), "{target} cannot be written: 8 requested and 3"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "other"), "No such file: 'other'"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room"),
+        (OSError("8 requested and 3 written"), "8 requested and 3 written"),
+        (SafetensorError("I/O error: Quota (os error 122)"), "Disk quota exceeded; make room"),
+        (PermissionError(errno.EACCES, "denied", "{target}.7.partial/inner"), "Permission denied"),
     ],
 )
-def test_an_error_names_the_file(
-    tmp_path: Path, writer: Writer, is_directory: bool, error: OSError, said: str
+def test_an_error_says_where_and_what_to_do(
+    tmp_path: Path, writer: Writer, is_directory: bool, error: Exception, said: str
 ) -> None:
     target = tmp_path / "target"
-    with pytest.raises(type(error), match=re.escape(said.format(target=target))), writer(target):
+    if isinstance(error, PermissionError):
+        error = PermissionError(*error.args, error.filename.format(target=target))
+    match = re.escape(f"{target} cannot be written: {said}")
+    with pytest.raises(OutputError, match=match), writer(target):
+        raise copy.copy(error)
+    with (
+        pytest.raises(OutputError, match=match),
+        atomic_directory(target) as temporary,
+        writer(temporary / "inner"),  # the name that the user gave counts
+    ):
         raise copy.copy(error)
     assert list(tmp_path.iterdir()) == []
+
+
+@WRITERS
+def test_an_error_of_another_file_stays(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file: 'other'"), writer(tmp_path / "out"):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "other")
+
+
+@WRITERS
+def test_a_full_disk(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+    """A limit of the size of files stands for it: the system refuses the write that crosses it."""
+    script = (
+        "import resource, sys\n"
+        "from sparse_bitnet.files import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"with {writer.__name__}(sys.argv[1]) as temporary:\n"
+        f"    file = temporary / 'file' if {is_directory} else temporary\n"
+        "    file.write_text('x' * 2000)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{tmp_path / 'out'} cannot be written: File too large; choose a place" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@WRITERS
+def test_what_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Any, is_directory: bool
+) -> None:
+    """Neither before the last check nor between that and the rename."""
+    target = tmp_path / "target"
+
+    def appear() -> None:
+        if is_directory:
+            target.mkdir()
+        fill(target, "of another", is_directory)
+
+    def check() -> None:
+        if target.exists():
+            raise ConfigError("it exists")
+
+    with pytest.raises(ConfigError, match="it exists"), writer(target, check) as temporary:
+        fill(temporary, "ours", is_directory)
+        appear()
+    assert content(target) == "of another"
+    shutil.rmtree(target) if is_directory else target.unlink()
+    with pytest.raises(OutputError, match="choose another name"), writer(target, appear) as path:
+        fill(path, "ours", is_directory)
+    assert content(target) == "of another"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: Any) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "link", no_links)
+    with atomic_file(tmp_path / "target", lambda: None) as temporary:
+        temporary.write_text("text")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("target", "text")]
 
 
 @WRITERS
@@ -257,7 +334,7 @@ def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     link.symlink_to(pipe)
     for path in (pipe, link):
-        with pytest.raises(FileExistsError, match="pipe is a pipe or a device, not a file"):
+        with pytest.raises(OutputError, match="pipe is a pipe or a device, not a file"):
             write_text(path, "text")
     assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
     assert sorted(tmp_path.iterdir()) == [link, pipe]
@@ -267,7 +344,7 @@ def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("precious")
     with (
-        pytest.raises(NotADirectoryError, match="target is a file; choose another name"),
+        pytest.raises(OutputError, match="a file stands where a directory is needed, choose an"),
         atomic_directory(target),
     ):
         raise AssertionError("must not be entered")
@@ -276,7 +353,7 @@ def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
 
 def test_a_file_does_not_replace_a_directory(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OutputError, match="a directory stands where a file is to be written"):
         write_text(tmp_path / "target", "text")
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
@@ -362,11 +439,29 @@ def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
             read_json(tmp_path / name)
 
 
-def test_a_link_to_itself(tmp_path: Path) -> None:
-    """A file takes its place; for a directory it is an OSError like any other."""
-    for name in ("file", "directory"):
-        (tmp_path / name).symlink_to(name)
-    write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text"
-    with pytest.raises(OSError), atomic_directory(tmp_path / "directory"):
-        pass
+@WRITERS
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("loop", "Too many levels of symbolic links; a symbolic link leads to itself, remove it"),
+        ("loop/out", "File exists; something else stands there, choose another name .*loop"),
+        ("file/out", "File exists; something else stands there, choose another name .*file"),
+        ("n" * 255, "File name too long; choose a shorter name"),
+        ("closed/out", "Permission denied; check the permissions"),
+    ],
+)
+def test_odd_places(
+    tmp_path: Path, writer: Writer, is_directory: bool, place: str, said: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if place == "closed/out" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    with pytest.raises(OutputError, match=f"cannot be written: ({said})"), writer(tmp_path / place):
+        raise AssertionError("must not be entered")
+    if len(place) < 255:
+        lock = locked(tmp_path / place / "lock", ValueError())
+        with pytest.raises(OutputError, match="cannot be written"), lock:
+            raise AssertionError("must not be entered")
+    assert len(list(tmp_path.iterdir())) == 3

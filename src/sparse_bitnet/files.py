@@ -23,9 +23,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sparse_bitnet.core.errors import OutputError
+
 TEMPORARY_SUFFIX = ".partial"
 ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
 LARGEST_JSON = 2**26  # bytes
+ADVICE = {
+    errno.EACCES: "check the permissions there, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.EEXIST: "something else stands there, choose another name",
+    errno.EFBIG: "choose a place where files may be that large",
+    errno.EISDIR: "a directory stands where a file is to be written, choose another name",
+    errno.ELOOP: "a symbolic link leads to itself, remove it",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or choose another place",
+    errno.ENOTDIR: "a file stands where a directory is needed, choose another name",
+    errno.ENOTEMPTY: "something appeared there meanwhile, choose another name",
+    errno.EPERM: "check the permissions there, or choose another place",
+    errno.EROFS: "choose another place",
+}
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 """What file systems answer that have no locks, or, over the network, none on directories."""
 
@@ -52,10 +69,12 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
 
     Raises:
         Exception: ``refusal``, if another holder is alive.
-        OSError: if the file cannot be made.
+        OutputError: if the file cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
         given_up = time.monotonic() + patience
         try:
             while True:
@@ -78,73 +97,78 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to ``path``, else remove it.
 
     A file that was there hands down its permissions; a symbolic link stays, and its target changes.
 
+    Args:
+        check: called right before the rename, to refuse what appeared at ``path`` meanwhile.
+
     Raises:
-        OSError: if it cannot be written, or a pipe or a device stands there, perhaps behind a link.
+        OutputError: if it cannot be written, or a directory, a pipe or a device stands there,
+            perhaps behind a link.
     """
     path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
-    try:
-        refuse_special(path)  # a rename would put a file in the place of the device
-    except ValueError as error:
-        raise FileExistsError(str(error)) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        with _held(temporary, temporary.touch):
-            yield temporary
-            if path.exists():
-                shutil.copymode(path, temporary)
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-    except OSError as error:
-        _say_where(error, path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _writing(path):
+        _prepare(path, for_directory=False)
+        try:
+            with _held(temporary, temporary.touch):
+                yield temporary
+                replaces = path.exists()
+                if replaces:
+                    shutil.copymode(path, temporary)
+                _sync(temporary)
+                if check is not None:
+                    check()
+                if replaces or check is None:
+                    temporary.replace(path)
+                else:
+                    _rename_new(temporary, path)
+                _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """Yield a temporary directory; on success sync its files and let it take the place of ``path``.
 
     An existing ``path`` is first renamed aside and removed only once the new one stands.
 
+    Args:
+        check: called right before the rename, to refuse what appeared at ``path`` meanwhile.
+
     Raises:
-        NotADirectoryError: if ``path`` is a file.
+        OutputError: if it cannot be written, or ``path`` is a file.
     """
-    path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; choose another name for the directory")
-    remove_leftovers(path.parent, path.name)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE_SUFFIX}")
-    try:
-        with _held(temporary, lambda: temporary.mkdir(exist_ok=True)):
-            yield temporary
-            for file in temporary.rglob("*"):
-                _sync(file)
-            _sync(temporary)
-            if path.exists():
-                shutil.copymode(path, temporary)
-                with _held(path):  # or it would be put back while it stands aside
-                    path.rename(aside)
-                    temporary.rename(path)
-            else:
-                temporary.rename(path)
-            _sync(path.parent)
-    except OSError as error:
-        _say_where(error, path)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        remove_leftovers(path.parent, path.name)
+    with _writing(path):
+        _prepare(path, for_directory=True)
+        try:
+            with _held(temporary, lambda: temporary.mkdir(exist_ok=True)):
+                yield temporary
+                for file in temporary.rglob("*"):
+                    _sync(file)
+                _sync(temporary)
+                if path.exists():
+                    shutil.copymode(path, temporary)
+                replaces = path.is_dir() and any(path.iterdir())
+                if check is not None:
+                    check()
+                if replaces:
+                    with _held(path):  # or it would be put back while it stands aside
+                        path.rename(aside)
+                        temporary.rename(path)
+                else:
+                    temporary.rename(path)  # which replaces nothing but an empty directory
+                _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            remove_leftovers(path.parent, path.name)
 
 
 def remove_leftovers(directory: Path, name: str | None = None) -> list[str]:
@@ -224,14 +248,58 @@ def refuse_special(*paths: Path) -> None:
             raise ValueError(f"{path} is a pipe or a device, not a file")
 
 
-def _say_where(error: OSError, path: Path) -> None:
-    """Name the file in an error that names none, as when a write finds no space."""
-    if error.filename is not None:
-        return
-    if error.errno is None:  # numpy counts what it wrote
-        error.args = (f"{path} cannot be written: {error}",)
-    else:
-        error.filename = str(path)
+def explain(error: BaseException) -> str:
+    """What the system says of a failed write or read, and what to do about it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if match := RUST_ERROR.search(str(error)):
+        number = int(match[1])
+    if number is None:  # as numpy's, which counts what it wrote
+        return str(error)
+    advice = ADVICE.get(number)
+    return os.strerror(number) + (f"; {advice}" if advice else "")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the system while ``path`` is written, in our words; not those of other files."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error  # a file inside
+        if cause is None or not (isinstance(cause, OSError) or RUST_ERROR.search(str(cause))):
+            raise
+        where = getattr(cause, "filename", None) or str(path)
+        if not (str(where).startswith(str(path)) or path.is_relative_to(where)):
+            raise
+        at = f" ({where})" if path.is_relative_to(where) and str(path) != where else ""
+        raise OutputError(f"{path} cannot be written: {explain(cause)}{at}") from cause
+
+
+def _prepare(path: Path, for_directory: bool) -> None:
+    """Refuse what a rename must not replace, and make the directory that ``path`` is in."""
+    try:
+        refuse_special(path)  # a rename would put a file in the place of the device
+    except ValueError as error:
+        raise OutputError(f"{error}; choose another name") from None
+    number = 0
+    if path.is_symlink():  # whose target is itself
+        number = errno.ELOOP
+    elif path.exists() and path.is_dir() != for_directory:
+        number = errno.ENOTDIR if for_directory else errno.EISDIR
+    if number:
+        raise OSError(number, os.strerror(number), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename a file where nothing may be replaced, which a hard link sees to."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no such links on this file system
+        temporary.replace(path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from sparse_bitnet import files
 from sparse_bitnet.cli import main
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.tokenizer import train_bpe
@@ -57,6 +58,31 @@ def test_bitnet_and_back(directory, tmp_path, capsys):
     assert "Qwen2ForCausalLM from bitnet (autobitlinear, offline), 7 layers" in shown
     run("inspect", tmp_path / "back", "--json")
     assert capsys.readouterr().out.count('"met": "2:4"') == 7
+
+
+@pytest.mark.parametrize(
+    "options", [["export", "--odd-rows", "f16"], ["pack"], ["export"], ["import"]]
+)
+def test_an_output_that_appears_meanwhile(options, directory, tmp_path, monkeypatch, capsys):
+    """Is an error, and stays as it is, wherever in the work it appears."""
+    out = tmp_path / ("out.gguf" if "--odd-rows" in options else "out")
+    if options == ["import"]:
+        run("export", directory, tmp_path / "hf", "--to", "bitnet")
+        directory = tmp_path / "hf"
+    elif options == ["export"]:
+        options = ["export", "--to", "bitnet"]
+    sync = files._sync
+
+    def appear(path):
+        out.write_text("of another")
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", appear)
+    with pytest.raises(SystemExit, match="2"):
+        run(options[0], directory, out, *options[1:])
+    assert f"{out} exists and is not a" in capsys.readouterr().err
+    assert out.read_text() == "of another"
+    assert {path.name for path in tmp_path.iterdir()} <= {out.name, "hf"}
 
 
 def test_options_of_the_other_format(directory, tmp_path):

@@ -52,6 +52,10 @@ class PackedFormatError(SparseBitNetError):
     """A packed model is truncated, edited, or not one of ours."""
 
 
+class OutputError(SparseBitNetError, OSError):
+    """A file or directory cannot be written, or something appeared in its place meanwhile."""
+
+
 class MissingExtraError(SparseBitNetError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
 

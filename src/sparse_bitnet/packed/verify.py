@@ -7,7 +7,7 @@ does not fit is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,35 +66,49 @@ def quant_method(directory: Path) -> object:
     return described.get("quant_method") if isinstance(described, dict) else None
 
 
-def check_target(out: Path, what: str, is_such: bool, overwrite: bool) -> None:
+def check_output(
+    out: Path, what: str, is_such: Callable[[Path], bool], overwrite: bool
+) -> Callable[[], None]:
     """Refuse to replace what exists: without ``overwrite`` anything, with it what is not such a
     thing as will be written, and a directory with files of others.
 
     Args:
         out: file or directory that will be written.
         what: "a packed model".
-        is_such: whether there is one already.
+        is_such: whether a path is one.
+
+    Returns:
+        The check, to be made again before the output takes its place.
 
     Raises:
         ConfigError: naming it, or a file in it that would be lost; for the current directory.
     """
-    if out.is_dir() and out.samefile("."):
-        raise ConfigError(f"{out} is the current directory, which would be replaced; name another")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_such:
-        raise ConfigError(f"{out} exists and is not {what}; give another name, or remove it first")
-    for path in sorted(out.iterdir()) if out.is_dir() else ():
-        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
+
+    def check() -> None:
+        if out.is_dir() and out.samefile("."):
             raise ConfigError(
-                f"{out} holds {path.name}, which would be lost: the whole directory is replaced; "
-                "move it away, or give another name"
+                f"{out} is the current directory, which would be replaced; name another"
             )
-    if not overwrite:
-        raise ConfigError(
-            f"{out} exists; give another name, or replace it with --overwrite (in Python "
-            "overwrite=True)"
-        )
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not is_such(out):
+            raise ConfigError(
+                f"{out} exists and is not {what}; give another name, or remove it first"
+            )
+        for path in sorted(out.iterdir()) if out.is_dir() else ():
+            if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
+                raise ConfigError(
+                    f"{out} holds {path.name}, which would be lost: the whole directory is "
+                    "replaced; move it away, or give another name"
+                )
+        if not overwrite:
+            raise ConfigError(
+                f"{out} exists; give another name, or replace it with --overwrite (in Python "
+                "overwrite=True)"
+            )
+
+    check()
+    return check
 
 
 def is_stored_as(directory: Path, method: str | None) -> bool:

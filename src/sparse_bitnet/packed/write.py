@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,7 +41,7 @@ from sparse_bitnet.packed.load import DType
 from sparse_bitnet.packed.quantizer import AUTO_MAP, PLUGIN, PLUGIN_FILE
 from sparse_bitnet.packed.sizes import readable_bytes
 from sparse_bitnet.packed.tensor_file import file_size, write_tensors
-from sparse_bitnet.packed.verify import INDEX, check_target, is_stored_as
+from sparse_bitnet.packed.verify import INDEX, check_output, is_stored_as
 from sparse_bitnet.train.export import load_trained
 
 HeadName = Literal["float", "int8"]
@@ -122,9 +123,10 @@ def pack(
     """
     out = Path(out)
     storage_named(storage)
-    check_target(out, "a packed model", is_stored_as(out, QUANT_METHOD), overwrite)
+    is_packed = partial(is_stored_as, method=QUANT_METHOD)
+    check_again = check_output(out, "a packed model", is_packed, overwrite)
     if isinstance(source, str | Path):
-        if is_stored_as(Path(source), QUANT_METHOD):
+        if is_packed(Path(source)):
             raise ConfigError(f"pack: {source} is packed already; give the model it was made from")
         model, own = load_trained(source)
     else:
@@ -142,7 +144,7 @@ def pack(
     if check:
         check_packed(model, storage)
     form = _PackedForm(model, storage, head, None if dtype is None else getattr(torch, dtype))
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, check_again) as directory:
         form.write_config(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +41,7 @@ def save_trained(
     sparsity: SparsityConfig,
     run: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Path:
     """Write a converted model's master weights, its tokenizer and ``sparse_bitnet.json``.
 
@@ -48,6 +50,7 @@ def save_trained(
         sparsity: as the model was converted.
         run: facts worth keeping with the weights (steps, losses); any JSON.
         ranks: who takes part; one process when left out.
+        check: refuses what stands in the directory; what is no trained model when left out.
 
     Returns:
         The directory. It appears whole or not at all; a trained one that is there already is
@@ -55,20 +58,18 @@ def save_trained(
 
     Raises:
         ConfigError: if something else is there already.
-        CheckpointError: if the weights cannot be written, for want of space for example.
+        OutputError: if it cannot be written.
     """
     directory = Path(directory)
-    check_target(directory)
+    check = check or partial(check_trained_output, directory)
+    check()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gather = ranks is not None and ranks.is_distributed
     weights = get_model_state_dict(model, options=options) if gather else None
     if ranks is None or ranks.is_main:
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory, check) as temporary:
             with no_bars():
-                try:
-                    model.save_pretrained(temporary, state_dict=weights)
-                except SafetensorError as error:
-                    raise CheckpointError(f"{directory} cannot be written: {error}") from error
+                model.save_pretrained(temporary, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             kept = {"pattern", "kind", "method", "rules"}
@@ -83,7 +84,7 @@ def save_trained(
     return directory
 
 
-def check_target(directory: Path) -> None:
+def check_trained_output(directory: Path) -> None:
     """Refuse to replace what is no trained model.
 
     Raises:

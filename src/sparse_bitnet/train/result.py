@@ -18,7 +18,7 @@ from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import locked, read_json, remove_leftovers, write_text
 from sparse_bitnet.train.config import TrainConfig
-from sparse_bitnet.train.export import check_target
+from sparse_bitnet.train.export import check_trained_output
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import differences, digest, load_recipe, to_yaml
@@ -110,7 +110,7 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
     """
     path = directory / CONFIG
     if config.run.export:  # asked now, and not when the training is done
-        check_target(directory / "model")
+        check_trained_output(directory / "model")
         if (directory / "model").exists() and not path.exists():
             raise ConfigError(
                 f"{directory / 'model'} was not written by a run in {directory} (there is no "

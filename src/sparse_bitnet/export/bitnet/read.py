@@ -36,7 +36,7 @@ from sparse_bitnet.files import refuse_special
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.tensor_file import read_tensors
-from sparse_bitnet.packed.verify import CONFIG, check_target, read_json, weight_files
+from sparse_bitnet.packed.verify import CONFIG, check_output, read_json, weight_files
 from sparse_bitnet.train import SparsityConfig, save_trained
 from sparse_bitnet.train.dense import foreign_code, no_bars
 from sparse_bitnet.train.export import is_trained
@@ -96,7 +96,7 @@ def import_bitnet(
         WeightError: if a weight is NaN or infinite.
     """
     source, out = Path(source), Path(out)
-    check_target(out, "a trained model", is_trained(out), overwrite)
+    check_again = check_output(out, "a trained model", is_trained, overwrite)
     if not (source / CONFIG).is_file():
         raise PackedFormatError(f"{source} holds no model: there is no {CONFIG}")
     with _reading(source):
@@ -115,7 +115,8 @@ def import_bitnet(
             f"{conversion.skipped[lost[0]]}; this checkpoint cannot be imported"
         )
     sparsity = SparsityConfig(pattern=pattern, rules=rules)
-    save_trained(model, tokenizer, out, sparsity, run={"imported": described})
+    run = {"imported": described}
+    save_trained(model, tokenizer, out, sparsity, run, check=check_again)
     architecture, modules = type(model).__name__, conversion.modules
     return ImportResult(out, architecture, described, modules, conversion.weights, pattern)
 

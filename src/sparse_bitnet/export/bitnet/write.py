@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from sparse_bitnet.files import atomic_directory
 from sparse_bitnet.formats import row_quarters
 from sparse_bitnet.formats.two_bit import PER_BYTE
 from sparse_bitnet.packed.tensor_file import write_tensors
-from sparse_bitnet.packed.verify import WEIGHTS, check_target, is_stored_as
+from sparse_bitnet.packed.verify import WEIGHTS, check_output, is_stored_as
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 
@@ -53,7 +54,8 @@ def export_bitnet(
         WeightError: if a tensor holds NaN or infinity.
     """
     out = Path(out)
-    check_target(out, "a model of the bitnet format", is_stored_as(out, "bitnet"), overwrite)
+    is_bitnet = partial(is_stored_as, method="bitnet")
+    check_again = check_output(out, "a model of the bitnet format", is_bitnet, overwrite)
     source = open_exportable(directory, "the bitnet format")
     for name, (rows, _) in source.shapes.items():
         if rows % PER_BYTE:
@@ -61,7 +63,7 @@ def export_bitnet(
                 f"{name}: the bitnet format stores four rows in a byte, and there are {rows}; "
                 "leave the layer out with a rule in training, or run the model with sparse-bitnet"
             )
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out, check_again) as temporary:
         _write_config(source, temporary, linear_class)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(temporary)

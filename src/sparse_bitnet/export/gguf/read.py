@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.files import atomic_directory
-from sparse_bitnet.packed.verify import check_target, is_stored_as
+from sparse_bitnet.packed.verify import check_output, is_stored_as
 from sparse_bitnet.train.dense import is_gguf, no_bars, read_gguf
 from sparse_bitnet.train.export import is_trained
 
@@ -43,10 +43,13 @@ def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False)
     source, out = Path(source), Path(out)
     if not is_gguf(source):
         raise ConfigError(f"{source}: there is no such GGUF file")
-    is_dense = is_stored_as(out, None) and not is_trained(out)
-    check_target(out, "a dense model", is_dense, overwrite)
+
+    def is_dense(path: Path) -> bool:
+        return is_stored_as(path, None) and not is_trained(path)
+
+    check_again = check_output(out, "a dense model", is_dense, overwrite)
     model, tokenizer = read_gguf(source)
-    with atomic_directory(out) as temporary, no_bars():
+    with atomic_directory(out, check_again) as temporary, no_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return ImportedGguf(out, type(model).__name__, sum(p.numel() for p in model.parameters()))

@@ -39,7 +39,7 @@ from sparse_bitnet.export.gguf.model import (
 )
 from sparse_bitnet.export.gguf.tokenizer import vocabulary
 from sparse_bitnet.files import atomic_file
-from sparse_bitnet.packed.verify import check_target
+from sparse_bitnet.packed.verify import check_output
 from sparse_bitnet.train.dense import begins_as_gguf, gguf_package
 
 LinearType = Literal["tq2_0", "tq1_0", "q2_0"]
@@ -94,7 +94,11 @@ def export_gguf(
     out = Path(out)
     if out.is_dir():
         raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
-    check_target(out, "a GGUF file", out.is_file() and begins_as_gguf(out), overwrite)
+
+    def is_such(path: Path) -> bool:
+        return path.is_file() and begins_as_gguf(path)
+
+    check_again = check_output(out, "a GGUF file", is_such, overwrite)
     source = open_exportable(directory, "GGUF")
     kind = architecture(source.model)
     if source.tokenizer is None:
@@ -123,7 +127,7 @@ def export_gguf(
         lost.append(
             f"activations are rounded to 8 bits by blocks of {together} there, by token here"
         )
-    with atomic_file(out) as temporary:
+    with atomic_file(out, check_again) as temporary:
         _write(temporary, kind, source, words, tensors, lost, Path(directory).resolve().name)
     change = tensors.largest_change
     lost.insert(0, f"each γ is rounded to fp16, which changes it by at most {change:.1e} of itself")
