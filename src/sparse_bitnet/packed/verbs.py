@@ -42,12 +42,10 @@ def pack(
         model: directory of the trained model (model/ of a run).
         out: the packed directory to write.
         storage: two-bit is fastest to unpack; trits takes 1.6 bits a weight.
-        head: int8 stores the output head, and an embedding tied to it, in 8 bits a weight; what
-            that costs, `evaluate` of this and of a directory with the float head says.
+        head: int8 halves the output head and a tied embedding; `evaluate` says what that costs.
         dtype: of embeddings, norms, head and biases; the model's own when left out.
         tokenizer: directory of another tokenizer than the model's.
-        check: before anything is written, a few tokens run through the trained model, and each
-            layer's result is compared with that of its packed form; --no-check leaves it out.
+        check: first compare each layer's result for a few tokens with that of its packed form.
         overwrite: replace a packed directory.
     """
     started = time.perf_counter()

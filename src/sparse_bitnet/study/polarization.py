@@ -147,12 +147,9 @@ def analyse(
     """Measure every linear of a model; write JSON and plots.
 
     Args:
-        checkpoint: a training run, its ``model`` directory, a Hugging Face directory, or a GGUF
-            file.
-        out: receives ``polarization.json`` and the PNGs; by default ``polarization/`` in the
-            model's directory, or beside its file.
-        pattern: whose pruning thresholds to take; by default the one that the model was trained
-            with (matrix by matrix, where it had rules), else 6:8.
+        checkpoint: a training run, its model/, a Hugging Face directory, or a GGUF file.
+        out: receives polarization.json and PNGs; by default polarization/ in the model's directory.
+        pattern: whose pruning thresholds to take; by default those it was trained with, else 6:8.
 
     Returns:
         For every matrix: zeros before any mask, groups of which masking takes nothing but such

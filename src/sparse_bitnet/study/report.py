@@ -41,11 +41,11 @@ class Written:
 
 
 def report(directory: str | Path, out: str | Path | None = None) -> Written:
-    """Build ``report.html`` and ``plots/*.png`` from a sweep's rows.
+    """Build report.html and plots/*.png from a sweep's rows.
 
     Args:
-        directory: holds ``rows.jsonl`` or ``rows.jsonl.xz``.
-        out: receives the page; ``directory`` itself by default.
+        directory: holds rows.jsonl or rows.jsonl.xz.
+        out: receives the page; the directory itself by default.
 
     Raises:
         DataError: if there is no such file, or not one usable row in it.

@@ -67,11 +67,11 @@ def sweep(
 
     Args:
         recipe: a sweep recipe (docs/study.md tells how to write one), cells in order of value.
-        out: receives ``rows.jsonl``, ``sweep.yaml`` (the recipe) and ``logs/``.
+        out: receives rows.jsonl, sweep.yaml (the recipe) and logs/.
         minutes: then no cell is started any more, and what still runs saves and leaves.
         per_gpu: workers side by side on each GPU.
         cpu_workers: workers where there is no GPU.
-        scratch: where runs live until their row is written; ``out/cells`` by default.
+        scratch: where runs live until their row is written; OUT/cells by default.
         keep_runs: keep their directories afterwards, and export their models into them.
         dry_run: list what would be run, and run nothing.
 
