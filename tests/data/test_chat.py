@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,20 @@ class TestRefusals:
         (tmp_path / "model" / "config.json").write_text('{"vocab_size": 9}')
         with pytest.raises(DataError, match="its embedding 9 rows; the tokenizer is not"):
             prepare(spec, tmp_path / "out", model=str(tmp_path / "model"))
+        packed = {"quantization_config": {"quant_method": "sparse_bitnet"}}
+        for config, message in (
+            (packed, "is packed, .*; give the model that was packed, or .* --tokenizer"),
+            ({"model_type": "qwen2"}, "no tokenizer can be loaded .* none of tokenizer"),
+            ([], r"config\.json: damaged"),
+        ):
+            shutil.rmtree(tmp_path / "model")
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+            with pytest.raises(DataError, match=message):
+                prepare(spec, tmp_path / "out", model=str(tmp_path / "model"))
+        with pytest.raises(DataError, match=r"is a training run; give its model, --model .*model$"):
+            prepare(spec, tmp_path / "out", model=str(tmp_path))
+        assert not (tmp_path / "out").exists()
 
     def test_both_kinds(self, model: Path, corpus: Path, tmp_path: Path) -> None:
         spec = write(tmp_path / "a.jsonl", conversations(3))

@@ -143,27 +143,41 @@ def prepare(
 
 
 def _given_tokenizer(model: str | None, tokenizer: str | None) -> Encoder | None:
-    name = tokenizer if model is None else model
-    if name is None:
-        return None
-    config = Path(name) / "config.json"
-    if model is not None and not config.is_file():
+    if model is None:
+        return None if tokenizer is None else Encoder(load_tokenizer(tokenizer), tokenizer)
+    config = _model_config(Path(model))
+    encoder = Encoder(load_tokenizer(model), model)
+    rows = config.get("vocab_size")
+    if isinstance(rows, int) and rows < encoder.vocab_size:
         raise DataError(
-            f"{model}: no model directory (it has no config.json); a GGUF file becomes one by "
+            f"{model}: its tokenizer has {encoder.vocab_size} tokens, its embedding {rows} rows; "
+            "the tokenizer is not the model's own"
+        )
+    return encoder
+
+
+def _model_config(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model that can be trained."""
+    path = directory / "config.json"
+    if not path.is_file():
+        inside = directory / "model"
+        if (inside / "config.json").is_file():
+            raise DataError(f"{directory} is a training run; give its model, --model {inside}")
+        raise DataError(
+            f"{directory}: no model directory (it has no config.json); a GGUF file becomes one by "
             "`sparse-bitnet import`, and a tokenizer alone is named by --tokenizer"
         )
-    encoder = Encoder(load_tokenizer(name), name)
-    if model is not None:
-        try:
-            rows = read_json(config).get("vocab_size")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{config}: damaged ({error})") from error
-        if isinstance(rows, int) and rows < encoder.vocab_size:
-            raise DataError(
-                f"{model}: its tokenizer has {encoder.vocab_size} tokens, its embedding {rows} "
-                "rows; the tokenizer is not the model's own"
-            )
-    return encoder
+    try:
+        config: dict[str, Any] = read_json(path)
+        packed = (config.get("quantization_config") or {}).get("quant_method") == "sparse_bitnet"
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error})") from error
+    if packed:
+        raise DataError(
+            f"{directory} is packed, and packed models are not trained; give the model that was "
+            f"packed, or its tokenizer alone, --tokenizer {directory}"
+        )
+    return config
 
 
 def _chat_settings(sources: list[Source], encoder: Encoder | None) -> dict[str, str]:

@@ -36,6 +36,14 @@ TRAINING_CHARACTERS = 64 << 20  # enough for stable merges; more only costs time
 PIECE_CHARACTERS = 1 << 20  # the tokenizer needs about 100 bytes of memory for each
 LARGEST_TOKENIZER_BYTES = 1 << 29
 MOST_MISSING_IDS = 1 << 20
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 # What decides the ids of plain text; truncation, padding, templates and decoding do not.
 IDENTITY = ("added_tokens", "model", "normalizer", "pre_tokenizer")
 
@@ -171,7 +179,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         DataError: if there is none or it cannot be read.
     """
     try:
-        _refuse_sparse_ids(Path(name) / "tokenizer.json")
+        directory = Path(name)
+        if directory.is_dir() and not any((directory / file).is_file() for file in FILES):
+            # transformers would make an empty one of the config.json.
+            raise FileNotFoundError(f"it has none of {', '.join(FILES)}")
+        _refuse_sparse_ids(directory / "tokenizer.json")
         settings = get_tokenizer_config(str(name))
         if settings.get("tokenizer_class") in PLAIN_CLASSES:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(name))
