@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sparse_bitnet.study.cells import read_sweep
+from sparse_bitnet.study.cells import read_sweep, run_key
 from sparse_bitnet.study.frame import frame, mean_text, setting_labels
 from sparse_bitnet.study.rows import Row, append_row, read_rows
 from sparse_bitnet.train.recipe import to_dict
@@ -48,7 +48,7 @@ def sweep(tmp_path: Path, make_row: Make) -> Sweep:
         rows = []
         for cell in recipe.cells:
             row = make_row(ppl * (1.1 if cell.pattern == "4:8" else 1.0), **cell.to_dict())
-            row["key"] = recipe.key(cell, "")
+            row["key"] = run_key(recipe.config(cell), recipe.evaluation, {})
             row["config"] = json.loads(json.dumps(to_dict(recipe.config(cell))))
             row["config"]["run"]["directory"] = f"runs/{row['key']}"
             row["evaluation"] = {"window": 0, "cloze_text": "jsonl:here"}
@@ -178,8 +178,8 @@ def test_a_run_in_two_rows_counts_once(tmp_path: Path, sweep: Sweep) -> None:
     [
         ({"optimizer": {"momentum": 0.5}}, "momentum 0.5"),  # refused today: counts as it stands
         (None, "not recorded"),
-        ([], "not recorded"),
-        ({"data": 3, "optimizer": {"learning_rate": "fast"}}, "learning rate not recorded"),
+        ({}, "not recorded"),
+        ({"optimizer": {"learning_rate": "fast"}}, "learning rate fast"),
     ],
 )
 def test_hostile_configurations(tmp_path: Path, sweep: Sweep, damage: Any, label: str) -> None:

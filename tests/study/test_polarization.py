@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import tiny_models
-from sparse_bitnet.core import CheckpointError, ConfigError, Pattern, PatternError
-from sparse_bitnet.core import polarization as measure
+from sparse_bitnet.core import CheckpointError, ConfigError, Pattern, PatternError, polarization
 from sparse_bitnet.nn import convert, master_weights
-from sparse_bitnet.study.polarization import LayerStatistics, analyse, as_dict, early_and_late, pool
+from sparse_bitnet.study.polarization import Layer, analyse, early_and_late, pool, rounded
 from sparse_bitnet.train import train
 from sparse_bitnet.train.recipe import config_from_dict
 
@@ -70,14 +70,13 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
 
 
 def test_pool_weighs_by_size() -> None:
-    def layer(*values: float) -> LayerStatistics:
-        return LayerStatistics(
-            "x", (1, len(values)), (), "dense", measure(torch.tensor([values]), Pattern(1, 1))
-        )
+    def layer(*values: float) -> Layer:
+        found = polarization(torch.tensor([values]), Pattern(1, 1))
+        return {"shape": [1, len(values)], **dataclasses.asdict(found)}
 
     both = pool([layer(1.0, 1.0), layer(2.0, 0.0, 2.0, 0.0, 2.0, 0.0)])
-    assert both.zeros_before_mask == pytest.approx(3 / 8)
-    assert sum(both.magnitudes) == pytest.approx(1)
+    assert both["zeros_before_mask"] == pytest.approx(3 / 8)
+    assert sum(both["magnitudes"]) == pytest.approx(1)
 
 
 def test_early_and_late_blocks() -> None:
@@ -136,7 +135,7 @@ def test_fused_matrices_and_experts_have_the_scales_of_training(
             "shape": list(one.weight.shape),
             "shard_sizes": list(one.shard_sizes),
             "pattern": "6:8",
-            **as_dict(measure(one.weight, one.pattern, one.shard_sizes)),
+            **rounded(dataclasses.asdict(polarization(one.weight, one.pattern, one.shard_sizes))),
         }
         for one in master_weights(model)
     }

@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 
 def page_of(directory: Path) -> Page:
-    return Page(report(directory).page.read_text(encoding="utf-8"))
+    return Page(report(directory).read_text(encoding="utf-8"))
 
 
 def png_size(data: bytes) -> tuple[int, int]:
@@ -79,9 +79,9 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 def test_every_plot_is_on_the_page_and_beside_it(evidence: Path) -> None:
     written = report(evidence)
-    page = Page(written.page.read_text(encoding="utf-8"))
+    page = Page(written.read_text(encoding="utf-8"))
     assert set(page.images) == PLOTS
-    assert {path.stem for path in written.pictures} == PLOTS
+    assert {path.stem for path in (evidence / "plots").iterdir()} == PLOTS
     for name, image in page.images.items():
         alt, source = image["alt"] or "", image["src"] or ""
         assert len(alt) > 30, f"{name} has no alternative text"
@@ -129,20 +129,20 @@ def test_hostile_rows_do_not_break_the_page(evidence: Path, make_row: Make) -> N
     row |= {"status": "diverged", "problem": "<script>alert(1)</script>"}
     append_row(evidence / "rows.jsonl", row)
     odd = make_row(40, kind="bf16", pattern="1:8") | {"key": "<b>&amp;"}
-    odd |= {"history": None, "polarization": [3], "tokens": "many", "weights": None}
-    odd["environment"] = 5
+    odd |= {"history": None, "polarization": None, "tokens": None, "environment": None}
     append_row(evidence / "rows.jsonl", odd)
+    append_row(evidence / "rows.jsonl", odd | {"tokens": "many"})
     with (evidence / "rows.jsonl").open("a") as file:
         file.write('{"key": "half a l')
     written = report(evidence)
-    text = written.page.read_text(encoding="utf-8")
+    text = written.read_text(encoding="utf-8")
     assert "<script" not in text
     assert "<b>" not in text
     page = Page(text)
     assert "<b>&amp;" in page.text
     assert "bitnet 2:8 study-5m seed 7 100 t/w diverged: <script>alert(1)</script>" in page.text
-    assert len(written.problems) == 1
-    assert "line" in page.text and "skipped" in page.text
+    assert page.text.count("skipped") == 2
+    assert "skipped, tokens is 'many': it must be a valid number" in page.text
 
 
 def test_sizes_and_settings_are_kept_apart(evidence: Path, make_row: Make) -> None:
@@ -209,7 +209,7 @@ def test_patterns_of_ones_own_are_in_order_of_density(tmp_path: Path, make_row: 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
 def test_chromium_shows_the_plots(evidence: Path, tmp_path: Path) -> None:
-    page = report(evidence).page
+    page = report(evidence)
     probe = evidence / "probe.html"
     # After loading, the page itself counts the pictures that it could decode.
     count = (

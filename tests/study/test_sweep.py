@@ -127,8 +127,8 @@ def test_four_cells_killed_and_resumed(
     assert again.done == 4
     assert (out / "rows.jsonl").read_bytes().count(b"\n") == 4
 
-    written = report(out)
-    drawn = {path.stem.partition("-tiny")[0] for path in written.pictures}
+    report(out)
+    drawn = {path.stem.partition("-tiny")[0] for path in (out / "plots").iterdir()}
     assert {"loss", "mask-cost", "flips", "zeros", "polarization"} <= drawn
 
 
@@ -286,9 +286,7 @@ def test_what_is_trained_is_measured_before_a_worker_leaves(
     with Pool([{}], tmp_path / "logs") as workers:
         workers.workers[0].start(job)
         assert workers.messages(30) == [(job, {"done": 1, "steps": 1})]
-        ends, left = workers.stop()
-    assert ends == [(job, {"row": {"much": "x" * 2**20}})]
-    assert left == []
+        assert list(workers.stop()) == [(job, {"row": {"much": "x" * 2**20}})]
 
 
 def test_a_second_interrupt_does_not_wait(
@@ -317,16 +315,14 @@ def test_a_worker_that_dies_is_a_failure_and_is_replaced(
             workers.workers[0].start(job)
             ((found, message),) = workers.messages(30)
             assert found is job
-            assert message["died"]
             assert "worker 0 died with exit code 1; its output is in" in message["failed"]
-        assert workers.stop() == ([], [])
+        assert list(workers.stop()) == []
 
 
 def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_row: Any) -> None:
     """A cell that is resumed at step 20, one that fails, one that is stopped."""
-    plan = read_sweep(write_recipe(tmp_path, toy_tokens))
-    jobs = _jobs(plan, tmp_path / "cells")
-    run = _Sweep(plan, jobs, tmp_path / "rows.jsonl", math.inf, False)
+    jobs = _jobs(read_sweep(write_recipe(tmp_path, toy_tokens)), tmp_path / "cells")
+    run = _Sweep(jobs, list(jobs), tmp_path / "rows.jsonl", math.inf, False)
     shown: list[tuple[int, str]] = []
     task = SimpleNamespace(advance=lambda steps, detail: shown.append((steps, detail)))
     workers = SimpleNamespace(running=jobs[:1], per_device=2)

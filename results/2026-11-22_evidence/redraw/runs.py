@@ -186,7 +186,7 @@ class Runs:
 
 def dead_zone_groups(row: Row) -> float:
     """Fraction of all groups whose pruning threshold lies in the dead zone, after training."""
-    found = [one for one in row.snapshots if one["position"] == "all"]
+    found = [one for one in row.polarization if one["position"] == "all"]
     return float(found[-1]["dead_zone_groups"])
 
 

@@ -470,7 +470,7 @@ def polarization(runs: Runs) -> Section:
     for kind, row in chosen.items():
         if row is None:
             continue
-        found = row.snapshots
+        found = row.polarization
         last = [one for one in found if one["fraction"] == max(s["fraction"] for s in found)]
         at_end.append(
             [

@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,15 +54,6 @@ SET_BY_CELLS = {
 }
 
 
-def _one_of(choices: Collection[str]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in choices:
-            raise ConfigError(f"{shown(name)}; choose among {', '.join(choices)}")
-        return name
-
-    return check
-
-
 def _ascending(until: Any) -> Any:
     return tuple(sorted(until.items())) if isinstance(until, dict) else until or ()
 
@@ -77,13 +68,18 @@ class Cell:
 
     kind: Kind = "bitnet"
     pattern: PatternText = "6:8"  # that training ends with
-    size: Annotated[str, AfterValidator(_one_of(PRESETS))] = "study-5m"
+    size: str = "study-5m"  # a key of PRESETS
     seed: int = 0  # of weights and data order
-    method: Annotated[str, AfterValidator(_one_of(METHODS))] = "published"
+    method: str = "published"  # a key of METHODS
     # (fraction of training, pattern until then), ascending; empty for sparse from scratch.
     until: Annotated[tuple[tuple[float, PatternText], ...], BeforeValidator(_ascending)] = ()
     tokens_per_weight: Positive = 100.0  # training tokens over the weights of the linears
     learning_rate: float | None = None  # the highest of the schedule; None for the recipe's
+
+    def __post_init__(self) -> None:
+        for name, choices in (("size", PRESETS), ("method", METHODS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name} is {shown(value)}; choose among {', '.join(choices)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as a recipe and a row hold them."""
@@ -121,7 +117,7 @@ class Evaluation:
 class Job:
     """A cell with all that is needed to run it."""
 
-    key: str
+    key: str  # see run_key
     cell: Cell
     config: TrainConfig
     evaluation: Evaluation
@@ -140,7 +136,7 @@ class Job:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class SweepRecipe:
-    """A recipe as it is written, and what it expands to."""
+    """A recipe as it is written, and the cells that it expands to, each once."""
 
     name: str = ""
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -148,8 +144,7 @@ class SweepRecipe:
     defaults: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     blocks: list[dict[str, Any]] = field(default_factory=list)
-    # Each cell, and the names of the blocks that it stands in.
-    expanded: dict[Cell, list[str]] = field(default_factory=dict, init=False)
+    cells: list[Cell] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         for kind, sections in (("base", self.base), *self.kinds.items()):
@@ -158,10 +153,6 @@ class SweepRecipe:
                     raise ConfigError(f"{kind}: {part}.{name} would have no effect; {remedy}")
         if not self.blocks:
             raise ConfigError("no cells; add blocks")
-
-    @property
-    def cells(self) -> list[Cell]:
-        return list(self.expanded)
 
     def config(self, cell: Cell) -> TrainConfig:
         """The whole training configuration of a cell (its directory is set by the sweep).
@@ -187,14 +178,6 @@ class SweepRecipe:
         steps = round(wanted / (config.data.batch_size * config.data.sequence_length))
         return replace(config, schedule=replace(config.schedule, steps=max(1, steps)))
 
-    def key(self, cell: Cell, data_fingerprint: str) -> str:
-        """Twelve hex digits of everything that decides a cell's figures.
-
-        The data counts by content (``data_fingerprint``), not by path: rows made on another machine
-        are recognised.
-        """
-        return _key(self.config(cell), self.evaluation, data_fingerprint)
-
 
 def read_sweep(path: str | Path) -> SweepRecipe:
     """Read a sweep recipe.
@@ -206,17 +189,29 @@ def read_sweep(path: str | Path) -> SweepRecipe:
     recipe = checked(SweepRecipe, read_yaml(path) or {}, str(path))
     recipe = replace(recipe, name=recipe.name or path.stem)
     # Two cells may be one run: one of them repeats the recipe's own learning rate.
-    same: dict[str, Cell] = {}
+    seen = set()
     for index, block in enumerate(recipe.blocks):
         name = block.get("name", f"block {index + 1}")
-        if not isinstance(name, str):
-            raise ConfigError(f"{path}, block {index + 1}: its name is {shown(name)}, not a word")
-        for cell in _expand(block, recipe.defaults, f"{path}, {name}"):
-            first = same.setdefault(recipe.key(cell, ""), cell)
-            names = recipe.expanded.setdefault(first, [])
-            if name not in names:
-                names.append(name)
+        for cell in _expand(block, recipe.defaults, f"{path}, {shown(name)}"):
+            key = run_key(recipe.config(cell), recipe.evaluation, {})
+            if key not in seen:
+                seen.add(key)
+                recipe.cells.append(cell)
     return recipe
+
+
+def run_key(config: TrainConfig, evaluation: Evaluation, data: dict[str, Any]) -> str:
+    """Twelve hex digits of everything that decides a run's figures.
+
+    The data count by content (``data``, from :func:`sparse_bitnet.study.run_cell.data_facts`), not
+    by path: rows made on another machine are recognised.
+    """
+    settings = identity(config)
+    settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.mixture")}
+    measured = dataclasses.asdict(evaluation)
+    measured["cloze_text"] = bool(evaluation.cloze_text)
+    text = json.dumps([settings, measured, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def key_today(row: dict[str, Any]) -> str:
@@ -229,24 +224,9 @@ def key_today(row: dict[str, Any]) -> str:
     written = str(row["key"])
     try:
         config = config_from_dict(row["config"], f"row {written}")
-        evaluation = Evaluation(**row["evaluation"])
-        return _key(config, evaluation, fingerprint(row["data"]))
+        return run_key(config, Evaluation(**row["evaluation"]), row["data"])
     except (SparseBitNetError, KeyError, TypeError, AttributeError):
         return written
-
-
-def fingerprint(data_facts: dict[str, Any]) -> str:
-    """The data as part of a key, from :func:`sparse_bitnet.study.run_cell.data_facts`."""
-    return json.dumps(data_facts, sort_keys=True)
-
-
-def _key(config: TrainConfig, evaluation: Evaluation, data_fingerprint: str) -> str:
-    settings = identity(config)
-    settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.mixture")}
-    measured = dataclasses.asdict(evaluation)
-    measured["cloze_text"] = bool(evaluation.cloze_text)
-    text = json.dumps([settings, measured, data_fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _expand(block: dict[str, Any], defaults: dict[str, Any], place: str) -> Iterator[Cell]:

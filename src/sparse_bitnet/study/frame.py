@@ -7,15 +7,13 @@ averaged over seeds, and compared with a baseline, only within one setting.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from sparse_bitnet.core import ConfigError, Pattern
-from sparse_bitnet.study.rows import Row, is_number
+from sparse_bitnet.study.rows import Row
 from sparse_bitnet.train.recipe import config_from_dict, identity
 
 # The axes of a cell, and the data's path: data count by content.
@@ -76,72 +74,43 @@ def setting_labels(rows: Sequence[Row]) -> dict[str, str]:
     optimizer and schedule that most of those of the kind have: a recipe may give each kind its own.
     Its label is empty; another's is ``batch size 16, warmup 0.1``.
     """
-    settings = {row.key: _settings(row) for row in rows}
+    table = pd.DataFrame(map(_settings, rows), index=[row.key for row in rows])
+    table = table.reindex(columns=sorted(table)).fillna("not recorded")
+    own = [name for name in table if name.startswith(OF_A_KIND)]
+    shared = table.columns.difference(own)
     labels = {}
-    for size in {row.cell.size for row in rows}:
-        of_size = [row for row in rows if row.cell.size == size]
-        shared = _commonest({k: _part(settings[k], own=False) for k in (r.key for r in of_size)})
-        for kind in {row.cell.kind for row in of_size}:
-            keys = [row.key for row in of_size if row.cell.kind == kind]
-            alike = [key for key in keys if _part(settings[key], own=False) == shared] or keys
-            main = shared | _commonest({key: _part(settings[key], own=True) for key in alike})
-            for key in keys:
-                labels[key] = _differences(settings[key], main)
+    for _, of_size in table.groupby({row.key: row.cell.size for row in rows}):
+        usual = _commonest(of_size[shared])
+        for _, of_kind in of_size.groupby({row.key: row.cell.kind for row in rows}):
+            alike = of_kind[(of_kind[shared] == usual).all(axis=1)]
+            main = pd.concat([usual, _commonest((of_kind if alike.empty else alike)[own])])
+            for key, values in of_kind.iterrows():
+                other = values[values != main[values.index]]
+                labels[str(key)] = ", ".join(
+                    f"{name.rpartition('.')[2].replace('_', ' ')} {text[:60]}"
+                    for name, text in other.items()
+                )
     return labels
 
 
-def _part(settings: dict[str, Any], own: bool) -> dict[str, Any]:
-    """What a kind may have of its own, or what both kinds share."""
-    return {k: v for k, v in settings.items() if k.startswith(OF_A_KIND) == own}
+def _commonest(settings: pd.DataFrame) -> pd.Series:
+    values, _ = Counter(map(tuple, settings.to_numpy())).most_common(1)[0]
+    return pd.Series(values, settings.columns, dtype=object)
 
 
-def _commonest(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    texts = Counter(json.dumps(values, sort_keys=True) for values in settings.values())
-    values: dict[str, Any] = json.loads(texts.most_common(1)[0][0])
-    return values
-
-
-def _differences(here: dict[str, Any], main: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name.rpartition('.')[2].replace('_', ' ')} {_shown(here.get(name))}"
-        for name in sorted({*here, *main})
-        if here.get(name) != main.get(name)
-    )
-
-
-def _settings(row: Row) -> dict[str, Any]:
+def _settings(row: Row) -> dict[str, str]:
     """Everything that decides a row's figures and is not an axis of a sweep."""
-    found = {k: v for k, v in _configuration(row).items() if k not in NOT_SETTINGS}
-    found["optimizer.learning_rate"] = row.learning_rate
-    for section, place in (("evaluation", "evaluation"), ("data", "tokens")):
-        values = row.raw.get(section)
-        for name, value in (values if isinstance(values, dict) else {}).items():
-            found[f"{place}.{name}"] = bool(value) if name == "cloze_text" else value
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
-
-
-def _configuration(row: Row) -> dict[str, Any]:
-    """The training configuration, flat, with the defaults of what it does not name."""
-    config = row.raw.get("config")
-    if not isinstance(config, dict):
-        return {}
     try:
-        return identity(config_from_dict(config, f"row {row.key}"))
+        found = identity(config_from_dict(row.config, f"row {row.key}"))
     except (ConfigError, TypeError, ValueError):
         # A setting that no longer exists: as recorded, without what concerns the run alone.
-        return {
-            f"{section}.{name}": value
-            for section, values in config.items()
-            if isinstance(values, dict) and section != "run"
-            for name, value in values.items()
-        }
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    return f"{value:g}" if is_number(value) else str(value)[:60]
+        sections = {name: values for name, values in row.config.items() if name != "run"}
+        found = {f"{name}.{k}": v for name, values in sections.items() for k, v in values.items()}
+    measured = row.evaluation | {"cloze_text": bool(row.evaluation.get("cloze_text"))}
+    found |= {f"tokens.{name}": value for name, value in row.data.items()}
+    found |= {f"evaluation.{name}": value for name, value in measured.items()}
+    found["optimizer.learning_rate"] = row.learning_rate
+    return {k: str(v) for k, v in found.items() if k not in NOT_SETTINGS and v is not None}
 
 
 def mean_text(values: pd.Series, digits: int = 3, sign: str = "") -> str:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from itertools import pairwise
-from typing import Any, ParamSpec
+from typing import Any
+
+import numpy as np
 
 from sparse_bitnet.core import MissingExtraError
 
-P = ParamSpec("P")
+try:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.transforms import ScaledTranslation
+except ImportError as error:
+    raise MissingExtraError("plots need matplotlib: pip install 'sparse-bitnet[plot]'") from error
+
 COLOR = {"bf16": "#D55E00", "bitnet": "#0072B2"}
 MARKER = {"bf16": "o", "bitnet": "s"}
 NAME = {"bf16": "BF16", "bitnet": "BitNet"}
@@ -44,23 +51,8 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-
-
-def styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
-    """The whole drawing in :data:`STYLE`: matplotlib asks for most of it only when it is used."""
-
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> bytes:
-        try:
-            import matplotlib as mpl
-        except ImportError as error:
-            raise MissingExtraError(
-                "plots need matplotlib: pip install 'sparse-bitnet[plot]'"
-            ) from error
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
+# The whole drawing in it: matplotlib asks for most of a style only when it is used.
+styled = mpl.rc_context(STYLE)
 
 
 @dataclass(frozen=True)
@@ -98,13 +90,12 @@ def lines(
 ) -> bytes:
     """Curves over one horizontal axis."""
     figure, ((axis,),) = subplots(1, 1, 7.0, 4.2)
-    plain = 0
+    looks = iter(map(_look, range(len(curves))))
     for curve in curves:
         if curve.kind:
             draw_curve(axis, curve, markers=len(curve.x) <= 12)
         else:
-            axis.plot(curve.x, curve.y, label=curve.label, **_look(plain))
-            plain += 1
+            axis.plot(curve.x, curve.y, label=curve.label, **next(looks))
     if log_x:
         axis.set_xscale("log", base=2)
     if ticks:
@@ -132,12 +123,9 @@ def panels(
     rows = math.ceil(len(groups) / columns)
     width = {1: 7.0, 2: 8.4}.get(columns, 9.6)
     figure, grid = subplots(rows, columns, width, 3.4 * rows + 0.4, share=True)
-    axes = [axis for row in grid for axis in row]
-    for axis in axes[len(groups) :]:
-        axis.set_visible(False)
     shown: list[str] = []
     looks = _looks(groups)
-    for axis, (name, curves) in zip(axes, groups.items(), strict=False):
+    for axis, (name, curves) in zip(grid.flat, groups.items(), strict=False):
         for curve in curves:
             style = looks[curve.label]
             if curve.kind:
@@ -151,19 +139,20 @@ def panels(
         if not set(labels) <= set(shown):
             axis.legend()
             shown = labels
-    for row in grid:
-        row[0].set_ylabel(ylabel)
+    for axis in grid.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis in grid[:, 0]:
+        axis.set_ylabel(ylabel)
     if top is not None:
         every = [curve for curves in groups.values() for curve in curves]
         inside = [x for c in every for x, y in zip(c.x, c.y, strict=True) if y <= top]
-        for axis in axes:
+        for axis in grid.flat:
             axis.set_ylim(top=top)
             axis.set_xlim(left=0.9 * min(inside))
     if log_x:
-        for axis in axes:
+        for axis in grid.flat:
             _plain_ticks(axis)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", wrap=True)
-    return png(figure)
+    return png(figure, title)
 
 
 def _looks(groups: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, str]]:
@@ -185,8 +174,6 @@ def _plain_ticks(axis: Any) -> None:
 
     Left alone, matplotlib writes 2 × 10⁰, 3 × 10⁰, … over each other where there is one decade.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -194,38 +181,36 @@ def _plain_ticks(axis: Any) -> None:
 
 
 @styled
-def polarization(grid: Sequence[Sequence[Histogram]], title: str) -> bytes:
+def polarization(rows: Sequence[Sequence[Histogram]], title: str) -> bytes:
     """Histograms in rows and columns: |w|/γ filled, thresholds as a line, the dead zone shaded."""
-    rows, columns = len(grid), max(len(row) for row in grid)
-    figure, axes = subplots(rows, columns, min(9.6, 2.9 * columns + 0.5), 2.3 * rows + 0.6)
-    for axis_row, row in zip(axes, grid, strict=True):
-        for axis in axis_row[len(row) :]:
-            axis.set_visible(False)
-        for axis, one in zip(axis_row, row, strict=False):
+    columns = max(map(len, rows))
+    figure, grid = subplots(
+        len(rows), columns, min(9.6, 2.9 * columns + 0.5), 2.3 * len(rows) + 0.6
+    )
+    for axes, row in zip(grid, rows, strict=True):
+        for axis, one in zip(axes, row, strict=False):
             _polarization(axis, one)
-    for axis in axes[-1]:
+        for axis in axes[len(row) :]:
+            axis.set_visible(False)
+        axes[0].set_ylabel("density")
+    for axis in grid[-1]:
         axis.set_xlabel("|w| / γ")
-    for axis_row in axes:
-        axis_row[0].set_ylabel("density")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", wrap=True)
-    return png(figure)
+    grid[0, 0].legend(fontsize=8)
+    return png(figure, title)
 
 
 def _polarization(axis: Any, one: Histogram) -> None:
     # The last bin also holds everything beyond it, so it is left out of the picture.
-    edges = list(one.edges)
-    widths = [b - a for a, b in pairwise(edges)]
-    colour = COLOR.get(one.kind, CYCLE[2])
-    density = [f / w for f, w in zip(one.magnitudes, widths, strict=True)][:-1]
+    edges, widths = one.edges[:-1], np.diff(one.edges)
+    density = np.divide(one.magnitudes, widths)[:-1]
     axis.axvspan(0, 0.5, color="#f0e442", alpha=0.25, linewidth=0, label="dead zone, |w| ≤ γ/2")
-    axis.stairs(density, edges[:-1], fill=True, color=colour, alpha=0.45, label="|w|/γ")
+    colour = COLOR.get(one.kind, CYCLE[2])
+    axis.stairs(density, edges, fill=True, color=colour, alpha=0.45, label="|w|/γ")
     if any(one.thresholds):
-        cut = [f / w for f, w in zip(one.thresholds, widths, strict=True)][:-1]
-        peak = max(cut)
+        cut = np.divide(one.thresholds, widths)[:-1]
         # Thresholds lie closer together than weights: scaled to the same height to be seen.
-        scaled = [c / peak * max(density) for c in cut] if peak else cut
-        axis.stairs(scaled, edges[:-1], color="#000000", linewidth=1.3, label="thresholds (scaled)")
+        scaled = cut / (cut.max() or 1) * density.max()
+        axis.stairs(scaled, edges, color="#000000", linewidth=1.3, label="thresholds (scaled)")
     axis.set_xlim(0, 3)
     axis.set_title(one.title, fontsize=9)
 
@@ -246,8 +231,6 @@ def draw_curve(axis: Any, curve: Curve, markers: bool = True, **looks: Any) -> N
         **{"linewidth": 1.9} | looks,
     )
     # Single seeds beside the error bars, those of the two kinds on either side.
-    from matplotlib.transforms import ScaledTranslation
-
     points = -SEEDS_BESIDE if curve.kind == "bf16" else SEEDS_BESIDE
     beside = axis.transData + ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
     for x, values in zip(curve.x, curve.seeds, strict=False):
@@ -257,17 +240,16 @@ def draw_curve(axis: Any, curve: Curve, markers: bool = True, **looks: Any) -> N
             )
 
 
-def subplots(
-    rows: int, columns: int, width: float, height: float, share: bool = False
-) -> tuple[Any, list[list[Any]]]:
-    from matplotlib.figure import Figure
-
+def subplots(rows: int, columns: int, width: float, height: float, share: bool = False) -> Any:
+    """A figure, its sizes in inches, and its axes ``[rows, columns]``."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=share)
-    return figure, [list(row) for row in axes]
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=share)
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure, title: str = "") -> bytes:
+    """The figure as PNG; ``title`` stands above all its panels."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", wrap=True)
     buffer = io.BytesIO()
     # No Software entry: the same rows give the same bytes with every matplotlib release's name.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,65 +24,39 @@ from sparse_bitnet.core import CheckpointError, Pattern, Polarization, polarizat
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import Conversion, MasterWeight, convert, master_weights
 from sparse_bitnet.packed.load import is_packed
-from sparse_bitnet.study import plots
 from sparse_bitnet.train.dense import is_gguf, read_dense, read_gguf
 from sparse_bitnet.train.export import is_trained, read_trained
 
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
 DIGITS = 5
-# Of a plot or a table: what they show beside the histograms.
+# Of a plot: what it shows beside the histograms.
 FRACTIONS = {"zeros_before_mask": "zeros before the mask", "dead_zone_groups": "lose nothing"}
+STATISTICS = [field.name for field in dataclasses.fields(Polarization)]
+
+# Plain values of one weight matrix, or of several pooled: the fields of Polarization; of one also
+# name, shape, shard_sizes (rows of the matrices fused into it, empty for one) and the pattern of
+# the thresholds.
+Layer = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class LayerStatistics:
-    """One weight matrix: name, shape, rows of the matrices fused into it (empty for one), the
-    pattern of the thresholds, and what was found."""
-
-    name: str
-    shape: tuple[int, ...]
-    shard_sizes: tuple[int, ...]
-    pattern: str
-    statistics: Polarization
-
-    @property
-    def block(self) -> int | None:
-        """Index of its decoder block; None outside the blocks."""
-        return block_number(self.name)
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {"name": self.name, "shape": list(self.shape), "pattern": self.pattern}
-        return {**values, "shard_sizes": list(self.shard_sizes), **as_dict(self.statistics)}
-
-
-def as_dict(statistics: Polarization) -> dict[str, Any]:
-    """Plain values, rounded to what a plot can show."""
-    return {
-        name: [round(v, DIGITS) for v in value] if isinstance(value, list) else round(value, DIGITS)
-        for name, value in dataclasses.asdict(statistics).items()
-    }
-
-
-def pool(layers: Sequence[LayerStatistics]) -> Polarization:
+def pool(layers: Sequence[Layer]) -> Layer:
     """Statistics of several matrices together, each by its number of weights.
 
     Histograms are exact (each matrix counts in units of its own γ); kurtosis is the mean over the
     matrices.
     """
-    sizes = [torch.Size(layer.shape).numel() for layer in layers]
+    sizes = [math.prod(layer["shape"]) for layer in layers]
 
-    def mean(values: Iterable[float]) -> float:
-        return sum(v * size for v, size in zip(values, sizes, strict=True)) / sum(sizes)
+    return {
+        name: np.average([layer[name] for layer in layers], axis=0, weights=sizes).tolist()
+        for name in STATISTICS
+    }
 
-    def pooled(name: str) -> Any:
-        values = [getattr(layer.statistics, name) for layer in layers]
-        if isinstance(values[0], list):
-            return [mean(column) for column in zip(*values, strict=True)]
-        return mean(values)
 
-    names = [field.name for field in dataclasses.fields(Polarization) if field.name != "edges"]
-    return Polarization(edges=layers[0].statistics.edges, **{name: pooled(name) for name in names})
+def rounded(layer: Layer) -> Layer:
+    """To the digits that a plot can show."""
+    return layer | {name: np.round(layer[name], DIGITS).tolist() for name in STATISTICS}
 
 
 def block_number(name: str) -> int | None:
@@ -90,31 +66,37 @@ def block_number(name: str) -> int | None:
 
 
 @torch.no_grad()
-def _measure(weight: MasterWeight) -> LayerStatistics:
+def measure(weight: MasterWeight) -> Layer:
     """Dense weights get the thresholds of 6:8, where 8 divides their rows, to be compared by."""
-    pattern, shape = weight.pattern, tuple(weight.weight.shape)
+    pattern, shape = weight.pattern, list(weight.weight.shape)
     if pattern.is_dense and shape[-1] % PROBE.m == 0:
         pattern = PROBE
-    found = polarization(weight.weight, pattern, weight.shard_sizes)
-    return LayerStatistics(weight.name, shape, weight.shard_sizes, str(pattern), found)
+    return {
+        "name": weight.name,
+        "shape": shape,
+        "pattern": str(pattern),
+        "shard_sizes": list(weight.shard_sizes),
+        **dataclasses.asdict(polarization(weight.weight, pattern, weight.shard_sizes)),
+    }
 
 
-def _early_and_late(layers: Sequence[LayerStatistics]) -> dict[str, list[LayerStatistics]]:
-    """First block, last block, and all."""
-    numbers = [layer.block for layer in layers if layer.block is not None]
-    ends = {"early": min(numbers), "late": max(numbers)} if numbers else {}
-    found = {name: [one for one in layers if one.block == end] for name, end in ends.items()}
-    return {**found, "all": list(layers)}
+def _blocks(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
+    found: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if (number := block_number(layer["name"])) is not None:
+            found.setdefault(number, []).append(layer)
+    return dict(sorted(found.items()))
 
 
 def early_and_late(model: nn.Module) -> list[dict[str, Any]]:
     """First block, last block and all blocks of a converted model, each pooled."""
-    layers = [_measure(weight) for weight in master_weights(model)]
-    used = next((one.pattern for one in reversed(layers) if one.pattern != "dense"), "dense")
+    layers = [measure(weight) for weight in master_weights(model)]
+    used = next((one["pattern"] for one in reversed(layers) if one["pattern"] != "dense"), "dense")
+    blocks = list(_blocks(layers).values())
+    ends = {"early": blocks[0], "late": blocks[-1]} if blocks else {}
     return [
-        {"position": position, "pattern": used, **as_dict(pool(parts))}
-        for position, parts in _early_and_late(layers).items()
-        if parts
+        {"position": position, "pattern": used, **rounded(pool(parts))}
+        for position, parts in (ends | {"all": layers}).items()
     ]
 
 
@@ -168,14 +150,14 @@ def analyse(
     weights = list(master_weights(model))
     with progress("polarization", len(weights)) as task:
         for weight in weights:
-            layers.append(_measure(weight))
+            layers.append(measure(weight))
             task.advance(detail=weight.name)
-    overall = pool(layers)
+    overall = rounded(pool(layers))
     result = {
         "checkpoint": str(checkpoint),
         "kind": kind or "unknown",
-        "overall": as_dict(overall),
-        "layers": [layer.to_dict() for layer in layers],
+        "overall": overall,
+        "layers": [rounded(layer) for layer in layers],
         "left_out": conversion.skipped,
     }
     beside = directory if directory.is_dir() else directory.parent
@@ -184,11 +166,11 @@ def analyse(
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
     for name, png in _pictures(layers, kind).items():
         (target / name).write_bytes(png)
-    patterns = sorted({layer.pattern for layer in layers})
+    patterns = sorted({layer["pattern"] for layer in layers})
     say(
-        f"{len(layers)} matrices: {overall.zeros_before_mask:.1%} zeros before the mask, "
-        f"{overall.dead_zone_groups:.1%} of {' and '.join(patterns)} groups lose nothing, "
-        f"kurtosis {overall.kurtosis:.2f}; written to {target}"
+        f"{len(layers)} matrices: {overall['zeros_before_mask']:.1%} zeros before the mask, "
+        f"{overall['dead_zone_groups']:.1%} of {' and '.join(patterns)} groups lose nothing, "
+        f"kurtosis {overall['kurtosis']:.2f}; written to {target}"
     )
     return Analysis(result)
 
@@ -215,28 +197,24 @@ def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Co
     return model, trained.kind, report
 
 
-def _pictures(layers: Sequence[LayerStatistics], kind: str) -> dict[str, bytes]:
+def _pictures(layers: Sequence[Layer], kind: str) -> dict[str, bytes]:
     """``polarization.png``: first block, last block, all. ``layers.png``: figures by block."""
-    blocks = {
-        number: [layer for layer in layers if layer.block == number]
-        for number in sorted({one.block for one in layers if one.block is not None})
-    }
-    shown = [
-        plots.Histogram(
-            f"{name}: block {parts[0].block}" if name != "all" else "all linears",
-            one.edges,
-            one.magnitudes,
-            one.thresholds,
-            kind,
-        )
-        for name, parts in _early_and_late(layers).items()
-        for one in [pool(parts)]
+    from sparse_bitnet.study import plots  # needs matplotlib, which a sweep does not
+
+    blocks = {number: pool(parts) for number, parts in _blocks(layers).items()}
+    shown = {"all linears": pool(layers)}
+    if blocks:
+        early, late = min(blocks), max(blocks)
+        ends = {f"early: block {early}": blocks[early], f"late: block {late}": blocks[late]}
+        shown = ends | shown
+    histograms = [
+        plots.Histogram(title, one["edges"], one["magnitudes"], one["thresholds"], kind)
+        for title, one in shown.items()
     ]
-    pictures = {"polarization.png": plots.polarization([shown], "Weights in units of γ")}
+    pictures = {"polarization.png": plots.polarization([histograms], "Weights in units of γ")}
     if len(blocks) > 1:
-        pooled = {number: pool(parts) for number, parts in blocks.items()}
         curves = [
-            plots.Curve(label, list(pooled), [getattr(p, name) for p in pooled.values()])
+            plots.Curve(label, list(blocks), [one[name] for one in blocks.values()])
             for name, label in FRACTIONS.items()
         ]
         pictures["layers.png"] = plots.lines(

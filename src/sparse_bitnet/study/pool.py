@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
@@ -60,14 +61,14 @@ class Worker:
         self.job = job
 
     def receive(self) -> Message:
-        """The next message; a process that died without one gives ``failed`` and ``died``."""
+        """The next message; a process that died without one gives ``failed``."""
         try:
             message: Message = self.connection.recv()
             return message
         except (EOFError, OSError):
             code = self.process.wait()
             text = f"worker {self.number} died with exit code {code}; its output is in {self.log}"
-            return {"failed": text, "died": True}
+            return {"failed": text}
 
 
 class Pool:
@@ -91,8 +92,17 @@ class Pool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A second Ctrl-C means at once.
-        self.stop(0.0 if kind is KeyboardInterrupt else GRACE_SECONDS)
+        for worker in self.workers:
+            worker.connection.close()  # an idle process ends by that
+        for worker in self.workers:
+            try:
+                # Those that run had their time to save; a second Ctrl-C means at once.
+                at_once = worker.job is not None or kind is KeyboardInterrupt
+                worker.process.wait(0.1 if at_once else GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                say(f"worker {worker.number} does not leave; killing it")
+                worker.process.kill()
+                worker.process.wait()
 
     @property
     def running(self) -> list[Job]:
@@ -103,7 +113,7 @@ class Pool:
 
     def messages(self, timeout: float) -> list[tuple[Job, Message]]:
         """What has come in: progress (``done``, ``steps``), or a cell's end, which frees its
-        worker: ``row``, ``failed`` (with ``died`` if the process is gone) or ``interrupted``."""
+        worker: ``row``, ``failed`` or ``interrupted``."""
         busy = {w.connection: (w, w.job) for w in self.workers if w.job is not None}
         found = []
         for connection in wait(list(busy), timeout):
@@ -115,33 +125,18 @@ class Pool:
                 worker.job = None
         return found
 
-    def stop(self, grace: float = GRACE_SECONDS) -> tuple[list[tuple[Job, Message]], list[Job]]:
+    def stop(self, grace: float = GRACE_SECONDS) -> Iterator[tuple[Job, Message]]:
         """Ask all workers to save and leave, and wait for ``grace`` seconds.
 
-        Returns:
-            ``(ends, left)``: rows and failures of cells that ended meanwhile, and the other cells.
+        Yields:
+            :meth:`messages` meanwhile; then ``interrupted`` for each cell that has not ended.
         """
         for worker in self.workers:
-            if worker.job is None:
-                worker.connection.close()
-            else:
+            if worker.job is not None:
                 worker.process.terminate()
         until = time.monotonic() + grace
-        ends, left = [], []
-        while self.running and time.monotonic() < until:
-            for job, message in self.messages(until - time.monotonic()):
-                if "row" in message or ("failed" in message and "died" not in message):
-                    ends.append((job, message))
-                elif "done" not in message:
-                    left.append(job)
-        left += self.running
-        for worker in self.workers:
-            worker.connection.close()  # those that answered wait for another job
-            try:
-                worker.process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                say(f"worker {worker.number} does not leave; killing it")
-                worker.process.kill()
-                worker.process.wait()
-        self.workers = []
-        return ends, left
+        while self.running and (left := until - time.monotonic()) > 0:
+            for job, message in self.messages(left):
+                # Asked to stop while it started, a process dies.
+                yield job, {"interrupted": message["failed"]} if "failed" in message else message
+        yield from [(job, {"interrupted": "not saved in time"}) for job in self.running]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import DataError, MissingExtraError
 from sparse_bitnet.files import atomic_file, write_text
-from sparse_bitnet.study.rows import Row, is_number, read_rows
+from sparse_bitnet.study.rows import Row, read_rows
 
 try:
     import pandas as pd
@@ -28,24 +27,19 @@ PLAIN = ("published", "scratch", "")  # method, schedule, setting
 DRAWN = 4  # patterns that have curves over training
 SMOOTH = 5  # logged steps that a point of a loss curve averages
 LOSS_SHOWN = 1.6  # times the lowest final loss: how far up the loss curves are drawn
+RATIO = "perplexity / that of the dense baseline"
 LAST = 0.05  # part of training that the cost at the end is averaged over
 
 
-@dataclass(frozen=True)
-class Written:
-    """What :func:`report` wrote: the page, its pictures, and what it had to leave out."""
-
-    page: Path
-    pictures: list[Path]
-    problems: list[str]
-
-
-def report(directory: str | Path, out: str | Path | None = None) -> Written:
+def report(directory: str | Path, out: str | Path | None = None) -> Path:
     """Build report.html and plots/*.png from a sweep's rows.
 
     Args:
         directory: holds rows.jsonl or rows.jsonl.xz.
         out: receives the page; the directory itself by default.
+
+    Returns:
+        The page. Lines that could not be read are named on it.
 
     Raises:
         DataError: if there is no such file, or not one usable row in it.
@@ -60,20 +54,17 @@ def report(directory: str | Path, out: str | Path | None = None) -> Written:
     if all(row.diverged for row in rows):
         raise DataError(
             f"{directory}: none of its {len(rows)} runs gave a perplexity; {rows[0].cell}: "
-            f"{rows[0].raw.get('problem') or 'no reason is given'}"
+            f"{rows[0].problem or 'no reason is given'}"
         )
     out = Path(out) if out is not None else directory
     sections = build(rows, problems)
-    plots_directory = out / "plots"
-    plots_directory.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for figure in (figure for section in sections for figure in section.figures):
-        pictures.append(plots_directory / f"{figure.name}.png")
-        with atomic_file(pictures[-1]) as temporary:
+    figures = [figure for section in sections for figure in section.figures]
+    for figure in figures:
+        with atomic_file(out / "plots" / f"{figure.name}.png") as temporary:
             temporary.write_bytes(figure.png)
     write_text(out / PAGE, render("Ternary weights under N:M sparsity", _lead(rows), sections))
-    say(f"{len(rows)} rows, {len(pictures)} plots: {out / PAGE}")
-    return Written(out / PAGE, pictures, problems)
+    say(f"{len(rows)} rows, {len(figures)} plots: {out / PAGE}")
+    return out / PAGE
 
 
 def build(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[Section]:
@@ -86,16 +77,14 @@ def build(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[Section]:
         ascending=[False, True, True, False, True, True, False, True],
     )
     by_key = {row.key: row for row in rows}
-    sections = [_quality(runs), _lengths(runs)]
     plain = runs[(runs.method == "published") & (runs.schedule == "scratch")]
+    sparse = plain[plain.pattern != "dense"].dropna(subset="ratio")
+    sections = [_quality(runs, [*_ratios(sparse), *_lengths(sparse)])]
     for _, of_size in plain.groupby("size", sort=False):
-        # The group with most runs; of equally many, the longest training.
-        counts = of_size.groupby(GROUP).size()
-        main = max(counts.index, key=lambda group: (counts[group], group[1]))
-        chosen = of_size[(of_size[GROUP] == list(main)).all(axis=1)]
-        sections.append(_training(chosen, by_key))
-    sections.append(_all_runs(rows, runs, problems))
-    return [section for section in sections if section.tables or section.figures]
+        # The group with most runs.
+        main = of_size.loc[of_size.groupby(GROUP).key.transform("size").idxmax(), GROUP]
+        sections.append(_training(of_size[(of_size[GROUP] == main).all(axis=1)], by_key))
+    return [*sections, _all_runs(rows, runs, problems)]
 
 
 def _label(group: Sequence[Any]) -> str:
@@ -111,70 +100,63 @@ def _slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in short).split())
 
 
-def _quality(runs: pd.DataFrame) -> Section:
+def _quality(runs: pd.DataFrame, figures: list[Figure]) -> Section:
     """Perplexity, its ratio to the dense baseline, cloze: a line a group and pattern."""
     lines: dict[bool, list[dict[str, str]]] = {True: [], False: []}
-    figures = []
-    for group, of_group in runs.groupby(GROUP, sort=False):
-        label, plain = _label(group), tuple(group[2:4]) == PLAIN[:2]
-        for pattern, one in of_group.groupby("pattern", sort=False):
-            line = {"runs": label, "pattern": pattern}
-            for kind in _kinds(runs):
-                here = one[one.kind == kind]
-                name = NAME[kind]
-                line[f"{name} perplexity"] = mean_text(here.perplexity, 2)
-                if plain:
-                    ratios = here.ratio[here.pattern != "dense"]
-                    line[f"{name} / dense"] = mean_text(ratios)
-                else:
-                    line[f"{name} − published"] = mean_text(here["over published"], 2, "+")
-                if runs.cloze.notna().any():
-                    line[f"{name} cloze, %"] = mean_text(100 * here.cloze, 1)
-            lines[plain].append(line)
-        sparse = of_group[of_group.pattern != "dense"].dropna(subset="ratio")
-        places = {pattern: place for place, pattern in enumerate(sparse.pattern.unique())}
-        if len(places) > 1 and plain:
-            png = plots.lines(
-                _curves_by_kind(sparse.assign(x=sparse.pattern.map(places))),
-                f"Cost of the mask, {label}",
-                "pattern",
-                "perplexity / that of the dense baseline",
-                ticks={place: pattern for pattern, place in places.items()},
-            )
-            caption = f"Perplexity over that of the dense baseline by pattern, {label}."
-            figures.append(Figure(f"ratio-{_slug(label)}", png, caption))
+    for (*group, pattern), one in runs.groupby([*GROUP, "pattern"], sort=False):
+        plain = tuple(group[2:4]) == PLAIN[:2]
+        line = {"runs": _label(group), "pattern": pattern}
+        for kind in _kinds(runs):
+            here, name = one[one.kind == kind], NAME[kind]
+            line[f"{name} perplexity"] = mean_text(here.perplexity, 2)
+            if plain:
+                line[f"{name} / dense"] = mean_text(here.ratio[here.pattern != "dense"])
+            else:
+                line[f"{name} − published"] = mean_text(here["over published"], 2, "+")
+            if runs.cloze.notna().any():
+                line[f"{name} cloze, %"] = mean_text(100 * here.cloze, 1)
+        lines[plain].append(line)
     text = (
         "Figures are means over seeds ± their standard deviation. '/ dense' is the ratio to the "
         "same model without a mask, by seed; '− published' the difference to the published method, "
         "sparse from scratch, at the same pattern and seed."
     )
-    return Section(
-        "Perplexity", text, [pd.DataFrame(table) for table in lines.values() if table], figures
-    )
+    tables = [pd.DataFrame(table) for table in lines.values() if table]
+    return Section("Perplexity", text, tables, figures)
 
 
-def _lengths(runs: pd.DataFrame) -> Section:
+def _ratios(sparse: pd.DataFrame) -> Iterator[Figure]:
+    """Ratio to the dense baseline against the pattern, of each group with several."""
+    for group, one in sparse.groupby(GROUP, sort=False):
+        places = {pattern: place for place, pattern in enumerate(one.pattern.unique())}
+        if len(places) > 1:
+            label = _label(group)
+            png = plots.lines(
+                _curves_by_kind(one.assign(x=one.pattern.map(places))),
+                f"Cost of the mask, {label}",
+                "pattern",
+                RATIO,
+                ticks={place: pattern for pattern, place in places.items()},
+            )
+            caption = f"Perplexity over that of the dense baseline by pattern, {label}."
+            yield Figure(f"ratio-{_slug(label)}", png, caption)
+
+
+def _lengths(sparse: pd.DataFrame) -> Iterator[Figure]:
     """Ratio to the dense baseline against training length, where several were trained."""
-    figures = []
-    plain = runs[(runs.method == "published") & (runs.schedule == "scratch")].dropna(subset="ratio")
-    sparse = plain[plain.pattern != "dense"]
-    for (size, setting, pattern), one in sparse.groupby(["size", "setting", "pattern"], sort=False):
+    for group, one in sparse.groupby(["size", "pattern", "setting"], sort=False):
         lengths = sorted(one["tokens per weight"].unique())
-        if len(lengths) < 2:
-            continue
-        label = ", ".join(part for part in (size, pattern, setting) if part)
-        png = plots.lines(
-            _curves_by_kind(one.assign(x=one["tokens per weight"])),
-            f"Cost of the mask against training length, {label}",
-            "training tokens per weight",
-            "perplexity / that of the dense baseline",
-            log_x=True,
-            ticks={x: f"{x:g}" for x in lengths},
-        )
-        figures.append(
-            Figure(f"length-{_slug(label)}", png, f"Each point is its own run, {label}.")
-        )
-    return Section("Training length", figures=figures)
+        if len(lengths) > 1:
+            label = ", ".join(filter(None, group))
+            png = plots.lines(
+                _curves_by_kind(one.assign(x=one["tokens per weight"])),
+                f"Cost of the mask against training length, {label}",
+                "training tokens per weight",
+                RATIO,
+                log_x=True,
+                ticks={x: f"{x:g}" for x in lengths},
+            )
+            yield Figure(f"length-{_slug(label)}", png, f"Each point is its own run, {label}.")
 
 
 def _curves_by_kind(runs: pd.DataFrame) -> list[Curve]:
@@ -224,9 +206,9 @@ def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
     def curves(name: str, factor: float = 1.0, smooth: int = 1) -> dict[str, list[Curve]]:
         return {
             NAME[kind]: [
-                Curve(row.cell.pattern, _millions(tokens), _smoothed(values, smooth, factor))
+                _curve(row.cell.pattern, factor * values, smooth)
                 for row in rows
-                for tokens, values in [row.series(name)]
+                for values in [_series(row, name)]
                 if len(values) > 1
             ]
             for kind, rows in shown.items()
@@ -247,11 +229,11 @@ def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
                 f"{NAME[kind]} {row.cell.pattern}, {one['position']}",
                 one["edges"],
                 one["magnitudes"],
-                one.get("thresholds") or [],
+                one.get("thresholds", []),
                 kind,
             )
-            for one in row.snapshots
-            if one["fraction"] == max(snapshot["fraction"] for snapshot in row.snapshots)
+            for one in row.polarization
+            if one["fraction"] == max(snapshot["fraction"] for snapshot in row.polarization)
         ]
         for kind, rows in shown.items()
         for row in rows[-1:]
@@ -280,40 +262,30 @@ def _mask_costs(
     panels: dict[str, list[Curve]] = {}
     ends = []
     for run in runs[runs.pattern != "dense"].dropna(subset="ratio").itertuples():
-        row, baseline = by_key[run.key], dense[run.kind, run.seed]
-        before = dict(zip(*baseline.series("loss"), strict=True))
-        both = [(t, v - before[t]) for t, v in zip(*row.series("loss"), strict=True) if t in before]
-        if len(both) < 2:
+        here, baseline = by_key[run.key], dense[run.kind, run.seed]
+        gaps = (_series(here, "loss") - _series(baseline, "loss")).dropna()
+        if len(gaps) < 2:
             continue
-        tokens, gaps = [t for t, _ in both], pd.Series([gap for _, gap in both])
         drawn = panels.setdefault(run.pattern, [])
         label = "" if any(curve.kind == run.kind for curve in drawn) else NAME[run.kind]
-        drawn.append(Curve(label, _millions(tokens), _smoothed(gaps, SMOOTH), kind=run.kind))
+        drawn.append(_curve(label, gaps, SMOOTH, run.kind))
         last = gaps.tail(max(1, round(LAST * len(gaps)))).mean()
-        ratio = row.perplexity / baseline.perplexity
-        held_out = math.log(ratio) if ratio > 0 else math.nan
+        held_out = math.log(run.ratio) if run.ratio > 0 else math.nan
         ends.append((run.pattern, NAME[run.kind], last, held_out))
     table = pd.DataFrame(ends, columns=["pattern", "kind", "training", "held-out"])
-    lines = [
-        {
-            "pattern": p,
-            "kind": k,
-            **{n: mean_text(one[n], 3, "+") for n in ("training", "held-out")},
-        }
-        for (p, k), one in table.groupby(["pattern", "kind"], sort=False)
-    ]
-    return panels, pd.DataFrame(lines)
+    texts = table.groupby(["pattern", "kind"], sort=False).agg(lambda one: mean_text(one, 3, "+"))
+    return panels, texts.reset_index()
 
 
-def _millions(tokens: Sequence[float]) -> list[float]:
-    return [t / 1e6 for t in tokens]
+def _series(row: Row, name: str) -> pd.Series:
+    """A history by tokens."""
+    tokens, values = row.series(name)
+    return pd.Series(dict(zip(tokens, values, strict=True)), dtype=float)
 
 
-def _smoothed(values: Any, window: int, factor: float = 1.0) -> list[float]:
-    smooth: list[float] = (
-        (factor * pd.Series(values)).rolling(window, min_periods=1).mean().tolist()
-    )
-    return smooth
+def _curve(label: str, values: pd.Series, smooth: int, kind: str = "") -> Curve:
+    values = values.rolling(smooth, min_periods=1).mean()
+    return Curve(label, list(values.index / 1e6), values.tolist(), kind=kind)
 
 
 def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) -> Section:
@@ -324,35 +296,33 @@ def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) 
             "cell": str(row.cell),
             "setting": settings.get(row.key, ""),
             "perplexity": "diverged" if row.diverged else f"{row.perplexity:.3f}",
-            "cloze": "–" if row.accuracy is None else f"{row.accuracy:.1%}",
-            "zeros": "–" if row.zeros is None else f"{row.zeros:.1%}",
-            "tokens": _number(row.raw.get("tokens"), 1e6, "M"),
-            "seconds": _number(row.raw.get("seconds")),
-            "tokens/s": _number(row.raw.get("tokens_per_second"), 1e6, "M", 2),
+            "cloze": _number(row.accuracy, ".1%"),
+            "zeros": _number(row.zeros, ".1%"),
+            "tokens": _number(row.tokens, ",.0f"),
+            "seconds": _number(row.seconds, ",.0f"),
+            "tokens/s": _number(row.tokens_per_second, ",.0f"),
             "key": row.key,
         }
         for row in rows
     ]
-    diverged = [f"{r.cell} diverged: {r.raw.get('problem')}" for r in rows if r.diverged]
+    diverged = [f"{row.cell} diverged: {row.problem}" for row in rows if row.diverged]
     text = "Each line is a row of the file, which has configuration, versions and histories too."
     return Section("All runs", text, [pd.DataFrame(lines)], notes=[*diverged, *problems])
 
 
-def _number(value: object, unit: float = 1.0, name: str = "", digits: int = 0) -> str:
-    return f"{value / unit:,.{digits}f}{name}" if isinstance(value, int | float) else "–"
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 def _lead(rows: Sequence[Row]) -> list[str]:
-    tokens, seconds = (
-        sum(n for r in rows if (n := r.raw.get(name)) is not None and is_number(n))
-        for name in ("tokens", "seconds")
-    )
-    environments = [e for r in rows if isinstance(e := r.raw.get("environment"), dict)]
-    devices = sorted({str(e.get("device")) for e in environments})
-    versions = sorted({f"torch {e.get('torch')}" for e in environments})
-    commits = sorted({str(e["commit"])[:10] for e in environments if e.get("commit")})
+    tokens, seconds = (sum(getattr(r, name) or 0 for r in rows) for name in ("tokens", "seconds"))
+    made_with = {
+        f"{e.get('device')}, torch {e.get('torch')}, commit {str(e.get('commit'))[:10]}"
+        for e in (row.environment for row in rows)
+        if e
+    }
     return [
         f"{len(rows)} runs, {tokens / 1e6:,.4g}M training tokens, {seconds / 3600:.2f} hours of "
         "training one after the other.",
-        ", ".join([*devices, *versions, *(f"commit {c}" for c in commits)]),
+        "; ".join(sorted(made_with)),
     ]

@@ -3,7 +3,7 @@
 A row holds the cell and its whole configuration, versions and device, wall time and speed, the
 final figures, and histories thinned to a few hundred points:
 
-    key, finished, status, cell, blocks, config, data, weights, tokens, steps
+    key, finished, status, cell, config, data, weights, tokens, steps
     environment: python, torch, …, device, commit
     seconds, train_seconds, tokens_per_second
     validation: {loss, perplexity, tokens}
@@ -22,58 +22,94 @@ import json
 import lzma
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, FiniteFloat, with_config
 from pydantic_core import to_json
+from typing_extensions import TypedDict
 
 from sparse_bitnet.core import DataError
 from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.train.recipe import checked
 
 ROWS_FILE = "rows.jsonl"
-LONGEST_INTEGER = 18  # digits
+FOREIGN = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
 
 
+def _bins_fit(one: dict[str, Any]) -> dict[str, Any]:
+    bins = len(one["magnitudes"])
+    if len(one["edges"]) != bins + 1 or len(one.get("thresholds", [])) not in (0, bins):
+        raise ValueError("edges, magnitudes and thresholds are not of one number of bins")
+    return one
+
+
+class _Bins(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    fraction: FiniteFloat  # of training
+    position: str  # early, late or all
+    edges: list[FiniteFloat]
+    magnitudes: list[FiniteFloat]
+    thresholds: NotRequired[list[FiniteFloat]]
+
+
+def _known(cell: Any) -> Any:
+    """Without what a later version may have added."""
+    return {k: v for k, v in cell.items() if k in Cell.__dataclass_fields__}
+
+
+@with_config(FOREIGN)
 @dataclass(frozen=True)
 class Row:
     """A finished cell."""
 
-    key: str  # see SweepRecipe.key
-    cell: Cell
-    perplexity: float  # on the validation split; NaN if training diverged
-    accuracy: float | None  # of the cloze, a fraction; None if it was not measured
     raw: dict[str, Any]  # everything the line holds
+    key: str  # see cells.run_key
+    cell: Annotated[Cell, BeforeValidator(_known)]
+    validation: dict[str, float | None] = field(default_factory=dict)
+    cloze: dict[str, float] = field(default_factory=dict)
+    history: dict[str, list[float | str | None]] = field(default_factory=dict)
+    polarization: list[Annotated[_Bins, AfterValidator(_bins_fit)]] = field(default_factory=list)
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    tokens: FiniteFloat | None = None
+    seconds: FiniteFloat | None = None
+    tokens_per_second: FiniteFloat | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """On the validation split; NaN if training diverged."""
+        found = self.validation.get("perplexity")
+        return math.nan if found is None else found
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the cloze, a fraction; None if it was not measured."""
+        return self.cloze.get("accuracy")
 
     @property
     def learning_rate(self) -> float | None:
         """The highest of its schedule; None if the row does not record it."""
-        config = self.raw.get("config")
-        optimizer = config.get("optimizer") if isinstance(config, dict) else None
-        rate = optimizer.get("learning_rate") if isinstance(optimizer, dict) else None
-        return float(rate) if isinstance(rate, int | float) else self.cell.learning_rate
+        rate: float | None = self.config.get("optimizer", {}).get("learning_rate")
+        return self.cell.learning_rate if rate is None else rate
 
     @property
     def diverged(self) -> bool:
         return not math.isfinite(self.perplexity)
 
-    def series(self, name: str) -> tuple[list[float], list[Any]]:
+    def series(self, name: str) -> tuple[list[float], list[float]]:
         """(tokens, values) of a history, without the points where nothing was measured."""
-        history = self.raw.get("history")
-        history = history if isinstance(history, dict) else {}
-        tokens, values = history.get("tokens"), history.get(name)
-        if not (isinstance(tokens, list) and isinstance(values, list)):
-            return [], []
-        both = zip(tokens, values, strict=False)
-        pairs = [(t, v) for t, v in both if is_number(t) and is_number(v)]
+        both = zip(self.history.get("tokens", []), self.history.get(name, []), strict=False)
+        pairs = [
+            (t, v)
+            for t, v in both
+            if isinstance(t, float) and isinstance(v, float) and math.isfinite(t + v)
+        ]
         return [t for t, _ in pairs], [v for _, v in pairs]
-
-    @property
-    def snapshots(self) -> list[dict[str, Any]]:
-        """The polarization snapshots that can be drawn: bins of one width, finite numbers."""
-        found = self.raw.get("polarization")
-        return [one for one in (found if isinstance(found, list) else []) if _is_snapshot(one)]
 
     @property
     def zeros(self) -> float | None:
@@ -109,10 +145,11 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
         if not line.strip():
             continue
         try:
-            row = _parse(json.loads(line, parse_int=_whole))
+            raw = json.loads(line)
+            known = {name: value for name, value in raw.items() if value is not None}
+            row = checked(Row, known | {"raw": raw}, "")
         except Exception as error:  # whatever a foreign line brings
-            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            problems.append(f"{path.name}, line {number}: skipped, {why[:300]}")
+            problems.append(f"{path.name}, line {number}: skipped, {str(error)[:300]}")
             continue
         rows[row.key] = row
     return list(rows.values()), problems
@@ -136,40 +173,3 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _parse(raw: Any) -> Row:
-    if not isinstance(raw, dict):
-        raise ValueError("not a JSON object")
-    values = raw["cell"]
-    known = Cell().to_dict()
-    cell = checked(Cell, {k: v for k, v in values.items() if k in known}, "cell")
-    perplexity = (raw.get("validation") or {}).get("perplexity")
-    accuracy = (raw.get("cloze") or {}).get("accuracy")
-    return Row(
-        key=str(raw["key"]),
-        cell=cell,
-        perplexity=math.nan if perplexity is None else float(perplexity),
-        accuracy=None if accuracy is None else float(accuracy),
-        raw=raw,
-    )
-
-
-def _is_snapshot(one: Any) -> bool:
-    if not isinstance(one, dict) or not isinstance(one.get("position"), str):
-        return False
-    lists = [one.get(name) or [] for name in ("magnitudes", "edges", "thresholds")]
-    if not all(isinstance(values, list) and all(map(is_number, values)) for values in lists):
-        return False
-    bins, edges, thresholds = map(len, lists)
-    return is_number(one.get("fraction")) and edges == bins + 1 > 1 and thresholds in (0, bins)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of a row is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _whole(digits: str) -> int | float:
-    """An integer of JSON; as a float where it is too large for one, which infinity may be."""
-    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)

@@ -48,7 +48,7 @@ def run_cell(job: Job, report: Report | None = None) -> dict[str, Any]:
         report: called with (steps done, steps) after every step.
 
     Returns:
-        The row (see :mod:`sparse_bitnet.study.rows`), without ``key`` and ``blocks``. A run that
+        The row (see :mod:`sparse_bitnet.study.rows`), without ``key``. A run that
         diverged gives a row of status ``diverged``, with the reason and the histories so far.
 
     Raises:

@@ -26,11 +26,10 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data import open_source
 from sparse_bitnet.evaluate.cloze import cloze_items
 from sparse_bitnet.files import locked, write_text
-from sparse_bitnet.study.cells import Job, SweepRecipe, fingerprint, key_today, read_sweep
+from sparse_bitnet.study.cells import Job, SweepRecipe, key_today, read_sweep, run_key
 from sparse_bitnet.study.pool import Message, Pool
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 from sparse_bitnet.study.run_cell import check_model, data_facts
-from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 
 HISTORY_ROWS = 200
@@ -109,7 +108,7 @@ def sweep(
     with locked(out / ".lock", busy), stop_on_signals() as stop:
         waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
-        run = _Sweep(plan, waiting, rows_path, deadline, keep_runs)
+        run = _Sweep(jobs, waiting, rows_path, deadline, keep_runs)
         places = _places(per_gpu, cpu_workers)[: len(waiting)]
         if places:
             steps = sum(job.config.schedule.steps for job in waiting)
@@ -156,18 +155,13 @@ class _Sweep:
     """What is waiting, what has failed, and what to do with a worker's message."""
 
     def __init__(
-        self,
-        plan: SweepRecipe,
-        waiting: list[Job],
-        rows_path: Path,
-        deadline: float,
-        keep_runs: bool,
+        self, jobs: list[Job], waiting: list[Job], rows: Path, deadline: float, keep_runs: bool
     ) -> None:
-        self.plan, self.waiting = plan, waiting
-        self.rows_path, self.deadline, self.keep_runs = rows_path, deadline, keep_runs
+        self.waiting, self.rows_path = waiting, rows
+        self.deadline, self.keep_runs = deadline, keep_runs
         self.failed: dict[str, str] = {}
         self._steps_done = dict.fromkeys((job.key for job in waiting), 0)
-        self._cells_done = len(plan.cells) - len(waiting)
+        self._cells, self._cells_done = len(jobs), len(jobs) - len(waiting)
 
     def work(self, pool: Pool, task: Task, stop: StopRequest) -> None:
         """Hand out cells until none is left or fits before the deadline, or a signal arrives."""
@@ -184,16 +178,14 @@ class _Sweep:
                     break
         finally:
             # Whatever ended the loop (time, a signal, an error): runs are saved, counted as left.
-            ends, left = pool.stop()
-            self.waiting = left + self.waiting
-            for job, message in ends:
+            for job, message in pool.stop():
                 self._handle(job, message, pool, task)
 
     def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
         steps = job.config.schedule.steps
         if "row" in message:
-            row = {"key": job.key, **message["row"], "blocks": self.plan.expanded[job.cell]}
-            row["environment"] = {**row["environment"], "side_by_side": pool.per_device}
+            row = {"key": job.key, **message["row"]}
+            row["environment"]["side_by_side"] = pool.per_device
             append_row(self.rows_path, row)
             self._cells_done += 1
             if not self.keep_runs:
@@ -207,7 +199,7 @@ class _Sweep:
             steps = self._steps_done[job.key]
         else:
             steps = message["done"]
-        cells = f"{self._cells_done} of {len(self.plan.cells)} cells, {len(pool.running)} running"
+        cells = f"{self._cells_done} of {self._cells} cells, {len(pool.running)} running"
         failed = f", {len(self.failed)} failed" if self.failed else ""
         task.advance(steps - self._steps_done[job.key], cells + failed)
         self._steps_done[job.key] = steps
@@ -224,34 +216,29 @@ class _Sweep:
 
 
 def _jobs(plan: SweepRecipe, scratch: Path, export: bool = False) -> list[Job]:
-    fingerprints: dict[str, str] = {}
+    facts: dict[str, dict[str, Any]] = {}
     jobs = []
     for cell in plan.cells:
         config = plan.config(cell)
         place = json.dumps([config.data.path, config.data.mixture])
-        if place not in fingerprints:
-            fingerprints[place] = fingerprint(data_facts(config))
-        key = plan.key(cell, fingerprints[place])
-        config = _run_settings(plan, config, scratch / key, export)
+        if place not in facts:
+            facts[place] = data_facts(config)
+        key = run_key(config, plan.evaluation, facts[place])
+        given = {name for part in (plan.base, *plan.kinds.values()) for name in part.get("run", {})}
+        # Where the recipe does not say: the end is measured on the whole validation split; a
+        # checkpoint is a person's choice.
+        chosen: dict[str, Any] = {
+            "log_every": max(1, config.schedule.steps // HISTORY_ROWS),
+            "layers_every": 0,
+            "validation_sequences": 0,
+            "checkpoint_every": 0,
+            "export": export,
+        }
+        chosen = {name: value for name, value in chosen.items() if name not in given}
+        run = replace(config.run, directory=str(scratch / key), **chosen)
+        config = replace(config, run=run)
         jobs.append(Job(key, cell, config, plan.evaluation))
     return jobs
-
-
-def _run_settings(
-    plan: SweepRecipe, config: TrainConfig, directory: Path, export: bool
-) -> TrainConfig:
-    """The directory, and how often to log, where the recipe does not say."""
-    given = plan.base.get("run") or {}
-    chosen = {
-        "log_every": max(1, config.schedule.steps // HISTORY_ROWS),
-        "layers_every": 0,
-        # The end is measured on the whole validation split; a checkpoint is a person's choice.
-        "validation_sequences": 0,
-        "checkpoint_every": 0,
-        "export": export,
-    }
-    kept: dict[str, Any] = {k: v for k, v in chosen.items() if k not in given}
-    return replace(config, run=replace(config.run, directory=str(directory), **kept))
 
 
 def _places(per_gpu: int, cpu_workers: int) -> list[dict[str, str]]:
