@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_common import write
 from sparse_bitnet.data.loader import Batch
 from sparse_bitnet.estimate.devices import GPUS
-from sparse_bitnet.estimate.sharding import Sharding
+from sparse_bitnet.estimate.estimate import sharding
 from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.shards import shard
 from sparse_bitnet.train.config import OptimizerConfig
@@ -166,7 +166,7 @@ def one_row(preset: str, row: str, sequences: int, length: int, steps: int) -> d
     weights = sum(p.numel() for b in blocks(model) for p in b.parameters() if p.ndim > 1)
     others = sum(p.numel() for p in parameters) - weights
     layers = model.config.num_hidden_layers
-    plan = Sharding(weights, layers, others, GPUS["h200"], world, world * sequences * length)
+    plan = sharding(weights, layers, others, GPUS["h200"], world, world * sequences * length)
     return {
         "model": preset,
         "row": row,

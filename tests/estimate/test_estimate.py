@@ -45,7 +45,7 @@ def test_sizes_are_those_of_the_packed_model(tmp_path, kind, storage, head):
     model.config.save_pretrained(tmp_path / "config")
     found = estimate(str(tmp_path / "config"), storage=storage, head=head)
     written = (tmp_path / "packed" / "model.safetensors").stat().st_size
-    assert found.packed.file_bytes == written
+    assert found.files.packed == written
     assert found.weights == result.weights and found.modules == result.modules
     assert found.stored_bits == pytest.approx(result.bits_per_weight)
     assert found.weights + found.other_parameters == sum(p.numel() for p in model.parameters())
@@ -78,7 +78,7 @@ def test_memory_on_a_cpu_is_what_the_loaded_model_takes(
                         tensors += [weight.packed, weight.w_scale]
             taken = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
             found = estimate(str(tmp_path / "packed"), pattern=pattern, storage=storage, gpu="cpu")
-            expected = pytest.approx(found.packed.device_bytes, rel=0.03)  # row scales count here
+            expected = pytest.approx(found.on_device.packed, rel=0.03)  # row scales count here
             assert sum(taken.values()) == expected, path
 
 
@@ -134,29 +134,29 @@ def test_rooflines_by_hand(tmp_path):
     assert found.kv_bytes == 28 * 2 * 2 * 256
     attention = 28 * 4 * 1536 * 1024 * 1025 / 2
     bf16 = (2 * weights * 1024 + attention) / 989.4e12 + 2 * head / 4.8e12
-    assert found.bf16.prefill_seconds == pytest.approx(bf16, rel=0.01)
+    assert found.prefill.bf16.seconds == pytest.approx(bf16, rel=0.01)
     int8 = 2 * weights * 1024 / 1978.9e12 + attention / 989.4e12 + 2 * head / 4.8e12
-    assert found.packed.prefill_seconds == pytest.approx(int8, rel=0.01)
-    assert found.bf16.decode_seconds == pytest.approx(2 * (weights + head) / 4.8e12, rel=0.01)
-    assert found.packed.decode_seconds == pytest.approx((weights / 4 + 2 * head) / 4.8e12, rel=0.01)
-    assert (found.bf16.prefill_bound, found.packed.decode_bound) == ("arithmetic", "memory")
-    price = f"{found.bf16.decode_seconds * 1e3:.4f}"  # 3.6 an hour is a thousandth a second
+    assert found.prefill.packed.seconds == pytest.approx(int8, rel=0.01)
+    assert found.decode.bf16.seconds == pytest.approx(2 * (weights + head) / 4.8e12, rel=0.01)
+    assert found.decode.packed.seconds == pytest.approx((weights / 4 + 2 * head) / 4.8e12, rel=0.01)
+    assert (found.prefill.bf16.bound, found.decode.packed.bound) == ("arithmetic", "memory")
+    price = f"{found.decode.bf16.seconds * 1e3:.4f}"  # 3.6 an hour is a thousandth a second
     assert f"  decode{price:>36}" in str(found)
-    assert found.bf16.training_bytes == 16 * (weights + found.other_parameters)
+    assert found.training.bf16 == 16 * (weights + found.other_parameters)
     # Backward reads the ternary weights, two bits each.
-    assert found.packed.training_bytes - found.bf16.training_bytes == weights // 4
+    assert found.training.packed - found.training.bf16 == weights // 4
     int8 = estimate("qwen2.5-1.5b", head="int8", prompt=1024, context=1)
-    assert found.packed.decode_seconds - int8.packed.decode_seconds == pytest.approx(head / 4.8e12)
+    assert found.decode.packed.seconds - int8.decode.packed.seconds == pytest.approx(head / 4.8e12)
 
 
 def test_a_gpu_keeps_two_bits_whatever_the_pattern():
     found = [estimate("qwen2.5-0.5b", pattern=p, prompt=8192) for p in ("dense", "6:8", "2:4")]
-    one, *others = [(f.packed.device_bytes, f.packed.prefill_seconds) for f in found]
+    one, *others = [(f.on_device.packed, f.prefill.packed.seconds) for f in found]
     assert all(other == one for other in others)
-    assert found[0].packed.prefill_seconds < found[0].bf16.prefill_seconds
+    assert found[0].prefill.packed.seconds < found[0].prefill.bf16.seconds
     trits = estimate("qwen2.5-0.5b", prompt=8192, storage="trits")
-    assert trits.packed.device_bytes == found[0].packed.device_bytes
-    assert trits.packed.file_bytes < found[0].packed.file_bytes
+    assert trits.on_device.packed == found[0].on_device.packed
+    assert trits.files.packed < found[0].files.packed
 
 
 @pytest.mark.parametrize("gpu", [*GPUS, "cpu"])
@@ -186,9 +186,9 @@ def test_what_does_not_fit_is_reported(tmp_path):
 
 def test_experts_are_read_as_tokens_meet_them(tmp_path):
     trained("mixtral").config.save_pretrained(tmp_path)  # 2 of 4 experts a token
-    one, many = (estimate(str(tmp_path), batch=batch, context=1).bf16 for batch in (1, 64))
+    one, many = (estimate(str(tmp_path), batch=batch, context=1) for batch in (1, 64))
     assert one.operations_per_token == many.operations_per_token
-    assert one.decode_seconds < many.decode_seconds
+    assert one.decode.bf16.seconds < many.decode.bf16.seconds
 
 
 def test_layers_of_linear_attention_have_no_kv_cache(tmp_path):

@@ -17,6 +17,6 @@ def build(directory: Path) -> None:
 
 def read(directory: Path, mutation: Any) -> None:
     found = estimate(str(directory))
-    for seconds in (found.packed.prefill_seconds, found.packed.decode_seconds):
+    for seconds in (found.prefill.packed.seconds, found.decode.packed.seconds):
         assert math.isfinite(seconds) and seconds > 0
     str(found)

@@ -17,7 +17,7 @@ from processes import run_processes
 from sparse_bitnet import nn
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.estimate.devices import GPUS
-from sparse_bitnet.estimate.sharding import Sharding
+from sparse_bitnet.estimate.estimate import sharding
 from sparse_bitnet.formats import two_bit
 from sparse_bitnet.nn.gathered import GatheredTernary
 from sparse_bitnet.nn.shards import MasterShard, _Group, _Source
@@ -72,7 +72,7 @@ def test_two_bits_travel(two_ranks: dict[str, Any], four_ranks: dict[str, Any]) 
         assert 0.5 < received / found["weights"] < 0.6
         head = 2 * 72 * 64 * 4 + 64 * 4  # the root's: embeddings, head and last norm, once
         # What ``estimate`` says, without norms and γ, for a rank that receives its own part too.
-        plan = Sharding(found["weights"], 2, head // 4, GPUS["h200"], 10**6, 1)
+        plan = sharding(found["weights"], 2, head // 4, GPUS["h200"], 10**6, 1)
         assert plan.gathered_bytes == pytest.approx(received + head, rel=0.05)
         assert received + head == sum(
             size for name, size in found["bytes"].items() if name.startswith("_allgather")

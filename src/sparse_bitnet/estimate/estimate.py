@@ -11,27 +11,44 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sparse_bitnet.core import CheckpointError, ConfigError, Pattern
+from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.estimate.devices import Device, device_named
-from sparse_bitnet.estimate.sharding import Sharding
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.kernels import native
 from sparse_bitnet.nn import convert, converted_modules
 from sparse_bitnet.packed.load import DType
 from sparse_bitnet.packed.sizes import least_bits, readable_bytes
 from sparse_bitnet.packed.write import HeadName, packed_sizes
-from sparse_bitnet.train.dense import read_shape
-from sparse_bitnet.train.presets import PRESETS, preset_config
+from sparse_bitnet.train.model import empty_model
 
 # What autograd keeps of a decoder layer in an eager step under bf16 autocast, bytes a token:
 # a·hidden + b·intermediate + c·key-value width + d, counted with saved-tensor hooks.
-KEPT = {"bitnet": (26.25, 7.0, 4.0, 36.0), "bf16": (30.25, 8.0, 4.0, 8.0)}
+KEPT = {"bf16": (30.25, 8.0, 4.0, 8.0), "bitnet": (26.25, 7.0, 4.0, 36.0)}
+
+STATE = 4 + 4 + 8  # bytes a trained parameter: float32 master and gradient, Adam's two moments
+TRAINED = 0.4  # of the bf16 peak that a training step reaches
+HOST = 8  # GPUs that share fast links
+NETWORK = 50.0  # GB/s of a GPU beyond its host: 400 Gbit/s
+
+
+# What every figure of an estimate rests on.
+ASSUMED = """\
+· times are rooflines, products one after the other, each bound by arithmetic or by reading its
+  weight; norms, activations and launches are free
+· the BF16 baseline runs the same products in bf16; attention and KV cache are bf16 in both
+· training: float32 masters, gradients and two Adam moments, 16 bytes a parameter; activations as
+  autograd keeps them without checkpointing, logits in chunks"""
+ON_A_GPU = """
+· whole 7B models measured on an H200: prefill 1.92×, decode 2.9× for one sequence and 2.5× for
+  sixteen
+· a weight is kept once, at two bits, whatever its pattern"""
+WITH_EXPERTS = "\n· tokens meet different experts until all are met; routing is free"
 
 
 class DecoderShape:
@@ -53,17 +70,11 @@ class DecoderShape:
         self.head, self.head_bytes = head.weight.numel(), head.weight.nbytes
         self.tied = head.weight is model.get_input_embeddings().weight
         window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
         # Tokens that each layer keeps at most: all (None), a window, or none (linear attention,
         # Mamba, convolutions).
-        self.windows = [
-            0
-            if not kind.endswith("attention") or kind == "linear_attention"
-            else window
-            if kind == "sliding_attention"
-            else None
-            for kind in kinds
-        ]
+        limits = {"sliding_attention": window, "linear_attention": 0}
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
+        self.windows = [limits.get(k, None if k.endswith("attention") else 0) for k in kinds]
 
     def kv_lengths(self, context: int) -> list[int]:
         """Tokens in each layer's key-value cache for a sequence of that length."""
@@ -82,33 +93,74 @@ def _bytes_a_weight(device: Device, pattern: Pattern) -> float:
     return 1.5 / 8 if not device.is_gpu and fits_2_4 and native.reads_six_bit() else 0.25
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One way to run: the model in BF16, or packed. Sizes in bytes, times in seconds."""
+class Time(NamedTuple):
+    """A roofline, in seconds; what takes longer, arithmetic or memory; and the bytes read."""
 
-    file_bytes: int
-    device_bytes: int  # weights on the device, as products read them
-    prefill_seconds: float  # all sequences' prompts together
-    prefill_bound: str  # what takes longer: arithmetic or memory
-    decode_seconds: float  # one token of every sequence
-    decode_bound: str
-    operations_per_token: float  # without attention
-    bytes_per_token: float  # read to decode one token: weights and KV cache
-    training_bytes: int  # masters, Adam's moments, gradients; ternary weights kept for backward
-    activation_bytes: float  # that training keeps for backward, a token
+    seconds: float
+    bound: str
+    read: float
+
+
+class Pair(NamedTuple):
+    """A figure of the BF16 model and of the packed one."""
+
+    bf16: Any
+    packed: Any
+
+
+class Sharding(NamedTuple):
+    """What one of several GPUs that train together keeps, receives and waits for."""
+
+    shard_bytes: float  # masters, gradients and moments of its own rows
+    whole_bytes: float  # beside them at the peak
+    gathered_bytes: float  # received in a step of one micro-batch
+    reduced_bytes: float
+    compute_seconds: float  # of a step
+    network_seconds: float  # as if nothing were hidden behind arithmetic
+
+
+def sharding(
+    weights: int, layers: int, others: int, device: Device, gpus: int, tokens: int
+) -> Sharding:
+    """FSDP2 as ``nn.shard`` sets it up: every linear is gathered as two bits for forward and again
+    for backward; embeddings and head in float32, once; gradients are reduced in float32.
+
+    Args:
+        weights: that are ternary, in ``layers`` equal layers.
+        others: parameters of the root: embeddings, head, last norm.
+        tokens: of a step, all GPUs together, in one micro-batch.
+    """
+    part, every = (gpus - 1) / gpus, weights + others
+    gathered, reduced = part * (2 * weights / 4 + 4 * others), part * 4 * every
+    link = device.link if gpus <= HOST else min(NETWORK, device.link)
+    return Sharding(
+        STATE * every / gpus,
+        # Two layers as gathered, one of them as int8 and its float32 gradients twice; the root's
+        # parameters and their gradients.
+        weights / layers * (2 / 4 + 1 + 2 * 4) + 2 * 4 * others,
+        gathered,
+        reduced,
+        6.0 * every * tokens / gpus / (TRAINED * device.bf16 * 1e12),
+        (gathered + reduced) / (link * 1e9),
+    )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` found; ``str()`` is a page for people."""
+    """What :func:`estimate` found; ``str()`` is a page for people. Sizes in bytes."""
 
     weights: int  # that become ternary, in so many modules
     modules: int
     other_parameters: int  # embeddings, norms, head and biases; tied ones once
     stored_bits: float  # a weight in the files, scales included
     kv_bytes: int  # all sequences
-    bf16: Cost
-    packed: Cost
+    operations_per_token: float  # without attention
+    files: Pair
+    on_device: Pair  # weights, as products read them
+    training: Pair  # masters, Adam's moments, gradients; ternary weights kept for backward
+    activations: Pair  # that training keeps for backward, a token
+    prefill: Pair  # Time of all sequences' prompts together
+    decode: Pair  # Time of one token of every sequence; weights and KV cache are read
     sharding: Sharding | None  # of training over several GPUs
     page: str = field(compare=False, repr=False)
 
@@ -180,70 +232,51 @@ def estimate(
         linears.append((sum(weight.numel() for weight in masters), active))
     weights = sum(count for count, _ in linears)
 
-    def roofline(
-        tokens: int, length: int, packed: bool, decoding: bool
-    ) -> tuple[float, str, float]:
-        """(seconds, what bounds them, bytes read): linears, head on each last token, attention."""
+    def roofline(tokens: int, length: int, packed: bool, decoding: bool) -> Time:
+        """Of linears, head on each last token, attention."""
         kept = shape.kv_lengths(length)
         seen = sum(kept if decoding else (n * (n + 1) / 2 + (length - n) * n for n in kept))
+        of_head, head_bytes = 2 * shape.head * batch, shape.head_bytes if packed else 2 * shape.head
         # (bf16 operations, int8 operations, bytes) of each product
         products: list[tuple[float, float, float]] = [
-            (4 * shape.query_width * seen * batch, 0.0, batch * shape.kv_bytes(length))
+            (4 * shape.query_width * seen * batch, 0, batch * shape.kv_bytes(length))
         ]
-        of_head = 2 * shape.head * batch
-        if packed and head == "int8":  # two int8 terms a token
-            products.append((0.0, 2 * of_head, shape.head))
-        else:
-            products.append((of_head, 0.0, shape.head_bytes if packed else 2 * shape.head))
+        int8_head = packed and head == "int8"  # two int8 terms a token
+        products.append((0, 2 * of_head, shape.head) if int8_head else (of_head, 0, head_bytes))
         for count, active in linears:
             operations = 2 * count * active * tokens
             # Of experts, every token may meet others, up to all of them.
-            read = count * min(1.0, active * tokens)
-            products.append(
-                (0.0, operations, stored * read) if packed else (operations, 0.0, 2 * read)
-            )
-        limits = [
-            (bf16 / device.bf16 / 1e12 + int8 / device.int8 / 1e12, read / device.bandwidth / 1e9)
-            for bf16, int8, read in products
-        ]
-        arithmetic, memory = map(sum, zip(*limits, strict=True))
-        bound = "arithmetic" if arithmetic > memory else "memory"
-        return sum(map(max, limits)), bound, sum(read for _, _, read in products)
+            read = (stored if packed else 2) * count * min(1.0, active * tokens)
+            products.append((0, operations, read) if packed else (operations, 0, read))
+        bf16, int8, read = np.array(products, dtype=float).T
+        arithmetic = bf16 / device.bf16 / 1e12 + int8 / device.int8 / 1e12
+        memory = read / device.bandwidth / 1e9
+        bound = "arithmetic" if arithmetic.sum() > memory.sum() else "memory"
+        return Time(float(np.maximum(arithmetic, memory).sum()), bound, float(read.sum()))
 
-    def cost(packed: bool) -> Cost:
-        decode, decode_bound, read = roofline(batch, context, packed, decoding=True)
-        files = sizes.file_bytes if packed else 2 * parameters
-        a, b, c, d = KEPT["bitnet" if packed else "bf16"]
-        return Cost(
-            files,
-            int(stored * weights + 4 * rows + sizes.other_bytes) if packed else files,
-            *roofline(batch * prompt, prompt, packed, decoding=False)[:2],
-            decode,
-            decode_bound,
-            operations_per_token=2
-            * (sum(count * active for count, active in linears) + shape.head),
-            bytes_per_token=read / batch,
-            # Backward reads the ternary weights too.
-            training_bytes=16 * parameters + packed * weights // (4 if device.is_gpu else 1),
-            activation_bytes=shape.layers
-            * (a * shape.hidden + b * shape.intermediate + c * shape.kv_width + d),
-        )
-
-    both = bf16, packed = cost(packed=False), cost(packed=True)
-    kv_bytes, stored_bits = batch * shape.kv_bytes(context), 8 * sizes.packed_bytes / weights
     others = parameters - weights
-    shards = Sharding(weights, shape.layers, others, device, gpus, step) if gpus > 1 else None
+    kv_bytes, stored_bits = batch * shape.kv_bytes(context), 8 * sizes.packed_bytes / weights
+    operations = 2 * (sum(count * active for count, active in linears) + shape.head)
+    files = Pair(2 * parameters, sizes.file_bytes)
+    on_device = Pair(files.bf16, int(stored * weights + 4 * rows + sizes.other_bytes))
+    state = STATE * parameters  # and the ternary weights, which backward reads
+    training = Pair(state, state + weights // (4 if device.is_gpu else 1))
+    widths = (shape.hidden, shape.intermediate, shape.kv_width, 1)
+    activations = Pair(*(shape.layers * float(np.dot(kept, widths)) for kept in KEPT.values()))
+    prefill = Pair(*(roofline(batch * prompt, prompt, p, False) for p in (False, True)))
+    decode = Pair(*(roofline(batch, context, p, True) for p in (False, True)))
+    split = sharding(weights, shape.layers, others, device, gpus, step) if gpus > 1 else None
 
     def row(name: str, texts: Iterable[str], more: str = "") -> str:
         return f"{name:32}" + "".join(f"{text:>12}" for text in texts) + more
 
-    def each(name: str, what: str) -> str:
-        return row(name, (readable_bytes(getattr(cost, what)) for cost in both))
+    def sized(name: str, counts: Iterable[float]) -> str:
+        return row(name, map(readable_bytes, counts))
 
-    def times(name: str, what: str) -> str:
-        was, now = (getattr(cost, f"{what}_seconds") for cost in both)
-        more = f"  {was / now:.2f}×, bound by {getattr(packed, f'{what}_bound')}"
-        return row(name, (f"{1e3 * one:,.2f} ms" for one in (was, now)), more)
+    def timed(name: str, times: Pair) -> str:
+        faster = times.bf16.seconds / times.packed.seconds
+        more = f"  {faster:.2f}×, bound by {times.packed.bound}"
+        return row(name, (f"{1e3 * one.seconds:,.2f} ms" for one in times), more)
 
     lines = [
         f"{model}, {parsed}, {storage}, head {head}"
@@ -255,84 +288,43 @@ def estimate(
         f"{least_bits(parsed):.3f}",
         "",
         row("", ("BF16", str(parsed))),
-        each("weight files", "file_bytes"),
-        each("weights on the device", "device_bytes"),
-        row(f"KV cache, {batch} × {context:,}", 2 * [readable_bytes(kv_bytes)]),
-        each("training state", "training_bytes"),
-        each("activations a trained token", "activation_bytes"),
-        row("operations a token", (f"{c.operations_per_token / 1e9:,.2f} G" for c in both)),
-        each("read for a decoded token", "bytes_per_token"),
-        times(f"prefill, {batch} × {prompt:,} tokens", "prefill"),
-        times(f"decode, {batch} × 1 token", "decode"),
+        sized("weight files", files),
+        sized("weights on the device", on_device),
+        sized(f"KV cache, {batch} × {context:,}", 2 * [kv_bytes]),
+        sized("training state", training),
+        sized("activations a trained token", activations),
+        row("operations a token", 2 * [f"{operations / 1e9:,.2f} G"]),
+        sized("read for a decoded token", (one.read / batch for one in decode)),
+        timed(f"prefill, {batch} × {prompt:,} tokens", prefill),
+        timed(f"decode, {batch} × 1 token", decode),
     ]
     memory = device.memory * 1e9
-    for name, one in {"BF16": bf16, str(parsed): packed}.items():
-        if memory and one.device_bytes + kv_bytes > memory:
+    for name, taken in zip(("BF16", str(parsed)), on_device, strict=True):
+        if memory and taken + kv_bytes > memory:
             lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
-    if shards is not None:
-        lines += ["", str(shards)]
+    if split is not None:
+        shard, whole, gathered, reduced = map(readable_bytes, split[:4])
+        lines += [
+            "",
+            f"training on {gpus} GPUs, {step:,} tokens a step, sharded (FSDP2, two bits gathered):",
+            f"  a GPU keeps {shard} of shards and at most {whole} whole, and activations",
+            f"  a GPU gathers {gathered} and reduces {reduced} a micro-batch",
+            f"  a step computes {split.compute_seconds:.3g} s and communicates at most "
+            f"{split.network_seconds:.3g} s",
+        ]
     if price is not None:
         lines += ["", f"at {price:g} an hour, a million tokens cost at least"]
-        for what, tokens in (("prefill", batch * prompt), ("decode", batch)):
-            spent = [price / 3600 * getattr(c, f"{what}_seconds") / tokens * 1e6 for c in both]
+        for what, times, tokens in (("prefill", prefill, prompt), ("decode", decode, 1)):
+            spent = [price / 3600 * one.seconds / (batch * tokens) * 1e6 for one in times]
             saved = f"  {1 - spent[1] / spent[0]:.0%} saved" if spent[0] else ""
             lines.append(row(f"  {what}", (f"{one:.4f}" for one in spent), saved))
-    assumed = _assumptions(device, shape.active_experts < 1)
-    page = "\n".join([*lines, "", *[f"· {line}" for line in assumed]])
-    return Estimate(
-        weights, len(linears), others, stored_bits, kv_bytes, bf16, packed, shards, page
-    )
-
-
-def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a preset, directory or ``config.json`` on the meta device: shapes, no weights.
-
-    Raises:
-        ConfigError: if there is none, or transformers cannot build a model of it.
-    """
-    path = Path(source)
-    try:
-        if source in PRESETS:
-            config: Any = preset_config(source, vocab_size)
-        elif path.exists():
-            config = read_shape(path)
-        else:
-            raise ConfigError(
-                f"{source}: no preset and no such directory or config.json; the presets are "
-                f"{', '.join(PRESETS)}"
-            )
-        config.quantization_config = None  # of a packed directory
-        del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except (ConfigError, CheckpointError):
-        raise
-    except Exception as error:  # whatever a foreign config.json makes transformers raise
-        raise ConfigError(
-            f"{source}: transformers cannot build a model of this config.json: {str(error)[:300]}"
-        ) from error
-
-
-def _assumptions(device: Device, has_experts: bool) -> list[str]:
-    """What every figure of an estimate rests on."""
-    bf16, int8 = (f"{r:,.1f}" if r >= 1 else f"{r:.2g}" for r in (device.bf16, device.int8))
-    lines = [
-        f"{device.name}: {bf16} TFLOPS bf16, {int8} TOPS int8, {device.bandwidth:,.0f} GB/s "
-        f"({device.source})",
-        "times are rooflines, products one after the other, each bound by arithmetic or by reading "
-        "its weight; norms, activations and launches are free",
-    ]
-    if device.is_gpu:
-        lines += [
-            "whole 7B models measured on an H200: prefill 1.92×, decode 2.9× for one sequence and "
-            "2.5× for sixteen",
-            "a weight is kept once, at two bits, whatever its pattern",
-        ]
+    tera = [f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}" for rate in (device.bf16, device.int8)]
     lines += [
-        "the BF16 baseline runs the same products in bf16; attention and KV cache are bf16 in both",
-        "training: float32 masters, gradients and two Adam moments, 16 bytes a parameter; "
-        "activations as autograd keeps them without checkpointing, logits in chunks",
+        "",
+        f"· {device.name}: {tera[0]} TFLOPS bf16, {tera[1]} TOPS int8, "
+        f"{device.bandwidth:,.0f} GB/s ({device.source})",
+        ASSUMED + ON_A_GPU * device.is_gpu + WITH_EXPERTS * (shape.active_experts < 1),
     ]
-    if has_experts:
-        lines.append("tokens meet different experts until all are met; routing is free")
-    return lines
+    pairs = (files, on_device, training, activations, prefill, decode)
+    facts = (weights, len(linears), others, stored_bits, kv_bytes, operations)
+    return Estimate(*facts, *pairs, split, "\n".join(lines))

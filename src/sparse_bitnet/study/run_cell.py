@@ -7,18 +7,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import ConfigError, PatternError, TrainingError
-from sparse_bitnet.data import TokenShards, open_source
-from sparse_bitnet.estimate.estimate import empty_model
-from sparse_bitnet.evaluate.cloze import ClozeItem, cloze_accuracy, cloze_items
-from sparse_bitnet.evaluate.perplexity import perplexity
+from sparse_bitnet.data import TokenShards
+from sparse_bitnet.evaluate.measure import Measurements, measure
 from sparse_bitnet.evaluate.scoring import check_window
 from sparse_bitnet.files import read_json_lines
 from sparse_bitnet.kernels.environment import environment
@@ -27,7 +24,7 @@ from sparse_bitnet.study.polarization import early_and_late
 from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import load_trained
-from sparse_bitnet.train.model import convert_model
+from sparse_bitnet.train.model import convert_model, empty_model
 from sparse_bitnet.train.monitor import read_history
 from sparse_bitnet.train.recipe import to_dict
 from sparse_bitnet.train.result import RESULT, TrainResult
@@ -127,32 +124,21 @@ def _evaluate(
 ) -> dict[str, Any]:
     config, evaluation, device = job.config, job.evaluation, model.device.type
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device == "cuda")
-    directory = next(iter(config.data.mixture or [config.data.path]))
+    wanted = Measurements(
+        shards=Path(next(iter(config.data.mixture or [config.data.path]))) / "validation",
+        cloze=evaluation.cloze_text if tokenizer is not None else None,
+        window=job.window,
+        stride=job.window,
+        limit=evaluation.validation_tokens or None,
+        items=evaluation.cloze_questions,
+    )
     # Other batch shapes than in training: compiling for them would take longer than they do.
     with (
         torch.autocast(device, torch.bfloat16, enabled=bf16),
         torch.compiler.set_stance("force_eager"),
     ):
-        found = perplexity(
-            model,
-            TokenShards(Path(directory) / "validation"),
-            window=job.window,
-            stride=job.window,
-            limit=evaluation.validation_tokens or None,
-        )
-        cloze = None
-        if evaluation.cloze_text and tokenizer is not None:
-            items = _items(evaluation.cloze_text, evaluation.cloze_questions)
-            answered = cloze_accuracy(model, tokenizer, items, window=job.window)
-            cloze = {
-                "accuracy": answered.accuracy,
-                "questions": answered.items,
-                "standard_error": answered.standard_error,
-            }
-    return {
-        "validation": {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens},
-        "cloze": cloze,
-    }
+        found = dataclasses.asdict(measure(model, cast(Any, tokenizer), wanted))
+    return {"validation": found["shards"], "cloze": found["cloze"]}
 
 
 def check_model(job: Job) -> None:
@@ -168,12 +154,6 @@ def check_model(job: Job) -> None:
         check_window(model, job.window)
     except (ConfigError, PatternError) as error:
         raise ConfigError(f"{job.cell}: {error}") from error
-
-
-@cache
-def _items(spec: str, count: int) -> list[ClozeItem]:
-    """The same questions for every cell of a process."""
-    return cloze_items(open_source(spec), limit=count)
 
 
 def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,35 @@ def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def
     if config.vocab_size:
         shape.vocab_size = config.vocab_size
     return shape
+
+
+def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a preset, directory or ``config.json`` on the meta device: shapes, no weights.
+
+    Raises:
+        ConfigError: if there is none, or transformers cannot build a model of it.
+    """
+    path = Path(source)
+    try:
+        if source in PRESETS:
+            config: Any = preset_config(source, vocab_size)
+        elif path.exists():
+            config = read_shape(path)
+        else:
+            raise ConfigError(
+                f"{source}: no preset and no such directory or config.json; the presets are "
+                f"{', '.join(PRESETS)}"
+            )
+        config.quantization_config = None  # of a packed directory
+        del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # whatever a foreign config.json makes transformers raise
+        raise ConfigError(
+            f"{source}: transformers cannot build a model of this config.json: {str(error)[:300]}"
+        ) from error
 
 
 @contextlib.contextmanager
