@@ -3,7 +3,7 @@
 A 6:8 decoder of random weights continues prompts of 40 tokens by 6 and by 400, in turns: module by
 module, and as recorded graphs (``modeling/graph.py``), which is what ``generate``, ``chat`` and
 ``serve`` do. All of a token is in the time: Python of transformers' loop, the choice of the next
-token, and for graphs their recording. ``same_tokens`` is the part of both ways' tokens that are
+token, and for graphs their recording. ``same_tokens`` is the part of both ways' new tokens that are
 equal: float sums differ in order, and logits of random weights lie close.
 
 Writes ``results/<gpu>/generate.json``, after every row.
@@ -57,7 +57,7 @@ def row_of(model: DecoderForCausalLM, batch: int, new: int, repeats: int) -> dic
             if turn:  # the first compiles kernels
                 taken.setdefault(name, []).append(1e3 * took / count)
     model.graph = recorded
-    both = [text[:, : PROMPT + MOST_BY_MODULES] for text in texts.values()]
+    both = [text[:, PROMPT : PROMPT + MOST_BY_MODULES] for text in texts.values()]
     return {
         "batch": batch,
         "new": new,
