@@ -67,7 +67,7 @@ def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) 
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room"),
-        (OSError("8 requested and 3 written"), "8 requested and 3 written"),
+        (OSError("8 requested and 3 written"), "8 requested and 3 written; make room"),
         (SafetensorError("I/O error: Quota (os error 122)"), "Disk quota exceeded; make room"),
         (PermissionError(errno.EACCES, "denied", "{target}.7.partial/inner"), "Permission denied"),
     ],

@@ -19,7 +19,8 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,18 @@ TEMPORARY_SUFFIX = ".partial"
 ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
 LARGEST_JSON = 2**26  # bytes
 ADVICE = {
-    errno.EACCES: "check the permissions there, or choose another place",
-    errno.EDQUOT: "make room, or choose another place",
     errno.EEXIST: "something else stands there, choose another name",
     errno.EFBIG: "choose a place where files may be that large",
     errno.EISDIR: "a directory stands where a file is to be written, choose another name",
     errno.ELOOP: "a symbolic link leads to itself, remove it",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOSPC: "make room, or choose another place",
     errno.ENOTDIR: "a file stands where a directory is needed, choose another name",
     errno.ENOTEMPTY: "something appeared there meanwhile, choose another name",
-    errno.EPERM: "check the permissions there, or choose another place",
     errno.EROFS: "choose another place",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "check the permissions there, or choose another place"
+    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another place"),
 }
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
@@ -96,8 +97,9 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
         yield
 
 
-@contextmanager
-def atomic_file(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
+def atomic_file(
+    path: str | Path, check: Callable[[], None] | None = None
+) -> AbstractContextManager[Path]:
     """Yield a temporary path; on success sync it and rename it to ``path``, else remove it.
 
     A file that was there hands down its permissions; a symbolic link stays, and its target changes.
@@ -106,69 +108,57 @@ def atomic_file(path: str | Path, check: Callable[[], None] | None = None) -> It
         check: called right before the rename, to refuse what appeared at ``path`` meanwhile.
 
     Raises:
-        OutputError: if it cannot be written, or a directory, a pipe or a device stands there,
-            perhaps behind a link.
+        OutputError: if it cannot be written, or a directory, a pipe or a device stands there.
     """
+    return _atomic(path, False, check)
+
+
+def atomic_directory(
+    path: str | Path, check: Callable[[], None] | None = None
+) -> AbstractContextManager[Path]:
+    """:func:`atomic_file` for a directory.
+
+    An existing ``path`` is first renamed aside and removed only once the new one stands.
+    """
+    return _atomic(path, True, check)
+
+
+@contextmanager
+def _atomic(
+    path: str | Path, is_directory: bool, check: Callable[[], None] | None
+) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    make = partial(temporary.mkdir if is_directory else temporary.touch, exist_ok=True)
     with _writing(path):
-        _prepare(path, for_directory=False)
+        _prepare(path, is_directory)
         try:
-            with _held(temporary, temporary.touch):
+            with _held(temporary, make):
                 yield temporary
-                replaces = path.exists()
-                if replaces:
+                if path.exists():
                     shutil.copymode(path, temporary)
-                _sync(temporary)
+                for file in (*temporary.rglob("*"), temporary):
+                    _sync(file)
+                replaces = any(path.iterdir()) if path.is_dir() else path.exists()
                 if check is not None:
                     check()
-                if replaces or check is None:
+                if is_directory and replaces:
+                    with _held(path):  # or it would be put back while it stands aside
+                        path.rename(path.with_name(f"{path.name}.{os.getpid()}{ASIDE_SUFFIX}"))
+                        temporary.rename(path)
+                elif is_directory:
+                    temporary.rename(path)  # which replaces nothing but an empty directory
+                elif replaces or check is None:
                     temporary.replace(path)
                 else:
                     _rename_new(temporary, path)
                 _sync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_directory(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
-    """Yield a temporary directory; on success sync its files and let it take the place of ``path``.
-
-    An existing ``path`` is first renamed aside and removed only once the new one stands.
-
-    Args:
-        check: called right before the rename, to refuse what appeared at ``path`` meanwhile.
-
-    Raises:
-        OutputError: if it cannot be written, or ``path`` is a file.
-    """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE_SUFFIX}")
-    with _writing(path):
-        _prepare(path, for_directory=True)
-        try:
-            with _held(temporary, lambda: temporary.mkdir(exist_ok=True)):
-                yield temporary
-                for file in temporary.rglob("*"):
-                    _sync(file)
-                _sync(temporary)
-                if path.exists():
-                    shutil.copymode(path, temporary)
-                replaces = path.is_dir() and any(path.iterdir())
-                if check is not None:
-                    check()
-                if replaces:
-                    with _held(path):  # or it would be put back while it stands aside
-                        path.rename(aside)
-                        temporary.rename(path)
-                else:
-                    temporary.rename(path)  # which replaces nothing but an empty directory
-                _sync(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            remove_leftovers(path.parent, path.name)
+            if is_directory:
+                shutil.rmtree(temporary, ignore_errors=True)
+                remove_leftovers(path.parent, path.name)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path, name: str | None = None) -> list[str]:
@@ -250,13 +240,12 @@ def refuse_special(*paths: Path) -> None:
 
 def explain(error: BaseException) -> str:
     """What the system says of a failed write or read, and what to do about it."""
-    number = error.errno if isinstance(error, OSError) else None
-    if match := RUST_ERROR.search(str(error)):
-        number = int(match[1])
-    if number is None:  # as numpy's, which counts what it wrote
-        return str(error)
-    advice = ADVICE.get(number)
-    return os.strerror(number) + (f"; {advice}" if advice else "")
+    match = RUST_ERROR.search(str(error))
+    number = int(match[1]) if match else getattr(error, "errno", None)
+    said = str(error) if number is None else os.strerror(number)
+    # Without a number: numpy, which counts what it wrote.
+    advice = ADVICE.get(errno.ENOSPC if number is None else number)
+    return f"{said}; {advice}" if advice else said
 
 
 @contextmanager
