@@ -18,11 +18,11 @@ import torch
 
 from processes import Started, context
 from sparse_bitnet import cli
+from sparse_bitnet.console import Task
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
-from sparse_bitnet.study.cells import Job, read_sweep
-from sparse_bitnet.study.pool import Pool
+from sparse_bitnet.study.cells import read_sweep
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import read_rows
 from sparse_bitnet.study.run_cell import run_cell
@@ -259,14 +259,14 @@ def _metrics(out: Path) -> list[str]:
 
 # Stands for a worker that has trained and measures for a while.
 MEASURING = """
-import sys, time
+import json, sys, time
 from multiprocessing.connection import Connection
 from sparse_bitnet.study import worker
 
 def run(job, connection, stops):
     connection.send({"done": 1, "steps": 1})
     time.sleep(1)
-    return {"much": "x" * 2**20}
+    return json.load(open(ROW))
 
 worker._run = run
 worker.serve(Connection(int(sys.argv[1])))
@@ -274,19 +274,35 @@ worker.serve(Connection(int(sys.argv[1])))
 DYING = "import sys; sys.stdin.read(); open(sys.argv[1]); print('no'); sys.exit(3)"
 
 
-def one_job(tmp_path: Path, tokens: Path) -> Job:
-    return _jobs(read_sweep(write_recipe(tmp_path, tokens)), tmp_path / "cells")[0]
+class Pressed:
+    """A request to stop that comes once a worker has said that it trains."""
+
+    def __init__(self, run: _Sweep, again: bool = False) -> None:
+        self.run, self.again, self.asked = run, again, 0
+
+    def __bool__(self) -> bool:
+        self.asked += any(self.run._steps_done.values())
+        if self.again and self.asked:
+            raise KeyboardInterrupt
+        return bool(self.asked)
+
+
+def one_cell(tmp_path: Path, tokens: Path) -> _Sweep:
+    jobs = _jobs(read_sweep(write_recipe(tmp_path, tokens)), tmp_path / "cells")[:1]
+    return _Sweep(jobs, list(jobs), tmp_path / "rows.jsonl", math.inf, False)
 
 
 def test_what_is_trained_is_measured_before_a_worker_leaves(
-    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch, make_row: Any
 ) -> None:
-    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", MEASURING))
-    job = one_job(tmp_path, toy_tokens)
-    with Pool([{}], tmp_path / "logs") as workers:
-        workers.workers[0].start(job)
-        assert workers.messages(30) == [(job, {"done": 1, "steps": 1})]
-        assert list(workers.stop()) == [(job, {"row": {"much": "x" * 2**20}})]
+    row = json.dumps(make_row(30.0) | {"problem": None, "much": "x" * 2**20})
+    (tmp_path / "row.json").write_text(row)
+    code = MEASURING.replace("ROW", repr(str(tmp_path / "row.json")))
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", code))
+    run = one_cell(tmp_path, toy_tokens)
+    with pool.started([{}], tmp_path / "logs") as workers:
+        run.work(workers, Task("", None, None), Pressed(run))
+    assert (run.waiting, run.failed, finished(tmp_path)) == ([], {}, 1)
 
 
 def test_a_second_interrupt_does_not_wait(
@@ -294,29 +310,29 @@ def test_a_second_interrupt_does_not_wait(
 ) -> None:
     slow = MEASURING.replace("time.sleep(1)", "[time.sleep(1) for _ in range(60)]")
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", slow))
-    with pytest.raises(KeyboardInterrupt), Pool([{}], tmp_path / "logs") as workers:
-        workers.workers[0].start(one_job(tmp_path, toy_tokens))
-        assert len(workers.messages(30)) == 1
-        process = workers.workers[0].process
-        began = time.monotonic()
-        raise KeyboardInterrupt
+    run = one_cell(tmp_path, toy_tokens)
+    with pytest.raises(KeyboardInterrupt), pool.started([{}], tmp_path / "logs") as workers:
+        process = workers[0].process
+        try:
+            run.work(workers, Task("", None, None), Pressed(run, again=True))
+        finally:
+            began = time.monotonic()
     assert time.monotonic() - began < 5
     assert process.returncode == -signal.SIGKILL
+    assert len(run.waiting) == 1
 
 
 def test_a_worker_that_dies_is_a_failure_and_is_replaced(
     tmp_path: Path, toy_tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", DYING))
-    job = one_job(tmp_path, toy_tokens)
-    with Pool([{}], tmp_path / "logs") as workers:
+    (job,) = one_cell(tmp_path, toy_tokens).waiting
+    with pool.started([{}], tmp_path / "logs") as (worker,):
         for _ in range(2):
-            workers.workers[0].process.wait()
-            workers.workers[0].start(job)
-            ((found, message),) = workers.messages(30)
-            assert found is job
+            worker.process.wait()
+            (message,) = worker.run(job)
             assert "worker 0 died with exit code 1; its output is in" in message["failed"]
-        assert list(workers.stop()) == []
+            assert not worker.busy
 
 
 def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_row: Any) -> None:
@@ -325,7 +341,7 @@ def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_r
     run = _Sweep(jobs, list(jobs), tmp_path / "rows.jsonl", math.inf, False)
     shown: list[tuple[int, str]] = []
     task = SimpleNamespace(advance=lambda steps, detail: shown.append((steps, detail)))
-    workers = SimpleNamespace(running=jobs[:1], per_device=2)
+    workers: Any = 2 * [SimpleNamespace(environment={}, busy=True)]
     run.waiting = jobs[3:]
     row = make_row(30.0) | {"problem": None}
     for job, message in (
@@ -338,7 +354,7 @@ def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_r
     ):
         run._handle(job, message, workers, task)
     assert [steps for steps, _ in shown] == [20, 3, 1, 24, 6, 0]
-    assert shown[-1][1] == "1 of 4 cells, 1 running, 1 failed"
+    assert shown[-1][1] == "1 of 4 cells, 2 running, 1 failed"
     assert run.waiting == [jobs[2], jobs[3]]
     (written,), _ = read_rows(tmp_path / "rows.jsonl")
     assert written.raw["environment"]["side_by_side"] == 2

@@ -498,7 +498,7 @@ def polarization(runs: Runs) -> Section:
 
 
 def _histogram(title: str, one: dict[str, Any], kind: str) -> Histogram:
-    return Histogram(title, one["edges"], one["magnitudes"], one.get("thresholds") or [], kind)
+    return Histogram(title, one, kind)
 
 
 def _panels(

@@ -1,20 +1,4 @@
-"""A sweep's recipe: blocks of settings that expand to cells, one training run each.
-
-    name: evidence
-    base:                        # a training recipe's sections, shared by all cells
-      data: {path: data/prose, sequence_length: 512, batch_size: 128}
-    kinds:                       # what differs between the kinds, laid over base
-      bf16: {optimizer: {learning_rate: 2.0e-3}}
-    defaults: {size: study-5m, tokens_per_weight: 100}
-    blocks:
-      - name: collapse
-        pattern: [dense, 4:8]    # axes; the one written last varies fastest
-        kind: [bf16, bitnet]
-      - name: single runs
-        cells: [{kind: bf16, pattern: 2:4}]
-
-A cell that stands in several blocks is run once.
-"""
+"""A sweep's recipe (docs/study.md has one): blocks of settings that expand to cells, each a run."""
 
 from __future__ import annotations
 
@@ -43,14 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "4-bit-activations": {"activation_bits": 4},
 }
 Kind = Literal["bf16", "bitnet"]
-# Settings of a training recipe that each cell of a sweep sets: setting → what to write instead.
-_AXIS = "give {} in a block or in defaults"
+# Settings of a training recipe that each cell of a sweep sets, by the axis to give instead.
 SET_BY_CELLS = {
-    ("model", "source"): _AXIS.format("size"),
-    ("run", "seed"): _AXIS.format("seed"),
-    ("run", "directory"): "a sweep gives each run its own",
-    ("schedule", "steps"): _AXIS.format("tokens_per_weight"),
-    **{("sparsity", name): _AXIS.format(name) for name in ("kind", "pattern", "method", "until")},
+    **{("model", "source"): "size", ("run", "seed"): "seed"},
+    ("schedule", "steps"): "tokens_per_weight",
+    **{("sparsity", axis): axis for axis in ("kind", "pattern", "method", "until")},
 }
 
 
@@ -148,9 +129,12 @@ class SweepRecipe:
 
     def __post_init__(self) -> None:
         for kind, sections in (("base", self.base), *self.kinds.items()):
-            for (part, name), remedy in SET_BY_CELLS.items():
+            for (part, name), axis in SET_BY_CELLS.items():
                 if name in sections.get(part, {}):
+                    remedy = f"give {axis} in a block or in defaults"
                     raise ConfigError(f"{kind}: {part}.{name} would have no effect; {remedy}")
+            if "directory" in sections.get("run", {}):
+                raise ConfigError(f"{kind}: run.directory: a sweep gives each run its own")
         if not self.blocks:
             raise ConfigError("no cells; add blocks")
 

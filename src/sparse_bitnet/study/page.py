@@ -37,13 +37,12 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading and what stands below it; ``notes`` are small print. Tables hold text alone."""
+    """A heading and what stands below it. Tables hold text alone."""
 
     title: str
-    text: str = ""
-    tables: Sequence[pd.DataFrame] = ()
+    text: Sequence[str]  # paragraphs
+    tables: Sequence[pd.DataFrame]
     figures: Sequence[Figure] = ()
-    notes: Sequence[str] = ()
 
 
 def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
@@ -61,14 +60,12 @@ def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
 
 def _section(number: int, section: Section) -> str:
     parts = [f'<section id="s{number}">', f"<h2>{escape(section.title)}</h2>"]
-    parts += [f"<p>{escape(section.text)}</p>"] if section.text else []
+    parts += [f"<p>{escape(text)}</p>" for text in section.text]
     for table in section.tables:
         with pd.option_context("display.max_colwidth", None):
             html = table.to_html(index=False, border=0, justify="unset", na_rep="–")
         parts.append(f"<div>{html}</div>")
-    parts += [_figure(figure) for figure in section.figures]
-    parts += [f'<p class="soft">{escape(note)}</p>' for note in section.notes]
-    return "\n".join([*parts, "</section>\n"])
+    return "\n".join([*parts, *map(_figure, section.figures), "</section>\n"])
 
 
 def _figure(figure: Figure) -> str:

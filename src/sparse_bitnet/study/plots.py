@@ -69,12 +69,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Histogram:
-    """|w|/γ of some weights beside the pruning thresholds of their groups, as fractions a bin."""
+    """|w|/γ of some weights beside the pruning thresholds of their groups."""
 
     title: str
-    edges: Sequence[float]
-    magnitudes: Sequence[float]
-    thresholds: Sequence[float]
+    # ``edges``; ``magnitudes`` and, if it is sparse, ``thresholds`` as fractions a bin
+    bins: Mapping[str, Any]
     kind: str
 
 
@@ -90,12 +89,12 @@ def lines(
 ) -> bytes:
     """Curves over one horizontal axis."""
     figure, ((axis,),) = subplots(1, 1, 7.0, 4.2)
-    looks = iter(map(_look, range(len(curves))))
+    looks = _looks({"": [curve for curve in curves if not curve.kind]})
     for curve in curves:
         if curve.kind:
             draw_curve(axis, curve, markers=len(curve.x) <= 12)
         else:
-            axis.plot(curve.x, curve.y, label=curve.label, **next(looks))
+            axis.plot(curve.x, curve.y, label=curve.label, **looks[curve.label])
     if log_x:
         axis.set_xscale("log", base=2)
     if ticks:
@@ -162,11 +161,10 @@ def _looks(groups: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, str]]:
     """
     every = sorted(groups.values(), key=len, reverse=True)
     labels = dict.fromkeys(curve.label for curves in every for curve in curves)
-    return {label: _look(i) for i, label in enumerate(labels)}
-
-
-def _look(number: int) -> dict[str, str]:
-    return {"color": CYCLE[number % len(CYCLE)], "linestyle": STYLES[number % len(STYLES)]}
+    return {
+        label: {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
+        for i, label in enumerate(labels)
+    }
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -201,13 +199,14 @@ def polarization(rows: Sequence[Sequence[Histogram]], title: str) -> bytes:
 
 def _polarization(axis: Any, one: Histogram) -> None:
     # The last bin also holds everything beyond it, so it is left out of the picture.
-    edges, widths = one.edges[:-1], np.diff(one.edges)
-    density = np.divide(one.magnitudes, widths)[:-1]
+    edges, widths = one.bins["edges"][:-1], np.diff(one.bins["edges"])
+    density = np.divide(one.bins["magnitudes"], widths)[:-1]
     axis.axvspan(0, 0.5, color="#f0e442", alpha=0.25, linewidth=0, label="dead zone, |w| ≤ γ/2")
     colour = COLOR.get(one.kind, CYCLE[2])
     axis.stairs(density, edges, fill=True, color=colour, alpha=0.45, label="|w|/γ")
-    if any(one.thresholds):
-        cut = np.divide(one.thresholds, widths)[:-1]
+    thresholds = one.bins.get("thresholds") or []
+    if any(thresholds):
+        cut = np.divide(thresholds, widths)[:-1]
         # Thresholds lie closer together than weights: scaled to the same height to be seen.
         scaled = cut / (cut.max() or 1) * density.max()
         axis.stairs(scaled, edges, color="#000000", linewidth=1.3, label="thresholds (scaled)")

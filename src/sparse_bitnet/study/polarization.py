@@ -26,11 +26,11 @@ from sparse_bitnet.nn import Conversion, MasterWeight, convert, master_weights
 from sparse_bitnet.packed.load import is_packed
 from sparse_bitnet.train.dense import is_gguf, read_dense, read_gguf
 from sparse_bitnet.train.export import is_trained, read_trained
+from sparse_bitnet.train.model import convert_model
 
 # A dense model is measured with the pattern that it could be masked to.
 PROBE = Pattern(6, 8)
 DIGITS = 5
-# Of a plot: what it shows beside the histograms.
 FRACTIONS = {"zeros_before_mask": "zeros before the mask", "dead_zone_groups": "lose nothing"}
 STATISTICS = [field.name for field in dataclasses.fields(Polarization)]
 
@@ -134,8 +134,7 @@ def analyse(
         pattern: whose pruning thresholds to take; by default those it was trained with, else 6:8.
 
     Returns:
-        For every matrix: zeros before any mask, groups of which masking takes nothing but such
-        zeros, kurtosis; with histograms of |w|/γ and of the thresholds, γ as in training.
+        What :class:`sparse_bitnet.core.Polarization` holds, of every matrix and of all.
 
     Raises:
         CheckpointError: if there are no readable master weights.
@@ -146,17 +145,15 @@ def analyse(
     directory = Path(checkpoint)
     directory = directory / "model" if (directory / "model").is_dir() else directory
     model, kind, conversion = _converted(directory, pattern)
-    layers = []
-    weights = list(master_weights(model))
+    layers, weights = [], list(master_weights(model))
     with progress("polarization", len(weights)) as task:
         for weight in weights:
             layers.append(measure(weight))
             task.advance(detail=weight.name)
-    overall = rounded(pool(layers))
     result = {
         "checkpoint": str(checkpoint),
         "kind": kind or "unknown",
-        "overall": overall,
+        "overall": rounded(pool(layers)),
         "layers": [rounded(layer) for layer in layers],
         "left_out": conversion.skipped,
     }
@@ -166,12 +163,7 @@ def analyse(
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
     for name, png in _pictures(layers, kind).items():
         (target / name).write_bytes(png)
-    patterns = sorted({layer["pattern"] for layer in layers})
-    say(
-        f"{len(layers)} matrices: {overall['zeros_before_mask']:.1%} zeros before the mask, "
-        f"{overall['dead_zone_groups']:.1%} of {' and '.join(patterns)} groups lose nothing, "
-        f"kurtosis {overall['kurtosis']:.2f}; written to {target}"
-    )
+    say(f"{len(layers)} matrices; histograms and figures are in {target}")
     return Analysis(result)
 
 
@@ -189,12 +181,11 @@ def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Co
         model = read_dense(directory)
         return model, "", convert(model, pattern or PROBE)
     trained = read_trained(directory)
-    model, rules = read_dense(directory, exact=True, use_safetensors=True), trained.rules
+    model = read_dense(directory, exact=True, use_safetensors=True)
     if pattern:  # also where a rule had another
-        rules = {rule: value for rule, value in rules.items() if value == "skip"}
-    wanted = pattern or trained.pattern
-    report = convert(model, wanted, kind=trained.kind, method=trained.method, rules=rules)
-    return model, trained.kind, report
+        rules = {rule: value for rule, value in trained.rules.items() if value == "skip"}
+        trained = dataclasses.replace(trained, pattern=pattern, rules=rules)
+    return model, trained.kind, convert_model(model, trained)
 
 
 def _pictures(layers: Sequence[Layer], kind: str) -> dict[str, bytes]:
@@ -207,10 +198,7 @@ def _pictures(layers: Sequence[Layer], kind: str) -> dict[str, bytes]:
         early, late = min(blocks), max(blocks)
         ends = {f"early: block {early}": blocks[early], f"late: block {late}": blocks[late]}
         shown = ends | shown
-    histograms = [
-        plots.Histogram(title, one["edges"], one["magnitudes"], one["thresholds"], kind)
-        for title, one in shown.items()
-    ]
+    histograms = [plots.Histogram(title, one, kind) for title, one in shown.items()]
     pictures = {"polarization.png": plots.polarization([histograms], "Weights in units of γ")}
     if len(blocks) > 1:
         curves = [

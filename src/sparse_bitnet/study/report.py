@@ -39,7 +39,7 @@ def report(directory: str | Path, out: str | Path | None = None) -> Path:
         out: receives the page; the directory itself by default.
 
     Returns:
-        The page. Lines that could not be read are named on it.
+        The page, which also names the lines that could not be read.
 
     Raises:
         DataError: if there is no such file, or not one usable row in it.
@@ -122,7 +122,7 @@ def _quality(runs: pd.DataFrame, figures: list[Figure]) -> Section:
         "sparse from scratch, at the same pattern and seed."
     )
     tables = [pd.DataFrame(table) for table in lines.values() if table]
-    return Section("Perplexity", text, tables, figures)
+    return Section("Perplexity", [text], tables, figures)
 
 
 def _ratios(sparse: pd.DataFrame) -> Iterator[Figure]:
@@ -225,13 +225,7 @@ def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
     panels("zeros", "Zeros before the mask", "% of weights", curves("zeros", 100.0))
     histograms = [
         [
-            Histogram(
-                f"{NAME[kind]} {row.cell.pattern}, {one['position']}",
-                one["edges"],
-                one["magnitudes"],
-                one.get("thresholds", []),
-                kind,
-            )
+            Histogram(f"{NAME[kind]} {row.cell.pattern}, {one['position']}", one, kind)
             for one in row.polarization
             if one["fraction"] == max(snapshot["fraction"] for snapshot in row.polarization)
         ]
@@ -249,16 +243,14 @@ def _training(runs: pd.DataFrame, by_key: dict[str, Row]) -> Section:
         "Curves are of the lowest seed. The table has the cost of the mask, nats per token: over "
         f"the last {LAST:.0%} of training, and on held-out text."
     )
-    return Section(f"Training, {label}", text, [table] if len(table) else [], figures)
+    return Section(f"Training, {label}", [text], [table] if len(table) else [], figures)
 
 
 def _mask_costs(
     runs: pd.DataFrame, by_key: dict[str, Row]
 ) -> tuple[dict[str, list[Curve]], pd.DataFrame]:
     """Loss minus that of the dense baseline of the same seed, and its end beside held-out text."""
-    dense = {
-        (run.kind, run.seed): by_key[run.key] for run in runs[runs.pattern == "dense"].itertuples()
-    }
+    dense = {(r.kind, r.seed): by_key[r.key] for r in runs[runs.pattern == "dense"].itertuples()}
     panels: dict[str, list[Curve]] = {}
     ends = []
     for run in runs[runs.pattern != "dense"].dropna(subset="ratio").itertuples():
@@ -307,7 +299,7 @@ def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) 
     ]
     diverged = [f"{row.cell} diverged: {row.problem}" for row in rows if row.diverged]
     text = "Each line is a row of the file, which has configuration, versions and histories too."
-    return Section("All runs", text, [pd.DataFrame(lines)], notes=[*diverged, *problems])
+    return Section("All runs", [text, *diverged, *problems], [pd.DataFrame(lines)])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -316,13 +308,9 @@ def _number(value: float | None, form: str) -> str:
 
 def _lead(rows: Sequence[Row]) -> list[str]:
     tokens, seconds = (sum(getattr(r, name) or 0 for r in rows) for name in ("tokens", "seconds"))
-    made_with = {
-        f"{e.get('device')}, torch {e.get('torch')}, commit {str(e.get('commit'))[:10]}"
-        for e in (row.environment for row in rows)
-        if e
-    }
+    devices = {f"{r.environment.get('device')}, torch {r.environment.get('torch')}" for r in rows}
     return [
         f"{len(rows)} runs, {tokens / 1e6:,.4g}M training tokens, {seconds / 3600:.2f} hours of "
         "training one after the other.",
-        "; ".join(sorted(made_with)),
+        "; ".join(sorted(devices)),
     ]

@@ -1,19 +1,7 @@
-"""``rows.jsonl``: one line for each finished cell, all that a report needs.
+"""``rows.jsonl``: one line for each finished cell, all that a report needs (:class:`Row`) and more.
 
-A row holds the cell and its whole configuration, versions and device, wall time and speed, the
-final figures, and histories thinned to a few hundred points:
-
-    key, finished, status, cell, config, data, weights, tokens, steps
-    environment: python, torch, …, device, commit
-    seconds, train_seconds, tokens_per_second
-    validation: {loss, perplexity, tokens}
-    cloze: {accuracy, questions} or null
-    history: {tokens: [...], loss: [...], zeros: [...], flip_rate: [...], pattern: [...]}
-    polarization: [{fraction, position, name, magnitudes, thresholds, ...}, ...]
-
-Lines are appended whole and synced, so an interruption costs at most the line being written; a
-reader skips what it cannot use and reports it. A directory may hold ``rows.jsonl.xz`` instead,
-which is only read.
+Lines are appended whole and synced, so an interruption costs at most the line being written. A
+reader skips and reports what it cannot use; it takes ``rows.jsonl.xz`` as well.
 """
 
 from __future__ import annotations
@@ -163,13 +151,10 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = to_json(row, inf_nan_mode="null") + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+    with path.open("a+b") as file:  # which writes at the end, wherever it reads
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read(1) not in (b"", b"\n"):
             data = b"\n" + data
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

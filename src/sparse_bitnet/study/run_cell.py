@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from sparse_bitnet.files import read_json_lines
 from sparse_bitnet.kernels.environment import environment
 from sparse_bitnet.study.cells import Job
 from sparse_bitnet.study.polarization import early_and_late
+from sparse_bitnet.study.rows import append_row
 from sparse_bitnet.train import train
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.export import load_trained
@@ -35,18 +35,16 @@ SNAPSHOTS = (0.0, 0.1, 0.5, 1.0)
 SNAPSHOT_FILE = "polarization.jsonl"
 POINTS = 250
 
-Report = Callable[[int, int], None]
 
-
-def run_cell(job: Job, report: Report | None = None) -> dict[str, Any]:
+def run_cell(job: Job, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Train a cell in its run's directory (going on where it was left) and measure it.
 
     Args:
         report: called with (steps done, steps) after every step.
 
     Returns:
-        The row (see :mod:`sparse_bitnet.study.rows`), without ``key``. A run that
-        diverged gives a row of status ``diverged``, with the reason and the histories so far.
+        The row (see :mod:`sparse_bitnet.study.rows`), without ``key``. A run that diverged gives a
+        row of status ``diverged``, with the reason and the histories so far.
 
     Raises:
         ConfigError, DataError, CheckpointError: as :func:`sparse_bitnet.train.train`.
@@ -147,8 +145,7 @@ def check_model(job: Job) -> None:
     Raises:
         ConfigError: naming the cell and what does not fit.
     """
-    source = job.config.model.source
-    model = empty_model(source, 1, torch.float32)  # embeddings: any number of rows
+    model = empty_model(job.config.model.source, 1, torch.float32)  # embeddings of any size
     try:
         convert_model(model, job.config.sparsity)
         check_window(model, job.window)
@@ -157,9 +154,8 @@ def check_model(job: Job) -> None:
 
 
 def _snapshot(directory: Path, fraction: float, model: PreTrainedModel) -> None:
-    line = json.dumps({"fraction": fraction, "positions": early_and_late(model)})
-    with (directory / SNAPSHOT_FILE).open("a", encoding="utf-8") as file:
-        file.write(f"\n{line}\n")  # never behind a line that a crash left half written
+    snapshot = {"fraction": fraction, "positions": early_and_late(model)}
+    append_row(directory / SNAPSHOT_FILE, snapshot)
 
 
 def _read_snapshots(directory: Path) -> list[dict[str, Any]]:

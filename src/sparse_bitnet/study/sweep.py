@@ -1,11 +1,8 @@
 """``sweep``: run every cell of a recipe on the GPUs or CPU at hand, and write a row for each.
 
 Worker processes are pinned to GPUs, several side by side on one where that is faster (small models
-leave most of a big GPU idle), or share the CPU. Each takes cells one after the other, so that a
-shape is compiled once a worker and not once a cell.
-
-Interruptions cost little: finished cells are recognised by the hash of their settings and skipped;
-a cell that was stopped goes on from its last checkpoint, if the recipe writes any, or starts again.
+leave most of a big GPU idle), or share the CPU. Finished cells are recognised by the hash of their
+settings; one that was killed goes on from its last checkpoint, if the recipe writes any.
 """
 
 from __future__ import annotations
@@ -15,8 +12,10 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from sparse_bitnet.data import open_source
 from sparse_bitnet.evaluate.cloze import cloze_items
 from sparse_bitnet.files import locked, write_text
 from sparse_bitnet.study.cells import Job, SweepRecipe, key_today, read_sweep, run_key
-from sparse_bitnet.study.pool import Message, Pool
+from sparse_bitnet.study.pool import GRACE_SECONDS, Message, Worker, started
 from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 from sparse_bitnet.study.run_cell import check_model, data_facts
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
@@ -55,7 +54,7 @@ def sweep(
     recipe: str | Path,
     out: str | Path,
     *,
-    minutes: float | None = None,
+    minutes: float = math.inf,
     per_gpu: int = 1,
     cpu_workers: int = 1,
     scratch: str | Path | None = None,
@@ -80,15 +79,13 @@ def sweep(
         DataError: if the tokens or the cloze questions' documents are missing.
         TrainingInterruptedError: after SIGTERM or Ctrl-C, once workers have saved and left.
     """
-    started = time.monotonic()
+    began = time.monotonic()
     for name, value in (("per-gpu", per_gpu), ("cpu-workers", cpu_workers)):
         if value < 1:
             raise ConfigError(f"sweep: --{name} is {value}; at least 1")
-    if minutes is not None and not minutes > 0:
+    if not minutes > 0:
         raise ConfigError(f"sweep: --minutes is {minutes}; above 0")
-    deadline = math.inf if minutes is None else started + 60 * minutes
-    plan = read_sweep(recipe)
-    out = Path(out)
+    plan, out = read_sweep(recipe), Path(out)
     jobs = _jobs(plan, Path(scratch) if scratch else out / "cells", keep_runs)
     if plan.evaluation.cloze_text:  # before anything is trained
         cloze_items(open_source(plan.evaluation.cloze_text), limit=1)
@@ -102,26 +99,24 @@ def sweep(
         if waiting:
             say(f"{_millions(sum(job.tokens for job in waiting))} tokens together; nothing was run")
         return SweepResult(rows_path, len(jobs) - len(waiting), {}, [str(j.cell) for j in waiting])
-    busy = ConfigError(
-        f"another sweep is running in {out}; wait for it, or choose another directory"
-    )
+    busy = ConfigError(f"another sweep is running in {out}; wait, or choose another directory")
     with locked(out / ".lock", busy), stop_on_signals() as stop:
         waiting = _waiting(plan, jobs, rows_path)
         write_text(out / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
-        run = _Sweep(jobs, waiting, rows_path, deadline, keep_runs)
+        run = _Sweep(jobs, waiting, rows_path, began + 60 * minutes, keep_runs)
         places = _places(per_gpu, cpu_workers)[: len(waiting)]
         if places:
             steps = sum(job.config.schedule.steps for job in waiting)
             with (
-                Pool(places, out / "logs") as pool,
+                started(places, out / "logs") as workers,
                 progress(f"sweep {plan.name}, steps", steps) as task,
             ):
-                run.work(pool, task, stop)
+                run.work(workers, task, stop)
     left = [str(job.cell) for job in run.waiting]
     finished = len(jobs) - len(left) - len(run.failed)
     say(
         f"sweep {plan.name}: {finished} of {len(jobs)} cells finished, {len(run.failed)} failed, "
-        f"{len(left)} left, {time.monotonic() - started:.0f} s; "
+        f"{len(left)} left, {time.monotonic() - began:.0f} s; "
         + (f"rows in {rows_path}" if rows_path.exists() else "the same command goes on")
     )
     if stop and left:
@@ -139,10 +134,7 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> list[Job]:
     done = {key_today(row.raw) for row in rows}
     others = done - {job.key for job in jobs}
     if others:
-        say(
-            f"{rows_path} holds {len(others)} rows of other cells or settings too; they stay, and "
-            "a report shows them"
-        )
+        say(f"{rows_path} holds {len(others)} rows of other cells or settings; a report shows all")
     waiting = [job for job in jobs if job.key not in done]
     say(
         f"sweep {plan.name}: {len(jobs)} cells, {len(jobs) - len(waiting)} finished before, "
@@ -152,7 +144,7 @@ def _waiting(plan: SweepRecipe, jobs: list[Job], rows_path: Path) -> list[Job]:
 
 
 class _Sweep:
-    """What is waiting, what has failed, and what to do with a worker's message."""
+    """What is waiting, what has failed; a thread a worker hands out cells and takes messages."""
 
     def __init__(
         self, jobs: list[Job], waiting: list[Job], rows: Path, deadline: float, keep_runs: bool
@@ -160,56 +152,68 @@ class _Sweep:
         self.waiting, self.rows_path = waiting, rows
         self.deadline, self.keep_runs = deadline, keep_runs
         self.failed: dict[str, str] = {}
+        self.stopping, self._lock = False, Lock()
         self._steps_done = dict.fromkeys((job.key for job in waiting), 0)
         self._cells, self._cells_done = len(jobs), len(jobs) - len(waiting)
 
-    def work(self, pool: Pool, task: Task, stop: StopRequest) -> None:
+    def work(self, workers: list[Worker], task: Task, stop: StopRequest) -> None:
         """Hand out cells until none is left or fits before the deadline, or a signal arrives."""
-        try:
-            self._hand_out(pool)
-            while pool.running:
-                for job, message in pool.messages(POLL_SECONDS):
-                    self._handle(job, message, pool, task)
-                if stop:
-                    break
-                self._hand_out(pool)
-                if self._out_of_time():
-                    say("sweep: out of time; asking what still runs to save and leave")
-                    break
-        finally:
-            # Whatever ended the loop (time, a signal, an error): runs are saved, counted as left.
-            for job, message in pool.stop():
-                self._handle(job, message, pool, task)
+        with ThreadPoolExecutor(len(workers)) as threads:
+            running = [threads.submit(self._serve, worker, workers, task) for worker in workers]
+            try:
+                while wait(running, POLL_SECONDS, FIRST_EXCEPTION).not_done and not stop:
+                    if self._out_of_time():
+                        say("sweep: out of time; asking what still runs to save and leave")
+                        break
+                    if any(one.done() and one.exception() for one in running):
+                        break
+                self.stopping = True
+                for worker in workers:
+                    worker.process.terminate()  # what is idle takes no notice
+                wait(running, GRACE_SECONDS)
+            finally:  # a second Ctrl-C comes here at once
+                self.stopping = True
+                for worker in workers:
+                    if worker.busy:
+                        worker.process.kill()
+        for one in running:
+            one.result()
 
-    def _handle(self, job: Job, message: Message, pool: Pool, task: Task) -> None:
+    def _serve(self, worker: Worker, workers: list[Worker], task: Task) -> None:
+        """A worker's thread: give it the next cell, in the recipe's order, while there is one."""
+        while True:
+            with self._lock:
+                if self.stopping or not self.waiting or self._out_of_time():
+                    return
+                job = self.waiting.pop(0)
+            for message in worker.run(job):
+                with self._lock:
+                    self._handle(job, message, workers, task)
+
+    def _handle(self, job: Job, message: Message, workers: list[Worker], task: Task) -> None:
         steps = job.config.schedule.steps
         if "row" in message:
             row = {"key": job.key, **message["row"]}
-            row["environment"]["side_by_side"] = pool.per_device
+            places = [worker.environment.get("CUDA_VISIBLE_DEVICES") for worker in workers]
+            row["environment"]["side_by_side"] = max(map(places.count, places))
             append_row(self.rows_path, row)
             self._cells_done += 1
             if not self.keep_runs:
                 shutil.rmtree(job.config.run.directory, ignore_errors=True)
             say(f"done: {job.cell}: {_figures(row)}")
-        elif "failed" in message:
+        elif "failed" in message and not self.stopping:
             self.failed[str(job.cell)] = message["failed"]
             say(f"failed: {job.cell}: {message['failed']}")
-        elif "interrupted" in message:
+        elif "done" in message:
+            steps = message["done"]
+        else:
             self.waiting.insert(0, job)
             steps = self._steps_done[job.key]
-        else:
-            steps = message["done"]
-        cells = f"{self._cells_done} of {self._cells} cells, {len(pool.running)} running"
+        busy = sum(worker.busy for worker in workers)
+        cells = f"{self._cells_done} of {self._cells} cells, {busy} running"
         failed = f", {len(self.failed)} failed" if self.failed else ""
         task.advance(steps - self._steps_done[job.key], cells + failed)
         self._steps_done[job.key] = steps
-
-    def _hand_out(self, pool: Pool) -> None:
-        """Give idle workers the next cells, in the recipe's order."""
-        for worker in pool.idle():
-            if not self.waiting or self._out_of_time():
-                return
-            worker.start(self.waiting.pop(0))
 
     def _out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
@@ -263,8 +267,5 @@ def _millions(tokens: int) -> str:
 def _figures(row: dict[str, Any]) -> str:
     if row["status"] != "done":
         return f"{row['status']}: {row['problem']}"
-    cloze = "" if row["cloze"] is None else f", cloze {row['cloze']['accuracy']:.1%}"
-    return (
-        f"perplexity {row['validation']['perplexity']:.3f}{cloze}, {row['seconds']:.0f} s, "
-        f"{row['tokens_per_second'] or 0:,.0f} tokens/s"
-    )
+    rate = row["tokens_per_second"] or 0
+    return f"perplexity {row['validation']['perplexity']:.3f}, {rate:,.0f} tokens/s"
