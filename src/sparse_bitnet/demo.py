@@ -127,7 +127,7 @@ def _demo_pretrained(directory: Path) -> None:
     with part("A pretrained model: SmolLM2-135M-Instruct, from its GGUF file"):
         model = directory / "model"
         if not model.is_dir():
-            say(str(import_gguf(pretrained_file(), model)))
+            say(import_gguf(pretrained_file(), model))
     with part("Conversations: what docstrings of the standard library say; answers alone count"):
         chats = directory / "chats.jsonl"
         if not chats.is_file():

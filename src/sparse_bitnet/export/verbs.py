@@ -9,7 +9,7 @@ from sparse_bitnet.core import ConfigError
 from sparse_bitnet.export.bitnet.read import ImportResult, import_bitnet
 from sparse_bitnet.export.bitnet.write import LinearClass, export_bitnet
 from sparse_bitnet.export.exportable import ExportResult
-from sparse_bitnet.export.gguf.read import ImportedGguf, import_gguf
+from sparse_bitnet.export.gguf.read import import_gguf
 from sparse_bitnet.export.gguf.write import EmbeddingType, LinearType, OddRows, export_gguf
 
 Target = Literal["gguf", "bitnet"]
@@ -55,7 +55,7 @@ def export(
 
 def import_checkpoint(
     source: Path, out: Path, *, pattern: str = "dense", overwrite: bool = False
-) -> ImportResult | ImportedGguf:
+) -> ImportResult | str:
     """Read a checkpoint of transformers' bitnet format as a trained model, or a GGUF file as a
     float32 one to start from.
 

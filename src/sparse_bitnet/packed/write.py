@@ -220,8 +220,9 @@ class _PackedForm:
         self.others = {HINT: torch.empty(0, dtype=torch.uint8)}
         with progress(f"packing as {storage}", len(self.modules)) as task:
             for name, module in self.modules.items():
-                packed = empty_packed(module, self.specs[name], name)
-                if not empty:
+                if empty:
+                    packed = empty_packed(module, self.specs[name], name)
+                else:
                     packed = pack_module(module, storage, name)
                     for key, master in module.master_parameters().items():
                         zero = zero_matrices(master, module.shard_sizes_of(key))
@@ -253,10 +254,11 @@ class _PackedForm:
         return self.others | self.packed
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
+        tensor = tensor.to("meta") if self.empty else tensor
         if self.dtype is None or not tensor.is_floating_point():
-            return tensor.to("meta") if self.empty else tensor
-        cast = tensor.to("meta" if self.empty else tensor.device, self.dtype)
-        if not self.empty and not bool(torch.isfinite(cast).all()):
+            return tensor
+        cast = tensor.to(self.dtype)
+        if not self.empty and not bool(cast.isfinite().all()):
             raise WeightError(
                 f"pack: {name} has values beyond {str(self.dtype).removeprefix('torch.')}; give "
                 "--dtype bfloat16 or float32"

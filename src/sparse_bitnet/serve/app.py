@@ -246,7 +246,7 @@ class _Answer:
                 whole += text
                 if (text or entries) and not self._tools:
                     chunk({"content": text}, self._logprobs(entries))
-            reason = self._reason(one)
+            reason = one.finish_reason or "stop"
             if self._tools:  # a call is known when it is whole
                 text, calls = split_tool_calls(whole)
                 delta: dict[str, Any] = {"content": text} if text else {}
@@ -278,7 +278,7 @@ class _Answer:
         yield stream.end(), []
 
     def _choice(self, index: int, one: Generation, text: str, entries: list[Any]) -> dict[str, Any]:
-        tail = {"logprobs": self._logprobs(entries), "finish_reason": self._reason(one)}
+        tail = {"logprobs": self._logprobs(entries), "finish_reason": one.finish_reason or "stop"}
         if not self.is_chat:
             return {"index": index, "text": text, **tail}
         message: dict[str, Any] = {"role": "assistant", "content": text}
@@ -288,9 +288,6 @@ class _Answer:
                 message["tool_calls"] = _tool_calls(calls)
                 tail["finish_reason"] = "tool_calls"
         return {"index": index, "message": message, **tail}
-
-    def _reason(self, one: Generation) -> str:
-        return one.finish_reason or "stop"
 
     def _logprobs(self, entries: list[Any]) -> dict[str, Any] | None:
         if not entries:

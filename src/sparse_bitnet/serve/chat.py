@@ -15,13 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
-from sparse_bitnet.serve.generate import (
-    Sampling,
-    check_text,
-    encode,
-    encode_chat,
-    generate_from,
-)
+from sparse_bitnet.serve.generate import Sampling, check_text, encode, encode_chat, generate_text
 from sparse_bitnet.train.model import context_length
 
 DRAWN = Sampling(temperature=0.7, top_p=0.95)
@@ -80,13 +74,7 @@ def chat(
 
 
 class Conversation:
-    """What was said so far, and how the model goes on.
-
-    Args:
-        model, tokenizer: loaded.
-        system: instructions before the first turn.
-        max_new_tokens: an answer has at most so many.
-        sampling: how the next token is chosen.
+    """What was said so far, and how the model goes on; arguments as those of :func:`chat`.
 
     Raises:
         ConfigError: for instructions to a model without a chat template, or a length below 1.
@@ -142,7 +130,7 @@ class Conversation:
             write(text)
 
         with suppress(KeyboardInterrupt):
-            generate_from(
+            generate_text(
                 self._model, self._tokenizer, tokens, self._max_new_tokens, self._sampling, collect
             )
         answer = "".join(pieces)

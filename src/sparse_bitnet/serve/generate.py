@@ -97,41 +97,26 @@ def generate(
         ConfigError: if it has no tokenizer, or the prompt does not fit the model.
     """
     model, tokenizer = load_with_tokenizer(directory, dtype=dtype, device=device)
-    return generate_text(model, tokenizer, prompt, max_new_tokens, sampling or Sampling(), write)
+    return generate_text(model, tokenizer, prompt, max_new_tokens, sampling, write)
 
 
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | torch.Tensor,
     max_new_tokens: int = 200,
     sampling: Sampling | None = None,
     write: Callable[[str], None] | None = None,
 ) -> str:
-    """:func:`generate` with a model and tokenizer that are loaded already.
+    """:func:`generate` with a loaded model, from a text or from tokens ``[1, length]``.
 
     Raises:
-        ConfigError: if the prompt is empty and there is no token to begin with, or if it leaves no
-            room in the model's context.
+        ConfigError: if the prompt is empty and there is no token to begin with, or leaves no room
+            in the model's context; if ``max_new_tokens`` is below 1, or the model's generation
+            config makes no sense.
     """
-    tokens = encode(model, tokenizer, prompt)
-    return generate_from(model, tokenizer, tokens, max_new_tokens, sampling or Sampling(), write)
-
-
-def generate_from(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: torch.Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    write: Callable[[str], None] | None = None,
-) -> str:
-    """:func:`generate_text` from tokens ``[1, length]`` instead of a text.
-
-    Raises:
-        ConfigError: if they leave no room in the model's context, if ``max_new_tokens`` is below 1,
-            or if the model's generation config makes no sense.
-    """
+    tokens = encode(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
+    sampling = sampling or Sampling()
     if max_new_tokens < 1:
         raise ConfigError(f"generate: --max-new-tokens is {max_new_tokens}; it has to be 1 or more")
     room = context_length(model)

@@ -23,6 +23,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.core.errors import shown
 
@@ -36,8 +40,6 @@ LOG = logging.getLogger("uvicorn.error")
 
 def guard(app: Any, *, hosts: Sequence[str], key: str | None, most_bytes: int) -> Any:
     """The ASGI application behind all middleware."""
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
     if key is not None:
         app = ApiKey(app, key)
     return TrustedHostMiddleware(Limits(app, most_bytes), hosts, www_redirect=False)
@@ -85,9 +87,9 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def error_event(message: str, kind: str = "server_error") -> bytes:
-    """The same as an event of a stream."""
-    return b"data: " + json.dumps(error_body(message, kind=kind)).encode() + b"\n\n"
+def error_event(message: str) -> bytes:
+    """The server's own failure as an event of a stream."""
+    return b"data: " + json.dumps(error_body(message, kind="server_error")).encode() + b"\n\n"
 
 
 class ApiKey:
@@ -106,7 +108,8 @@ class ApiKey:
             await self._app(scope, receive, send)
             return
         body = error_body("the API key is missing or wrong", "invalid_api_key")
-        await _answer(send, HTTPStatus.UNAUTHORIZED, body, [(b"www-authenticate", b"Bearer")])
+        headers = {"WWW-Authenticate": "Bearer"}
+        await JSONResponse(body, HTTPStatus.UNAUTHORIZED, headers)(scope, receive, send)
 
 
 class Limits:
@@ -127,7 +130,7 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(scope, receive, send)
         names = [name for name, _ in scope["headers"]]
         if b"content-length" in names and b"transfer-encoding" in names:
             # Two lengths for one body: proxies and servers disagree on which one counts.
@@ -173,8 +176,8 @@ class Limits:
 class _Answer:
     """ASGI's ``send``, which knows how far the answer is."""
 
-    def __init__(self, send: Any) -> None:
-        self._send = send
+    def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
         self._started = self._ended = self._streams = False
 
     async def send(self, message: Any) -> None:
@@ -193,27 +196,15 @@ class _Answer:
         """
         if self._ended:
             return
-        kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
-        body = error_body(message, kind=kind or "invalid_request_error")
         if not self._started:
-            await _answer(self._send, status, body, [(b"connection", b"close")])
+            is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            body = error_body(message, kind="server_error" if is_ours else "invalid_request_error")
+            response = JSONResponse(body, status, {"Connection": "close"})
+            await response(self._scope, self._receive, self._send)
         elif self._streams:
             event = error_event(message)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         # Half a body of known length cannot be mended: uvicorn closes the connection.
-
-
-async def _answer(
-    send: Any, status: HTTPStatus, body: dict[str, Any], headers: list[tuple[bytes, bytes]]
-) -> None:
-    data = json.dumps(body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(data)),
-        *headers,
-    ]
-    await send({"type": "http.response.start", "status": int(status), "headers": headers})
-    await send({"type": "http.response.body", "body": data})
 
 
 def connections(most: int = MOST_CONNECTIONS, seconds: float = SECONDS_TO_ARRIVE) -> type:
@@ -222,8 +213,6 @@ def connections(most: int = MOST_CONNECTIONS, seconds: float = SECONDS_TO_ARRIVE
     uvicorn itself ends connections that idle between requests (``timeout_keep_alive``), but waits
     for a first request, and for the rest of any, for ever.
     """
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
     waiting: dict[Any, None] = {}  # connections without a whole request, longest waiting first
 
     class Connection(H11Protocol):

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 from packaging.version import Version
@@ -22,7 +22,6 @@ from packaging.version import Version
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
-from sparse_bitnet.serve import middleware
 from sparse_bitnet.serve.engine import MOST_RUNNING, MOST_WAITING, Engine
 
 BYTES, BYTES_PER_TOKEN = 1 << 20, 64  # a request has at most so many, by the model's context
@@ -94,12 +93,13 @@ def serve(model: Path, *, server: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS)
         built.engine.close()
 
 
-class Server:
+class Server(NamedTuple):
     """What :func:`build_server` made: ``uvicorn`` runs it, ``name`` is the model's."""
 
-    def __init__(self, uvicorn: Any, engine: Engine, name: str, has_chat_template: bool) -> None:
-        self.uvicorn, self.engine = uvicorn, engine
-        self.name, self.has_chat_template = name, has_chat_template
+    uvicorn: Any
+    engine: Engine
+    name: str
+    has_chat_template: bool
 
 
 def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
@@ -117,6 +117,7 @@ def build_server(directory: str | Path, options: Options = DEFAULTS) -> Server:
     import uvicorn
     from starlette.middleware.cors import CORSMiddleware
 
+    from sparse_bitnet.serve import middleware
     from sparse_bitnet.serve.app import build_app
 
     class _Patient(uvicorn.Server):

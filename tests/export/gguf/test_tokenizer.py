@@ -6,6 +6,7 @@ Whether llama.cpp then gives the same ids is asked of it in test_llama_cpp.py.
 import json
 
 import pytest
+from gguf import TokenType
 from tokenizers import (
     AddedToken,
     Regex,
@@ -25,7 +26,6 @@ from sparse_bitnet.export.gguf.tokenizer import (
     LLAMA3_REGEX,
     QWEN2_REGEX,
     TEKKEN_REGEX,
-    TokenType,
     vocabulary,
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_bitnet.core import ConfigError
@@ -12,28 +11,16 @@ from sparse_bitnet.train.dense import is_gguf, no_bars, read_gguf
 from sparse_bitnet.train.export import is_trained
 
 
-@dataclass(frozen=True)
-class ImportedGguf:
-    """What :func:`import_gguf` wrote. ``str()`` gives it in a line."""
-
-    directory: Path
-    architecture: str
-    weights: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.directory}: {self.architecture} with {self.weights:,} parameters in float32, "
-            "not ternary; train from it with --model.source, or measure it"
-        )
-
-
-def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False) -> ImportedGguf:
+def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
     """Write the model and tokenizer of a GGUF file as float32 safetensors.
 
     Args:
         source: the file; of an architecture and a tokenizer that transformers reads from GGUF.
         out: the directory to write, new or empty; it appears whole or not at all.
         overwrite: replace a directory of a dense model, if it has no files of somebody else.
+
+    Returns:
+        What was written, in a line for people.
 
     Raises:
         MissingExtraError: without the package ``gguf``.
@@ -52,4 +39,8 @@ def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False)
     with atomic_directory(out, check_again) as temporary, no_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return ImportedGguf(out, type(model).__name__, sum(p.numel() for p in model.parameters()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{out}: {type(model).__name__} with {count:,} parameters in float32, not ternary; train "
+        "from it with --model.source, or measure it"
+    )

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import re
-from enum import IntEnum
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
+from gguf import TokenType
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_REGEX
 
@@ -43,17 +43,6 @@ PRE_NAMES: dict[tuple[tuple[object, ...], bool], str] = {
 SPACE = "▁"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NO_MERGE = -1e6  # the score of a token that no merge makes, below all that one makes
-
-
-class TokenType(IntEnum):
-    """``tokenizer.ggml.token_type``."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Any], list[str]]:
@@ -217,12 +206,10 @@ def _added_around(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
     """Does the tokenizer put BOS before and EOS behind a text? Anything else has no key."""
     plain = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
-    for bos in (False, True):
-        for eos in (False, True):
-            before = [tokenizer.bos_token_id] if bos else []
-            behind = [tokenizer.eos_token_id] if eos else []
-            if around == before + plain + behind:
-                return bos, eos
+    for bos, eos in product((False, True), repeat=2):
+        before, behind = [tokenizer.bos_token_id] * bos, [tokenizer.eos_token_id] * eos
+        if around == before + plain + behind:
+            return bos, eos
     raise _refuse(f"it puts the ids {around} around a text, more than BOS and EOS")
 
 

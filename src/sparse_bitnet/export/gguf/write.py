@@ -37,7 +37,6 @@ from sparse_bitnet.export.gguf.model import (
     rope_factors,
     write_hyperparameters,
 )
-from sparse_bitnet.export.gguf.tokenizer import vocabulary
 from sparse_bitnet.files import atomic_file
 from sparse_bitnet.packed.verify import check_output
 from sparse_bitnet.train.dense import begins_as_gguf, gguf_package
@@ -91,6 +90,8 @@ def export_gguf(
         WeightError: if a value does not fit fp16.
     """
     gguf_package()
+    from sparse_bitnet.export.gguf.tokenizer import vocabulary
+
     out = Path(out)
     if out.is_dir():
         raise ConfigError(f"{out} is a directory; name the file to write, such as model.gguf")
