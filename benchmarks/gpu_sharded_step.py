@@ -176,7 +176,7 @@ def one_row(preset: str, row: str, sequences: int, length: int, steps: int) -> d
         "all_milliseconds": [round(t, 2) for t in times],
         "tokens_per_second": world * sequences * length / milliseconds * 1e3,
         "memory": memory,
-        "expected": {"shards": plan.shard_bytes, "whole": plan.whole_bytes},
+        "expected": {"shards": plan["shards"], "whole": plan["whole"]},
         "weights": weights,
         "received_bytes": dict(received),
         "communication": communication,

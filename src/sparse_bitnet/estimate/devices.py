@@ -46,30 +46,24 @@ GPUS = {
 
 
 def device_named(name: str) -> Device:
-    """A GPU by its short name, or ``"cpu"``: this one, measured now in about a second.
+    """A GPU by its short name, or ``"cpu"``: this one, measured in about a second: PyTorch's bf16
+    products, this package's int8 ones, and a sum over memory.
 
     Raises:
         ConfigError: for another name.
     """
-    if name == "cpu":
-        return measure_cpu()
-    if name not in GPUS:
+    if name in GPUS:
+        return GPUS[name]
+    if name != "cpu":
         raise ConfigError(f"--gpu {name!r} is unknown; choose among {', '.join(GPUS)}, cpu")
-    return GPUS[name]
-
-
-def measure_cpu() -> Device:
-    """This CPU's rates with PyTorch's threads: bf16 and int8 products, and a sum over memory."""
     a, b = (torch.ones(rows, 2048, dtype=torch.bfloat16) for rows in (512, 2048))
-    ternary = prepare(b.to(torch.int8), torch.ones(2048))
-    tera = 2 * 512 * 2048 * 2048 / 1e12
-    large = torch.ones(2**26)  # 256 MB, beyond the caches
-    threads = torch.get_num_threads()
+    ternary, large = prepare(b.to(torch.int8), torch.ones(2048)), torch.ones(2**26)
+    tera, threads = 2 * 512 * 2048 * 2048 / 1e12, torch.get_num_threads()
     return Device(
         name=f"this CPU, {threads} thread{'s' if threads > 1 else ''}",
         bf16=tera / _seconds(lambda: a @ b),
         int8=tera / _seconds(lambda: ternary_linear(a, ternary)),
-        bandwidth=large.nbytes / _seconds(large.sum) / 1e9,
+        bandwidth=large.nbytes / _seconds(large.sum) / 1e9,  # 256 MB, beyond the caches
         memory=0.0,
         source="measured now: torch's bf16 and this package's int8 products",
     )

@@ -108,41 +108,29 @@ class Pair(NamedTuple):
     packed: Any
 
 
-class Sharding(NamedTuple):
-    """What one of several GPUs that train together keeps, receives and waits for."""
-
-    shard_bytes: float  # masters, gradients and moments of its own rows
-    whole_bytes: float  # beside them at the peak
-    gathered_bytes: float  # received in a step of one micro-batch
-    reduced_bytes: float
-    compute_seconds: float  # of a step
-    network_seconds: float  # as if nothing were hidden behind arithmetic
-
-
 def sharding(
     weights: int, layers: int, others: int, device: Device, gpus: int, tokens: int
-) -> Sharding:
-    """FSDP2 as ``nn.shard`` sets it up: every linear is gathered as two bits for forward and again
-    for backward; embeddings and head in float32, once; gradients are reduced in float32.
+) -> dict[str, float]:
+    """What one of several GPUs that train together keeps, receives and waits for, in bytes and
+    seconds of a step of ``tokens`` (all GPUs together) in one micro-batch.
 
-    Args:
-        weights: that are ternary, in ``layers`` equal layers.
-        others: parameters of the root: embeddings, head, last norm.
-        tokens: of a step, all GPUs together, in one micro-batch.
+    FSDP2 as ``nn.shard`` sets it up: the ternary ``weights`` of ``layers`` are gathered as two bits
+    for forward and again for backward; the root's ``others`` (embeddings, head) in float32, once;
+    gradients are reduced in float32. The network's time is as if nothing were hidden.
     """
     part, every = (gpus - 1) / gpus, weights + others
     gathered, reduced = part * (2 * weights / 4 + 4 * others), part * 4 * every
     link = device.link if gpus <= HOST else min(NETWORK, device.link)
-    return Sharding(
-        STATE * every / gpus,
-        # Two layers as gathered, one of them as int8 and its float32 gradients twice; the root's
-        # parameters and their gradients.
-        weights / layers * (2 / 4 + 1 + 2 * 4) + 2 * 4 * others,
-        gathered,
-        reduced,
-        6.0 * every * tokens / gpus / (TRAINED * device.bf16 * 1e12),
-        (gathered + reduced) / (link * 1e9),
-    )
+    return {
+        "shards": STATE * every / gpus,
+        # Beside them at the peak: two layers as gathered, one of them as int8 and its float32
+        # gradients twice; the root's parameters and their gradients.
+        "whole": weights / layers * (2 / 4 + 1 + 2 * 4) + 2 * 4 * others,
+        "gathered": gathered,
+        "reduced": reduced,
+        "compute_seconds": 6.0 * every * tokens / gpus / (TRAINED * device.bf16 * 1e12),
+        "network_seconds": (gathered + reduced) / (link * 1e9),
+    }
 
 
 @dataclass(frozen=True)
@@ -161,7 +149,7 @@ class Estimate:
     activations: Pair  # that training keeps for backward, a token
     prefill: Pair  # Time of all sequences' prompts together
     decode: Pair  # Time of one token of every sequence; weights and KV cache are read
-    sharding: Sharding | None  # of training over several GPUs
+    sharding: dict[str, float] | None  # of training over several GPUs
     page: str = field(compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -303,14 +291,14 @@ def estimate(
         if memory and taken + kv_bytes > memory:
             lines.append(f"{name} does not fit: the device has {readable_bytes(memory)}")
     if split is not None:
-        shard, whole, gathered, reduced = map(readable_bytes, split[:4])
+        shard, whole, gathered, reduced, *_ = map(readable_bytes, split.values())
         lines += [
             "",
             f"training on {gpus} GPUs, {step:,} tokens a step, sharded (FSDP2, two bits gathered):",
             f"  a GPU keeps {shard} of shards and at most {whole} whole, and activations",
             f"  a GPU gathers {gathered} and reduces {reduced} a micro-batch",
-            f"  a step computes {split.compute_seconds:.3g} s and communicates at most "
-            f"{split.network_seconds:.3g} s",
+            f"  a step computes {split['compute_seconds']:.3g} s and communicates at most "
+            f"{split['network_seconds']:.3g} s",
         ]
     if price is not None:
         lines += ["", f"at {price:g} an hour, a million tokens cost at least"]
@@ -325,6 +313,5 @@ def estimate(
         f"{device.bandwidth:,.0f} GB/s ({device.source})",
         ASSUMED + ON_A_GPU * device.is_gpu + WITH_EXPERTS * (shape.active_experts < 1),
     ]
-    pairs = (files, on_device, training, activations, prefill, decode)
-    facts = (weights, len(linears), others, stored_bits, kv_bytes, operations)
-    return Estimate(*facts, *pairs, split, "\n".join(lines))
+    facts = (weights, len(linears), others, stored_bits, kv_bytes, operations, files, on_device)
+    return Estimate(*facts, training, activations, prefill, decode, split, "\n".join(lines))

@@ -25,6 +25,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from transformers import PreTrainedModel
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
 from sparse_bitnet.nn.shards import plain
-from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
+from sparse_bitnet.train.checksums import checksums, find_damage
 from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import config_from_dict, differences, to_dict
@@ -107,11 +108,7 @@ class Checkpoints:
         path = self.path(step)
         manifest = self._manifest(step)
         self._check_same_run(path, manifest)
-        expected = manifest["files"]
-        damage = names_differ(path, expected) or sums_differ(
-            self._checksums(path, sorted(expected)), expected
-        )
-        if damage:
+        if damage := find_damage(path, manifest["files"], partial(self._checksums, path)):
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {self._way_out(step)}")
         try:
             with _dcp(f"checkpoint {path} does not fit this model"):
@@ -185,7 +182,7 @@ class Checkpoints:
     def _checksums(self, directory: Path, names: list[str]) -> dict[str, list[int]]:
         """Ranks share the reading."""
         mine = names[self.ranks.rank :: self.ranks.world_size]
-        parts = self.ranks.gather({name: checksum(directory / name) for name in mine})
+        parts = self.ranks.gather(checksums(directory, mine))
         return {name: mark for part in parts for name, mark in sorted(part.items())}
 
     def _way_out(self, bad: int) -> str:

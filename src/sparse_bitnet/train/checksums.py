@@ -8,7 +8,7 @@ They are no signature: who edits a file on purpose can correct them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from sparse_bitnet.core import shown
 BLOCK = 1 << 22  # bytes
 
 
-def checksum(path: Path) -> list[int]:
-    """Size in bytes and CRC-32 of a file."""
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
+def checksums(directory: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Name → size in bytes and CRC-32 of a file."""
+    found = {}
+    for name in names:
+        size = crc = 0
+        with (directory / name).open("rb") as file:
+            while block := file.read(BLOCK):
+                size += len(block)
+                crc = zlib.crc32(block, crc)
+        found[name] = [size, crc]
+    return found
 
 
 def weight_files(directory: Path) -> set[str]:
@@ -32,8 +35,16 @@ def weight_files(directory: Path) -> set[str]:
     return {path.name for path in directory.glob("*.safetensors*") if path.is_file()}
 
 
-def names_differ(directory: Path, expected: Mapping[str, Any]) -> str:
-    """Which weight file is missing or too many, or the empty string."""
+def find_damage(
+    directory: Path,
+    expected: Mapping[str, Any],
+    read: Callable[[list[str]], Mapping[str, list[int]]],
+) -> str:
+    """Which weight file is missing, too many, or another one than was written; or the empty string.
+
+    Args:
+        read: gives the checksums of files by name, once it is clear that they are there.
+    """
     present = weight_files(directory)
     for names, trouble in (
         (expected.keys() - present, "is missing"),
@@ -41,12 +52,7 @@ def names_differ(directory: Path, expected: Mapping[str, Any]) -> str:
     ):
         if names:
             return f"{shown(min(names))} {trouble}"
-    return ""
-
-
-def sums_differ(found: Mapping[str, list[int]], expected: Mapping[str, Any]) -> str:
-    """Which of the files that were read is another one than was written, or the empty string."""
-    for name, (size, crc) in found.items():
+    for name, (size, crc) in read(sorted(expected)).items():
         if [size, crc] != expected[name]:
             return f"{name} has {size} bytes and checksum {crc}, expected {shown(expected[name])}"
     return ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from sparse_bitnet.core import CheckpointError, MissingExtraError, check_finite, shown
 from sparse_bitnet.files import read_json, refuse_special
 from sparse_bitnet.nn.record import SIDE_FILE, forget
-from sparse_bitnet.train.checksums import checksum, names_differ, sums_differ
+from sparse_bitnet.train.checksums import checksums, find_damage
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For ``from_pretrained``; left out, it asks the person at the terminal whether to run code."""
@@ -289,10 +290,7 @@ def _check_sums(directory: Path) -> None:
     expected = read_json(side).get("files") if side.is_file() else None
     if expected is None:
         return
-    damage = names_differ(directory, expected) or sums_differ(
-        {name: checksum(directory / name) for name in sorted(expected)}, expected
-    )
-    if damage:
+    if damage := find_damage(directory, expected, partial(checksums, directory)):
         raise ValueError(f"{damage}; the weights were damaged or edited since they were written")
 
 

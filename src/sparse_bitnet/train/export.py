@@ -23,11 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
-from sparse_bitnet.nn import convert
 from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record
-from sparse_bitnet.train.checksums import checksum, weight_files
+from sparse_bitnet.train.checksums import checksums, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, check_has_model, is_gguf, no_bars, read_dense
+from sparse_bitnet.train.model import convert_model
 from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
@@ -75,7 +75,7 @@ def save_trained(
             kept = {"pattern", "kind", "method", "rules"}
             described = dataclasses.asdict(sparsity)
             described = {key: value for key, value in described.items() if key in kept}
-            sums = {name: checksum(temporary / name) for name in sorted(weight_files(temporary))}
+            sums = checksums(temporary, sorted(weight_files(temporary)))
             values = {"format": FORMAT, **described, "run": run or {}, "files": sums}
             values["recorded"] = True  # in config.json, since version 0.2
             write_text(temporary / SIDE_FILE, json.dumps(values, indent=1))
@@ -172,9 +172,7 @@ def load_trained(
     model = read_dense(directory, exact=True, use_safetensors=True)
     tokenizer = own_tokenizer(directory)
     model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
-    convert(
-        model, sparsity.pattern, kind=sparsity.kind, method=sparsity.method, rules=sparsity.rules
-    )
+    convert_model(model, sparsity)
     return model, tokenizer
 
 

@@ -43,12 +43,7 @@ from sparse_bitnet.train.parallel import (
     uncompile_blocks,
 )
 from sparse_bitnet.train.result import HISTORY, TrainResult, claim, facts, owned, write_result
-from sparse_bitnet.train.schedule import (
-    learning_rate,
-    pattern_at,
-    quantization_at,
-    weight_decay,
-)
+from sparse_bitnet.train.schedule import learning_rate, pattern_at, quantization_at, weight_decay
 from sparse_bitnet.train.signals import StopRequest, TrainingInterruptedError, stop_on_signals
 from sparse_bitnet.train.teacher import Teacher
 

@@ -65,7 +65,12 @@ def build_model(
             model = read_dense(directory, attn_implementation=config.attention)
             model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
         else:
-            shape = _shape(config, vocab_size)
+            if is_gguf(directory):
+                raise ConfigError(f"model.source {directory} {IMPORT_FIRST}")
+            published = PRESETS[config.source].vocab_size if config.source in PRESETS else None
+            shape = _shape(config.source, config.vocab_size or published or vocab_size)
+            if config.vocab_size:
+                shape.vocab_size = config.vocab_size
             torch.manual_seed(seed)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(
@@ -98,22 +103,15 @@ def build_model(
     return model.train()
 
 
-def _shape(config: ModelConfig, vocab_size: int):  # type: ignore[no-untyped-def]  # HF's own class
-    if config.source in PRESETS:
-        rows = config.vocab_size or PRESETS[config.source].vocab_size or vocab_size
-        return preset_config(config.source, rows)
-    path = Path(config.source)
-    if is_gguf(path):
-        raise ConfigError(f"model.source {path} {IMPORT_FIRST}")
-    if path.suffix != ".json" or not path.is_file():
+def _shape(source: str, vocab_size: int | None) -> Any:
+    if source in PRESETS:
+        return preset_config(source, vocab_size)
+    if not Path(source).exists():
         raise ConfigError(
-            f"model.source {config.source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face "
-            "directory and no config.json"
+            f"model {source!r} is no preset ({', '.join(PRESETS)}), no Hugging Face directory and "
+            "no config.json"
         )
-    shape = read_shape(path)
-    if config.vocab_size:
-        shape.vocab_size = config.vocab_size
-    return shape
+    return read_shape(source)
 
 
 def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -122,17 +120,8 @@ def empty_model(source: str, vocab_size: int | None, dtype: torch.dtype) -> PreT
     Raises:
         ConfigError: if there is none, or transformers cannot build a model of it.
     """
-    path = Path(source)
     try:
-        if source in PRESETS:
-            config: Any = preset_config(source, vocab_size)
-        elif path.exists():
-            config = read_shape(path)
-        else:
-            raise ConfigError(
-                f"{source}: no preset and no such directory or config.json; the presets are "
-                f"{', '.join(PRESETS)}"
-            )
+        config = _shape(source, vocab_size)
         config.quantization_config = None  # of a packed directory
         del config.quantization_config
         with torch.device("meta"):
