@@ -217,18 +217,20 @@ class PackedModule(StoredModule, ABC):
             self._prepared[name] = self.prepare_weight(self.unpack(name), rows)
             self._buffers[name] = None
 
+    def _stored(self, name: str) -> Tensor:
+        """The stored bytes of a weight, packed again from the compute layout if they are gone."""
+        if self._buffers[name] is None:
+            return self._storage.pack(_unpacked(self._prepared[name]), f"{self.where}.{name}")
+        return self.get_buffer(name)
+
     def _restore(self) -> None:
-        """Pack stored bytes that are gone from the compute layout again."""
-        for name, weight in self._prepared.items():
-            if self._buffers[name] is None:
-                self._buffers[name] = self._storage.pack(_unpacked(weight), f"{self.where}.{name}")
+        for name in self._prepared:
+            self._buffers[name] = self._stored(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, weight in self._prepared.items():
-            if self._buffers[name] is None:
-                where = f"{self.where}.{name}"
-                destination[prefix + name] = self._storage.pack(_unpacked(weight), where)
+        for name in self._prepared:
+            destination[prefix + name] = self._stored(name)
 
     def prepared(self, name: str) -> Any:
         """What :meth:`prepare_weight` made of that weight, derived if it is not yet."""

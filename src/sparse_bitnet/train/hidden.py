@@ -62,7 +62,6 @@ class HiddenStates:
         return taken
 
     def remove(self) -> None:
-        """Take the hooks away."""
         self._kept.clear()
         for handle in self._handles:
             handle.remove()

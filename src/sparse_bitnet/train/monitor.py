@@ -48,42 +48,19 @@ WINDOW = 100  # readings in which a dead weight is never non-zero
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One master weight's figures; ``flip_rate`` is None if it is dense or was not measured,
-    ``dead`` in all readings but the last of a window."""
+class Figures:
+    """Of one master weight, or of all of a model."""
 
-    flip_rate: float | None
+    flip_rate: float | None  # None where no mask is in force, or none was before the step
     zeros_before_mask: float
-    size: int
-    dead: float | None = None
+    dead: float | None  # None but at the end of a window
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The figures of a model, by name of the master weight."""
+class Reading(Figures):
+    """The figures of a model, and of each of its master weights by name."""
 
-    layers: dict[str, Layer]
-
-    @property
-    def zeros_before_mask(self) -> float:
-        """Over all converted weights."""
-        return self._mean("zeros_before_mask") or 0.0
-
-    @property
-    def flip_rate(self) -> float | None:
-        """Over all masked weights; None if no mask is in force."""
-        return self._mean("flip_rate")
-
-    @property
-    def dead(self) -> float | None:
-        """Over all converted weights; None but at the end of a window."""
-        return self._mean("dead")
-
-    def _mean(self, name: str) -> float | None:
-        """Of a figure, over the weights of the layers that have it."""
-        pairs = [(getattr(layer, name), layer.size) for layer in self.layers.values()]
-        pairs = [(value, size) for value, size in pairs if value is not None]
-        return sum(v * size for v, size in pairs) / sum(s for _, s in pairs) if pairs else None
+    layers: dict[str, Figures]
 
 
 class Monitor:
@@ -125,7 +102,7 @@ class Monitor:
             weight, before = whole(one.weight), self._masks.get(one.name)
             mask = method_mask(weight, one.pattern, one.module.method, one.shard_sizes)
             flips.append(torch.zeros((), dtype=torch.int64, device=weight.device))
-            masked.append(before is not None and mask is not None)
+            masked.append(0 if before is None or mask is None else weight.numel())
             if before is not None and mask is not None:
                 flips[-1] = before.ne(mask).sum()
             zeros.append((weight.abs() <= _scale(one, weight) / 2).sum())
@@ -135,20 +112,18 @@ class Monitor:
         ends = self._ends_window()
         if ends and _sharing(self._model)[1] > 1:
             dist.all_reduce(counts[2])
-        return Reading(
-            {
-                one.name: Layer(
-                    flipped / size if was_masked else None,
-                    zero / size,
-                    size,
-                    unused / size if ends else None,
-                )
-                for one, was_masked, flipped, zero, unused in zip(
-                    weights, masked, *counts.tolist(), strict=True
-                )
-                for size in [one.weight.numel()]
-            }
-        )
+
+        def figures(flipped: int, zero: int, unused: int, masked: int, size: int) -> dict[str, Any]:
+            flips = flipped / masked if masked else None
+            dead = unused / size if ends else None
+            return {"flip_rate": flips, "zeros_before_mask": zero / size, "dead": dead}
+
+        columns = [*counts.tolist(), masked, [one.weight.numel() for one in weights]]
+        layers = {
+            one.name: Figures(**figures(*numbers))
+            for one, *numbers in zip(weights, *columns, strict=True)
+        }
+        return Reading(**figures(*map(sum, columns)), layers=layers)
 
     def _ends_window(self) -> bool:
         return self._alive is not None and self._readings % WINDOW == 0
@@ -244,7 +219,6 @@ class History:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Sync and close the files."""
         if self._file is not None:
             self.sync()
             self._file.close()
