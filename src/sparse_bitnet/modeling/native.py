@@ -87,11 +87,12 @@ class NativeStep(Step):
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), cache.get_seq_length())
-        positions = position_ids.expand(tokens.shape[:2]).flatten().tolist()
-        if not 0 <= min(positions) <= max(positions) < MOST_POSITIONS:
+        positions = position_ids.expand(tokens.shape[:2]).flatten()
+        numbers = positions.tolist()
+        if not 0 <= min(numbers) <= max(numbers) < MOST_POSITIONS:
             return None
-        rotary = self._rotary(x, positions)
-        if any(one.dtype != x.dtype or one.numel() != self.call.head_dim for one in rotary[0]):
+        rotary = self._rotary(x, positions, max(numbers) + 1)
+        if any(one.dtype != x.dtype or one.shape[1] != self.call.head_dim for one in rotary):
             return None
         y = self.call(x.reshape(len(rows), -1).contiguous(), rows, rotary, caches)
         if options.get("cache") is None:
@@ -128,23 +129,23 @@ class NativeStep(Step):
                 dtype,
             )
 
-    def _rotary(self, x: Tensor, positions: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Cosine and sine ``[head_dim]`` of each position.
+    def _rotary(self, x: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[tokens, head_dim]`` of positions below a length.
 
         Rows of a table where they do not depend on the length of the text.
         """
         module: Any = self._decoder.rotary_emb
         if not rotates_alone(self._decoder):
-            cosine, sine = module(x, torch.tensor([positions]))
-            return [(cosine.flatten(), sine.flatten())]
-        table_for, length = (x.dtype, module.inv_freq.data_ptr()), max(positions) + 1
+            cosine, sine = module(x, positions[None])
+            return cosine[0], sine[0]
+        table_for = x.dtype, module.inv_freq.data_ptr()
         table = self._table  # another thread may put its own there
         if table is None or table[0] != table_for or len(table[1]) < length:
             length = max(POSITIONS, 2 ** (length - 1).bit_length())
             cosine, sine = module(x, torch.arange(length).unsqueeze(0))
             self._table = table = table_for, cosine[0], sine[0]
         _, cosine, sine = table
-        return [(cosine[position], sine[position]) for position in positions]
+        return cosine[positions], sine[positions]
 
 
 Places = tuple[list[Row], list[tuple[Tensor, Tensor]]]

@@ -176,14 +176,14 @@ class StepCall:
         self,
         x: Tensor,
         rows: list[Row],
-        rotary: list[tuple[Tensor, Tensor]],
+        rotary: tuple[Tensor, Tensor],
         caches: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of embeddings ``[tokens, hidden]``.
 
         Args:
             rows: of each token; its keys and values are written at its last place.
-            rotary: cosine and sine of each token's position, ``[head_dim]``.
+            rotary: cosine and sine of each token's position, ``[tokens, head_dim]``.
             caches: keys and values of each layer, ``[sequences or pages, key heads, tokens,
                 head_dim]``, dense in the last dimension and of the same strides.
         """
@@ -195,12 +195,12 @@ class StepCall:
         for layer, (keys, values) in zip(layers, caches, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
             _, layer.head_stride, layer.token_stride, _ = keys.stride()
-        each = (_Row * len(rows))(
-            *(
-                _Row(row.seen, row.first, row.places, cosine.data_ptr(), sine.data_ptr())
-                for row, (cosine, sine) in zip(rows, rotary, strict=True)
-            )
-        )
+        cosines, sines = (one.contiguous() for one in rotary)
+        size = self.head_dim * x.element_size()
+        each = (_Row * len(rows))()
+        for index, row in enumerate(rows):
+            cosine, sine = (one.data_ptr() + index * size for one in (cosines, sines))
+            each[index] = row.seen, row.first, row.places, cosine, sine
         step.layers, step.rows = ctypes.addressof(layers), ctypes.addressof(each)
         step.tokens, step.x, step.y = len(rows), x.data_ptr(), y.data_ptr()
         native.run_step(step)

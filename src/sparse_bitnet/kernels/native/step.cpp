@@ -36,6 +36,7 @@ namespace {
 constexpr int64_t PARTS_OF_A_THREAD = 4;      // at most, of a phase
 constexpr int64_t WORK_OF_A_PART = 1 << 17;   // multiply-adds, at least: some microseconds
 constexpr int64_t WORK_OF_A_VALUE = 32;       // of one that is normed or quantized, as multiply-adds
+constexpr int64_t WORK_OF_A_FLOAT = 8;        // of a multiply-add in float
 constexpr int64_t SPINS = 1000;               // pauses before a thread sleeps: 10 – 50 µs
 
 inline void pause() {
@@ -121,7 +122,8 @@ class Run {
             const int64_t heads = layer->heads, group = tokens > 1 ? heads / layer->kv_heads : 1;
             add(NORM, layer, tokens, 1, hidden * WORK_OF_A_VALUE);
             add(QKV, layer, width, layer->head_dim, tokens * hidden);
-            add(ATTENTION, layer, tokens * heads, group, seen * layer->head_dim / tokens);
+            add(ATTENTION, layer, tokens * heads, group,
+                seen * layer->head_dim * WORK_OF_A_FLOAT / tokens);
             add(ATTENDED, layer, tokens, 1, attended_width * WORK_OF_A_VALUE);
             add(O, layer, hidden, PANEL_ROWS, tokens * attended_width);
             add(MLP_NORM, layer, tokens, 1, hidden * WORK_OF_A_VALUE);
