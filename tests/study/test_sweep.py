@@ -157,17 +157,6 @@ def test_killed_while_a_cell_was_measured(
         assert row[figure] == whole[figure]
 
 
-def test_a_snapshot_survives_one_that_was_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cell_module, "early_and_late", lambda _: [{"position": "all"}])
-    (tmp_path / cell_module.SNAPSHOT_FILE).write_text('{"fraction": 0.1, "posi')
-    cell_module._snapshot(tmp_path, 0.1, torch.nn.Identity())
-    cell_module._snapshot(tmp_path, 0.5, torch.nn.Identity())
-    found = cell_module._read_snapshots(tmp_path)
-    assert found == [{"fraction": f, "position": "all"} for f in (0.1, 0.5)]
-
-
 def test_at_the_deadline_what_runs_saves_and_leaves(
     tmp_path: Path, toy_tokens: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,16 +264,17 @@ DYING = "import sys; sys.stdin.read(); open(sys.argv[1]); print('no'); sys.exit(
 
 
 class Pressed:
-    """A request to stop that comes once a worker has said that it trains."""
+    """A request to stop, or Ctrl-C once more, as soon as a worker has said that it trains."""
 
     def __init__(self, run: _Sweep, again: bool = False) -> None:
-        self.run, self.again, self.asked = run, again, 0
+        self.run, self.again, self.at = run, again, 0.0
 
     def __bool__(self) -> bool:
-        self.asked += any(self.run._steps_done.values())
-        if self.again and self.asked:
-            raise KeyboardInterrupt
-        return bool(self.asked)
+        if any(self.run._steps_done.values()):
+            self.at = time.monotonic()
+            if self.again:
+                raise KeyboardInterrupt
+        return self.at > 0
 
 
 def one_cell(tmp_path: Path, tokens: Path) -> _Sweep:
@@ -311,14 +301,11 @@ def test_a_second_interrupt_does_not_wait(
     slow = MEASURING.replace("time.sleep(1)", "[time.sleep(1) for _ in range(60)]")
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", slow))
     run = one_cell(tmp_path, toy_tokens)
+    stop = Pressed(run, again=True)
     with pytest.raises(KeyboardInterrupt), pool.started([{}], tmp_path / "logs") as workers:
-        process = workers[0].process
-        try:
-            run.work(workers, Task("", None, None), Pressed(run, again=True))
-        finally:
-            began = time.monotonic()
-    assert time.monotonic() - began < 5
-    assert process.returncode == -signal.SIGKILL
+        run.work(workers, Task("", None, None), stop)
+    assert time.monotonic() - stop.at < 5
+    assert workers[0].process.returncode == -signal.SIGKILL
     assert len(run.waiting) == 1
 
 
