@@ -149,15 +149,11 @@ class Encoder:
             encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             encoded = (encoding.ids for encoding in encodings)
         else:
-            encoded = map(self._slow, texts)
+            plain = {"add_special_tokens": False, "split_special_tokens": True}
+            encoded = (self.tokenizer(text, **plain)["input_ids"] for text in texts)
         for piece in pending:
             ids = [self.eos_id] if piece is None else next(encoded)
             yield np.array(ids, dtype=np.uint32)
-
-    def _slow(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,16 +85,11 @@ class _Experts(DerivedModule):
         self, experts: nn.Module, pattern: Pattern = DENSE, method: Method | None = None
     ) -> None:
         super().__init__()
-        gate_up, down = experts.gate_up_proj, experts.down_proj
-        assert isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)
-        activation = experts.act_fn
-        assert callable(activation)
-        self.gate_up_proj: nn.Parameter = gate_up
-        self.down_proj: nn.Parameter = down
-        self.act_fn = activation
-        self.num_experts: int = down.shape[0]
-        self.hidden_dim: int = down.shape[1]
-        self.intermediate_dim: int = down.shape[2]
+        taken: Any = experts
+        self.gate_up_proj: nn.Parameter = taken.gate_up_proj
+        self.down_proj: nn.Parameter = taken.down_proj
+        self.act_fn = taken.act_fn
+        self.num_experts, self.hidden_dim, self.intermediate_dim = self.down_proj.shape
         self._configure(pattern, method)
         self.train(experts.training)
 
