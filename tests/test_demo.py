@@ -43,7 +43,8 @@ def test_the_whole_way_and_a_second_run(
     for name in demo.MODELS:
         assert out.count(name) >= 1
     assert "max |Δlogit| 0.0e+00 in fp32, same greedy text" in out
-    assert "packed, two-bit" in out and "packed, trits" in out
+    for storage in ("two-bit", "trits"):
+        assert re.search(rf"packed-{storage}: \d+ modules with [\d,]+ weights packed at \d", out)
     assert (small / "packed-two-bit" / "model.safetensors").is_file()
     assert "reusing it" not in err
     again, told = run(small, monkeypatch, capsys)

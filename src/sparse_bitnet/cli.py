@@ -31,7 +31,7 @@ VERBS = {
     "export": ("export.verbs", "export", "model → GGUF for llama.cpp, or bitnet for transformers"),
     "import": ("export.verbs", "import_checkpoint", "bitnet checkpoint, or GGUF, → model"),
     "inspect": ("packed.verbs", "inspect", "what a model directory holds, layer by layer"),
-    "generate": ("serve.verbs", "generate", "stream text from a model directory"),
+    "generate": ("serve.generate", "generate_command", "stream text from a model directory"),
     "chat": ("serve.chat", "chat", "talk with a model directory on the terminal"),
     "serve": ("serve.serve", "serve", "OpenAI-compatible HTTP server of a model directory"),
     "estimate": ("estimate.estimate", "estimate", "memory, speed, cost of a model before training"),

@@ -32,8 +32,7 @@ from sparse_bitnet.evaluate import Perplexity, perplexity
 from sparse_bitnet.export.gguf.read import import_gguf
 from sparse_bitnet.files import write_text
 from sparse_bitnet.nn import convert
-from sparse_bitnet.packed.sizes import readable_bytes
-from sparse_bitnet.packed.write import PackResult, pack
+from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.chat import Conversation
 from sparse_bitnet.serve.generate import Sampling, generate_text
 from sparse_bitnet.train import SparsityConfig, TrainConfig, load_trained, train
@@ -110,7 +109,8 @@ def demo(directory: Path = Path("runs/demo"), pretrained: bool = False) -> None:
     out.print(f"{seen:.1f} training tokens a weight: enough to watch, too few to rank the kinds")
     out.print("(published comparisons take about 100; see results/).\n", markup=False)
     out.print(f"packed against trained: max |Δlogit| {difference:.1e} in fp32, same greedy text\n")
-    out.print(sizes(packed))
+    for result in packed.values():
+        out.print(str(result), markup=False)
     out.print("\nThe packed model writes Python:\n")
     drawn = Sampling(temperature=0.7, top_k=40)
     out.print(PROMPT + generate_text(model, tokenizer, PROMPT, SAMPLE_TOKENS, drawn), markup=False)
@@ -154,8 +154,8 @@ def _demo_pretrained(directory: Path) -> None:
         measured["after training"] = measure(load_trained(trained)[0], held_out, PRETRAINED_LIMIT)
 
     with part("Pack it, load it again, compare"):
-        packed = {"two-bit": pack(trained, directory / "packed", overwrite=True)}
-        runs = packed["two-bit"].directory
+        packed = pack(trained, directory / "packed", overwrite=True)
+        runs = packed.directory
         quick = AutoModelForCausalLM.from_pretrained(runs).eval()
         own, tokenizer = load_trained(trained)
         assert tokenizer is not None
@@ -165,7 +165,7 @@ def _demo_pretrained(directory: Path) -> None:
     out.print(losses(history))
     out.print(quality(measured, "Held-out answers"))
     out.print(f"packed against trained: max |Δlogit| {difference:.1e} in fp32, same greedy text\n")
-    out.print(sizes(packed))
+    out.print(str(packed), markup=False)
     out.print(f"\n> {QUESTION}", markup=False)
     conversation = Conversation(quick, tokenizer, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling())
     out.print(conversation.answer(QUESTION, lambda _: None), markup=False)
@@ -297,22 +297,6 @@ def losses(history: list[dict[str, Any]]) -> Table:
         if "loss" in row:
             figures = (row["loss"], row["teacher_loss"], row["quantization"])
             table.add_row(str(row["step"]), *(f"{figure:.2f}" for figure in figures))
-    return table
-
-
-def sizes(packed: dict[str, PackResult]) -> Table:
-    table = Table("stored as", "ternary weights", "bits a weight", "whole model", title="Sizes")
-    table.title_justify = "left"
-    one = next(iter(packed.values()))
-    table.add_row("fp32", readable_bytes(4 * one.weights), "32", readable_bytes(one.float32_bytes))
-    for storage, result in packed.items():
-        whole = result.packed_bytes + result.other_bytes
-        table.add_row(
-            f"packed, {storage}",
-            readable_bytes(result.packed_bytes),
-            f"{result.bits_per_weight:.2f}",
-            f"{readable_bytes(whole)} (embeddings {readable_bytes(result.other_bytes)} in fp32)",
-        )
     return table
 
 

@@ -142,8 +142,7 @@ def cloze_accuracy(
     """Ask the model all items. Of candidates of equal score the first is taken.
 
     Args:
-        window: tokens the model reads at once; a longer context loses its beginning. By default
-            1024, or fewer where the model has fewer positions.
+        window: as :func:`check_window` has it; a longer context loses its beginning.
         batch_size: candidates at once; by default chosen, and halved whenever memory runs out.
 
     Raises:

@@ -38,8 +38,7 @@ def evaluate_tasks(
         include_path: a folder of task YAML files, instead of lm-eval's own tasks.
         few_shot: examples in the prompt; each task's own number by default.
         limit: at most this many items a task, for trying out.
-        window: tokens the model reads at once; longer prompts lose their beginning. By default
-            1024, or fewer where the model has fewer positions.
+        window: as :func:`check_window` has it; longer prompts lose their beginning.
         batch_size: prompts at once; 8 by default.
 
     Returns:

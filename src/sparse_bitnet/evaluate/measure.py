@@ -19,36 +19,24 @@ from sparse_bitnet.evaluate.scoring import check_window
 
 @dataclass(frozen=True)
 class Measurements:
-    """What to measure, and how.
+    """What to measure, and how."""
 
-    Attributes:
-        shards: a directory of token shards, for perplexity.
-        text: text, for perplexity: a source such as text:PATH or jsonl:PATH.
-        cloze: held-out documents, for cloze accuracy: a source such as jsonl:PATH.
-        tasks: tasks of lm-eval.
-        include_path: a folder of task YAML files, instead of lm-eval's own.
-        window: tokens the model reads at once; give the length that it was trained with. By default
-            it is 1024, or fewer where the model has fewer positions.
-        stride: tokens from one window of a perplexity to the next; by default half a window.
-        batch_size: windows, candidates or prompts at once; by default chosen by device.
-        limit: score at most this many tokens of a perplexity.
-        items: ask at most this many cloze items, and as many of each task.
-        few_shot: examples in a task's prompt; each task's own number by default.
-        seed: of the choice of cloze items and their candidates.
-    """
-
-    shards: Path | None = None
-    text: str | None = None
-    cloze: str | None = None
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
+    shards: Path | None = None  # a directory of token shards, for perplexity
+    text: str | None = None  # text, for perplexity: a source such as text:PATH or jsonl:PATH
+    cloze: str | None = None  # held-out documents, for cloze accuracy: a source such as jsonl:PATH
+    tasks: tuple[str, ...] = ()  # tasks of lm-eval
+    include_path: Path | None = None  # a folder of task YAML files, instead of lm-eval's own
+    # tokens the model reads at once; give the length that it was trained with. By default it is
+    # 1024, or fewer where the model has fewer positions.
     window: int | None = None
+    # tokens from one window of a perplexity to the next; by default half a window
     stride: int | None = None
+    # windows, candidates or prompts at once; by default chosen by device
     batch_size: int | None = None
-    limit: int | None = None
-    items: int | None = None
-    few_shot: int | None = None
-    seed: int = 0
+    limit: int | None = None  # score at most this many tokens of a perplexity
+    items: int | None = None  # ask at most this many cloze items, and as many of each task
+    few_shot: int | None = None  # examples in a task's prompt; each task's own number by default
+    seed: int = 0  # of the choice of cloze items and their candidates
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ def perplexity(
             as in shards, with the end-of-sequence token, and one more stands before the first, so
             that its first word is scored as well.
         tokenizer: required for text; with shards, checked to be the one that made them.
-        window: tokens the model reads at once; give the length that it was trained with. By default
-            1024, or fewer where the model has fewer positions.
+        window: as :func:`check_window` has it; give the length that the model was trained with.
         stride: tokens from one window to the next, 1 to ``window``; by default half a window.
         batch_size: windows at once; by default chosen, and halved whenever memory runs out.
         limit: score at most this many tokens, the first ones; how many bytes they spell is then

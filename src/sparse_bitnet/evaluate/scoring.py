@@ -48,7 +48,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def check_window(model: PreTrainedModel, window: int | None) -> int:
-    """The window to use: the given one, or 1024 tokens, or fewer where the model has fewer.
+    """Tokens the model reads at once: as given, or 1024, or fewer where it has fewer positions.
 
     Raises:
         ConfigError: if it is below 1 or longer than the model's positions.

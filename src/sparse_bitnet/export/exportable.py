@@ -24,22 +24,15 @@ from sparse_bitnet.packed.write import distinct_tensors
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model whose ternary layers can be read one after the other.
+    """A model whose ternary layers can be read one after the other."""
 
-    Attributes:
-        model: as loaded, on the CPU.
-        tokenizer: None if the directory has none.
-        shapes: ``(out, in)`` of each ternary layer, by name.
-        linear: reads the weight ``W = γ · T`` of one of them: T as int8 ``[out, in]``, and γ of
-            every row as float32 ``[out]``.
-        others: all tensors but these weights, tied ones once.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    shapes: dict[str, tuple[int, int]]
+    model: PreTrainedModel  # as loaded, on the CPU
+    tokenizer: PreTrainedTokenizerBase | None  # None if the directory has none
+    shapes: dict[str, tuple[int, int]]  # ``(out, in)`` of each ternary layer, by name
+    # reads the weight ``W = γ · T`` of one of them: T as int8 ``[out, in]``, and γ of every row as
+    # float32 ``[out]``
     linear: Callable[[str], tuple[Tensor, Tensor]]
-    others: dict[str, Tensor]
+    others: dict[str, Tensor]  # all tensors but these weights, tied ones once
 
     @property
     def weights(self) -> int:
@@ -107,22 +100,14 @@ def open_exportable(directory: str | Path, target: str) -> Exportable:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote. ``str()`` reports it, and what the format loses.
+    """What an export wrote. ``str()`` reports it, and what the format loses."""
 
-    Attributes:
-        path: the file or directory.
-        format: its name.
-        weights: how many ternary weights it holds.
-        bytes: of everything in it.
-        lost: what its readers compute otherwise than this package, one line each.
-        types: of each tensor of the file, by its name there; empty where a format has one.
-    """
-
-    path: Path
-    format: str
-    weights: int
-    bytes: int
-    lost: list[str]
+    path: Path  # the file or directory
+    format: str  # its name
+    weights: int  # how many ternary weights it holds
+    bytes: int  # of everything in it
+    lost: list[str]  # what its readers compute otherwise than this package, one line each
+    # of each tensor of the file, by its name there; empty where a format has one
     types: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -35,19 +35,13 @@ def chunks(tensor: Tensor, widest: int = 0) -> Iterator[tuple[int, Tensor]]:
 
 @dataclass(frozen=True)
 class Storage:
-    """One way to keep ternary rows ``[..., in]`` as bytes, of ``per_byte`` weights each.
+    """One way to keep ternary rows ``[..., in]`` as bytes, of ``per_byte`` weights each."""
 
-    Attributes:
-        name: as written into a packed model's configuration.
-        pack_rows: int8 ``[rows, in]`` → uint8 ``[rows, bytes]``.
-        unpack_rows: ``(packed, in)``, the inverse.
-        wrong_bytes: ``(packed, in)`` → boolean of its shape, True where packing writes no such.
-    """
-
-    name: str
+    name: str  # as written into a packed model's configuration
     per_byte: int
-    pack_rows: Callable[[Tensor], Tensor]
-    unpack_rows: Callable[[Tensor, int], Tensor]
+    pack_rows: Callable[[Tensor], Tensor]  # int8 ``[rows, in]`` → uint8 ``[rows, bytes]``
+    unpack_rows: Callable[[Tensor, int], Tensor]  # ``(packed, in)``, the inverse
+    # ``(packed, in)`` → boolean of its shape, True where packing writes no such
     wrong_bytes: Callable[[Tensor, int], Tensor]
 
     def packed_length(self, length: int) -> int:

@@ -28,25 +28,15 @@ GROUP_WITHOUT_PATTERN = 8  # where a dense module is looked at for N of M
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One weight matrix (or one of each expert).
+    """One weight matrix (or one of each expert)."""
 
-    Attributes:
-        name: of the weight in the model.
-        shape: ``[..., out, in]``.
-        declared: the pattern it is meant to keep.
-        met: the sparsest N:M that it does keep, with the declared M (8 if dense).
-        zeros: fraction of weights that are zero.
-        bits: that a weight takes in the files, scales included.
-        zero_matrices: which of its logical matrices are all zero, by name.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    declared: str
-    met: str
-    zeros: float
-    bits: float
-    zero_matrices: list[str]
+    name: str  # of the weight in the model
+    shape: tuple[int, ...]  # ``[..., out, in]``
+    declared: str  # the pattern it is meant to keep
+    met: str  # the sparsest N:M that it does keep, with the declared M (8 if dense)
+    zeros: float  # fraction of weights that are zero
+    bits: float  # that a weight takes in the files, scales included
+    zero_matrices: list[str]  # which of its logical matrices are all zero, by name
 
     @property
     def count(self) -> int:
@@ -55,33 +45,21 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class DirectoryReport:
-    """A model directory.
+    """A model directory."""
 
-    Attributes:
-        directory: what was inspected.
-        kind: ``packed``; ``trained`` for master weights with ternary linears, ``trained bf16`` for
-            the BF16 baseline; ``ordinary`` for any other model, whose linears are the
-            weights that ``convert`` would take.
-        architecture: the model's class.
-        storage: format of a packed directory's bytes.
-        activation_bits: those in use; none in full precision.
-        weights: one report a weight.
-        file_bytes: what the weight files take.
-        other_parameters: in embeddings, norms, head and biases; tied ones once.
-        other_bytes: what they take in the files.
-        head: the dtype of the output head, or how it is stored.
-    """
-
-    directory: str
+    directory: str  # what was inspected
+    # ``packed``; ``trained`` for master weights with ternary linears, ``trained bf16`` for the BF16
+    # baseline; ``ordinary`` for any other model, whose linears are the weights that ``convert``
+    # would take
     kind: Kind
-    architecture: str
-    storage: str | None
-    activation_bits: list[int]
-    weights: list[WeightReport]
-    file_bytes: int
-    other_parameters: int
-    other_bytes: int
-    head: str
+    architecture: str  # the model's class
+    storage: str | None  # format of a packed directory's bytes
+    activation_bits: list[int]  # those in use; none in full precision
+    weights: list[WeightReport]  # one report a weight
+    file_bytes: int  # what the weight files take
+    other_parameters: int  # in embeddings, norms, head and biases; tied ones once
+    other_bytes: int  # what they take in the files
+    head: str  # the dtype of the output head, or how it is stored
 
     @property
     def count(self) -> int:

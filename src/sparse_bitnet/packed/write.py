@@ -50,24 +50,16 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class PackResult:
-    """Result of :func:`pack`. ``str()`` gives it in a line.
+    """Result of :func:`pack`. ``str()`` gives it in a line."""
 
-    Attributes:
-        directory: where it is.
-        modules, weights: how many were packed.
-        packed_bytes: what the packed weights and their scales take.
-        other_bytes: what embeddings, norms, head and biases take.
-        float32_bytes: what the same model takes in float32.
-        zero: matrices that are all zero, which a warning names too.
-    """
-
-    directory: Path
+    directory: Path  # where it is
+    # how many were packed
     modules: int
     weights: int
-    packed_bytes: int
-    other_bytes: int
-    float32_bytes: int
-    zero: list[str]
+    packed_bytes: int  # what the packed weights and their scales take
+    other_bytes: int  # what embeddings, norms, head and biases take
+    float32_bytes: int  # what the same model takes in float32
+    zero: list[str]  # matrices that are all zero, which a warning names too
 
     @property
     def bits_per_weight(self) -> float:
@@ -184,16 +176,9 @@ def packed_sizes(
 
 
 class _PackedForm:
-    """Tensors and config.json of a model's packed form.
-
-    Args:
-        dtype: of embeddings, norms, head and biases; their own if None.
-        empty: leave all tensors empty, on the meta device: they tell sizes.
-
-    Attributes:
-        packed: packed weights and their scales, by their names in the files.
-        others: embeddings, norms, head and biases.
-    """
+    """Tensors and config.json of a model's packed form; ``empty`` ones on the meta device tell
+    sizes. ``packed`` has packed weights and their scales, by their names in the files, ``others``
+    embeddings, norms, head and biases, in ``dtype`` or their own."""
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparse_bitnet.core import ConfigError, SparseBitNetError
@@ -22,21 +23,14 @@ COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes:
-        temperature: 0 takes the likeliest token; above, tokens are drawn, the flatter the higher.
-        top_k: draw among this many likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have this probability.
-        repetition_penalty: divide the score of tokens that occurred already; 1 for none.
-        seed: of the draws.
-    """
-
+    # 0 takes the likeliest token; above, tokens are drawn, the flatter the higher
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    top_k: int = 0  # draw among this many likeliest tokens; 0 for all
+    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+    repetition_penalty: float = 1.0  # divide the score of tokens that occurred already; 1 for none
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -66,6 +60,9 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty,
             "num_beams": 1,
         }
+
+
+GREEDY = Sampling()
 
 
 def generate(
@@ -116,7 +113,7 @@ def generate_text(
             config makes no sense.
     """
     tokens = encode(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
-    sampling = sampling or Sampling()
+    sampling = sampling or GREEDY
     if max_new_tokens < 1:
         raise ConfigError(f"generate: --max-new-tokens is {max_new_tokens}; it has to be 1 or more")
     room = context_length(model)
@@ -153,6 +150,39 @@ def generate_text(
     text = tokenizer.decode(result[0, tokens.shape[1] :], skip_special_tokens=True)
     assert isinstance(text, str)
     return text
+
+
+def generate_command(
+    model: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = GREEDY,
+    dtype: DType | None = None,
+    device: str | None = None,
+    compile: bool = False,
+) -> None:
+    """Print a prompt and its continuation, streaming the text to the terminal.
+
+    Args:
+        model: directory of the model and its tokenizer, or a GGUF file.
+        prompt: the text to continue.
+        max_new_tokens: stop after so many.
+        sampling: how the next token is chosen.
+        dtype: to compute in; the stored one when left out.
+        device: the GPU when left out, if there is one.
+        compile: on a GPU, compile the decoder first: fewer kernels a token, for long texts.
+    """
+    loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=device, compile=compile)
+    before = prompt  # shown with the first piece, when nothing is left to be refused
+
+    def write(text: str) -> None:
+        nonlocal before
+        print(before + text, end="", flush=True)
+        before = ""
+
+    generate_text(loaded, tokenizer, prompt, max_new_tokens, sampling, write)
+    print()
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

@@ -16,13 +16,8 @@ SPACES: Any = {"whitespace_pattern": " ?"}
 
 
 class Grammars:
-    """Compiles what requests ask for as ``response_format``, for one model.
-
-    Args:
-        tokenizer: of the model.
-        vocabulary: logits of a token.
-        eos: token ids that end an answer.
-    """
+    """Compiles what requests ask for as ``response_format``, for a model of ``vocabulary`` logits
+    whose answers end with one of the ids ``eos``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: set[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, eos

@@ -116,11 +116,8 @@ class Limits:
     """ASGI middleware: bodies of bounded size, and answers that end in order.
 
     The body is read whole before the application is called. A client that hangs up cancels nothing
-    by itself: ``receive`` then gives ``http.disconnect``, as ASGI has it.
-
-    Args:
-        most_bytes: of a request's body. A prompt is tokenized before its length is known, and
-            nobody else is served meanwhile.
+    by itself: ``receive`` then gives ``http.disconnect``, as ASGI has it. Bodies are bounded:
+    a prompt is tokenized before its length is known, and nobody else is served meanwhile.
     """
 
     def __init__(self, app: Any, most_bytes: int) -> None:

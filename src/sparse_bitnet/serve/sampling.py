@@ -15,29 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """OpenAI's options of a request.
+    """OpenAI's options of a request."""
 
-    Attributes:
-        max_tokens: an answer has at most so many.
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens that together have this probability.
-        seed: of the draws.
-        presence_penalty, frequency_penalty: taken from the logit of each token that the answer has
-            already; the second once for each time.
-        logit_bias: token id → what is added to its logit.
-        logprobs: log-probabilities of the chosen token and of so many likeliest; None for none.
-        matcher: llguidance's, which says what tokens may follow; its state stays as it is.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_tokens: int  # an answer has at most so many
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+    seed: int = 0  # of the draws
+    # taken from the logit of each token that the answer has already; the second once for each time
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    # token id → what is added to its logit
     logit_bias: dict[int, float] = field(default_factory=dict)
+    # log-probabilities of the chosen token and of so many likeliest; None for none
     logprobs: int | None = None
-    matcher: Any = None
+    matcher: Any = None  # llguidance's, which says what tokens may follow; its state stays as it is
 
 
 @dataclass(frozen=True)

@@ -32,36 +32,26 @@ PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is served.
+    """How a model is served."""
 
-    Attributes:
-        host: address to listen on; 0.0.0.0 for every network of this machine.
-        port: to listen on.
-        name: what clients call the model; the directory's name when left out.
-        api_key: file with the key that clients must send; SPARSE_BITNET_API_KEY when left out.
-        allowed_hosts: names of this server beside localhost and host that clients may use: NAME,
-            or *.NAME, or * for any.
-        cors_origins: web pages that may use the server from a browser, such as
-            http://localhost:3000; * for any.
-        cache_tokens: tokens of all sequences at once that the key-value cache has room for; chosen
-            from free memory when left out.
-        max_running: sequences that are computed at once.
-        max_waiting: sequences that wait for a place; beyond, requests get status 429.
-        dtype: to compute in; the stored one when left out.
-        device: the GPU when left out, if there is one.
-    """
-
-    host: str = "localhost"
-    port: int = 8000
-    name: str | None = None
+    host: str = "localhost"  # address to listen on; 0.0.0.0 for every network of this machine
+    port: int = 8000  # to listen on
+    name: str | None = None  # what clients call the model; the directory's name when left out
+    # file with the key that clients must send; SPARSE_BITNET_API_KEY when left out
     api_key: Path | None = None
+    # names of this server beside localhost and host that clients may use: NAME, or *.NAME, or * for
+    # any
     allowed_hosts: tuple[str, ...] = ()
+    # web pages that may use the server from a browser, such as http://localhost:3000; * for any
     cors_origins: tuple[str, ...] = ()
+    # tokens of all sequences at once that the key-value cache has room for; chosen from free memory
+    # when left out
     cache_tokens: int | None = None
-    max_running: int = MOST_RUNNING
+    max_running: int = MOST_RUNNING  # sequences that are computed at once
+    # sequences that wait for a place; beyond, requests get status 429
     max_waiting: int = MOST_WAITING
-    dtype: DType | None = None
-    device: str | None = None
+    dtype: DType | None = None  # to compute in; the stored one when left out
+    device: str | None = None  # the GPU when left out, if there is one
 
 
 DEFAULTS = Options()

@@ -51,22 +51,15 @@ DERIVED_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older checkpoints
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What :func:`import_bitnet` wrote. ``str()`` says it in a line.
+    """What :func:`import_bitnet` wrote. ``str()`` says it in a line."""
 
-    Attributes:
-        directory: a trained directory: evaluate, pack, export it, or train on from it.
-        architecture: the model's class.
-        format: linear class and quantization mode of the checkpoint.
-        modules, weights: how many are ternary.
-        pattern: that they keep now.
-    """
-
-    directory: Path
-    architecture: str
-    format: str
+    directory: Path  # a trained directory: evaluate, pack, export it, or train on from it
+    architecture: str  # the model's class
+    format: str  # linear class and quantization mode of the checkpoint
+    # how many are ternary
     modules: int
     weights: int
-    pattern: str
+    pattern: str  # that they keep now
 
     def __str__(self) -> str:
         return (
@@ -160,6 +153,8 @@ def _read(directory: Path) -> tuple[PreTrainedModel, dict[str, str], set[str], s
             f"{type(skeleton).__name__} with this {CONFIG}; {AGAIN}"
         )
     state = dict(_masters(stored, ternary if mode == "offline" else set(), linear_class))
+    for name, tensor in state.items():
+        check_finite(tensor, name)
     given = {n: state.get(source) for n, source in skeleton.all_tied_weights_keys.items()} | state
     skeleton.load_state_dict({n: t for n, t in given.items() if t is not None}, assign=True)
     with no_bars():
@@ -253,14 +248,14 @@ def _masters(
             module, _, part = name.rpartition(".")
             task.advance()
             if module not in ternary or part not in (SCALE, "weight", "bias"):
-                yield name, _finite(_floats(tensor, name), name)
+                yield name, _floats(tensor, name)
                 continue
             if part == SCALE:
                 continue
             gamma = _gamma(stored, f"{module}.{SCALE}", linear_class)
             if part == "bias":  # the second linear class scales it together with the product
                 scaled = linear_class == "autobitlinear"
-                yield name, _finite(_floats(tensor, name) * (gamma if scaled else 1.0), name)
+                yield name, _floats(tensor, name) * (gamma if scaled else 1.0)
                 continue
             packed = tensor.dtype == torch.uint8
             values = row_quarters.unpack(tensor, name) if packed else tensor
@@ -274,7 +269,7 @@ def _masters(
                     f"{SCALE}; {AGAIN}"
                 )
             density = int(values.count_nonzero()) / max(1, values.numel())
-            yield name, _finite(values.float() * (gamma / density if density else 0.0), name)
+            yield name, values.float() * (gamma / density if density else 0.0)
 
 
 def _gamma(stored: dict[str, Tensor], name: str, linear_class: str) -> float:
@@ -302,11 +297,6 @@ def _floats(tensor: Tensor, name: str) -> Tensor:
             f"tensor {name} is {tensor.dtype} where floats are expected; {AGAIN}"
         )
     return tensor.float()
-
-
-def _finite(tensor: Tensor, name: str) -> Tensor:
-    check_finite(tensor, name)
-    return tensor
 
 
 @contextmanager
