@@ -33,7 +33,7 @@ async def tokens(engine, prompts, **options):
     made = engine.submit(prompts, [SamplingOptions(max_tokens=20, **options) for _ in prompts])
 
     async def all_of(one):
-        ids = [token.id async for token in one]
+        ids = [token.id async for some in one for token in some]
         engine.cancel(one)
         return ids
 

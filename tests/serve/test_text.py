@@ -11,7 +11,7 @@ def pieces(tokenizer, text, stops=()):
     stream = TextStream(tokenizer, stops)
     found = []
     for token in tokenizer(text).input_ids:
-        found.append(stream.add(token))
+        found.append(stream.add([token]))
         if stream.has_stopped:
             break
     return [*found, stream.end()], stream.has_stopped
@@ -28,7 +28,7 @@ def test_pieces_are_the_text(tokenizer, text):
 def test_half_a_character_at_the_end(tokenizer):
     ids = tokenizer("x😀").input_ids[:-1]
     stream = TextStream(tokenizer)
-    before = [stream.add(token) for token in ids]
+    before = [stream.add([token]) for token in ids]
     assert "".join(before) == "x" and stream.end() == tokenizer.decode(ids)[1:]
 
 

@@ -186,7 +186,8 @@ class _Answer:
             for index, prompt in enumerate(all_prompts)
         ]
         self._prompt_tokens = sum(map(len, prompts))
-        self._generations = self._engine.submit(all_prompts, options)
+        streams = bool(body.stream or body.stop)
+        self._generations = self._engine.submit(all_prompts, options, streams)
 
     def cancel(self) -> None:
         for one in self._generations:
@@ -265,12 +266,12 @@ class _Answer:
         stream = TextStream(self._tokenizer, self._body.stop or [])
         if isinstance(self._body, Completion) and self._body.echo:
             yield str(self._tokenizer.decode(one.prompt, skip_special_tokens=True)), []
-        before = one.started
-        async for token in one:
-            now = time.perf_counter()
-            self._metrics.token(now - before, is_first=before is one.started)
-            before = now
-            yield stream.add(token.id), [] if token.logprob is None else [token]
+        counted = 0
+        async for tokens in one:
+            self._metrics.tokens(one.times[counted : counted + len(tokens) + 1], counted == 0)
+            counted += len(tokens)
+            text = stream.add([token.id for token in tokens])
+            yield text, [token for token in tokens if token.logprob is not None]
             if stream.has_stopped:
                 one.finish_reason = "stop"
                 break

@@ -61,70 +61,85 @@ class GenerationError(SparseBitNetError):
 
 
 class Generation:
-    """One sequence under way: iterate over its tokens, or cancel it.
+    """One sequence under way: iterate over its tokens as they come, or cancel it.
 
     Attributes:
         prompt: token ids.
+        times: seconds of the clock when it was asked for, and of each token.
         finish_reason: "stop" or "length", once it has ended.
     """
 
-    def __init__(self, name: str, prompt: list[int], options: SamplingOptions, eos: set[int]):
+    def __init__(
+        self, name: str, prompt: list[int], options: SamplingOptions, eos: set[int], streams: bool
+    ) -> None:
         self.name, self.prompt, self.options = name, prompt, options
         self.sampler = Sampler(options)
         self.ids: list[int] = []
         self.finish_reason: str | None = None
-        self.started = time.perf_counter()
+        self.times = [time.perf_counter()]
         self.cancelled = False
-        self._eos = eos
+        self._eos, self._streams = eos, streams
+        self._made: list[Token] = []  # and not delivered
+        self._error: GenerationError | None = None
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[list[Token], bool]] = asyncio.Queue()
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while (item := await self.queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    async def __aiter__(self) -> AsyncIterator[list[Token]]:
+        is_last = False
+        while not is_last:
+            tokens, is_last = await self.queue.get()
+            if tokens:
+                yield tokens
+        if self._error is not None:
+            raise self._error
 
-    def choose(self, logits: Tensor, likeliest: int) -> Token:
+    def choose(self, logits: Tensor, likeliest: int) -> int:
         """The next token by its logits; :func:`deliver` gives it on to who iterates."""
         token = Token(likeliest) if self.sampler.is_argmax else self.sampler.choose(logits)
         self.ids.append(token.id)
+        self._made.append(token)
+        self.times.append(time.perf_counter())
         if token.id in self._eos or self.sampler.is_complete:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.options.max_tokens:
             self.finish_reason = "length"
-        return token
+        return token.id
+
+    def take(self) -> tuple[list[Token], bool] | None:
+        """What there is to deliver, and whether it is the last; None if it can wait."""
+        if not (self._streams or self.has_ended):
+            return None
+        made, self._made = self._made, []
+        return made, self.has_ended
 
     def fail(self, message: str) -> None:
         """End it by an error, if it has not ended. From any thread."""
         if not self.has_ended:
-            self.finish_reason = "error"
-            deliver([(self, GenerationError(message))])
+            self._error, self.finish_reason = GenerationError(message), "error"
+            deliver([self])
 
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None
 
 
-def deliver(items: list[tuple[Generation, Token | Exception]]) -> None:
+def deliver(generations: list[Generation]) -> None:
     """Give a step's tokens on to who iterates over their generations. From any thread.
 
-    In one call for all: each wakes the event loop, which then holds the interpreter's lock.
+    In one call for all: each wakes the event loop, which then holds the interpreter's lock. Answers
+    that nobody reads before their end wake it once.
     """
-
-    ended = [one.has_ended for one, _ in items]  # now: the next token may come before they are put
+    items = [(one.queue, item) for one in generations if (item := one.take()) is not None]
 
     def put() -> None:
-        for (one, item), is_last in zip(items, ended, strict=True):
-            one.queue.put_nowait(item)
-            if is_last:
-                one.queue.put_nowait(None)
+        for queue, item in items:
+            queue.put_nowait(item)
 
     if items:
         try:
-            items[0][0].loop.call_soon_threadsafe(put)
+            generations[0].loop.call_soon_threadsafe(put)
         except RuntimeError:  # the server has stopped and its loop is closed
-            for one, _ in items:
+            for one in generations:
                 one.cancelled = True
 
 
@@ -189,9 +204,15 @@ class Engine:
         return sum(len(one.prompt) + len(one.ids) for one in list(self.generations.values()))
 
     def submit(
-        self, prompts: Sequence[list[int]], options: Sequence[SamplingOptions]
+        self,
+        prompts: Sequence[list[int]],
+        options: Sequence[SamplingOptions],
+        streams: bool = True,
     ) -> list[Generation]:
         """Start a generation for each prompt, or none. Call :meth:`cancel` for each when done.
+
+        Args:
+            streams: tokens are wanted as they come, not all at the end.
 
         Raises:
             BusyError: if more would wait than ``most_waiting``.
@@ -201,7 +222,7 @@ class Engine:
         made = []
         for prompt, wanted in zip(prompts, options, strict=True):
             name = f"generation-{next(self._numbers)}"
-            made.append(Generation(name, prompt, wanted, self.eos))
+            made.append(Generation(name, prompt, wanted, self.eos, streams))
         alone = not self.generations and len(made) == 1
         self.generations.update((one.name, one) for one in made)
         for one in made:
@@ -265,8 +286,8 @@ class Engine:
             if ids.shape[1] == 0:
                 logits = found.logits[0, -1].float()
                 token = one.choose(logits, int(logits.argmax()))
-                deliver([(one, token)])
-                ids = torch.tensor([[token.id]], device=model.device)
+                deliver([one])
+                ids = torch.tensor([[token]], device=model.device)
 
     def _watch(self) -> None:
         """Read the manager's results, of which failures matter, and start it again if it ends."""
@@ -306,7 +327,7 @@ class _Samplers(ContinuousBatchingLogitsProcessorList):
     def __call__(self, input_ids: Any, scores: Tensor, logits_processor_args: Any) -> Tensor:
         """Logits ``[rows, vocabulary]``; rows beyond the announced sequences mean nothing."""
         likeliest = scores.argmax(-1).tolist()
-        tokens: list[tuple[Generation, Token | Exception]] = []
+        chosen: list[Generation] = []
         for row, name in enumerate(self._names):
             one = self._generations.get(name)
             if one is None or one.has_ended:
@@ -317,10 +338,10 @@ class _Samplers(ContinuousBatchingLogitsProcessorList):
                 LOG.exception("a generation failed")
                 one.fail(f"{type(error).__name__}: {str(error)[:300]}")
                 continue
-            tokens.append((one, token))
-            if token.id != likeliest[row]:
-                scores[row, token.id] = torch.inf
-        deliver(tokens)
+            chosen.append(one)
+            if token != likeliest[row]:
+                scores[row, token] = torch.inf
+        deliver(chosen)
         return scores
 
 

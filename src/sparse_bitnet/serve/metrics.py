@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -41,10 +43,15 @@ class Metrics:
         ):
             Gauge(f"sparse_bitnet_{name}", text, registry=registry).set_function(read)
 
-    def token(self, seconds: float, is_first: bool) -> None:
-        """Count a token that came so long after its request, or after the one before."""
-        self._tokens.inc()
-        (self._first if is_first else self._later).observe(seconds)
+    def tokens(self, times: list[float], are_first: bool) -> None:
+        """Count an answer's tokens that were made at ``times[1:]``.
+
+        The first time is that of the token before, or of the request if they are the first.
+        """
+        self._tokens.inc(len(times) - 1)
+        for before, now in itertools.pairwise(times):
+            (self._first if are_first else self._later).observe(now - before)
+            are_first = False
 
     def text(self) -> tuple[bytes, str]:
         """All of them as Prometheus reads them, and the media type of that."""

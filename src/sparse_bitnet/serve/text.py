@@ -30,9 +30,9 @@ class TextStream:
         self._held = ""
         self.has_stopped = False
 
-    def add(self, token: int) -> str:
+    def add(self, tokens: list[int]) -> str:
         """The text that is certain now and was not before."""
-        self._ids.append(token)
+        self._ids += tokens
         return self._release(self._new_text(final=False), final=False)
 
     def end(self) -> str:

@@ -200,7 +200,7 @@ class StepCall:
         each = (_Row * len(rows))()
         for index, row in enumerate(rows):
             cosine, sine = (one.data_ptr() + index * size for one in (cosines, sines))
-            each[index] = row.seen, row.first, row.places, cosine, sine
+            each[index] = _Row(row.seen, row.first, row.places, cosine, sine)
         step.layers, step.rows = ctypes.addressof(layers), ctypes.addressof(each)
         step.tokens, step.x, step.y = len(rows), x.data_ptr(), y.data_ptr()
         native.run_step(step)
