@@ -9,7 +9,7 @@ from decoders import random_decoder
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
 from sparse_bitnet.packed.load import load
-from sparse_bitnet.serve.engine import BusyError, Engine, cache_bytes_per_token
+from sparse_bitnet.serve.engine import BusyError, Engine, GenerationError, cache_bytes_per_token
 from sparse_bitnet.serve.sampling import SamplingOptions
 
 PROMPTS = [[5, 6, 7 + number] for number in range(12)]
@@ -47,6 +47,35 @@ def test_every_token_arrives(engine, model):
         (alone,) = asyncio.run(tokens(engine, [prompt]))
         made = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert alone == ids == made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("count", [1, len(PROMPTS)])
+def test_an_answer_that_does_not_stream_comes_once(engine, count):
+    async def run():
+        options = [SamplingOptions(max_tokens=20)] * count
+        for one in engine.submit(PROMPTS[:count], options, streams=False):
+            ((*made,),) = [some async for some in one]
+            assert [token.id for token in made] == one.ids and len(made) == 20
+            assert len(one.times) == 21 and one.times == sorted(one.times)
+            engine.cancel(one)
+
+    asyncio.run(run())
+
+
+def test_a_failure_comes_after_the_tokens_before_it(engine):
+    async def run():
+        (one,) = engine.submit(PROMPTS[:1], [SamplingOptions(max_tokens=200)], streams=False)
+        while len(one.ids) < 3:
+            await asyncio.sleep(0.001)
+        one.fail("so")
+        found = []
+        with pytest.raises(GenerationError, match="so"):
+            async for some in one:
+                found += some
+        assert [token.id for token in found[:3]] == one.ids[:3]
+        engine.cancel(one)
+
+    asyncio.run(run())
 
 
 def test_a_full_engine_starts_none_of_a_request(model):

@@ -28,17 +28,21 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bitnet.modeling.cache import FixedLayer, GrowingLayer
+from sparse_bitnet.modeling.cache import FixedLayer
 from sparse_bitnet.modeling.layers import FULL
-from sparse_bitnet.modeling.reads import Given, Reads, Step, rotates_alone
-
-if TYPE_CHECKING:
-    pass
+from sparse_bitnet.modeling.reads import (
+    Given,
+    Reads,
+    Step,
+    batch_layers,
+    page_allocator,
+    rotates_alone,
+)
 
 DEVICE = "cuda"
 MOST_GRAPHS = 8
@@ -87,10 +91,13 @@ class GraphStep(Step):
             or not all(one.is_packed and one.self_attn.sliding_window is None for one in own)
         ):
             return None
-        if options.get("cache") is None:
-            tokens: _Tokens | None = _in_a_batch(input_ids, position_ids, mask, cache, len(own))
+        if options.get("cache") is not None:
+            tokens: _Tokens | None = _in_pages(input_ids, position_ids, options, len(own))
         else:
-            tokens = _in_pages(input_ids, position_ids, options, len(own))
+            layers = batch_layers(cache, mask, input_ids, len(own))
+            if layers is None:
+                return None
+            tokens = _Batch(input_ids, position_ids, mask, layers)
         if tokens is None:
             return None
         with self._turn:
@@ -310,43 +317,12 @@ class _FromPages:
         return keys, values
 
 
-def _in_a_batch(ids: Tensor, positions: Any, mask: Any, cache: Any, count: int) -> _Batch | None:
-    """The tokens as a batch, if they are one a sequence over a cache of ours."""
-    layers = getattr(cache, "layers", [])
-    if (
-        ids.shape[1] != 1
-        or len(layers) != count
-        or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
-    ):
-        return None
-    seen, shape = layers[0].get_seq_length(), layers[0].buffer_shape()
-    if (
-        shape[0] != ids.shape[0]
-        or any(one.get_seq_length() != seen or one.buffer_shape() != shape for one in layers)
-        or not (mask is None or (isinstance(mask, Tensor) and mask.shape == (shape[0], seen + 1)))
-    ):
-        return None
-    return _Batch(ids, positions, mask, layers)
-
-
 def _in_pages(ids: Tensor, positions: Any, options: dict[str, Any], count: int) -> _Pages | None:
-    """The tokens in pages, if they are one a sequence and all layers are of one kind."""
-    # Other versions of transformers have none.
-    allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
-    one: Any = allocators.get(0)
-    if (
-        ids.shape[0] != 1
-        or positions is None
-        or options.get("block_table") is not None
-        or len(allocators) != count
-        or any(other is not one for other in allocators.values())
-        or one.layer_type != FULL
-        or options["max_length_q"] != 1
-        or options["cu_seq_lens_q"].shape[0] != ids.shape[1] + 1
-        or options["read_index"][one.index].shape[0] == 0
-    ):
+    """The tokens in pages, if they are one a sequence and not too many to gather."""
+    allocator = page_allocator(options, ids, count)
+    if allocator is None or positions is None:
         return None
-    tokens = _Pages(ids, positions, options, one, count)
+    tokens = _Pages(ids, positions, options, allocator, count)
     heads, width = tokens.memory()[0].shape[-2:]
     return tokens if math.prod(tokens.shape) * heads * width <= MOST_GATHERED else None
 

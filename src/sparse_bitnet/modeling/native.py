@@ -27,9 +27,16 @@ from sparse_bitnet.kernels.native.layer import (
     Row,
     StepCall,
 )
-from sparse_bitnet.modeling.cache import GrowingLayer
 from sparse_bitnet.modeling.layers import FULL, Head
-from sparse_bitnet.modeling.reads import Given, Reads, Step, layer_norms, rotates_alone
+from sparse_bitnet.modeling.reads import (
+    Given,
+    Reads,
+    Step,
+    batch_layers,
+    layer_norms,
+    page_allocator,
+    rotates_alone,
+)
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head
 
 if TYPE_CHECKING:
@@ -154,22 +161,11 @@ Places = tuple[list[Row], list[tuple[Tensor, Tensor]]]
 
 def _in_a_batch(cache: Any, mask: Any, given: Tensor, count: int) -> Places | None:
     """One token of each sequence of a :class:`KeyValueCache`, with padding at the left only."""
-    layers, batch = getattr(cache, "layers", []), given.shape[0]
-    if (
-        given.shape[1] != 1
-        or len(layers) != count
-        or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
-    ):
+    layers = batch_layers(cache, mask, given, count)
+    if layers is None:
         return None
-    seen, shape = layers[0].get_seq_length() + 1, layers[0].buffer_shape()
-    if shape[0] != batch or any(
-        one.get_seq_length() + 1 != seen or one.buffer_shape() != shape for one in layers
-    ):
-        return None
-    padding = [0] * batch
+    seen, padding = layers[0].get_seq_length() + 1, [0] * given.shape[0]
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.shape != (batch, seen):
-            return None
         kept = mask.bool()
         if not kept.all():
             if not (kept[:, -1].all() and (kept[:, 1:] >= kept[:, :-1]).all()):
@@ -188,18 +184,8 @@ def _in_pages(options: dict[str, Any], given: Tensor, count: int) -> Places | No
     their values; ``read_index`` numbers the places of a layer's keys, and of its values, from its
     first page on.
     """
-    tokens = given.shape[1]
-    # Other versions of transformers have none.
-    allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
-    one: Any = allocators.get(0)
-    if (
-        given.shape[0] != 1
-        or options.get("block_table") is not None
-        or len(allocators) != count
-        or any(other is not one for other in allocators.values())
-        or one.layer_type != FULL
-        or options["cu_seq_lens_q"].tolist() != list(range(tokens + 1))
-    ):
+    one = page_allocator(options, given, count)
+    if one is None:
         return None
     ends, places = options["cu_seq_lens_k"][FULL].tolist(), options["read_index"][one.index]
     if places.numel() != ends[-1] or places.dtype != torch.int64 or not places.is_contiguous():

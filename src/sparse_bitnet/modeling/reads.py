@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_bitnet.modeling.cache import GrowingLayer
+from sparse_bitnet.modeling.layers import FULL
+
 if TYPE_CHECKING:
     from sparse_bitnet.modeling.decoder import Decoder, DecoderLayer
 
@@ -109,6 +112,47 @@ class Reads:
         """True if a module of the decoder, as :meth:`now` found them, or the head has hooks."""
         modules = (*self._modules, *head.modules())
         return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
+
+
+def batch_layers(cache: Any, mask: Any, tokens: Tensor, count: int) -> list[GrowingLayer] | None:
+    """Layers of a :class:`KeyValueCache` that one token of each sequence comes to, else None."""
+    layers, batch = getattr(cache, "layers", []), tokens.shape[0]
+    if (
+        tokens.shape[1] != 1
+        or len(layers) != count
+        or not all(isinstance(one, GrowingLayer) and one.is_initialized for one in layers)
+    ):
+        return None
+    seen, shape = layers[0].get_seq_length(), layers[0].buffer_shape()
+    if (
+        shape[0] != batch
+        or any(one.get_seq_length() != seen or one.buffer_shape() != shape for one in layers)
+        or not (mask is None or (isinstance(mask, Tensor) and mask.shape == (batch, seen + 1)))
+    ):
+        return None
+    return list(layers)
+
+
+def page_allocator(options: dict[str, Any], tokens: Tensor, count: int) -> Any:
+    """The allocator of transformers' paged cache, if all layers share it; else None.
+
+    None too if the tokens ``[1, tokens]`` are not one of each sequence.
+    """
+    # Other versions of transformers have none.
+    allocators: dict[int, Any] = getattr(options["cache"], "layer_to_allocator", {})
+    one: Any = allocators.get(0)
+    if (
+        tokens.shape[0] != 1
+        or options.get("block_table") is not None
+        or len(allocators) != count
+        or any(other is not one for other in allocators.values())
+        or one.layer_type != FULL
+        or options["max_length_q"] != 1
+        or options["cu_seq_lens_q"].shape[0] != tokens.shape[1] + 1
+        or options["read_index"][one.index].shape[0] == 0
+    ):
+        return None
+    return one
 
 
 def rotates_alone(decoder: Decoder) -> bool:
