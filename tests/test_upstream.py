@@ -33,7 +33,6 @@ NAMES = [
     "torch._int_mm",
     "torch._scaled_mm",
     "torch._foreach_norm",
-    "torch._C._current_graph_task_id",
     "torch._C.parse_schema",
     "torch._dynamo.config.recompile_limit",
     "torch._dynamo.reset",

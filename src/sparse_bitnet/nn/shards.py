@@ -4,9 +4,9 @@ Every rank ternarizes its own rows. γ of a matrix is a mean over all of its row
 block's matrices are added over ranks first, in one all-reduce of float64: γ then does not depend on
 how many ranks there are. Groups of M run along ``in`` and shards are cut along ``out`` (or along
 experts), so masks are each rank's own. What FSDP2 gathers, for forward and again for backward, is
-the ternary weight in two bits and γ; gradients are reduced to the float32 shards as ever. A rank
-keeps its own rows' two bits from forward to backward, which gathers them once more. A product keeps
-the gathered ones in memory that FSDP2 frees with the layer, so nothing whole outlives it.
+the ternary weight in two bits and γ; gradients are reduced to the float32 shards as ever. A product
+keeps the two bits for its backward, in memory that FSDP2 frees with the layer, so nothing whole
+outlives it.
 
 The way into FSDP2 is its extension for tensor subclasses: a parameter whose shards have
 ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` says itself what is gathered, and what is made
@@ -36,7 +36,6 @@ from sparse_bitnet.nn.gathered import GatheredTernary
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
 aten = torch.ops.aten
-NOT_IN_BACKWARD = -1
 
 
 def shard(module: nn.Module, **options: Any) -> FSDPModule:
@@ -99,7 +98,6 @@ class _Source:
         self.name, self.shape, self.group = name, shape, group
         # A mesh counts its ranks in Python every time that it is asked, and a shard has one mesh.
         self._place: tuple[int, int] | None = None
-        self._given: tuple[Tensor, Tensor] | None = None  # in the last forward, for its backward
         group.members.append(self)
 
     @property
@@ -107,22 +105,6 @@ class _Source:
         module = self._module()
         assert module is not None
         return module
-
-    def given(self, mesh: DeviceMesh, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The shard ``values`` in two bits, as many rows as of the first rank, and γ; in a backward
-        those of its forward."""
-        given, self._given = self._given, None
-        if given is not None and torch._C._current_graph_task_id() != NOT_IN_BACKWARD:
-            return given
-        module, scale = self.module, self.group.scale(self, mesh, values.device)
-        length, first = self.place(mesh)
-        own = scale[first : first + len(values)] if values.ndim == 3 else scale
-        packed, _ = two_bits(values, module.pattern, module.method, self.local_sizes(mesh), own)
-        missing = length - len(packed)
-        if missing:
-            packed = functional.pad(packed, [0, 0] * (packed.ndim - 1) + [0, missing])
-        self._given = packed, scale
-        return self._given
 
     def local(self) -> Tensor:
         """The shard as it is now, ``[rows, in]`` or ``[experts, out, in]``."""
@@ -225,7 +207,15 @@ class MasterShard(Tensor):
     # FSDP2 checks shapes of uneven shards against the float parameter's in its other signature.
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], Tensor]:
         """This rank's rows in two bits, as many as of the first rank, and γ."""
-        packed, scale = self.source.given(mesh, self.rows)
+        source = self.source
+        module, values = source.module, self.rows
+        scale = source.group.scale(source, mesh, values.device)
+        length, first = source.place(mesh)
+        own = scale[first : first + len(values)] if values.ndim == 3 else scale
+        packed, _ = two_bits(values, module.pattern, module.method, source.local_sizes(mesh), own)
+        missing = length - len(packed)
+        if missing:
+            packed = functional.pad(packed, [0, 0] * (packed.ndim - 1) + [0, missing])
         return (packed, scale.unsqueeze(0)), scale
 
     def fsdp_post_all_gather(
