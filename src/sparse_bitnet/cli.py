@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -125,13 +126,16 @@ def _quitting_at_once() -> Iterator[None]:
         os.write(sys.stderr.fileno(), b"interrupted\n")
         os._exit(INTERRUPTED)
 
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # and not ignored, as in the background
-        signal.signal(signal.SIGINT, quit_at_once)
+    # Not in a thread, where handlers cannot be set, nor where it is ignored, as in the background.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, quit_at_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _show(result: Any) -> None:

@@ -43,7 +43,9 @@ ADVICE = {
     ),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another place"),
 }
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only writes fail so
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers
+NUMPY_ERROR = re.compile(r"^\d+ requested and \d+ written$")
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 """What file systems answer that have no locks, or, over the network, none on directories."""
 
@@ -240,12 +242,20 @@ def refuse_special(*paths: Path) -> None:
 
 def explain(error: BaseException) -> str:
     """What the system says of a failed write or read, and what to do about it."""
-    match = RUST_ERROR.search(str(error))
-    number = int(match[1]) if match else getattr(error, "errno", None)
-    said = str(error) if number is None else os.strerror(number)
-    # Without a number: numpy, which counts what it wrote.
-    advice = ADVICE.get(errno.ENOSPC if number is None else number)
-    return f"{said}; {advice}" if advice else said
+    number = _number(error)
+    if number is None:
+        return str(error)
+    advice = ADVICE.get(number)
+    return os.strerror(number) + (f"; {advice}" if advice else "")
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error, also where a library tells it in words."""
+    if match := RUST_ERROR.search(str(error)):
+        return int(match[1])
+    if NUMPY_ERROR.search(str(error)):
+        return errno.ENOSPC
+    return error.errno if isinstance(error, OSError) else None
 
 
 @contextmanager
@@ -255,13 +265,20 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, OutputError) else error  # a file inside
-        if cause is None or not (isinstance(cause, OSError) or RUST_ERROR.search(str(cause))):
+        if cause is None or not (place := _place(cause, path)):
             raise
-        where = getattr(cause, "filename", None) or str(path)
-        if not (str(where).startswith(str(path)) or path.is_relative_to(where)):
-            raise
-        at = f" ({where})" if path.is_relative_to(where) and str(path) != where else ""
+        at = f" ({place})" if path.is_relative_to(place) and path != place else ""
         raise OutputError(f"{path} cannot be written: {explain(cause)}{at}") from cause
+
+
+def _place(error: BaseException, path: Path) -> Path | None:
+    """Where writing ``path`` failed: at or in it, its temporary or a folder that it is in. None if
+    something else failed."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return path if _number(error) in NO_ROOM else None  # what else has no name may be a read
+    place = Path(os.fsdecode(error.filename))
+    of = re.compile(rf"{re.escape(str(path))}(\.\d+(\.old)?{re.escape(TEMPORARY_SUFFIX)})?(/.*)?")
+    return place if of.fullmatch(str(place)) or path.is_relative_to(place) else None
 
 
 def _prepare(path: Path, for_directory: bool) -> None:

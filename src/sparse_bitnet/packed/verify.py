@@ -20,21 +20,13 @@ from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError, chec
 from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
+from sparse_bitnet.train.export import refuse_files_of_others
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
-# What this package and transformers write into the directory of a language model.
-WRITTEN = re.compile(
-    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
-    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
-    r"chat_template\.(jinja|json)"
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,12 +87,7 @@ def check_output(
             raise ConfigError(
                 f"{out} exists and is not {what}; give another name, or remove it first"
             )
-        for path in sorted(out.iterdir()) if out.is_dir() else ():
-            if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
-                raise ConfigError(
-                    f"{out} holds {path.name}, which would be lost: the whole directory is "
-                    "replaced; move it away, or give another name"
-                )
+        refuse_files_of_others(out)
         if not overwrite:
             raise ConfigError(
                 f"{out} exists; give another name, or replace it with --overwrite (in Python "

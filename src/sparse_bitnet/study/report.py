@@ -290,7 +290,7 @@ def _all_runs(rows: Sequence[Row], runs: pd.DataFrame, problems: Sequence[str]) 
             "perplexity": "diverged" if row.diverged else f"{row.perplexity:.3f}",
             "cloze": _number(row.accuracy, ".1%"),
             "zeros": _number(row.zeros, ".1%"),
-            "tokens": _number(row.tokens, ",.0f"),
+            "tokens, millions": _number(row.tokens and row.tokens / 1e6, ",.4g"),
             "seconds": _number(row.seconds, ",.0f"),
             "tokens/s": _number(row.tokens_per_second, ",.0f"),
             "key": row.key,
@@ -308,7 +308,8 @@ def _number(value: float | None, form: str) -> str:
 
 def _lead(rows: Sequence[Row]) -> list[str]:
     tokens, seconds = (sum(getattr(r, name) or 0 for r in rows) for name in ("tokens", "seconds"))
-    devices = {f"{r.environment.get('device')}, torch {r.environment.get('torch')}" for r in rows}
+    known = (r.environment for r in rows if r.environment)
+    devices = {f"{one.get('device')}, torch {one.get('torch')}" for one in known}
     return [
         f"{len(rows)} runs, {tokens / 1e6:,.4g}M training tokens, {seconds / 3600:.2f} hours of "
         "training one after the other.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,15 @@ from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
 FORMAT = 1
+TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
+# What this package and transformers write into the directory of a language model.
+WRITTEN = re.compile(
+    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
+    r"chat_template\.(jinja|json)"
+)
 
 
 def save_trained(
@@ -84,14 +94,30 @@ def save_trained(
     return directory
 
 
+def refuse_files_of_others(directory: Path) -> None:
+    """Refuse to replace a directory with a file in it that is of no model.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
+            raise ConfigError(
+                f"{directory} holds {path.name}, which would be lost: the whole directory is "
+                "replaced; move it away, or give another name"
+            )
+
+
 def check_trained_output(directory: Path) -> None:
-    """Refuse to replace what is no trained model.
+    """Refuse to replace what is no trained model, or files that are not of one.
 
     Raises:
         ConfigError: naming the directory.
     """
-    if not directory.exists() or (directory / SIDE_FILE).is_file():
+    if not directory.exists():
         return
+    if (directory / SIDE_FILE).is_file():
+        return refuse_files_of_others(directory)
     if not directory.is_dir() or any(directory.iterdir()):
         raise ConfigError(
             f"{directory} exists and is not a trained model; give a new directory, or remove it "
