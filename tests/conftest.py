@@ -13,6 +13,9 @@ import tempfile
 pytest_plugins = ["packed_models"]  # tests/packed_models.py, imported after the lines below
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise every process that compiles builds and loads a program for each vector instruction set
+# that the processor names, before it believes it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them made
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparse-bitnet-compiled-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)

@@ -12,8 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tiny_models
+from processes import FreshPython
 from sparse_bitnet.nn import convert
 from sparse_bitnet.packed.write import pack
+from sparse_bitnet.train import SparsityConfig, save_trained
 
 SMALL = tiny_models.SIZES | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 SIZES = {
@@ -31,10 +33,16 @@ def build_model(architecture):
     kind = architecture.removesuffix("-untied").replace("-", "_")
     config = AutoConfig.for_model(kind, **SMALL | SIZES.get(architecture, {}))
     model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # biases of zero and norms of one would hide a mistake
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    tiny_models.randomize_vectors(model)
     return model.eval()
+
+
+def write_trained(directory, tokenizer, **sizes):
+    """A random Qwen2 in 6:8 as ``train`` leaves it, with a row of embeddings for each token."""
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | sizes
+    model = tiny_models.tiny(**sizes)
+    convert(model, "6:8")
+    return save_trained(model, tokenizer, directory, SparsityConfig())
 
 
 def trained_model(architecture, pattern="6:8", **options):
@@ -107,6 +115,23 @@ def fixed(value):
 build, trained, logits = fixed(build_model), fixed(trained_model), fixed(model_logits)
 read_header, write_header = fixed(read_tensor_header), fixed(write_tensor_header)
 edit_json = fixed(edit_json_file)
+
+
+def fresh_python(preload):
+    """A fixture that runs scripts where nothing else has been imported."""
+
+    @pytest.fixture(scope="session")
+    def fresh(tmp_path_factory):
+        directory = tmp_path_factory.mktemp("fresh")
+        python = FreshPython(directory, preload, HF_MODULES_CACHE=str(directory / "modules"))
+        yield python
+        python.close()
+
+    return fresh
+
+
+only_torch = fresh_python("import torch")
+only_transformers = fresh_python("from transformers import AutoModelForCausalLM, Qwen2Model")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sparse_bitnet.serve import serve as serving
+from sparse_bitnet.serve.sampling import Sampler, Token
 
 
 @contextmanager
@@ -26,3 +29,15 @@ def running(directory: Path, **options: Any) -> Iterator[str]:
         built.uvicorn.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+def let_say(monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
+    """Let every model say these tokens, whatever it is asked."""
+
+    def choose(sampler: Sampler, _logits: object) -> Token:
+        token = script[sum(sampler._counts.values())]
+        sampler._counts[token] = sampler._counts.get(token, 0) + 1
+        return Token(token)
+
+    monkeypatch.setattr(Sampler, "choose", choose)
+    monkeypatch.setattr(Sampler, "is_argmax", False)

@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import requests
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
+from packed_models import write_trained
 from running_server import running
 from sparse_bitnet.cli import main
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.export.gguf.read import import_gguf
 from sparse_bitnet.export.gguf.write import export_gguf
-from sparse_bitnet.nn import convert
-from sparse_bitnet.train import SparsityConfig, save_trained
 
 TEXT = "def main():\n    return the name of the file 1234\n"
 
@@ -28,21 +25,8 @@ TEXT = "def main():\n    return the name of the file 1234\n"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``plain``, a directory, and ``model.gguf``; and a text to measure them on."""
     directory = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(shape)
-    convert(model, "6:8")
-    tokenizer = train_bpe([TEXT] * 30, 320)
-    save_trained(model, tokenizer, directory / "trained", SparsityConfig())
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128}
+    write_trained(directory / "trained", train_bpe([TEXT] * 30, 320), **sizes)
     export_gguf(directory / "trained", directory / "model.gguf", odd_rows="f16")
     import_gguf(directory / "model.gguf", directory / "plain")
     (directory / "text.txt").write_text(TEXT * 8)

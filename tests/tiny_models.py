@@ -48,6 +48,13 @@ def tiny(architecture: str = "qwen2", **changes: Any) -> PreTrainedModel:
     return model
 
 
+def randomize_vectors(model: nn.Module) -> None:
+    """Biases of zero and norms of one would hide a mistake."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+
+
 def preset_model(seed: int, vocabulary: int = 64, **changes: Any) -> PreTrainedModel:
     """Of the preset ``tiny``, a Qwen2, with other settings."""
     torch.manual_seed(seed)

@@ -1,36 +1,22 @@
 """The verbs as the command line calls them."""
 
 import pytest
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from packed_models import write_trained
 from sparse_bitnet import files
 from sparse_bitnet.cli import main
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.export.verbs import export
-from sparse_bitnet.nn import convert
-from sparse_bitnet.train import SparsityConfig, save_trained
 
 TEXT = "def main():\n    return the name of the file\n"
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    tokenizer = train_bpe([TEXT] * 20, 300)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=320,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
-    convert(model, "6:8")
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 1}
     out = tmp_path_factory.mktemp("model") / "trained"
-    return save_trained(model, tokenizer, out, SparsityConfig(pattern="6:8"))
+    return write_trained(out, train_bpe([TEXT] * 20, 300), **sizes)
 
 
 def run(*arguments):

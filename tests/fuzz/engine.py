@@ -1,8 +1,7 @@
 """Damage files at random, read them, and see that nothing worse than an error of ours comes of it.
 
-Run as a process of its own, so that a crash, a hang and a memory blow-up are seen from outside:
-
-    python engine.py OUT NAME:FIRST:COUNT ...
+``main`` runs in a process of its own, so that a crash, a hang and a memory blow-up are seen from
+outside; by hand ``PYTHONPATH=tests python tests/fuzz/engine.py OUT NAME:FIRST:COUNT ...``.
 
 For each named reader (``reader_NAME.py`` beside this file, or a path) it builds clean files,
 damages a copy of them once for each seed, and reads it. The property, for every seed:
@@ -136,8 +135,10 @@ def copy_of(box: Sandbox) -> Path:
 
 def main(out: str, *orders: str) -> None:
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def hang(_number: int, _frame: FrameType | None) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import engine
 import pytest
 
-ENGINE = Path(__file__).with_name("engine.py")
-READERS = sorted(path.stem.removeprefix("reader_") for path in ENGINE.parent.glob("reader_*.py"))
+from processes import Started
+
+READERS = sorted(p.stem.removeprefix("reader_") for p in Path(__file__).parent.glob("reader_*.py"))
 FAST, SLOW = 200, 10_000
 SHARE = -(-FAST // len(READERS))
 SLOW_SHARE = -(-(SLOW - FAST) // len(READERS))
@@ -20,16 +19,11 @@ SLOW_SHARE = -(-(SLOW - FAST) // len(READERS))
 def run(tmp_path: Path, *orders: str) -> list[dict[str, object]]:
     """What the engine tells; fails with the seed at work if its process did not end well."""
     out = tmp_path / "told.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(ENGINE), str(out), *orders],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-    )
+    done = Started(tmp_path, engine.main, (str(out), *orders))
+    done.join()
     told = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     at = next((event["at"] for event in reversed(told) if "at" in event), "nothing")
-    assert done.returncode == 0, f"the process died at seed {at}:\n{done.stderr[-3000:]}"
+    assert done.exitcode == 0, f"the process died at seed {at}:\n{done.complained()[-3000:]}"
     return told
 
 

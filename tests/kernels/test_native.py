@@ -1,10 +1,8 @@
 import ctypes
 import mmap
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -346,7 +344,7 @@ def test_calls_from_several_threads_at_once() -> None:
 
 
 @needs_library
-def test_threads_of_its_own_where_openmp_is_missing() -> None:
+def test_threads_of_its_own_where_openmp_is_missing(only_torch: Any) -> None:
     """A process that never shares PyTorch's workers starts threads for large products."""
     script = """
 import torch
@@ -362,8 +360,8 @@ for tokens in (1, 4, 30):
     assert torch.equal(y, ternary_linear(x, plain))
 print("equal")
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout == "equal\n"
+    done = only_torch(script)
+    assert done.stdout == "equal\n", done.stderr
 
 
 @needs_library
@@ -529,7 +527,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
-def test_each_path_in_a_process_of_its_own(path: str) -> None:
+def test_each_path_in_a_process_of_its_own(only_torch: Any, path: str) -> None:
     script = """
 import torch
 from sparse_bitnet.kernels.registry import backend_of, prepare, ternary_linear
@@ -539,8 +537,5 @@ plain = prepare(weight.unpack(), weight.w_scale, backend="reference")
 assert torch.equal(ternary_linear(x, weight), ternary_linear(x, plain))
 print(backend_of(weight.device).reason(weight.device))
 """
-    environment = {**os.environ, native.VARIABLE: path}
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
-    )
-    assert run.stdout == f"{path}, as SPARSE_BITNET_CPU asks\n"
+    done = only_torch(script, **{native.VARIABLE: path})
+    assert done.stdout == f"{path}, as SPARSE_BITNET_CPU asks\n", done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,14 +181,17 @@ for name in ("whole", "base"):
 
 
 @pytest.mark.parametrize("first", ["", "import sparse_bitnet\n"], ids=["without", "with"])
-def test_in_another_process(tiny: Tiny, tmp_path: Path, first: str) -> None:
+def test_in_another_process(
+    tiny: Tiny, tmp_path: Path, first: str, request: pytest.FixtureRequest
+) -> None:
     """Without the package an error whose last line says what to install; never a dense model."""
     model = tiny()
     convert(model, "6:8")
     model.save_pretrained(tmp_path / "whole")
     model.model.save_pretrained(tmp_path / "base")
-    command = [sys.executable, "-c", first + LOAD_BOTH]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    python = request.getfixturevalue("only_torch" if first else "only_transformers")
+    done = python(first + LOAD_BOTH, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == ("SparseBitLinear\n" * 2 if first else ""), done.stderr
     if not first:
         for words in (ABSENT, "Unknown quantization type"):

@@ -1,6 +1,5 @@
 """The plugin in fresh processes: package imported, trusted, or neither."""
 
-import os
 import subprocess
 import sys
 
@@ -22,31 +21,32 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
-def run(script, directory, options=None, modules=None):
-    text = script.replace("DIRECTORY", repr(str(directory))).replace("OPTIONS", repr(options or {}))
-    environment = {"HF_MODULES_CACHE": str(modules or directory), "PATH": "/usr/bin:/bin"}
-    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-    return subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, env=environment, check=False
-    )
+def loading(directory, **options):
+    return LOAD.replace("DIRECTORY", repr(str(directory))).replace("OPTIONS", repr(options))
+
+
+def test_imported(pristine):
+    first = f"{REGISTER}\nimport sys\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
+    command = [sys.executable, "-c", first + loading(pristine / "trits")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "PackedLinear\n", done.stderr
 
 
 @pytest.mark.parametrize(
     "before",
     [
-        f"{REGISTER}\nimport sys\nassert not {{'torch', 'transformers'}} & set(sys.modules)",
         pytest.param(f"import transformers.modeling_utils\n{REGISTER}", marks=SLOW),
         f"{REGISTER}\nimport transformers.modeling_utils\n{REGISTER}",
         pytest.param("import sparse_bitnet.packed.quantizer", marks=SLOW),
     ],
-    ids=["hook", "transformers first", "modeling first", "direct"],
+    ids=["transformers first", "modeling first", "direct"],
 )
-def test_imported(pristine, before):
-    result = run(before + LOAD, pristine / "trits")
+def test_imported_in_another_order(only_torch, pristine, before):
+    result = only_torch(before + loading(pristine / "trits"))
     assert result.stdout == "PackedLinear\n", result.stderr
 
 
-def test_trusted_without_import(pristine, packed, tmp_path):
+def test_trusted_without_import(only_transformers, pristine, packed, tmp_path):
     """As packed, as version 0.1 packed it, and as transformers saves it again, with the hint."""
     plugin = packed() / "hf_plugin.py"
     old = "from sparse_bitnet.deploy.hf_quantizer import PackedModelConfig"
@@ -60,22 +60,21 @@ def test_trusted_without_import(pristine, packed, tmp_path):
     with safe_open(again / "model.safetensors", "pt") as file:
         assert HINT in file.keys()  # noqa: SIM118  # not a mapping
     every = [str(path) for path in (pristine / "two-bit", plugin.parent, again)]
-    load = "\n    ".join(LOAD.strip().splitlines())
-    script = f"for directory in {every}:\n    {load}".replace("DIRECTORY", "directory")
-    result = run(script, "", {"trust_remote_code": True}, tmp_path / "modules")
+    scripts = [loading(directory, trust_remote_code=True) for directory in every]
+    result = only_transformers("\n".join(scripts))
     assert result.stdout == "PackedLinear\n" * 3, result.stderr
     assert "LOAD REPORT" not in result.stderr
 
 
-def test_trusted_without_the_package(pristine, tmp_path):
+def test_trusted_without_the_package(only_transformers, pristine):
     hide = "import sys\nsys.modules['sparse_bitnet'] = None\n"
-    result = run(hide + LOAD, pristine / "two-bit", {"trust_remote_code": True}, tmp_path)
+    result = only_transformers(hide + loading(pristine / "two-bit", trust_remote_code=True))
     assert result.returncode != 0 and result.stdout == ""
     assert "sparse_bitnet" in result.stderr.splitlines()[-1]
 
 
-def test_neither_is_an_error_and_not_a_random_model(pristine):
-    result = run(LOAD, pristine / "two-bit")
+def test_neither_is_an_error_and_not_a_random_model(only_transformers, pristine):
+    result = only_transformers(loading(pristine / "two-bit"))
     assert result.returncode != 0 and result.stdout == ""
     assert "Unknown quantization type, got sparse_bitnet" in result.stderr
     report = result.stderr.index("to load this model: pip install sparse-bitnet, then import spar")
@@ -108,7 +107,7 @@ def test_a_packed_model_says_what_it_is(pristine):
     assert all(not name.endswith("proj.weight") for name, _ in model.named_parameters())
 
 
-def test_the_quantizer_needs_nothing_that_may_be_half_imported() -> None:
+def test_the_quantizer_needs_nothing_that_may_be_half_imported(only_torch):
     """transformers looks for quantizers while it imports ``modeling_utils``, which models need."""
     code = (
         "import sys, sparse_bitnet, transformers.quantizers.auto\n"
@@ -117,5 +116,5 @@ def test_the_quantizer_needs_nothing_that_may_be_half_imported() -> None:
         "         or m.startswith('transformers.models.') and '.modeling_' in m]\n"
         "assert not found, found\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = only_torch(code)
     assert done.returncode == 0, done.stderr

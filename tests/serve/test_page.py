@@ -12,8 +12,7 @@ import pytest
 import requests
 
 from packed_models import pack_readable
-from running_server import running
-from sparse_bitnet.serve.sampling import Sampler, Token
+from running_server import let_say, running
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 MARKUP = '<img src="x" onerror="alert(1)"><script>alert(2)</script>&amp;<b>bold'
@@ -150,14 +149,7 @@ def _is_idle(url):
 
 def test_markup_in_an_answer_is_text(page, tokenizer, monkeypatch):
     script = tokenizer.encode(MARKUP)
-
-    def choose(self, logits):
-        said = sum(self._counts.values())
-        self._counts[script[said]] = self._counts.get(script[said], 0) + 1
-        return Token(script[said])
-
-    monkeypatch.setattr(Sampler, "choose", choose)
-    monkeypatch.setattr(Sampler, "is_argmax", False)
+    let_say(monkeypatch, script)
     say(page, MARKUP, len(script))
     page.locator(".speed").wait_for()
     assert page.locator(".assistant").text_content() == MARKUP

@@ -20,14 +20,13 @@ import requests
 import torch
 
 from packed_models import pack_readable
-from running_server import running
+from running_server import let_say, running
 from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.generate import generate_text
 from sparse_bitnet.serve.requests import Chat, Completion
-from sparse_bitnet.serve.sampling import Sampler, Token
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -314,15 +313,7 @@ def calling(directory, tokenizer, tmp_path, monkeypatch):
     shutil.copytree(directory, tmp_path / "tiny")
     template = "{% if tools %}{{ tools | tojson }} as <tool_call>{% endif %}" + TEMPLATE
     (tmp_path / "tiny" / "chat_template.jinja").write_text(template)
-    script = tokenizer.encode(CALL)
-
-    def choose(self, logits):
-        said = sum(self._counts.values())
-        self._counts[script[said]] = self._counts.get(script[said], 0) + 1
-        return Token(script[said])
-
-    monkeypatch.setattr(Sampler, "choose", choose)
-    monkeypatch.setattr(Sampler, "is_argmax", False)
+    let_say(monkeypatch, tokenizer.encode(CALL))
     with running(tmp_path / "tiny") as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 

@@ -28,6 +28,7 @@ from sparse_bitnet.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from tiny_models import randomize_vectors
 
 # Sums and scales differ in the last bits of float32. That may turn a rounding of an activation,
 # and then a logit by one quantization step; not so with these few tokens.
@@ -44,9 +45,7 @@ def bitnet_model(tied):
     torch.manual_seed(3)
     config = BitNetConfig(attention_bias=True, tie_word_embeddings=tied, **packed_models.SMALL)
     model = BitNetForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    randomize_vectors(model)
     return model
 
 

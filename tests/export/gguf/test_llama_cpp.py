@@ -45,6 +45,7 @@ from sparse_bitnet.train import (
     save_trained,
     train,
 )
+from tiny_models import randomize_vectors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # two minutes of training, if idle
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -135,9 +136,7 @@ def test_logits_of_random_models(tmp_path, text, kind, linears):
         **biases,
     )
     model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    randomize_vectors(model)
     convert(model, "6:8")
     save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
     export_gguf(tmp_path / "trained", tmp_path / "m.gguf", linears=linears)

@@ -9,35 +9,25 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoTokenizer
 
+from packed_models import write_trained
 from sparse_bitnet.core import CheckpointError, ConfigError
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.export.gguf.read import import_gguf
 from sparse_bitnet.export.gguf.write import export_gguf
 from sparse_bitnet.export.verbs import import_checkpoint
-from sparse_bitnet.nn import SparseBitLinear, convert
-from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
+from sparse_bitnet.nn import SparseBitLinear
+from sparse_bitnet.train import load_trained
 from sparse_bitnet.train.dense import read_dense
 
 TEXT = "def main():\n    return the name of the file 1234\n"
 
 
 def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=320,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(shape)
-    convert(model, "6:8")
+    sizes = {"hidden_size": 256, "intermediate_size": 256}
     tokenizer = train_bpe([TEXT] * 30, 320)
-    save_trained(model, tokenizer, tmp_path / "trained", SparsityConfig(pattern="6:8"))
+    write_trained(tmp_path / "trained", tokenizer, **sizes)
     export_gguf(tmp_path / "trained", tmp_path / "m.gguf", embeddings="f32")
     (tmp_path / "sha256-1f").write_bytes((tmp_path / "m.gguf").read_bytes())
     result = import_checkpoint(tmp_path / "sha256-1f", tmp_path / "dense")
@@ -64,9 +54,7 @@ def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "a": ')
     (tmp_path / "generation_config.json").write_text('{"temperature": 7.0, "do_sample": true}')
     # Nor is one of another name in the current directory, where transformers looks first.
-    other = AutoModelForCausalLM.from_config(shape)
-    convert(other, "6:8")
-    save_trained(other, tokenizer, tmp_path / "else", SparsityConfig(pattern="6:8"))
+    write_trained(tmp_path / "else", tokenizer, **sizes, initializer_range=0.5)
     export_gguf(tmp_path / "else", tmp_path / "model.gguf", embeddings="f32")
     monkeypatch.chdir(tmp_path)
     import_gguf(tmp_path / "m.gguf", tmp_path / "again")

@@ -27,6 +27,7 @@ from sparse_bitnet.nn.pack import derived_ternary
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
+from tiny_models import randomize_vectors
 
 TEXT = ["def main():\n    return the name of the file 1234\n"] * 30
 CONFIGS = {
@@ -86,9 +87,7 @@ def save(tmp_path, bpe):
             options = {"head_dim": 64} | options
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIGS[kind](**options))
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        randomize_vectors(model)
         convert(model, pattern, method=method, rules=rules)
         sparsity = SparsityConfig(pattern=pattern, method=method or Method(), rules=rules or {})
         return save_trained(model, tokenizer, tmp_path / "trained", sparsity)
@@ -131,14 +130,11 @@ def expected_tensors(directory, llama):
 def dequantize_q2_0(data, shape):
     """As ggml's ``dequantize_row_q2_0``: per 64 weights d in fp16, then code j in bits 2·(j mod 4)
     of byte j div 4, and its value (code − 1)·d."""
-    values = []
-    for start in range(0, data.size, 18):
-        block = data.reshape(-1)[start : start + 18]
-        d = block[:2].view(np.float16)[0].astype(np.float32)
-        for j in range(64):
-            code = int(block[2 + j // 4]) >> (2 * (j % 4)) & 3
-            values.append(np.float32(code - 1) * d)
-    return np.array(values, np.float32).reshape(shape)
+    blocks = data.reshape(-1, 18)
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    j = np.arange(64)
+    codes = blocks[:, 2 + j // 4] >> (2 * (j % 4)) & 3
+    return ((codes.astype(np.float32) - 1) * d).reshape(shape)
 
 
 def read(path):

@@ -19,6 +19,7 @@ from sparse_bitnet.kernels import quantize_activations
 from sparse_bitnet.kernels.matmul.hopper_plan import cheapest
 from sparse_bitnet.nn.packed_module import PackedSpec
 from sparse_bitnet.packed.config import SparseBitNetConfig
+from tiny_models import randomize_vectors
 
 vllm = pytest.importorskip("vllm")
 config = pytest.importorskip("sparse_bitnet.serve.vllm.config")
@@ -48,9 +49,7 @@ def write(directory, architecture, tokenizer, options=None, convert_options=None
     torch.manual_seed(0)
     shape = AutoConfig.for_model(architecture, **SHAPE | shape)
     model = AutoModelForCausalLM.from_config(shape).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    randomize_vectors(model)
     convert(model, "6:8", **convert_options or {})
     pack(model, directory, tokenizer=tokenizer, **options or {})
     return directory
