@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import ConfigError, Method, ternarize
 from sparse_bitnet.formats import two_bit
@@ -38,7 +37,7 @@ from sparse_bitnet.nn.derived import whole
 from sparse_bitnet.nn.gathered import GatheredTernary
 from tiny_models import tiny_config
 
-SIZES: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
 STEPS = 4
 QUANTIZED = (0.3, 0.7, 1, 1)  # λ of each step, where it has a schedule
 UNEVEN = {"hidden_size": 40, "num_key_value_heads": 1, "head_dim": 6}
@@ -90,16 +89,16 @@ SCENARIOS = {
 OF_FOUR = ("uneven", "uneven fused", "three experts", "replicated")
 
 
-def build(scenario: Scenario, device: str = "cpu") -> PreTrainedModel:
+def build(scenario, device="cpu"):
     torch.manual_seed(0)
     config = tiny_config(scenario.architecture, **SIZES | scenario.sizes)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     convert(model, "6:8", kind=scenario.kind, method=scenario.method)
     return model
 
 
-def shard(model: PreTrainedModel, scenario: Scenario) -> None:
+def shard(model, scenario):
     shards = dist.get_world_size() // scenario.replicas
     sizes = (scenario.replicas, shards) if scenario.replicas > 1 else (shards,)
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
@@ -117,11 +116,11 @@ def shard(model: PreTrainedModel, scenario: Scenario) -> None:
         set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True))
 
 
-def batch(step: int) -> Tensor:
+def batch(step):
     return torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(step))
 
 
-def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
+def run(scenario, rank, world):
     """The loss of each step, a mean over ranks."""
     model = build(scenario, "meta" if scenario.meta and world > 1 else "cpu")
     if scenario.checkpointed:
@@ -161,16 +160,16 @@ def run(scenario: Scenario, rank: int, world: int) -> dict[str, Any]:
 class Seen:
     """Ternary weights that products were given, which must be those of the whole master."""
 
-    def __init__(self, model: PreTrainedModel, scenario: Scenario) -> None:
+    def __init__(self, model, scenario):
         self.model = model
         method = scenario.method or Method()
         self.whole = method.gradient != "dense" or scenario.blends
-        self.given: dict[str, tuple[Tensor, Tensor]] = {}
-        self.digests: list[str] = []  # of all ternary weights of a step
+        self.given = {}
+        self.digests = []  # of all ternary weights of a step
         for name, module in converted_modules(model):
             module.register_forward_pre_hook(lambda module, _, n=name: self._keep(n, module))
 
-    def _keep(self, name: str, module: Any) -> None:
+    def _keep(self, name, module):
         for parameter, weight in module.master_parameters().items():
             if isinstance(module, SparseBitLinear | SparseBitExperts):
                 ternary, scale, _ = module.derived(parameter)
@@ -180,7 +179,7 @@ class Seen:
                     ternary = two_bit.unpack(ternary, weight.shape[-1])
                 self.given[f"{name}.{parameter}"] = ternary, scale.clone()
 
-    def check(self) -> None:
+    def check(self):
         digest = hashlib.sha256()
         for one in master_weights(self.model):
             full = whole(one.weight.detach())
@@ -196,18 +195,18 @@ class Seen:
 class Collectives(TorchDispatchMode):
     """Bytes that a rank receives, by operation and dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.bytes = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
             self.bytes[f"{func._opname} {tensor.dtype}"] += tensor.numel() * tensor.itemsize
         return func(*args, **(kwargs or {}))
 
 
-def counted() -> dict[str, Any]:
+def counted():
     """What a step gathers for two blocks, and what stays of them between forward and backward."""
     sizes = {
         "hidden_size": 64,
@@ -220,12 +219,12 @@ def counted() -> dict[str, Any]:
     weights = sum(w.weight.numel() for w in master_weights(model))
     shapes = {tuple(w.weight.shape) for w in master_weights(model)}
     shard(model, scenario)
-    gathered: list[Tensor] = []
+    gathered = []
     for _, module in converted_modules(model):
         module.register_forward_pre_hook(lambda m, _: gathered.append(m.weight.packed))
-    kept: list[str] = []
+    kept = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor):
         if tuple(tensor.shape) in shapes and not isinstance(tensor, GatheredTernary):
             kept.append(f"{tensor.dtype} {tuple(tensor.shape)}")
         return tensor
@@ -237,7 +236,7 @@ def counted() -> dict[str, Any]:
     return {"weights": weights, "bytes": step.bytes, "kept": kept, "held": held}
 
 
-def edited() -> dict[str, Any]:
+def edited():
     """Outputs after edits of shards that nothing announces; the last one's error."""
     model = build(Scenario())
     if dist.is_initialized():
@@ -252,7 +251,7 @@ def edited() -> dict[str, Any]:
     return {"sums": sums}
 
 
-def refused() -> dict[str, str]:
+def refused():
     """What a forward says: masters gathered in bf16, a module in shards, λ below 1 too late."""
     model = build(Scenario())
     for block in model.model.layers:
@@ -277,7 +276,7 @@ def refused() -> dict[str, str]:
     return messages
 
 
-def state_round_trip() -> bool:
+def state_round_trip():
     """A gathered state dict is the dense model's, keys and values."""
     model = build(Scenario())
     expected = {name: value.clone() for name, value in model.state_dict().items()}
@@ -288,11 +287,11 @@ def state_round_trip() -> bool:
     )
 
 
-def main(rank: int, world: int, store: Path) -> dict[str, Any]:
+def main(rank, world, store):
     """What one rank found, as every other one did."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results: dict[str, Any] = {}
+    results = {}
     for name in SCENARIOS if world == 2 else OF_FOUR:
         torch._dynamo.reset()
         results[name] = run(SCENARIOS[name], rank, world)

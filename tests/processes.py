@@ -3,8 +3,6 @@
 That import takes four seconds of a core, again in every process that is started in another way.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -12,10 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from multiprocessing.connection import wait
 
 SECONDS = 240
 OUT, ERR = "out.txt", "err.txt"
@@ -25,12 +20,12 @@ context.set_forkserver_preload(
 )
 
 
-def run_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+def run_processes(function, calls):
     """What a function of an importable module returns for each arguments, computed side by side.
 
     The first that fails, fails all: the others may wait for it.
     """
-    found: dict[Connection, Any] = {}
+    found = {}
     processes = []
     try:
         for arguments in calls:
@@ -56,37 +51,34 @@ def run_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
     return list(found.values())
 
 
-class Started(context.Process):  # type: ignore[name-defined, misc]
+class Started(context.Process):
     """A function of an importable module at work, whose output goes to files of a directory."""
 
-    def __init__(
-        self, directory: Path, function: Callable[..., Any], arguments: Sequence[Any]
-    ) -> None:
+    def __init__(self, directory, function, arguments):
         super().__init__(target=_into_files, args=(directory, function, arguments))
         self._directory = directory
         for name in (OUT, ERR):
             (directory / name).touch()
         self.start()
 
-    def printed(self) -> str:
+    def printed(self):
         return (self._directory / OUT).read_text()
 
-    def complained(self) -> str:
+    def complained(self):
         return (self._directory / ERR).read_text()
 
-    def send_signal(self, number: int) -> None:
-        assert self.pid is not None
+    def send_signal(self, number):
         os.kill(self.pid, number)
 
 
-def _into_files(directory: Path, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _into_files(directory, function, arguments):
     for number, name in ((1, OUT), (2, ERR)):
         with (directory / name).open("w") as file:
             os.dup2(file.fileno(), number)
     function(*arguments)
 
 
-def train_on_ranks(recipe: Path, ranks: int) -> None:
+def train_on_ranks(recipe, ranks):
     """What ``torchrun`` does with a recipe, without its own start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +86,7 @@ def train_on_ranks(recipe: Path, ranks: int) -> None:
     run_processes(_train_as_rank, [(rank, ranks, port, recipe) for rank in range(ranks)])
 
 
-def _train_as_rank(rank: int, ranks: int, port: int, recipe: Path) -> None:
+def _train_as_rank(rank, ranks, port, recipe):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in place.items()}}
     from sparse_bitnet.train import load_recipe, train
@@ -102,7 +94,7 @@ def _train_as_rank(rank: int, ranks: int, port: int, recipe: Path) -> None:
     train(load_recipe(recipe))
 
 
-def _call(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _call(connection, function, arguments):
     try:
         connection.send((function(*arguments), None))
     except BaseException:
@@ -134,16 +126,14 @@ os._exit(0)  # to tear down what was imported takes a second
 class FreshPython:
     """Runs scripts, each in a process that has imported only what is preloaded, made by forking."""
 
-    def __init__(self, directory: Path, preload: str, **environment: str) -> None:
+    def __init__(self, directory, preload, **environment):
         self._directory = directory
         command = [sys.executable, "-c", FRESH, preload]
         self._process = subprocess.Popen(
             command, stdin=-1, stdout=-1, text=True, env=os.environ | environment, cwd=directory
         )
 
-    def __call__(
-        self, script: str, *arguments: object, cwd: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+    def __call__(self, script, *arguments, cwd=None, **environment):
         out, err = (self._directory / name for name in (OUT, ERR))
         files = ["/dev/null", str(out), str(err)]
         order = [script, [*map(str, arguments)], environment, str(cwd or self._directory), *files]
@@ -151,6 +141,6 @@ class FreshPython:
         code = int(self._process.stdout.readline())
         return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
 
-    def close(self) -> None:
+    def close(self):
         self._process.stdin.close()
         self._process.wait()

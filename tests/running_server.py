@@ -1,22 +1,15 @@
 """A server of a model directory on a free port, for tests that talk to it over HTTP."""
 
-from __future__ import annotations
-
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import pytest
 
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.sampling import Sampler, Token
 
 
 @contextmanager
-def running(directory: Path, **options: Any) -> Iterator[str]:
+def running(directory, **options):
     """Its address, while the block runs; it has to end within 20 seconds after that."""
     built = serving.build_server(directory, serving.Options(host="127.0.0.1", port=0, **options))
     thread = threading.Thread(target=built.uvicorn.run, daemon=True)
@@ -31,10 +24,10 @@ def running(directory: Path, **options: Any) -> Iterator[str]:
         assert not thread.is_alive()
 
 
-def let_say(monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
+def let_say(monkeypatch, script):
     """Let every model say these tokens, whatever it is asked."""
 
-    def choose(sampler: Sampler, _logits: object) -> Token:
+    def choose(sampler, _logits):
         token = script[sum(sampler._counts.values())]
         sampler._counts[token] = sampler._counts.get(token, 0) + 1
         return Token(token)

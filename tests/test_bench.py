@@ -1,17 +1,12 @@
 """The verb ``bench`` on two models in turns."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from sparse_bitnet.bench import bench
 from sparse_bitnet.core import ConfigError
 
 
-def test_two_models_take_turns(pristine: Path) -> None:
+def test_two_models_take_turns(pristine):
     directory = pristine / "two-bit"
     heading, *lines = bench((directory, directory / "."), batch=2, prompt=4, new=3).splitlines()
     assert "prefill 2 × 4" in heading and len(lines) == 1  # one path, one model
@@ -26,6 +21,6 @@ def test_two_models_take_turns(pristine: Path) -> None:
         ({"prompt": 10**6}, "exceed .*context of"),
     ],
 )
-def test_refusals(pristine: Path, options: dict[str, Any], message: str) -> None:
+def test_refusals(pristine, options, message):
     with pytest.raises(ConfigError, match=message):
         bench((pristine / "two-bit",), **options)

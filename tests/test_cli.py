@@ -1,7 +1,5 @@
 """The command line: verbs, errors of ours as one line, exit codes."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import subprocess
@@ -10,7 +8,6 @@ import tomllib
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,13 +19,13 @@ from sparse_bitnet.study.sweep import SweepResult
 ROOT = Path(__file__).parents[1]
 
 
-def exit_code(arguments: list[str]) -> int | str | None:
+def exit_code(arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     return stopped.value.code
 
 
-def test_every_verb_exists_and_is_in_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_exists_and_is_in_the_overview(capsys):
     cli.main([])
     overview = capsys.readouterr().out
     for verb, (module, function, line) in cli.VERBS.items():
@@ -38,7 +35,7 @@ def test_every_verb_exists_and_is_in_the_overview(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_verb(verb, capsys):
     if verb == "train":
         cli.main(["train", "--help"])
     else:
@@ -57,7 +54,7 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         ("sweeps", "; did you mean sweep?"),
     ],
 )
-def test_an_unknown_verb(arguments: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_verb(arguments, meant, capsys):
     assert exit_code(arguments.split()) == cli.MISUSED
     *overview, said = capsys.readouterr().err.splitlines()
     assert said == f"error: there is no verb '{arguments.split(maxsplit=1)[0]}'{meant}"
@@ -76,16 +73,14 @@ def test_an_unknown_verb(arguments: str, meant: str, capsys: pytest.CaptureFixtu
         ("bench", "[MODELS]"),
     ],
 )
-def test_usage_names_what_stands_where(
-    verb: str, usage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_names_what_stands_where(verb, usage, capsys):
     assert exit_code([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert usage in shown.splitlines()[0] and "``" not in shown and "{None}" not in shown
 
 
 @pytest.mark.parametrize("verb", ["pack", "data prepare"])
-def test_help_before_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_before_the_verb(verb, capsys):
     assert exit_code(["help", *verb.split()]) == 0
     before = capsys.readouterr().out
     assert exit_code([*verb.split(), "--help"]) == 0
@@ -94,9 +89,7 @@ def test_help_before_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "data prepare" in capsys.readouterr().out
 
 
-def test_a_sweep_with_failed_cells_is_shown_and_exits_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_with_failed_cells_is_shown_and_exits_1(monkeypatch, capsys):
     result = SweepResult(Path("rows.jsonl"), 3, {"bitnet 3:5": "out of memory"}, [])
     monkeypatch.setattr(cli, "_call", lambda verb, arguments: result)
     assert exit_code(["sweep"]) == cli.FAILED
@@ -105,9 +98,7 @@ def test_a_sweep_with_failed_cells_is_shown_and_exits_1(
     cli.main(["sweep"])
 
 
-def test_errors_are_one_line_and_a_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line_and_a_code(monkeypatch, capsys):
     for error, code in (
         (DataError("the shard is gone"), cli.FAILED),
         (ConfigError("steps is -1"), cli.MISUSED),
@@ -116,7 +107,7 @@ def test_errors_are_one_line_and_a_code(
         (KeyboardInterrupt(), cli.INTERRUPTED),
     ):
 
-        def fail(verb: str, arguments: list[str], error: BaseException = error) -> None:
+        def fail(verb, arguments, error=error):
             raise error
 
         monkeypatch.setattr(cli, "_call", fail)
@@ -127,13 +118,13 @@ def test_errors_are_one_line_and_a_code(
         assert said in written
 
 
-def test_a_missing_model_is_told_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_told_plainly(capsys):
     assert exit_code(["inspect", "no/such/model"]) == cli.FAILED
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "no/such/model" in message
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "text").write_text("some words")
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
@@ -153,14 +144,14 @@ sys.exit()
 """
 
 
-def test_a_closed_pipe_is_no_crash(only_torch: Any) -> None:
+def test_a_closed_pipe_is_no_crash(only_torch):
     """As ``| head -1`` closes it; also when Python ends, which writes what is still held."""
     done = only_torch(PIPED)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_an_interrupt_while_modules_are_imported(ignored: bool) -> None:
+def test_an_interrupt_while_modules_are_imported(ignored):
     """Seconds in which a KeyboardInterrupt would strike somewhere in PyTorch or transformers."""
     script = (
         "import os, signal\n"
@@ -182,7 +173,7 @@ def test_an_interrupt_while_modules_are_imported(ignored: bool) -> None:
     assert (done.returncode, done.stderr) == expected
 
 
-def test_an_overview_waits_for_no_import() -> None:
+def test_an_overview_waits_for_no_import():
     script = (
         "import sys\n"
         "from sparse_bitnet.cli import main\n"
@@ -192,7 +183,7 @@ def test_an_overview_waits_for_no_import() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
-def test_the_package_names_what_it_promises() -> None:
+def test_the_package_names_what_it_promises():
     for name in sparse_bitnet.__all__:
         assert getattr(sparse_bitnet, name) is not None
     assert set(sparse_bitnet.__all__) <= set(dir(sparse_bitnet))
@@ -200,13 +191,12 @@ def test_the_package_names_what_it_promises() -> None:
         sparse_bitnet.nothing  # noqa: B018
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys):
     """That of the source that runs, not of what pip noted when it was installed."""
     cli.main(["--version"])
     newest = re.search(
         r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert newest is not None
     assert capsys.readouterr().out == f"sparse-bitnet {newest[1]}\n"
     described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert described["tool"]["setuptools"]["dynamic"]["version"] == {

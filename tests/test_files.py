@@ -1,7 +1,5 @@
 """A crash leaves the old file or the new one, never half of one."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import os
@@ -11,10 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -33,7 +28,7 @@ from sparse_bitnet.files import (
 )
 
 
-def fill(temporary: Path, text: str, is_directory: bool) -> None:
+def fill(temporary, text, is_directory):
     if is_directory:
         (temporary / "inner").mkdir()
         (temporary / "inner" / "file").write_text(text)
@@ -41,18 +36,17 @@ def fill(temporary: Path, text: str, is_directory: bool) -> None:
         temporary.write_text(text)
 
 
-def content(path: Path) -> str:
+def content(path):
     return (path / "inner" / "file" if path.is_dir() else path).read_text()
 
 
 WRITERS = pytest.mark.parametrize(
     ("writer", "is_directory"), [(atomic_file, False), (atomic_directory, True)]
 )
-Writer = Callable[[Path], AbstractContextManager[Path]]
 
 
 @WRITERS
-def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_makes_and_replaces(tmp_path, writer, is_directory):
     target = tmp_path / "new" / "parents" / "target"
     for text in ("first", "second"):
         with writer(target) as temporary:
@@ -72,9 +66,7 @@ def test_makes_and_replaces(tmp_path: Path, writer: Writer, is_directory: bool) 
         (PermissionError(errno.EACCES, "denied", "{target}.7.partial/inner"), "Permission denied"),
     ],
 )
-def test_an_error_says_where_and_what_to_do(
-    tmp_path: Path, writer: Writer, is_directory: bool, error: Exception, said: str
-) -> None:
+def test_an_error_says_where_and_what_to_do(tmp_path, writer, is_directory, error, said):
     target = tmp_path / "target"
     if isinstance(error, PermissionError):
         error = PermissionError(*error.args, error.filename.format(target=target))
@@ -91,13 +83,13 @@ def test_an_error_says_where_and_what_to_do(
 
 
 @WRITERS
-def test_an_error_of_another_file_stays(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_an_error_of_another_file_stays(tmp_path, writer, is_directory):
     with pytest.raises(FileNotFoundError, match="No such file: 'other'"), writer(tmp_path / "out"):
         raise FileNotFoundError(errno.ENOENT, "No such file", "other")
 
 
 @WRITERS
-def test_a_full_disk(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_a_full_disk(tmp_path, writer, is_directory):
     """A limit of the size of files stands for it: the system refuses the write that crosses it."""
     script = (
         "import resource, sys\n"
@@ -118,18 +110,16 @@ def test_a_full_disk(tmp_path: Path, writer: Writer, is_directory: bool) -> None
 
 
 @WRITERS
-def test_what_appears_meanwhile_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Any, is_directory: bool
-) -> None:
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, writer, is_directory):
     """Neither before the last check nor between that and the rename."""
     target = tmp_path / "target"
 
-    def appear() -> None:
+    def appear():
         if is_directory:
             target.mkdir()
         fill(target, "of another", is_directory)
 
-    def check() -> None:
+    def check():
         if target.exists():
             raise ConfigError("it exists")
 
@@ -144,8 +134,8 @@ def test_what_appears_meanwhile_is_not_replaced(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: Any) -> None:
-    def no_links(*_: object) -> None:
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(files.os, "link", no_links)
@@ -156,9 +146,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: Any) -> N
 
 @WRITERS
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failing_writer_leaves_the_old_and_nothing_else(
-    tmp_path: Path, writer: Writer, is_directory: bool, error: type[BaseException]
-) -> None:
+def test_a_failing_writer_leaves_the_old_and_nothing_else(tmp_path, writer, is_directory, error):
     target = tmp_path / "target"
     for expected in ([], [target]):
         with pytest.raises(error), writer(target) as temporary:
@@ -171,7 +159,7 @@ def test_a_failing_writer_leaves_the_old_and_nothing_else(
     assert content(target) == "old"
 
 
-def test_a_directory_loses_files_that_the_new_one_lacks(tmp_path: Path) -> None:
+def test_a_directory_loses_files_that_the_new_one_lacks(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").touch()
@@ -181,7 +169,7 @@ def test_a_directory_loses_files_that_the_new_one_lacks(tmp_path: Path) -> None:
 
 
 @WRITERS
-def test_killed_while_writing(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_killed_while_writing(tmp_path, writer, is_directory):
     """SIGKILL gives no chance to clean up; the old content stands all the same."""
     target = tmp_path / "target"
     with writer(target) as temporary:
@@ -198,7 +186,6 @@ def test_killed_while_writing(tmp_path: Path, writer: Writer, is_directory: bool
     with subprocess.Popen(
         [sys.executable, "-c", script, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGKILL)
     assert content(target) == "old"
@@ -210,7 +197,7 @@ def test_killed_while_writing(tmp_path: Path, writer: Writer, is_directory: bool
 
 
 @WRITERS
-def test_leftovers_of_the_living_stay(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_leftovers_of_the_living_stay(tmp_path, writer, is_directory):
     """Whatever process number stands in their names: numbers are used again, locks are not."""
     target = tmp_path / "target"
     dead = tmp_path / f"target.{os.getppid()}.partial"  # of a process that lives, but not with it
@@ -230,11 +217,11 @@ def test_leftovers_of_the_living_stay(tmp_path: Path, writer: Writer, is_directo
     assert sorted(tmp_path.iterdir()) == sorted([target, *foreign[:2]])
 
 
-def test_a_leftover_that_cannot_be_locked_stays(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_leftover_that_cannot_be_locked_stays(tmp_path, monkeypatch):
     """As on a file system without locks, where nobody knows who lives."""
     (tmp_path / "target.4711.partial").touch()
 
-    def no_locks(*_: object) -> None:
+    def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
@@ -244,7 +231,7 @@ def test_a_leftover_that_cannot_be_locked_stays(tmp_path: Path, monkeypatch: Any
         pass
 
 
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+def test_a_lock_dies_with_its_process(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
         "from sparse_bitnet.files import locked\n"
@@ -256,7 +243,6 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         with pytest.raises(ValueError, match="in use"), locked(lock, ValueError("in use")):
             raise AssertionError("must not be entered")
@@ -266,15 +252,13 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["temporary", "aside"])
-def test_a_directory_survives_a_stop_between_the_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
-) -> None:
+def test_a_directory_survives_a_stop_between_the_renames(tmp_path, monkeypatch, victim):
     target = tmp_path / "target"
     with atomic_directory(target) as temporary:
         fill(temporary, "old", True)
     original = Path.rename
 
-    def failing(self: Path, to: Path) -> Path:
+    def failing(self, to):
         is_last = Path(to) == target and "old" not in self.name
         if is_last == (victim == "temporary"):
             raise OSError("no space left on device")
@@ -288,7 +272,7 @@ def test_a_directory_survives_a_stop_between_the_renames(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_next_write_puts_back_what_a_stopped_machine_left_aside(tmp_path: Path) -> None:
+def test_the_next_write_puts_back_what_a_stopped_machine_left_aside(tmp_path):
     aside = tmp_path / "target.4711.old.partial"
     other = tmp_path / "target.else.4711.old.partial"
     for directory in (aside, other):
@@ -302,7 +286,7 @@ def test_the_next_write_puts_back_what_a_stopped_machine_left_aside(tmp_path: Pa
 
 
 @WRITERS
-def test_permissions_are_handed_down(tmp_path: Path, writer: Writer, is_directory: bool) -> None:
+def test_permissions_are_handed_down(tmp_path, writer, is_directory):
     target = tmp_path / "target"
     mode = 0o700 if is_directory else 0o640
     with writer(target) as temporary:
@@ -313,13 +297,13 @@ def test_permissions_are_handed_down(tmp_path: Path, writer: Writer, is_director
     assert stat.S_IMODE(target.stat().st_mode) == mode
 
 
-def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
+def test_new_files_have_the_usual_permissions(tmp_path):
     write_text(tmp_path / "ours", "text")
     (tmp_path / "usual").write_text("text")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_stays_one(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
@@ -328,7 +312,7 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert target.read_text() == "new"
 
 
-def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
+def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path):
     """As root a rename would put a file in the place of /dev/zero, for the whole machine."""
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
@@ -340,7 +324,7 @@ def test_a_pipe_or_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [link, pipe]
 
 
-def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
+def test_a_directory_does_not_replace_a_file(tmp_path):
     target = tmp_path / "target"
     target.write_text("precious")
     with (
@@ -351,7 +335,7 @@ def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
     assert target.read_text() == "precious"
 
 
-def test_a_file_does_not_replace_a_directory(tmp_path: Path) -> None:
+def test_a_file_does_not_replace_a_directory(tmp_path):
     (tmp_path / "target").mkdir()
     with pytest.raises(OutputError, match="a directory stands where a file is to be written"):
         write_text(tmp_path / "target", "text")
@@ -360,20 +344,18 @@ def test_a_file_does_not_replace_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
 @WRITERS
-def test_content_reaches_the_disk_before_the_name_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Writer, is_directory: bool
-) -> None:
-    events: list[tuple[str, str]] = []
+def test_content_reaches_the_disk_before_the_name_does(tmp_path, monkeypatch, writer, is_directory):
+    events = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
-    def logged_fsync(descriptor: int) -> None:
+    def logged_fsync(descriptor):
         events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         fsync(descriptor)
 
-    def logged(original: Any) -> Any:
-        def move(self: Path, to: Path) -> Path:
+    def logged(original):
+        def move(self, to):
             events.append(("rename", Path(to).name))
-            result: Path = original(self, to)
+            result = original(self, to)
             return result
 
         return move
@@ -391,13 +373,13 @@ def test_content_reaches_the_disk_before_the_name_does(
     assert events[-2:] == [("rename", "target"), ("sync", tmp_path.name)]
 
 
-def test_text_is_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_utf_8(tmp_path, monkeypatch):
     monkeypatch.setenv("LC_ALL", "C")
     write_text(tmp_path / "text", "γ ≈ ½")
     assert (tmp_path / "text").read_bytes() == "γ ≈ ½".encode()
 
 
-def test_names_with_pattern_characters(tmp_path: Path) -> None:
+def test_names_with_pattern_characters(tmp_path):
     target = tmp_path / "a[b]*.c"
     for text in ("first", "second"):
         with atomic_directory(target) as temporary:
@@ -405,7 +387,7 @@ def test_names_with_pattern_characters(tmp_path: Path) -> None:
     assert content(target) == "second"
 
 
-def test_json_is_read_with_suspicion(tmp_path: Path) -> None:
+def test_json_is_read_with_suspicion(tmp_path):
     path = tmp_path / "value.json"
     path.write_text('{"é": [1, null]}', encoding="utf-8")
     assert read_json(path) == {"é": [1, None]}
@@ -428,7 +410,7 @@ def test_json_is_read_with_suspicion(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+def test_what_never_ends_is_not_read(tmp_path):
     (tmp_path / "file").write_text("{}")
     (tmp_path / "link").symlink_to("file")
     refuse_special(tmp_path, tmp_path / "file", tmp_path / "link", tmp_path / "nothing")
@@ -450,9 +432,7 @@ def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
         ("closed/out", "Permission denied; check the permissions"),
     ],
 )
-def test_odd_places(
-    tmp_path: Path, writer: Writer, is_directory: bool, place: str, said: str
-) -> None:
+def test_odd_places(tmp_path, writer, is_directory, place, said):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     (tmp_path / "closed").mkdir(mode=0o500)

@@ -3,8 +3,6 @@
 ``pytest -m slow tests/test_kills.py -s`` prints how often each was killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,16 +29,16 @@ NOT_REPEATED = {"tokens_per_second", "seconds", "dead"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def sha256(path: Path) -> str:
+def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def all_files(out: Path) -> dict[str, object]:
+def all_files(out):
     found = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return {str(path.relative_to(out)): sha256(path) for path in found}
 
 
-def trained(out: Path) -> dict[str, object]:
+def trained(out):
     """The weights and the history, but for :data:`NOT_REPEATED`."""
     weights = {path.name: sha256(path) for path in (out / "model").glob("*.safetensors")}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +49,7 @@ def trained(out: Path) -> dict[str, object]:
     return weights | {"history": rows}
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+def start(arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "sparse_bitnet", *arguments],
         env=ENVIRONMENT,
@@ -61,7 +58,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_over_and_over(arguments: list[str], work: Path) -> None:
+def kill_over_and_over(arguments, work):
     """Kill the command until it has been killed often enough, then let it end.
 
     Killed while it works: at a random time after something in ``work`` changed. A command that
@@ -90,7 +87,7 @@ def kill_over_and_over(arguments: list[str], work: Path) -> None:
     assert not leftovers
 
 
-def newest(directory: Path) -> int:
+def newest(directory):
     """The newest change below a directory, in nanoseconds."""
     times = [0]
     for path in [directory, *directory.rglob("*")]:
@@ -102,7 +99,7 @@ def newest(directory: Path) -> int:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
+def corpus(tmp_path):
     rng = random.Random(1)
     path = tmp_path / "corpus.jsonl"
     words = ["alpha", "beta", "gamma", "delta", "naïve", "数据", "x = 1\n"]
@@ -113,12 +110,12 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def prepare(corpus: Path, out: Path) -> list[str]:
+def prepare(corpus, out):
     arguments = ["data", "prepare", f"jsonl:{corpus}", str(out), "--vocab-size", "300"]
     return [*arguments, "--shard-tokens", "100000", "--workers", "1"]
 
 
-def test_data_prepare(corpus: Path, tmp_path: Path) -> None:
+def test_data_prepare(corpus, tmp_path):
     whole = tmp_path / "whole"
     assert start(prepare(corpus, whole)).wait() == 0
     out = tmp_path / "work" / "killed"
@@ -127,7 +124,7 @@ def test_data_prepare(corpus: Path, tmp_path: Path) -> None:
     assert all_files(out) == all_files(whole)
 
 
-def test_train(corpus: Path, tmp_path: Path) -> None:
+def test_train(corpus, tmp_path):
     assert start(prepare(corpus, tmp_path / "data")).wait() == 0
     arguments = {}
     for name in ("whole", "work/killed"):
@@ -153,7 +150,7 @@ def test_train(corpus: Path, tmp_path: Path) -> None:
     assert trained(out) == trained(tmp_path / "whole")
 
 
-def test_pack(tmp_path: Path) -> None:
+def test_pack(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(preset_config("study-5m", 8192))
     convert(model, "6:8")

@@ -1,12 +1,7 @@
 """Every verb that reads a model, on an ordinary directory and on a GGUF file of the same values."""
 
-from __future__ import annotations
-
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -22,7 +17,7 @@ TEXT = "def main():\n    return the name of the file 1234\n"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """``plain``, a directory, and ``model.gguf``; and a text to measure them on."""
     directory = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128}
@@ -34,18 +29,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["plain", "model.gguf"])
-def source(request: pytest.FixtureRequest, models: Path) -> Path:
+def source(request, models):
     return models / request.param
 
 
-Verb = Callable[..., str]
-
-
 @pytest.fixture
-def verb(capsys: pytest.CaptureFixture[str]) -> Verb:
+def verb(capsys):
     """What a command prints."""
 
-    def run(*arguments: object) -> str:
+    def run(*arguments):
         capsys.readouterr()
         main([str(one) for one in arguments])
         return capsys.readouterr().out
@@ -53,13 +45,13 @@ def verb(capsys: pytest.CaptureFixture[str]) -> Verb:
     return run
 
 
-def test_evaluate(models: Path, verb: Verb) -> None:
+def test_evaluate(models, verb):
     options = ["--text", f"text:{models / 'text.txt'}", "--window", 32, "--device", "cpu", "--json"]
     found = json.loads(verb("evaluate", models / "model.gguf", models / "plain", *options))
     assert found["differences"] == {"text: nats a token": 0.0}
 
 
-def test_inspect(source: Path, verb: Verb) -> None:
+def test_inspect(source, verb):
     assert "Qwen2ForCausalLM, ordinary" in verb("inspect", source)
     found = json.loads(verb("inspect", source, "--json"))
     parameters = found["count"] + found["other_parameters"]
@@ -68,24 +60,24 @@ def test_inspect(source: Path, verb: Verb) -> None:
     assert found["bits"] == pytest.approx(stored)
 
 
-def test_generate(source: Path, verb: Verb) -> None:
+def test_generate(source, verb):
     printed = verb("generate", source, "def main", "--max-new-tokens", 4, "--device", "cpu")
     assert printed.startswith("def main") and len(printed) > len("def main\n")
 
 
-def test_chat(source: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat(source, verb, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("def main\n"))
     assert verb("chat", source, "--max-new-tokens", 4, "--device", "cpu").strip()
 
 
-def test_serve(source: Path) -> None:
-    asked: dict[str, Any] = {"model": source.name, "prompt": "def main", "max_tokens": 4}
+def test_serve(source):
+    asked = {"model": source.name, "prompt": "def main", "max_tokens": 4}
     with running(source, device="cpu") as address:
         answer = requests.post(f"{address}/v1/completions", json=asked, timeout=60).json()
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_polarization(source: Path, models: Path, verb: Verb, tmp_path: Path) -> None:
+def test_polarization(source, models, verb, tmp_path):
     verb("polarization", source, "--out", tmp_path)
     found = json.loads((tmp_path / "polarization.json").read_text())
     layers = [layer["name"] for layer in found["layers"]]
@@ -95,12 +87,12 @@ def test_polarization(source: Path, models: Path, verb: Verb, tmp_path: Path) ->
     assert found["overall"]["zeros_before_mask"] > 0.25
 
 
-def test_estimate(source: Path, verb: Verb) -> None:
+def test_estimate(source, verb):
     printed = verb("estimate", source)
     assert "14 modules" in printed and "H200" in printed
 
 
-def test_files_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_no_models(tmp_path, capsys):
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(50))
     for arguments in (["inspect", path], ["estimate", path], ["polarization", path]):

@@ -1,7 +1,5 @@
 """What the README tells people to type works: its Python, and its command lines word for word."""
 
-from __future__ import annotations
-
 import io
 import json
 import lzma
@@ -24,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(heading: str) -> str:
+def block(heading):
     """The first fenced block under a heading."""
     section = README.split(f"\n## {heading}\n")[1]
-    return re.search(r"```\w*\n(.*?)```", section, re.S)[1]  # type: ignore[index]
+    return re.search(r"```\w*\n(.*?)```", section, re.S)[1]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory):
     """A working directory with a text, and the README's recipes made small."""
     desk = tmp_path_factory.mktemp("desk")
     text = [{"text": f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 20} for i in range(300)]
@@ -50,7 +48,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return desk
 
 
-def test_the_python_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("def f(x):\n    return x + 1\n" * 400)
@@ -62,9 +60,7 @@ def test_the_python_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "packed" / "config.json").is_file()
 
 
-def test_the_command_lines(
-    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_lines(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     lines = block("The command line").strip().splitlines()
     verbs = {" ".join(verb.split()) for verb in cli.VERBS}
@@ -92,7 +88,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_files_it_links_to_exist(page: Path) -> None:
+def test_the_files_it_links_to_exist(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith("http"):
             continue

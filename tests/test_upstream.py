@@ -4,8 +4,6 @@ Each has its own test, whose name says what has moved. What only a GPU build has
 elsewhere.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re
@@ -13,7 +11,6 @@ import tomllib
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -134,10 +131,10 @@ ATTRIBUTES = {
 }
 
 
-def resolve(name: str) -> Any:
+def resolve(name):
     """The object of a dotted name: modules as far as they go, then attributes."""
     parts = name.split(".")
-    found: Any = import_module(parts[0])
+    found = import_module(parts[0])
     for index, part in enumerate(parts[1:], 1):
         if not hasattr(found, part) and inspect.ismodule(found):
             import_module(".".join(parts[: index + 1]))
@@ -146,18 +143,18 @@ def resolve(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_name(name: str) -> None:
+def test_name(name):
     resolve(name)
 
 
 @pytest.mark.parametrize("name", TRITON_NAMES)
-def test_triton_name(name: str) -> None:
+def test_triton_name(name):
     pytest.importorskip("triton")
     resolve(name)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters(name: str) -> None:
+def test_parameters(name):
     wanted = PARAMETERS[name]
     if wanted is None:
         if not torch.cuda.is_available():
@@ -168,30 +165,30 @@ def test_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
-def test_attributes(name: str) -> None:
+def test_attributes(name):
     source = inspect.getsource(resolve(name))
     assert [text for text in ATTRIBUTES[name] if text not in source] == []
 
 
-def test_continuous_batching_settings() -> None:
+def test_continuous_batching_settings():
     wanted = {"page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"}
     wanted |= {"use_cuda_graph", "use_async_batching", "allow_block_sharing"}
     wanted |= {"auto_switch_to_flash"}
     assert wanted <= set(inspect.signature(ContinuousBatchingConfig).parameters)
 
 
-def test_a_quantizer_sees_the_configuration_before_files_are_looked_for() -> None:
+def test_a_quantizer_sees_the_configuration_before_files_are_looked_for():
     base = resolve(QUANTIZER)
     assert hasattr(base, "update_attn_implementation") or hasattr(base, "update_tp_plan")
 
 
-def requirements() -> dict[str, Requirement]:
+def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [one for some in project["optional-dependencies"].values() for one in some]
     return {one.name: one for one in map(Requirement, project["dependencies"] + extras)}
 
 
-def test_installed_versions_are_in_the_declared_ranges() -> None:
+def test_installed_versions_are_in_the_declared_ranges():
     for name, wanted in requirements().items():
         try:
             installed = version(name)
@@ -203,18 +200,18 @@ def test_installed_versions_are_in_the_declared_ranges() -> None:
 @pytest.mark.parametrize(
     "name", ["torch", "transformers", "uvicorn", "starlette", "tyro", "pydantic"]
 )
-def test_ranges_end_where_nothing_is_known(name: str) -> None:
+def test_ranges_end_where_nothing_is_known(name):
     wanted = requirements()[name]
     assert any(one.operator == "<" for one in wanted.specifier), wanted
 
 
-def test_every_such_name_in_the_source_is_listed() -> None:
+def test_every_such_name_in_the_source_is_listed():
     """``torch._…`` in code, and what is imported from inside transformers, Triton and uvicorn."""
     listed = {*NAMES, *TRITON_NAMES, *PARAMETERS, *ATTRIBUTES}
     missing = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            used: list[str] = []
+            used = []
             if isinstance(node, ast.Attribute):
                 used = re.findall(r"^torch\._(?!_)[\w.]*", ast.unparse(node))
             elif isinstance(node, ast.ImportFrom):

@@ -3,11 +3,8 @@
 Says on standard output where it hangs, so that the test kills it there and not by chance.
 """
 
-from __future__ import annotations
-
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -15,24 +12,24 @@ from sparse_bitnet.core import SparseBitNetError
 from sparse_bitnet.train import checkpoint, load_recipe, train
 
 
-def hang(where: str) -> None:
+def hang(where):
     print(where, flush=True)
     time.sleep(600)
 
 
-def hang_after_step(wanted: int) -> object:
-    def on_step(done: int, _model: object) -> None:
+def hang_after_step(wanted):
+    def on_step(done, _model):
         if done == wanted:
             hang(f"after step {done}")
 
     return on_step
 
 
-def hang_while_writing(wanted: int) -> None:
+def hang_while_writing(wanted):
     """When the tensors of a checkpoint are on disk and its manifest is not."""
     write_text = checkpoint.write_text
 
-    def write(path: Path, text: str) -> None:
+    def write(path, text):
         if f"step-{wanted:08d}" in str(path):
             hang(f"writing {path}")
         write_text(path, text)
@@ -40,7 +37,7 @@ def hang_while_writing(wanted: int) -> None:
     checkpoint.write_text = write
 
 
-def main(recipe: str, mode: str = "run", at: str = "0") -> None:
+def main(recipe, mode="run", at="0"):
     torch.set_num_threads(1)
     on_step = None
     if mode == "step":

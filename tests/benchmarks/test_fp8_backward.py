@@ -1,10 +1,6 @@
 """The fp8 training-curve script, a few steps of the tiny preset, the roundings emulated."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,14 +8,14 @@ from sparse_bitnet.data import prepare
 
 
 @pytest.fixture
-def script() -> Any:
+def script():
     pytest.importorskip("triton")
     import fp8_backward
 
     return fp8_backward
 
 
-def test_both_curves_are_written(script: Any, tmp_path: Path) -> None:
+def test_both_curves_are_written(script, tmp_path):
     for i in range(60):
         text = "\n".join(f"line {i} of {j % 7} words " * 8 for j in range(10))
         (tmp_path / f"{i}.txt").write_text(text)

@@ -1,11 +1,7 @@
 """What a measurement depends on is told as far as it can be found."""
 
-from __future__ import annotations
-
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -18,11 +14,11 @@ ANSWER = "580.159.04, 1980, 3201, 1980, 131.52, 700.00, [N/A]\n"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def asked(monkeypatch):
     """The commands that nvidia-smi of a GPU got."""
-    commands: list[list[str]] = []
+    commands = []
 
-    def run(command: list[str], **_: Any) -> Any:
+    def run(command, **_):
         commands.append(command)
         return SimpleNamespace(stdout=ANSWER)
 
@@ -34,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_a_gpu_tells_its_state(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_tells_its_state(asked, monkeypatch):
     state = gpu_state()
     assert state["driver"] == "580.159.04" and state["sm_mhz"] == 1980.0
     assert state["watts"] == 131.52 and state["most_watts"] == 700.0
@@ -44,7 +40,7 @@ def test_a_gpu_tells_its_state(asked: list[list[str]], monkeypatch: pytest.Monke
     assert gpu_state() == {}
 
 
-def test_all_of_it() -> None:
+def test_all_of_it():
     told = measured_on()
     assert told["torch"] == torch.__version__ and told["transformers"] != "not installed"
     assert told["sparse-bitnet"] and told["cpu"] and told["cores"]
@@ -52,7 +48,7 @@ def test_all_of_it() -> None:
         assert told["gpu"] == {} and told["cuda"] is None
 
 
-def test_a_cpu_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cpu_without_a_name(monkeypatch, tmp_path):
     listed = tmp_path / "cpuinfo"
     listed.write_text("processor\t: 0\nmodel name\t: Abacus 9: fast\n")
     monkeypatch.setattr(module, "CPUINFO", listed)

@@ -11,9 +11,7 @@ SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help(name, monkeypatch, capsys):
     if name == "plots":
         pytest.importorskip("matplotlib")
     module = importlib.import_module(name)

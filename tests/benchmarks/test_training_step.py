@@ -1,10 +1,6 @@
 """The training benchmark on a tiny shape: every row trains, a bad one is noted and survived."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,14 +9,14 @@ TINY = ["--sizes", "tiny", "--vocabulary", "64", "--sequence-length", "16", "--s
 
 
 @pytest.fixture
-def script() -> Any:
+def script():
     pytest.importorskip("triton")
     import training_step
 
     return training_step
 
 
-def test_rows_share_one_model(script: Any, tmp_path: Path) -> None:
+def test_rows_share_one_model(script, tmp_path):
     rows = ["bf16", "fake-quant 6:8", "dense", "6:8 fp8", "nonsense"]
     quick = ["--rounds", "2", "--steps", "1", "--no-compile", "--out", str(tmp_path)]
     script.main([*TINY, *quick, "--rows", *rows])
@@ -36,7 +32,7 @@ def test_rows_share_one_model(script: Any, tmp_path: Path) -> None:
     assert written["environment"]["torch"] == torch.__version__
 
 
-def test_fake_quantization_is_the_method(script: Any) -> None:
+def test_fake_quantization_is_the_method(script):
     """Forward and gradients in float32 equal the integer layer's."""
     from sparse_bitnet.core import Pattern
     from sparse_bitnet.nn import SparseBitLinear
@@ -57,7 +53,7 @@ def test_fake_quantization_is_the_method(script: Any) -> None:
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
 
 
-def test_names_of_rows() -> None:
+def test_names_of_rows():
     from training_models import Row
 
     assert Row.parse("bf16").kind == "bf16"

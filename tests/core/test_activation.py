@@ -1,7 +1,6 @@
 """int8 and int4 activations against loops in Python."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ from hypothesis import strategies as st
 from sparse_bitnet.core import ConfigError, quantize_activations, quantize_int4, quantize_int8
 
 
-def clip(value: float, low: int, high: int) -> int:
+def clip(value, low, high):
     return max(low, min(high, round(value)))
 
 
 @given(data=st.data(), tokens=st.integers(1, 3), features=st.integers(1, 9))
 @settings(deadline=None, max_examples=100)
-def test_int8_equals_the_loop(
-    slow: SimpleNamespace, data: st.DataObject, tokens: int, features: int
-) -> None:
+def test_int8_equals_the_loop(slow, data, tokens, features):
     x = data.draw(slow.tensors(tokens, features))
     quantized, scale = quantize_int8(x)
     assert (quantized.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (tokens, 1))
@@ -33,9 +30,7 @@ def test_int8_equals_the_loop(
 
 @given(data=st.data(), tokens=st.integers(1, 3), features=st.integers(1, 9))
 @settings(deadline=None, max_examples=100)
-def test_int4_equals_the_loop(
-    slow: SimpleNamespace, data: st.DataObject, tokens: int, features: int
-) -> None:
+def test_int4_equals_the_loop(slow, data, tokens, features):
     x = data.draw(slow.tensors(tokens, features))
     quantized, scale = quantize_int4(x)
     for (token,), row in slow.rows_of(x):
@@ -50,7 +45,7 @@ def test_int4_equals_the_loop(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_token_of_zeros_stays_zero(bits: int) -> None:
+def test_a_token_of_zeros_stays_zero(bits):
     quantized, scale = quantize_activations(torch.tensor([[0.0, -0.0], [1.0, 2.0]]), bits)
     assert quantized[0].tolist() == [0, 0]
     assert torch.isfinite(scale).all()
@@ -58,7 +53,7 @@ def test_a_token_of_zeros_stays_zero(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_compute_in_float32(bits: int, dtype: torch.dtype) -> None:
+def test_other_dtypes_compute_in_float32(bits, dtype):
     x = torch.randn(2, 3, 16).to(dtype)
     quantized, scale = quantize_activations(x, bits)
     expected = quantize_activations(x.float(), bits)
@@ -66,7 +61,7 @@ def test_other_dtypes_compute_in_float32(bits: int, dtype: torch.dtype) -> None:
     assert torch.equal(scale, expected[1])
 
 
-def test_int8_error_is_at_most_half_a_step() -> None:
+def test_int8_error_is_at_most_half_a_step():
     x = torch.randn(64, 256)
     quantized, scale = quantize_int8(x)
     assert ((quantized * scale - x).abs() <= scale * 0.50001).all()
@@ -74,7 +69,7 @@ def test_int8_error_is_at_most_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_huge_values_do_not_overflow(bits: int) -> None:
+def test_huge_values_do_not_overflow(bits):
     quantized, scale = quantize_activations(torch.full((2, 64), 3e38), bits)
     assert torch.isfinite(scale).all()
     assert (quantized == (127 if bits == 8 else 3)).all()
@@ -82,7 +77,7 @@ def test_huge_values_do_not_overflow(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_the_scale(bits: int, bad: float) -> None:
+def test_what_is_not_finite_shows_in_the_scale(bits, bad):
     """Integers cannot say NaN, so the scale must: the token's output is then not finite either."""
     x = torch.ones(2, 8)
     x[0, 3] = bad
@@ -91,24 +86,24 @@ def test_what_is_not_finite_shows_in_the_scale(bits: int, bad: float) -> None:
     assert torch.isfinite(scale[1])
 
 
-def test_no_tokens() -> None:
+def test_no_tokens():
     quantized, scale = quantize_int8(torch.empty(0, 8))
     assert quantized.shape == (0, 8)
     assert scale.shape == (0, 1)
 
 
-def test_views_without_contiguous_memory() -> None:
+def test_views_without_contiguous_memory():
     x = torch.randn(16, 6).t()
     assert torch.equal(quantize_int8(x)[0], quantize_int8(x.contiguous())[0])
 
 
-def test_refuses_other_bits() -> None:
+def test_refuses_other_bits():
     with pytest.raises(ConfigError, match="bits is 5; choose 8 or 4"):
         quantize_activations(torch.ones(2, 8), 5)
 
 
 @pytest.mark.parametrize("exponent", range(-150, 128, 3))
-def test_int8_never_leaves_its_range(exponent: int) -> None:
+def test_int8_never_leaves_its_range(exponent):
     """The largest magnitude of a token becomes ±127 whatever its mantissa: nothing to clip."""
     mantissa = torch.rand(4096, 1, generator=torch.Generator().manual_seed(exponent)) + 1
     x = torch.cat([mantissa, -mantissa], dim=-1) * 2.0**exponent

@@ -1,10 +1,5 @@
 """Values from files in messages: never long, never costly."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from sparse_bitnet.core import errors, shown
@@ -12,19 +7,19 @@ from sparse_bitnet.core.errors import LONGEST_MESSAGE, LONGEST_SHOWN, SparseBitN
 
 
 @pytest.mark.parametrize("value", ["6:8", 7, 0.5, None, True, ["a", 1], {"a": 1}, (0.9, 0.95)])
-def test_ordinary_values_are_their_repr(value: object) -> None:
+def test_ordinary_values_are_their_repr(value):
     assert shown(value) == repr(value)
 
 
-def bomb() -> list[Any]:
-    value: list[Any] = ["x"] * 9
+def bomb():
+    value = ["x"] * 9
     for _ in range(30):
         value = [value] * 9  # written out, 9³¹ parts
     return value
 
 
-def ring() -> list[Any]:
-    value: list[Any] = []
+def ring():
+    value = []
     value.append(value)
     return value
 
@@ -40,7 +35,7 @@ def ring() -> list[Any]:
         ring,
     ],
 )
-def test_long_ones_are_cut(make: Callable[[], object]) -> None:
+def test_long_ones_are_cut(make):
     assert len(shown(make())) <= LONGEST_SHOWN
 
 
@@ -52,7 +47,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_messages_keep_the_place_and_the_remedy(kind: type[SparseBitNetError]) -> None:
+def test_messages_keep_the_place_and_the_remedy(kind):
     assert str(kind("short")) == "short"
     message = str(kind(f"tokenizer.json: {'x' * 100_000}; get the file again"))
     assert len(message) <= LONGEST_MESSAGE

@@ -1,7 +1,6 @@
 """Polarization: examples by hand, loops in Python, and weights that break careless statistics."""
 
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from sparse_bitnet.core import (
 )
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     """Two groups of four, γ = 1; 2:4 removes (0.2, 0.4) and (0.6, 1.0)."""
     weight = torch.tensor([[1.6, -0.4, 0.2, 1.2, 1.0, -0.6, 1.3, -1.7]])
     assert absmean(weight).item() == 1.0
@@ -34,7 +33,7 @@ def test_by_hand() -> None:
     assert measured.dead_zone_groups == 1 / 2
 
 
-def test_edges_by_hand() -> None:
+def test_edges_by_hand():
     """|w| = γ/2 rounds to zero, so it belongs to the dead zone; beyond 4γ is the last bin."""
     edge = polarization(torch.tensor([[1.5, 0.5, -1.5, -0.5]]), Pattern(2, 4), bins=4)
     assert (edge.zeros_before_mask, edge.dead_zone_groups) == (0.5, 1.0)
@@ -42,7 +41,7 @@ def test_edges_by_hand() -> None:
     assert far.magnitudes == [7 / 8, 0, 0, 1 / 8]
 
 
-def test_three_modes_by_hand() -> None:
+def test_three_modes_by_hand():
     """Fully polarized: half the weights at ±2, half at 0. γ = 1, and 2:4 costs nothing."""
     weight = torch.tensor([[2.0, 0.0, -2.0, 0.0] * 4])
     measured = polarization(weight, Pattern(2, 4), bins=4)
@@ -52,7 +51,7 @@ def test_three_modes_by_hand() -> None:
     assert measured.kurtosis == 2.0  # mean of w⁴ / (mean of w²)² = 8 / 2²
 
 
-def test_gaussian() -> None:
+def test_gaussian():
     torch.manual_seed(0)
     measured = polarization(torch.randn(512, 512), Pattern(6, 8))
     assert measured.kurtosis == pytest.approx(3, abs=0.05)
@@ -62,7 +61,7 @@ def test_gaussian() -> None:
     assert sum(measured.thresholds) == pytest.approx(1)
 
 
-def test_dense_has_no_thresholds() -> None:
+def test_dense_has_no_thresholds():
     measured = polarization(torch.randn(4, 7), DENSE)
     assert pruning_thresholds(torch.randn(4, 7), DENSE).shape == (4, 0)
     assert set(measured.thresholds) == {0.0}
@@ -71,9 +70,7 @@ def test_dense_has_no_thresholds() -> None:
 
 @given(data=st.data(), rows=st.integers(1, 4), groups=st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
-def test_equals_the_loop(
-    slow: SimpleNamespace, data: st.DataObject, rows: int, groups: int
-) -> None:
+def test_equals_the_loop(slow, data, rows, groups):
     weight = data.draw(slow.tensors(rows, 4 * groups))
     pattern = Pattern(2, 4)
     thresholds = pruning_thresholds(weight, pattern)
@@ -93,7 +90,7 @@ def test_equals_the_loop(
     assert sum(measured.magnitudes) == pytest.approx(1)
 
 
-def test_kurtosis_equals_the_definition() -> None:
+def test_kurtosis_equals_the_definition():
     weight = torch.randn(7, 8).exp()
     values = (weight / absmean(weight)).flatten().tolist()
     mean = statistics.fmean(values)
@@ -102,7 +99,7 @@ def test_kurtosis_equals_the_definition() -> None:
     assert polarization(weight, Pattern(6, 8)).kurtosis == pytest.approx(expected, rel=1e-5)
 
 
-def test_segments_and_experts_are_relative_to_their_own_scale() -> None:
+def test_segments_and_experts_are_relative_to_their_own_scale():
     """The second matrix is ten times the first: alone they look the same."""
     one = torch.randn(4, 8)
     alone = polarization(one, Pattern(6, 8))
@@ -126,7 +123,7 @@ def test_segments_and_experts_are_relative_to_their_own_scale() -> None:
     ],
     ids=["zeros", "ones", "denormal", "huge", "one outlier", "empty"],
 )
-def test_statistics_stay_finite(weight: torch.Tensor) -> None:
+def test_statistics_stay_finite(weight):
     measured = polarization(weight, Pattern(6, 8))
     figures = [*measured.magnitudes, *measured.thresholds, measured.kurtosis]
     figures += [measured.zeros_before_mask, measured.dead_zone_groups]
@@ -134,14 +131,14 @@ def test_statistics_stay_finite(weight: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype):
     weight = torch.randn(8, 16).to(dtype)
     measured = polarization(weight, Pattern(6, 8))
     rounded = round_ternary(weight, absmean(weight))
     assert measured.zeros_before_mask == (rounded == 0).double().mean()
 
 
-def test_histogram_counts_beyond_float32() -> None:
+def test_histogram_counts_beyond_float32():
     """A float32 histogram stops at 2²⁴; five sixths of these weights are in one bin."""
     size = 3 * 2**23
     weight = torch.zeros(3 * 2**3, 2**20)
@@ -151,9 +148,8 @@ def test_histogram_counts_beyond_float32() -> None:
     assert measured.magnitudes[0] == 5 / 6
 
 
-def test_agrees_with_the_mask_in_force() -> None:
+def test_agrees_with_the_mask_in_force():
     weight = torch.randn(16, 32)
     mask = method_mask(weight, Pattern(6, 8), Method())
-    assert mask is not None
     lost = weight.abs().masked_fill(mask, 0).unflatten(-1, (-1, 8)).amax(-1)
     assert torch.equal(pruning_thresholds(weight, Pattern(6, 8)), lost)

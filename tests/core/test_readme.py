@@ -10,7 +10,7 @@ PAGE = Path(core.__file__).with_name("README.md")
 ELSEWHERE = {"BitProduct": BitProduct, "ternary_matmul": None, "shard_sizes": None}
 
 
-def test_links_and_names_exist() -> None:
+def test_links_and_names_exist():
     text = PAGE.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert len(links) > 8

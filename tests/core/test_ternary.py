@@ -1,13 +1,11 @@
 """γ, rounding and the masked ternary weight against loops in Python, ablations included."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_bitnet.core import (
     DENSE,
@@ -33,13 +31,7 @@ ABLATIONS = [Method(), Method(mask_source="quantized"), Method(order="mask-then-
 METHODS = st.sampled_from(ABLATIONS)
 
 
-def compare(
-    slow: SimpleNamespace,
-    weight: Tensor,
-    pattern: Pattern,
-    method: Method,
-    shard_sizes: tuple[int, ...],
-) -> None:
+def compare(slow, weight, pattern, method, shard_sizes):
     """Each matrix of the leading dimensions and each segment, on its own."""
     ternary, scale = ternarize(weight, pattern, method, shard_sizes)
     assert ternary.dtype == torch.int8
@@ -81,14 +73,7 @@ def compare(
     groups=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=80)
-def test_equals_the_loop(
-    slow: SimpleNamespace,
-    data: st.DataObject,
-    pattern: Pattern,
-    method: Method,
-    rows: int,
-    groups: int,
-) -> None:
+def test_equals_the_loop(slow, data, pattern, method, rows, groups):
     weight = data.draw(slow.tensors(rows, groups * pattern.m))
     compare(slow, weight, pattern, method, ())
     assert worst_group(ternarize(weight, pattern, method)[0], pattern.m) <= pattern.n
@@ -98,18 +83,14 @@ def test_equals_the_loop(
     data=st.data(), method=METHODS, shard_sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3)
 )
 @settings(deadline=None, max_examples=40)
-def test_fused_shard_sizes_are_matrices_of_their_own(
-    slow: SimpleNamespace, data: st.DataObject, method: Method, shard_sizes: list[int]
-) -> None:
+def test_fused_shard_sizes_are_matrices_of_their_own(slow, data, method, shard_sizes):
     weight = data.draw(slow.tensors(sum(shard_sizes), 8))
     compare(slow, weight, Pattern(2, 4), method, tuple(shard_sizes))
 
 
 @given(data=st.data(), method=METHODS, experts=st.integers(1, 3))
 @settings(deadline=None, max_examples=40)
-def test_experts_are_matrices_of_their_own(
-    slow: SimpleNamespace, data: st.DataObject, method: Method, experts: int
-) -> None:
+def test_experts_are_matrices_of_their_own(slow, data, method, experts):
     weight = data.draw(slow.tensors(experts, 4, 8))
     compare(slow, weight, Pattern(6, 8), method, ())
     compare(slow, weight, Pattern(6, 8), method, (1, 3))
@@ -122,13 +103,11 @@ def test_experts_are_matrices_of_their_own(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("pattern", [Pattern(6, 8), DENSE, Pattern(8, 8)])
-def test_other_dtypes_compute_in_float32(
-    slow: SimpleNamespace, dtype: torch.dtype, pattern: Pattern
-) -> None:
+def test_other_dtypes_compute_in_float32(slow, dtype, pattern):
     compare(slow, torch.randn(5, 16).to(dtype), pattern, Method(), ())
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     """γ = 8/8 = 1: 1.6 and −1.5 become ±1, 0.5 is a tie and goes to the even zero."""
     weight = torch.tensor([[1.6, -1.5, 0.5, 0.6, -0.4, 2.0, 0.4, 1.0]])
     dense, scale = ternarize(weight, DENSE)
@@ -147,7 +126,7 @@ def test_by_hand() -> None:
     assert ties.tolist() == [[1, -1, 0, 1, 0, 0, 0, 0]]
 
 
-def test_zeros_have_a_scale() -> None:
+def test_zeros_have_a_scale():
     ternary, scale = ternarize(torch.zeros(2, 8), Pattern(6, 8))
     assert not ternary.any()
     assert scale.item() == pytest.approx(1e-5)
@@ -155,17 +134,17 @@ def test_zeros_have_a_scale() -> None:
     assert denormal.item() == pytest.approx(1e-5)
 
 
-def test_huge_weights_do_not_overflow() -> None:
+def test_huge_weights_do_not_overflow():
     ternary, scale = ternarize(torch.full((64, 64), 3e38), Pattern(6, 8))
     assert scale.item() == pytest.approx(3e38)
     assert ternary.sum() == 64 * 64 * 6 // 8
 
 
-def test_half_precision_sums_do_not_overflow() -> None:
+def test_half_precision_sums_do_not_overflow():
     assert absmean(torch.full((64, 64), 60000.0).half()).item() == 60000.0
 
 
-def test_gamma_does_not_depend_on_the_order_of_summation() -> None:
+def test_gamma_does_not_depend_on_the_order_of_summation():
     weight = torch.randn(300, 64) * torch.logspace(-6, 6, 300).unsqueeze(1)
     gammas = {absmean(weight[torch.randperm(300)]).item() for _ in range(20)}
     assert len(gammas) == 1
@@ -173,7 +152,7 @@ def test_gamma_does_not_depend_on_the_order_of_summation() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 4, 8), (2, 0, 8)])
 @pytest.mark.parametrize("method", [Method(), Method(order="mask-then-quant")])
-def test_empty(shape: tuple[int, ...], method: Method) -> None:
+def test_empty(shape, method):
     ternary, scale = ternarize(torch.empty(shape), Pattern(6, 8), method)
     assert ternary.shape == shape
     assert scale.shape == (*shape[:-2], 1)
@@ -182,7 +161,7 @@ def test_empty(shape: tuple[int, ...], method: Method) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("method", ABLATIONS)
-def test_shards_of_rows_add_up_to_the_matrix(ranks: int, method: Method) -> None:
+def test_shards_of_rows_add_up_to_the_matrix(ranks, method):
     """Sums of shards are added, and each shard then needs γ of its rows alone."""
     torch.manual_seed(0)
     weight, shard_sizes, pattern = torch.randn(17, 16), (9, 1, 7), Pattern(6, 8)
@@ -202,7 +181,7 @@ def test_shards_of_rows_add_up_to_the_matrix(ranks: int, method: Method) -> None
     assert torch.equal(torch.cat(parts), expected)
 
 
-def test_views_without_contiguous_memory() -> None:
+def test_views_without_contiguous_memory():
     weight = torch.randn(16, 24).t()
     ternary, scale = ternarize(weight, Pattern(6, 8))
     again, same = ternarize(weight.contiguous(), Pattern(6, 8))
@@ -210,7 +189,7 @@ def test_views_without_contiguous_memory() -> None:
     assert torch.equal(scale, same)
 
 
-def test_row_scale_repeats_each_segment() -> None:
+def test_row_scale_repeats_each_segment():
     assert row_scale(torch.tensor([1.0, 2.0]), (1, 3), 4).tolist() == [1, 2, 2, 2]
     experts = row_scale(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (2, 1), 3)
     assert experts.tolist() == [[1, 1, 2], [3, 3, 4]]
@@ -218,22 +197,22 @@ def test_row_scale_repeats_each_segment() -> None:
 
 
 @pytest.mark.parametrize("shard_sizes", [(1, 2), (4, 1), (0, 4), (-1, 5)])
-def test_refuses_shard_sizes_that_do_not_cut_the_rows(shard_sizes: tuple[int, ...]) -> None:
+def test_refuses_shard_sizes_that_do_not_cut_the_rows(shard_sizes):
     with pytest.raises(WeightError, match=r"must be positive and sum to its 4 rows"):
         ternarize(torch.ones(4, 8), Pattern(6, 8), shard_sizes=shard_sizes)
 
 
-def test_dense_has_no_mask() -> None:
+def test_dense_has_no_mask():
     assert method_mask(torch.ones(2, 8), Pattern(8, 8), Method()) is None
 
 
-def test_rounding_is_half_to_even() -> None:
+def test_rounding_is_half_to_even():
     edge = torch.tensor([0.5, -0.5, 1.5, -1.5, 0.50000006])
     assert round_ternary(edge, torch.tensor(1.0)).tolist() == [0, 0, 1, -1, 1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_check_finite_counts_and_names(bad: float) -> None:
+def test_check_finite_counts_and_names(bad):
     weight = torch.zeros(3, 4)
     check_finite(weight)
     weight[1, 2] = weight[0, 0] = bad
@@ -241,7 +220,7 @@ def test_check_finite_counts_and_names(bad: float) -> None:
         check_finite(weight, "layer.3")
 
 
-def test_zero_matrices_are_those_without_a_ternary_weight() -> None:
+def test_zero_matrices_are_those_without_a_ternary_weight():
     torch.manual_seed(0)
     weight = torch.randn(3, 6, 8)
     assert zero_matrices(weight) == zero_matrices(weight[0], (2, 4)) == []

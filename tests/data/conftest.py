@@ -2,14 +2,13 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from sparse_bitnet.data import prepare
 
 
-def words(seed: int, documents: int) -> list[str]:
+def words(seed, documents):
     """Documents of varied length with a few words, code-like lines, accents and emoji."""
     rng = random.Random(seed)
     lexicon = ["the", "quick", "fox", "jumps", "naïve", "café", "数据", "🙂", "x=1", "def f():"]
@@ -23,12 +22,12 @@ def words(seed: int, documents: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def texts() -> list[str]:
+def texts():
     return words(0, 400)
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+def corpus(tmp_path_factory, texts):
     """The texts as JSONL."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -36,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+def prepared(tmp_path_factory, corpus):
     """The corpus as shards of about ten thousand tokens. Read only: copy it to damage it."""
     out = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,13 +1,9 @@
 """Conversations: found answers against transformers' own mask and against reading by hand."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +36,7 @@ FORGETFUL = (
 )
 
 
-def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+def chat_tokenizer(template):
     tokenizer = train_bpe(["who are you? I am a model. yes  no system user assistant " * 9], 300)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
@@ -48,14 +44,14 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+def turns(*contents, system=None):
     """A conversation of user, assistant, user, …"""
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system else []) + messages
 
 
-def conversations(count: int) -> list[list[dict[str, Any]]]:
+def conversations(count):
     rng = random.Random(1)
     words = ["who", "are", "you", "naïve", "数据", "🙂", "  spaced ", "\n\nlines\n", "x"]
     return [
@@ -67,12 +63,12 @@ def conversations(count: int) -> list[list[dict[str, Any]]]:
     ]
 
 
-def write(path: Path, rows: list[Any]) -> str:
+def write(path, rows):
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return f"jsonl:{path}#messages"
 
 
-def by_hand(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+def by_hand(messages):
     """CHATML's pieces, and whether each is an answer."""
     pieces = [("<|im_start|>system\nBe kind.<|im_end|>\n", False)]
     if messages[0]["role"] == "system":
@@ -85,7 +81,7 @@ def by_hand(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("messages", conversations(20))
-def test_answers_by_prefixes(messages: list[dict[str, Any]]) -> None:
+def test_answers_by_prefixes(messages):
     chat = ChatTemplate(chat_tokenizer(CHATML), "here").render(messages, "a, line 1")
     assert chat is not None
     pieces = by_hand(messages)
@@ -94,7 +90,7 @@ def test_answers_by_prefixes(messages: list[dict[str, Any]]) -> None:
     assert [chat.text[start:end] for start, end in chat.answers] == expected
 
 
-def test_tokens_are_the_template_s_and_answers_transformers_own_mask() -> None:
+def test_tokens_are_the_template_s_and_answers_transformers_own_mask():
     tokenizer = chat_tokenizer(MARKED)
     template, encoder = ChatTemplate(tokenizer, "here"), Encoder(tokenizer)
     everything = conversations(40)
@@ -103,14 +99,14 @@ def test_tokens_are_the_template_s_and_answers_transformers_own_mask() -> None:
     starts = [*np.flatnonzero(tokens["first"]), len(tokens)]
     for number, messages in enumerate(everything):
         mine = tokens[starts[number] : starts[number + 1]]
-        theirs: Any = tokenizer.apply_chat_template(
+        theirs = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         assert mine["id"].tolist() == theirs["input_ids"]
         assert mine["answer"].tolist() == theirs["assistant_masks"]
 
 
-def test_a_token_belongs_to_where_it_begins() -> None:
+def test_a_token_belongs_to_where_it_begins():
     """Spaces that a byte-level tokenizer keeps out of offsets included."""
     encoder = Encoder(chat_tokenizer(CHATML))
     text = "<|im_start|>are  you <|im_end|>"
@@ -125,7 +121,7 @@ def test_a_token_belongs_to_where_it_begins() -> None:
         assert (tokens["answer"] != 0).tolist() == expected
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+def test_a_template_that_rewrites_earlier_answers_is_refused():
     template = ChatTemplate(chat_tokenizer(FORGETFUL), "here")
     assert template.render(turns("who", "me"), "a, line 1") is not None
     with pytest.raises(DataError, match=r"a, line 2, message 3: .* otherwise once it is there"):
@@ -134,7 +130,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
         template.render(turns("who", "me", "and"), "a, line 3")
 
 
-def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_and_counted(capsys):
     template = ChatTemplate(chat_tokenizer(CHATML), "here")
     nothing = [
         turns("who"),
@@ -153,7 +149,7 @@ def test_what_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_an_answer_to_nothing_is_not_learned(template: str) -> None:
+def test_an_answer_to_nothing_is_not_learned(template):
     messages = [{"role": "assistant", "content": "hello"}, *turns("who", "me", "and", "you")]
     chat = ChatTemplate(chat_tokenizer(template), "here").render(messages, "")
     assert chat is not None and "hello" in chat.text
@@ -169,7 +165,7 @@ BRACKETS = (  # as Llama 2: nothing asks for an answer, which begins with a spac
 @pytest.mark.parametrize(
     ("template", "space"), [(CHATML[: CHATML.index("{% if add")], ""), (BRACKETS, " ")]
 )
-def test_a_header_that_no_prompt_asks_for_is_not_learned(template: str, space: str) -> None:
+def test_a_header_that_no_prompt_asks_for_is_not_learned(template, space):
     chat = ChatTemplate(chat_tokenizer(template), "").render(turns("who", "an x", "a", "ab"), "")
     assert chat is not None
     expected = [f"{space}an x<|im_end|>", f"{space}ab<|im_end|>"]
@@ -185,7 +181,7 @@ def test_a_header_that_no_prompt_asks_for_is_not_learned(template: str, space: s
         {"tool_calls": [{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]},
     ],
 )
-def test_special_tokens_anywhere_in_a_message(extra: dict[str, Any]) -> None:
+def test_special_tokens_anywhere_in_a_message(extra):
     template = ChatTemplate(chat_tokenizer(CHATML), "here")
     messages = turns("who", "me")
     assert template.render(messages, "") is not None
@@ -198,7 +194,7 @@ CALL = {"function": {"name": "look", "arguments": {"at": "x"}}}
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_calls_that_the_template_does_not_write(template: str) -> None:
+def test_calls_that_the_template_does_not_write(template):
     called = [*turns("who", "wait", "look"), {"role": "assistant", "content": ""}]
     called[-1]["tool_calls"] = [CALL]
     silent = ChatTemplate(chat_tokenizer(template), "here")
@@ -206,11 +202,10 @@ def test_calls_that_the_template_does_not_write(template: str) -> None:
     assert silent.left_out == {"with an empty answer": 1}
     writes = template.replace("m.content +", "m.content + (m.tool_calls or '')|string +")
     chat = ChatTemplate(chat_tokenizer(writes), "here").render(called, "")
-    assert chat is not None
     assert chat.text[slice(*chat.answers[1])] == f"{[CALL]}<|im_end|>"
 
 
-def test_calls_marked_apart_from_the_content() -> None:
+def test_calls_marked_apart_from_the_content():
     written = (
         "{% generation %}{{ m.content }}{% endgeneration %}"
         "{% generation %}{{ (m.tool_calls or '')|string + '<|im_end|>' }}{% endgeneration %}"
@@ -219,7 +214,6 @@ def test_calls_marked_apart_from_the_content() -> None:
     template = ChatTemplate(chat_tokenizer(MARKED[:start] + written + MARKED[end:]), "here")
     called = [*turns("who"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     chat = template.render(called, "")
-    assert chat is not None
     assert [chat.text[slice(*one)] for one in chat.answers] == [f"{[CALL]}<|im_end|>"]
 
 
@@ -239,12 +233,12 @@ def test_calls_marked_apart_from_the_content() -> None:
         ([{"role": "user", "content": "\ud83d"}], "not valid Unicode"),
     ],
 )
-def test_messages_that_are_none(value: Any, message: str) -> None:
+def test_messages_that_are_none(value, message):
     with pytest.raises(DataError, match=f"^b.jsonl, line 7.*{message}"):
         check_messages(value, "b.jsonl, line 7")
 
 
-def test_what_a_template_raises_names_the_line() -> None:
+def test_what_a_template_raises_names_the_line():
     alternating = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
     template = ChatTemplate(chat_tokenizer(alternating), "here")
     with pytest.raises(DataError, match=r"line 2: the chat template says: one at a time"):
@@ -256,7 +250,7 @@ def test_what_a_template_raises_names_the_line() -> None:
 
 
 @pytest.fixture(scope="module", params=[CHATML, MARKED])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(request, tmp_path_factory):
     """A directory as of a model: its shape and its tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     tokenizer = chat_tokenizer(request.param)
@@ -265,7 +259,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
-def reference(model: Path, rows: list[Any]) -> list[tuple[list[int], list[bool]]]:
+def reference(model, rows):
     """Ids and answers of each conversation, rendered and encoded one by one."""
     encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(str(model)))
     template = ChatTemplate(encoder.tokenizer, "")
@@ -278,12 +272,12 @@ def reference(model: Path, rows: list[Any]) -> list[tuple[list[int], list[bool]]
     return out
 
 
-def test_prepared_conversations(model: Path, tmp_path: Path) -> None:
+def test_prepared_conversations(model, tmp_path):
     rows = [*conversations(60), turns("who"), *conversations(30)]
     spec = write(tmp_path / "chat.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_bitnet.data.encode.PORTION_BYTES", 1000)
-        settings: dict[str, Any] = {"model": str(model), "validation": 0.2, "shard_tokens": 2000}
+        settings = {"model": str(model), "validation": 0.2, "shard_tokens": 2000}
         summary = prepare(spec, tmp_path / "out", **settings)
         again = prepare(spec, tmp_path / "out", **settings)
     assert summary["left_out"] == 1 and again["reused"]
@@ -302,14 +296,12 @@ def test_prepared_conversations(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [5, 40, 200])
-def test_windows_hold_whole_conversations(
-    model: Path, tmp_path: Path, length: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_windows_hold_whole_conversations(model, tmp_path, length, capsys):
     """Against next fit, written out; an answer that is cut is learned up to there."""
     rows = conversations(50)
     prepare(write(tmp_path / "a.jsonl", rows), tmp_path / "a", model=str(model), validation=0)
     shards = TokenShards(tmp_path / "a" / "train")
-    expected: list[tuple[list[int], list[int], list[int]]] = []
+    expected = []
     room, cut = 0, 0
     for whole, all_answers in reference(model, rows):
         cut += len(whole) > length + 1
@@ -344,7 +336,7 @@ def test_windows_hold_whole_conversations(
     assert sorted(found) == sorted(padded)
 
 
-def test_conversations_beside_text(model: Path, tmp_path: Path) -> None:
+def test_conversations_beside_text(model, tmp_path):
     """In a mixture, rows of text are learned whole, in one piece."""
     prepare(
         write(tmp_path / "a.jsonl", conversations(9)),
@@ -364,7 +356,7 @@ def test_conversations_beside_text(model: Path, tmp_path: Path) -> None:
     assert batch.labels[row, :-1].tolist() == batch.inputs[row, 1:].tolist()
 
 
-def test_text_whose_documents_are_apart(prepared: Path) -> None:
+def test_text_whose_documents_are_apart(prepared):
     shards = TokenShards(prepared / "train")
     together, apart = (Loader(shards, 64, 8, separate_documents=flag) for flag in (False, True))
     for step in range(20):
@@ -382,7 +374,7 @@ def test_text_whose_documents_are_apart(prepared: Path) -> None:
 
 
 class TestRefusals:
-    def test_templates(self, tmp_path: Path) -> None:
+    def test_templates(self, tmp_path):
         chat_tokenizer(None).save_pretrained(tmp_path / "none")
         spec = write(tmp_path / "a.jsonl", conversations(3))
         with pytest.raises(DataError, match="none: has no chat template"):
@@ -391,7 +383,7 @@ class TestRefusals:
             prepare(spec, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_a_tokenizer_in_python_only(self, tmp_path: Path) -> None:
+    def test_a_tokenizer_in_python_only(self, tmp_path):
         tokenizer = ByT5Tokenizer()
         tokenizer.chat_template = CHATML
         tokenizer.save_pretrained(tmp_path / "byt5")
@@ -399,7 +391,7 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"without tokenizer\.json does not say where"):
             prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "byt5"), validation=0)
 
-    def test_another_template_is_another_preparation(self, tmp_path: Path) -> None:
+    def test_another_template_is_another_preparation(self, tmp_path):
         spec = write(tmp_path / "a.jsonl", conversations(9))
         for name, template in (("one", CHATML), ("two", MARKED)):
             chat_tokenizer(template).save_pretrained(tmp_path / name)
@@ -407,7 +399,7 @@ class TestRefusals:
         with pytest.raises(DataError, match="chat_template was"):
             prepare(spec, tmp_path / "out", tokenizer=str(tmp_path / "two"), validation=0)
 
-    def test_models(self, model: Path, prepared: Path, tmp_path: Path) -> None:
+    def test_models(self, model, prepared, tmp_path):
         spec = write(tmp_path / "a.jsonl", conversations(3))
         with pytest.raises(ConfigError, match="has its own tokenizer; leave --tokenizer"):
             prepare(spec, tmp_path / "out", model=str(model), tokenizer=str(model))
@@ -432,24 +424,24 @@ class TestRefusals:
             prepare(spec, tmp_path / "out", model=str(tmp_path))
         assert not (tmp_path / "out").exists()
 
-    def test_both_kinds(self, model: Path, corpus: Path, tmp_path: Path) -> None:
+    def test_both_kinds(self, model, corpus, tmp_path):
         spec = write(tmp_path / "a.jsonl", conversations(3))
         with pytest.raises(ConfigError, match="both hold conversations"):
             prepare(spec, tmp_path / "out", model=str(model), validation_source=f"jsonl:{corpus}")
 
-    def test_reading_as_text(self, tmp_path: Path) -> None:
+    def test_reading_as_text(self, tmp_path):
         spec = write(tmp_path / "a.jsonl", conversations(3))
         with pytest.raises(DataError, match="line 1: a conversation, where text is wanted"):
             list(open_source(spec))
         with pytest.raises(DataError, match=r"no field 'text'; it holds messages: name one as"):
             list(open_source(spec.removesuffix("#messages")))
 
-    def test_a_bad_line(self, model: Path, tmp_path: Path) -> None:
+    def test_a_bad_line(self, model, tmp_path):
         spec = write(tmp_path / "a.jsonl", [*conversations(3), [{"role": "x", "content": ""}]])
         with pytest.raises(DataError, match=r"a\.jsonl, line 4, message 0: role is 'x'"):
             prepare(spec, tmp_path / "out", model=str(model), validation=0)
 
-    def test_nothing_to_learn(self, model: Path, tmp_path: Path) -> None:
+    def test_nothing_to_learn(self, model, tmp_path):
         spec = write(tmp_path / "a.jsonl", [turns("who")])
         with pytest.raises(DataError, match="holds no text"):
             prepare(spec, tmp_path / "out", model=str(model), validation=0)

@@ -16,7 +16,7 @@ from sparse_bitnet.data.loader import _permute
 from sparse_bitnet.data.shards import Shard, index_text
 
 
-def tokens(loader: Loader, step: int) -> torch.Tensor:
+def tokens(loader, step):
     """The windows of a batch of text."""
     batch = loader.batch(step)
     assert batch.positions is None and batch.divisor is None
@@ -24,7 +24,7 @@ def tokens(loader: Loader, step: int) -> torch.Tensor:
     return torch.cat([batch.inputs, batch.labels[:, -1:]], dim=1)
 
 
-def write_shards(path: Path, tokens: np.ndarray, cut: int = 1000) -> TokenShards:
+def write_shards(path, tokens, cut=1000):
     """Shards with exactly these tokens, ``cut`` in a file."""
     path.mkdir(parents=True)
     shards = []
@@ -39,7 +39,7 @@ def write_shards(path: Path, tokens: np.ndarray, cut: int = 1000) -> TokenShards
 
 
 @pytest.fixture(scope="module")
-def counting(tmp_path_factory: pytest.TempPathFactory) -> list[TokenShards]:
+def counting(tmp_path_factory):
     """Three sources whose token values tell where they stand: 0…, 100000…, 200000…"""
     root = tmp_path_factory.mktemp("counting")
     sizes = (5003, 1501, 810)
@@ -48,7 +48,7 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> list[TokenShards]:
     ]
 
 
-def test_an_epoch_reads_every_window_once_in_a_new_order(counting: list[TokenShards]) -> None:
+def test_an_epoch_reads_every_window_once_in_a_new_order(counting):
     length, batch = 10, 25
     loader = Loader(counting[0], length, batch, seed=3)
     windows = (5003 - 1) // length  # 500: twenty batches of 25
@@ -72,12 +72,10 @@ def test_an_epoch_reads_every_window_once_in_a_new_order(counting: list[TokenSha
     quarter=st.integers(1, 4),
     weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3),
 )
-def test_the_global_order_does_not_depend_on_ranks(
-    counting: list[TokenShards], seed: int, step: int, quarter: int, weights: list[float]
-) -> None:
+def test_the_global_order_does_not_depend_on_ranks(counting, seed, step, quarter, weights):
     mixture = list(zip(counting, weights, strict=False))
 
-    def batch(rank: int, world_size: int) -> torch.Tensor:
+    def batch(rank, world_size):
         return tokens(Loader(mixture, 7, 4 * quarter, seed, rank, world_size), step)
 
     whole = batch(0, 1)
@@ -87,14 +85,14 @@ def test_the_global_order_does_not_depend_on_ranks(
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_order_depends_on_the_seed_and_the_step(counting: list[TokenShards]) -> None:
+def test_order_depends_on_the_seed_and_the_step(counting):
     first = tokens(Loader(counting[0], 10, 16, seed=0), 5)
     assert torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=0), 5))
     assert not torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=1), 5))
     assert not torch.equal(first, tokens(Loader(counting[0], 10, 16, seed=0), 6))
 
 
-def test_the_order_is_the_one_committed(counting: list[TokenShards]) -> None:
+def test_the_order_is_the_one_committed(counting):
     """A change of these numbers breaks the resumption of every run there is."""
     mixture = [(counting[0], 3), (counting[1], 1)]
     starts = [tokens(Loader(mixture, 10, 4, seed=7), step)[:, 0].tolist() for step in (0, 1, 1000)]
@@ -106,10 +104,10 @@ def test_the_order_is_the_one_committed(counting: list[TokenShards]) -> None:
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.7, 0.2, 0.1), (1, 2, 4), (1e-3, 1)])
-def test_mixture_proportions(counting: list[TokenShards], weights: tuple[float, ...]) -> None:
+def test_mixture_proportions(counting, weights):
     mixture = list(zip(counting, weights, strict=False))
     loader = Loader(mixture, 4, 8, seed=0)
-    counts: Counter[int] = Counter()
+    counts = Counter()
     samples = 0
     for step in range(250):
         counts.update((tokens(loader, step)[:, 0] // 100_000).tolist())
@@ -124,17 +122,17 @@ def test_mixture_proportions(counting: list[TokenShards], weights: tuple[float, 
     weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=3),
     first=st.integers(0, 2**50),
 )
-def test_places_count_up(counting: list[TokenShards], weights: list[float], first: int) -> None:
+def test_places_count_up(counting, weights, first):
     """Over consecutive samples each source counts 0, 1, 2, … without gap or repetition."""
     loader = Loader(list(zip(counting, weights, strict=False)), 4, 1)
-    following: dict[int, int] = {}
+    following = {}
     for sample in range(first, first + 60):
         source, k = loader._place(sample)
         assert following.setdefault(source, k) == k
         following[source] = k + 1
 
 
-def test_mixture_sources_keep_their_own_epochs(counting: list[TokenShards]) -> None:
+def test_mixture_sources_keep_their_own_epochs(counting):
     loader = Loader([(counting[0], 1), (counting[2], 1)], 10, 2, seed=1)
     rows = torch.cat([tokens(loader, step) for step in range(3 * 80)])
     small = [start for start in rows[:, 0].tolist() if start >= 100_000]
@@ -143,13 +141,13 @@ def test_mixture_sources_keep_their_own_epochs(counting: list[TokenShards]) -> N
 
 @settings(deadline=None, max_examples=150)
 @given(count=st.integers(1, 2000), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation(count: int, key: int) -> None:
+def test_permute_is_a_permutation(count, key):
     positions = np.arange(count, dtype=np.uint64)
     out = _permute(positions, count, np.full(count, key, dtype=np.uint64))
     assert sorted(out.tolist()) == list(range(count))
 
 
-def test_permute_at_the_size_of_terabytes() -> None:
+def test_permute_at_the_size_of_terabytes():
     count = 10**13 + 7
     positions = np.arange(10_000, dtype=np.uint64) + np.uint64(count - 10_000)
     out = _permute(positions, count, np.full(10_000, 5, dtype=np.uint64))
@@ -157,7 +155,7 @@ def test_permute_at_the_size_of_terabytes() -> None:
 
 
 @pytest.mark.parametrize("count", [5, 24, 97])
-def test_permutations_are_uniform(count: int) -> None:
+def test_permutations_are_uniform(count):
     """χ² of where each position goes over many keys; and neighbours do not stay neighbours."""
     keys = np.arange(4000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     table = np.zeros((count, count))
@@ -172,12 +170,12 @@ def test_permutations_are_uniform(count: int) -> None:
     assert (np.diff(order.astype(np.int64)) == 1).sum() < max(3, count / 10)
 
 
-def test_ranks_that_do_not_divide_the_batch(counting: list[TokenShards]) -> None:
+def test_ranks_that_do_not_divide_the_batch(counting):
     with pytest.raises(ConfigError, match="batch_size is 6: it must be a multiple of the 4 ranks"):
         Loader(counting[0], 10, 6, world_size=4)
 
 
-def test_shards_shorter_than_a_window(counting: list[TokenShards]) -> None:
+def test_shards_shorter_than_a_window(counting):
     assert tokens(Loader(counting[2], 809, 1), 9).shape == (1, 810)
     with pytest.raises(
         DataError, match="810 tokens, fewer than one window of 811; use a shorter d"
@@ -185,7 +183,7 @@ def test_shards_shorter_than_a_window(counting: list[TokenShards]) -> None:
         Loader(counting[2], 810, 1)
 
 
-def test_mixture_of_two_vocabularies(counting: list[TokenShards], tmp_path: Path) -> None:
+def test_mixture_of_two_vocabularies(counting, tmp_path):
     other = Path(shutil.copytree(counting[0].path, tmp_path / "other"))
     index = (other / "index.json").read_text().replace("a" * 64, "b" * 64)
     (other / "index.json").write_text(index)
@@ -193,7 +191,7 @@ def test_mixture_of_two_vocabularies(counting: list[TokenShards], tmp_path: Path
         Loader([(counting[0], 1), (TokenShards(other), 1)], 10, 4)
 
 
-def test_prepared_text_comes_out(prepared: Path) -> None:
+def test_prepared_text_comes_out(prepared):
     shards = TokenShards(prepared / "train")
     loader = Loader(shards, 32, 8)
     seen = {tuple(row) for step in range(4000 // 8) for row in tokens(loader, step).tolist()}

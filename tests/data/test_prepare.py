@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,38 +16,38 @@ from sparse_bitnet.data import TokenShards, checked, prepare
 from sparse_bitnet.data.tokenizer import load_tokenizer, vocabulary_size
 
 # Of the corpus that conftest.py prepares.
-SETTINGS: dict[str, Any] = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
+SETTINGS = {"vocab_size": 384, "validation": 0.1, "shard_tokens": 10_000}
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_batches(monkeypatch):
     monkeypatch.setattr("sparse_bitnet.data.encode.PORTION_BYTES", 4096)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(prepared: Path) -> str:
+def tokenizer(prepared):
     return str(prepared / "tokenizer")
 
 
-def files(out: Path) -> dict[str, bytes]:
+def files(out):
     """Everything that lies in a directory, but for when it was checked."""
     found = [path for path in out.rglob("*") if path.is_file() and path.name != checked.NAME]
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-def held_out(text: str, fraction: float) -> bool:
+def held_out(text, fraction):
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
-def slow_reference(texts: list[str], tokenizer: Any) -> list[int]:
-    tokens: list[int] = []
+def slow_reference(texts, tokenizer):
+    tokens = []
     for text in texts:
         tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return tokens
 
 
-def test_both_splits_hold_their_documents(prepared: Path, texts: list[str]) -> None:
+def test_both_splits_hold_their_documents(prepared, texts):
     tokenizer = load_tokenizer(prepared / "tokenizer")
     kept = {
         "train": [text for text in texts if not held_out(text, 0.1)],
@@ -68,9 +67,7 @@ def test_both_splits_hold_their_documents(prepared: Path, texts: list[str]) -> N
     assert len(train.shards) > 2 and all(s.tokens >= 10_000 for s in train.shards[:-1])
 
 
-def test_summary_and_reuse(
-    corpus: Path, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_and_reuse(corpus, tmp_path, tokenizer, capsys):
     first = prepare(f"jsonl:{corpus}", tmp_path / "out", tokenizer=tokenizer, validation=0.1)
     assert first["out"] == str(tmp_path / "out") and first["vocab_size"] == vocabulary_size(
         load_tokenizer(tokenizer)
@@ -93,16 +90,12 @@ def test_summary_and_reuse(
 
 
 @pytest.mark.parametrize("workers", [1, 5])
-def test_bytes_do_not_depend_on_workers(
-    corpus: Path, prepared: Path, tmp_path: Path, workers: int
-) -> None:
+def test_bytes_do_not_depend_on_workers(corpus, prepared, tmp_path, workers):
     prepare(f"jsonl:{corpus}", tmp_path, workers=workers, **SETTINGS)
     assert files(tmp_path) == files(prepared)
 
 
-def test_the_held_out_documents_do_not_depend_on_the_order(
-    texts: list[str], tmp_path: Path, tokenizer: str
-) -> None:
+def test_the_held_out_documents_do_not_depend_on_the_order(texts, tmp_path, tokenizer):
     held = []
     for name, documents in [("forward", texts), ("twice backward", texts[::-1] + texts)]:
         path = tmp_path / f"{name}.jsonl"
@@ -114,9 +107,7 @@ def test_the_held_out_documents_do_not_depend_on_the_order(
     assert held[0] == held[1]
 
 
-def test_validation_from_another_source(
-    corpus: Path, texts: list[str], tmp_path: Path, tokenizer: str
-) -> None:
+def test_validation_from_another_source(corpus, texts, tmp_path, tokenizer):
     (tmp_path / "held.txt").write_text("held out text")
     out = tmp_path / "out"
     summary = prepare(
@@ -131,7 +122,7 @@ def test_validation_from_another_source(
     assert text == "held out text<|endoftext|>"
 
 
-def test_no_validation_empty_documents_and_a_limit(tmp_path: Path, tokenizer: str) -> None:
+def test_no_validation_empty_documents_and_a_limit(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl.xz"
     documents = ["é", "", "bb", "", "ccc", "dddd", ""]
     with lzma.open(path, "wt") as file:
@@ -145,9 +136,7 @@ def test_no_validation_empty_documents_and_a_limit(tmp_path: Path, tokenizer: st
     assert (part["train"]["documents"], part["train"]["bytes"]) == (3, 7)  # the third reaches 5
 
 
-def test_large_vocabulary_takes_uint32(
-    corpus: Path, tmp_path: Path, tokenizer: str, texts: list[str]
-) -> None:
+def test_large_vocabulary_takes_uint32(corpus, tmp_path, tokenizer, texts):
     shutil.copytree(tokenizer, tmp_path / "wide")
     state = json.loads((tmp_path / "wide" / "tokenizer.json").read_text())
     state["model"]["vocab"] |= {f"<extra {id}>": id for id in range(384, 70_384)}
@@ -196,7 +185,7 @@ for kill in kills:
 """
 
 
-def test_killed_runs_go_on_to_the_same_bytes(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_killed_runs_go_on_to_the_same_bytes(corpus, prepared, tmp_path):
     out = tmp_path / "out"
     arguments = [f"jsonl:{corpus}", str(out), *(f"{name}:{count}" for name, count in KILLS)]
     run = subprocess.run(
@@ -209,12 +198,12 @@ def test_killed_runs_go_on_to_the_same_bytes(corpus: Path, prepared: Path, tmp_p
     assert files(out) == files(prepared)
 
 
-def lose(train: Path) -> None:
+def lose(train):
     (train / "00002.bin").unlink()
     os.truncate(train / "00003.bin", 10)
 
 
-def flip(train: Path) -> None:
+def flip(train):
     data = bytearray((train / "00001.bin").read_bytes())
     data[14] ^= 1
     (train / "00001.bin").write_bytes(data)
@@ -228,18 +217,14 @@ def flip(train: Path) -> None:
         (flip, False),
     ],
 )
-def test_damaged_parts_are_made_again(
-    corpus: Path, prepared: Path, tmp_path: Path, damage: Any, reused: bool
-) -> None:
+def test_damaged_parts_are_made_again(corpus, prepared, tmp_path, damage, reused):
     out = Path(shutil.copytree(prepared, tmp_path / "out"))
     damage(out / "train")
     assert prepare(f"jsonl:{corpus}", out, **SETTINGS)["reused"] == reused
     assert files(out) == files(prepared)
 
 
-def test_other_settings_are_refused_by_name(
-    corpus: Path, prepared: Path, tmp_path: Path, tokenizer: str
-) -> None:
+def test_other_settings_are_refused_by_name(corpus, prepared, tmp_path, tokenizer):
     out = Path(shutil.copytree(prepared, tmp_path / "out"))
     spec = f"jsonl:{corpus}"
     for change, message in [
@@ -263,8 +248,8 @@ def test_other_settings_are_refused_by_name(
     assert prepare(f"jsonl:{edited}", tmp_path / "2", overwrite=True, **SETTINGS)["reused"] is False
 
 
-def test_overwrite_starts_afresh(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "validation": 0.1}
+def test_overwrite_starts_afresh(corpus, tmp_path, tokenizer):
+    settings = {"tokenizer": tokenizer, "validation": 0.1}
     prepare(f"jsonl:{corpus}", tmp_path, shard_tokens=10_000, **settings)
     prepare(f"jsonl:{corpus}", tmp_path, overwrite=True, **settings)
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
@@ -279,9 +264,7 @@ def test_overwrite_starts_afresh(corpus: Path, tmp_path: Path, tokenizer: str) -
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_directories_are_left_alone(
-    corpus: Path, tmp_path: Path, tokenizer: str, overwrite: bool
-) -> None:
+def test_foreign_directories_are_left_alone(corpus, tmp_path, tokenizer, overwrite):
     (tmp_path / "thesis.partial").write_text("precious")
     spec = f"jsonl:{corpus}"
     with pytest.raises(DataError, match=r"holds thesis\.partial, which data preparation did not"):
@@ -291,7 +274,7 @@ def test_foreign_directories_are_left_alone(
         prepare(spec, tmp_path / "thesis.partial", tokenizer=tokenizer, overwrite=overwrite)
 
 
-def test_two_runs_at_once(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
+def test_two_runs_at_once(corpus, tmp_path, tokenizer):
     with (tmp_path / "prepare.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another run is preparing it; wait for it to end"):
@@ -299,7 +282,7 @@ def test_two_runs_at_once(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
     prepare(f"jsonl:{corpus}", tmp_path, tokenizer=tokenizer)
 
 
-def test_edited_tokenizer(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_edited_tokenizer(corpus, prepared, tmp_path):
     out = Path(shutil.copytree(prepared, tmp_path / "out"))
     path = out / "tokenizer" / "tokenizer.json"
     state = json.loads(path.read_text())
@@ -309,7 +292,7 @@ def test_edited_tokenizer(corpus: Path, prepared: Path, tmp_path: Path) -> None:
         prepare(f"jsonl:{corpus}", out, **SETTINGS)
 
 
-def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:
+def test_sources_without_enough_text(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     spec = f"jsonl:{path}"
     path.write_text('{"text": ""}\n')
@@ -329,13 +312,11 @@ def test_sources_without_enough_text(tmp_path: Path, tokenizer: str) -> None:
         )
 
 
-def test_a_bad_line_in_the_middle_leaves_a_resumable_directory(
-    texts: list[str], tmp_path: Path, tokenizer: str
-) -> None:
+def test_a_bad_line_in_the_middle_leaves_a_resumable_directory(texts, tmp_path, tokenizer):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     path.write_text("".join([*lines, '{"text": "cut']))
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "validation": 0.1, "shard_tokens": 10_000}
+    settings = {"tokenizer": tokenizer, "validation": 0.1, "shard_tokens": 10_000}
     with pytest.raises(DataError, match=r"a\.jsonl, line 401: not valid JSON"):
         prepare(f"jsonl:{path}", out, **settings)
     assert not list(out.rglob("*.partial")) and not list(out.rglob("index.json"))
@@ -343,9 +324,7 @@ def test_a_bad_line_in_the_middle_leaves_a_resumable_directory(
         TokenShards(out / "train")
 
 
-def test_a_corrected_source_goes_where_the_wrong_one_gave_no_shard(
-    texts: list[str], tmp_path: Path, tokenizer: str
-) -> None:
+def test_a_corrected_source_goes_where_the_wrong_one_gave_no_shard(texts, tmp_path, tokenizer):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     for last in ('{"text": "cut', '{"text": "whole"}'):
@@ -356,7 +335,7 @@ def test_a_corrected_source_goes_where_the_wrong_one_gave_no_shard(
     assert prepare(f"jsonl:{path}", out, vocab_size=300)["vocab_size"] == 300
 
 
-def test_settings_out_of_range(tmp_path: Path) -> None:
+def test_settings_out_of_range(tmp_path):
     for settings, message in [
         (
             {"tokenizer": "x", "vocab_size": 9},
@@ -374,9 +353,7 @@ def test_settings_out_of_range(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_environment_is_left_as_it_was(
-    corpus: Path, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_is_left_as_it_was(corpus, tmp_path, tokenizer, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     prepare(f"jsonl:{corpus}", tmp_path / "1", tokenizer=tokenizer)
     assert "TOKENIZERS_PARALLELISM" not in os.environ

@@ -3,7 +3,6 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,24 +17,24 @@ from sparse_bitnet.files import LARGEST_JSON
 
 
 @pytest.fixture
-def copy(tmp_path: Path, prepared: Path) -> Path:
+def copy(tmp_path, prepared):
     """The training shards, free to be damaged."""
     return Path(shutil.copytree(prepared / "train", tmp_path / "train"))
 
 
-def edit(directory: Path, change: Any) -> None:
+def edit(directory, change):
     path = directory / "index.json"
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
 
 
-def all_tokens(directory: Path) -> np.ndarray:
+def all_tokens(directory):
     files = sorted(directory.glob("*.bin"))
     return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
 
 
-def test_tokens_across_shards(prepared: Path) -> None:
+def test_tokens_across_shards(prepared):
     shards = TokenShards(prepared / "train")
     everything = all_tokens(shards.path)
     assert len(shards.shards) > 2
@@ -48,7 +47,7 @@ def test_tokens_across_shards(prepared: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_windows_are_slices(prepared: Path, data: st.DataObject) -> None:
+def test_windows_are_slices(prepared, data):
     shards, everything = TokenShards(prepared / "train"), all_tokens(prepared / "train")
     length = data.draw(st.integers(0, len(everything)))
     starts = data.draw(st.lists(st.integers(0, len(everything) - length), max_size=5))
@@ -58,7 +57,7 @@ def test_windows_are_slices(prepared: Path, data: st.DataObject) -> None:
         assert (window == everything[start : start + length]).all()
 
 
-def test_reading_beyond_the_end(prepared: Path) -> None:
+def test_reading_beyond_the_end(prepared):
     shards = TokenShards(prepared / "train")
     total = shards.total_tokens
     for start, count in ((total, 1), (-1, 2), (0, total + 1), (total - 2, 3)):
@@ -66,19 +65,19 @@ def test_reading_beyond_the_end(prepared: Path) -> None:
             shards.tokens(start, count)
 
 
-def test_few_maps_are_held_open(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_maps_are_held_open(prepared, monkeypatch):
     monkeypatch.setattr("sparse_bitnet.data.shards.OPEN_SHARDS", 1)
     shards = TokenShards(prepared / "train")
     for _ in range(2):
         assert (shards.tokens(0, shards.total_tokens) == all_tokens(shards.path)).all()
 
 
-def test_dtype_follows_the_vocabulary() -> None:
+def test_dtype_follows_the_vocabulary():
     assert token_dtype(1 << 16) == np.dtype("<u2")
     assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
-def test_missing_directory_index_or_shard(copy: Path, tmp_path: Path) -> None:
+def test_missing_directory_index_or_shard(copy, tmp_path):
     with pytest.raises(DataError, match="nowhere: no such directory; make it with"):
         TokenShards(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"index\.json: missing; the directory is not token shards"):
@@ -92,7 +91,7 @@ def test_missing_directory_index_or_shard(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [-1, -2, 2])
-def test_truncated_or_grown_shard(copy: Path, change: int) -> None:
+def test_truncated_or_grown_shard(copy, change):
     path = copy / "00002.bin"
     data = path.read_bytes()
     path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
@@ -102,19 +101,19 @@ def test_truncated_or_grown_shard(copy: Path, change: int) -> None:
         TokenShards(copy)
 
 
-def flip(path: Path) -> None:
+def flip(path):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch):
     """Names of the shards that are read to be checked."""
-    names: list[str] = []
+    names = []
     read = shards_module._read
 
-    def counted(path: Path, *rest: Any) -> Any:
+    def counted(path, *rest):
         names.append(path.name)
         return read(path, *rest)
 
@@ -122,14 +121,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_flipped_bit_is_found_by_whoever_opens(copy: Path) -> None:
+def test_a_flipped_bit_is_found_by_whoever_opens(copy):
     flip(copy / "00001.bin")
     for _ in range(2):  # and nothing is remembered of it
         with pytest.raises(DataError, match=r"00001\.bin: its sha256 is not the index's"):
             TokenShards(copy)
 
 
-def test_a_file_is_read_once_until_it_changes(copy: Path, reads: list[str]) -> None:
+def test_a_file_is_read_once_until_it_changes(copy, reads):
     names = sorted(path.name for path in copy.glob("*.bin"))
     TokenShards(copy)  # a copy: what was remembered of the originals does not count
     assert reads == names
@@ -143,7 +142,7 @@ def test_a_file_is_read_once_until_it_changes(copy: Path, reads: list[str]) -> N
     assert reads == [*names, "00002.bin", *names]
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(copy: Path, reads: list[str]) -> None:
+def test_an_edit_that_keeps_size_and_time_is_seen(copy, reads):
     path = copy / "00000.bin"
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     TokenShards(copy)
@@ -153,9 +152,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(copy: Path, reads: list[str]) 
         TokenShards(copy)
 
 
-def test_where_checks_are_remembered(
-    copy: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_checks_are_remembered(copy, reads, tmp_path, monkeypatch):
     """Beside the files, else in the user's cache, else nowhere."""
     monkeypatch.setenv("SPARSE_BITNET_CACHE", str(tmp_path / "cache"))
     count = len(list(copy.glob("*.bin")))
@@ -172,7 +169,7 @@ def test_where_checks_are_remembered(
     assert len(reads) == 3 * count
 
 
-def test_a_memory_that_is_a_pipe_is_neither_read_nor_replaced(copy: Path, tmp_path: Path) -> None:
+def test_a_memory_that_is_a_pipe_is_neither_read_nor_replaced(copy, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (copy / ".checked.json").unlink(missing_ok=True)
     (copy / ".checked.json").symlink_to(tmp_path / "pipe")
@@ -181,13 +178,13 @@ def test_a_memory_that_is_a_pipe_is_neither_read_nor_replaced(copy: Path, tmp_pa
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"00000.bin": 1}', '{"00000.bin": [[], 0, ""]}'])
-def test_a_damaged_memory_is_forgotten(copy: Path, reads: list[str], text: str) -> None:
+def test_a_damaged_memory_is_forgotten(copy, reads, text):
     (copy / ".checked.json").write_text(text)
     TokenShards(copy)
     assert "00000.bin" in reads
 
 
-def test_tokens_beyond_the_vocabulary_are_found(copy: Path) -> None:
+def test_tokens_beyond_the_vocabulary_are_found(copy):
     TokenShards(copy)
     edit(copy, lambda index: index.update(vocab_size=100))
     with pytest.raises(
@@ -196,7 +193,7 @@ def test_tokens_beyond_the_vocabulary_are_found(copy: Path) -> None:
         TokenShards(copy)
 
 
-def test_wrong_vocabulary(prepared: Path) -> None:
+def test_wrong_vocabulary(prepared):
     shards = TokenShards(prepared / "train")
     shards.require_tokenizer(shards.tokenizer_hash)
     shards.require_vocabulary(shards.vocab_size)
@@ -207,7 +204,7 @@ def test_wrong_vocabulary(prepared: Path) -> None:
         shards.require_vocabulary(10)
 
 
-def shard_change(**values: Any) -> Any:
+def shard_change(**values):
     return lambda index: index["shards"][0].update(values)
 
 
@@ -252,7 +249,7 @@ def shard_change(**values: Any) -> Any:
         (shard_change(sha256="Z" * 64), "sha256 is 'ZZ.*: String should match"),
     ],
 )
-def test_edited_index(copy: Path, change: Any, message: str) -> None:
+def test_edited_index(copy, change, message):
     edit(copy, change)
     with pytest.raises(DataError, match=message):
         TokenShards(copy)
@@ -262,13 +259,13 @@ def test_edited_index(copy: Path, change: Any, message: str) -> None:
     "text",
     ["", "null", "[]", "{", '"' * 9, "[" * 100_000, '{"format": ' + "9" * 5000 + "}", "\ud800"],
 )
-def test_index_that_is_no_index(copy: Path, text: str) -> None:
+def test_index_that_is_no_index(copy, text):
     (copy / "index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(DataError, match=r"index\.json: not (valid JSON|an index of)"):
         TokenShards(copy)
 
 
-def test_giant_index(copy: Path) -> None:
+def test_giant_index(copy):
     with (copy / "index.json").open("ab") as file:
         file.truncate(LARGEST_JSON + 1)  # sparse: takes no space
     with pytest.raises(DataError, match="longer than 67108864 bytes"):

@@ -15,7 +15,7 @@ from sparse_bitnet.data import open_source
 TEXTS = ["one", "two\nlines", "", "žluťoučký 数据 🙂", "five"]
 
 
-def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+def write_jsonl(path, texts, field="text"):
     data = "".join(json.dumps({field: t, "id": 1}) + "\n" for t in texts).encode()
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "wb") as file:
@@ -23,7 +23,7 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
     return path
 
 
-def write_parquet(path: Path, values: list, field: str = "text") -> Path:
+def write_parquet(path, values, field="text"):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -31,7 +31,7 @@ def write_parquet(path: Path, values: list, field: str = "text") -> Path:
     return path
 
 
-def test_stdlib_is_the_library_without_its_tests() -> None:
+def test_stdlib_is_the_library_without_its_tests():
     source = open_source("stdlib")
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [str(path.relative_to(root)) for path in source.files]
@@ -52,7 +52,7 @@ def test_stdlib_is_the_library_without_its_tests() -> None:
     assert open_source("stdlib").fingerprint == source.fingerprint
 
 
-def test_text_from_a_file_a_directory_and_a_glob(tmp_path: Path) -> None:
+def test_text_from_a_file_a_directory_and_a_glob(tmp_path):
     (tmp_path / "sub").mkdir()
     for name, text in [("b.txt", "B\r\n"), ("a.txt", "\ufeffA"), ("sub/c.md", "C")]:
         (tmp_path / name).write_bytes(text.encode())
@@ -63,7 +63,7 @@ def test_text_from_a_file_a_directory_and_a_glob(tmp_path: Path) -> None:
     assert list(open_source(f"text:{tmp_path}/**/*.md")) == ["C"]
 
 
-def test_relative_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_globs(tmp_path, monkeypatch):
     (tmp_path / "x[1].txt").write_text("literal")
     (tmp_path / "x1.txt").write_text("matched")
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_relative_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz"])
-def test_jsonl(tmp_path: Path, name: str) -> None:
+def test_jsonl(tmp_path, name):
     path = write_jsonl(tmp_path / name, TEXTS)
     source = open_source(f"jsonl:{path}")
     assert list(source) == TEXTS
@@ -81,7 +81,7 @@ def test_jsonl(tmp_path: Path, name: str) -> None:
     assert positions == sorted(positions) and positions[-1] == source.size
 
 
-def test_jsonl_field_directory_and_blank_lines(tmp_path: Path) -> None:
+def test_jsonl_field_directory_and_blank_lines(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ["B"], "body")
     write_jsonl(tmp_path / "a.jsonl.gz", ["A"], "body")
     (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"body": "C"}\r\n\r\n  \n{"body": "D"}')
@@ -91,7 +91,7 @@ def test_jsonl_field_directory_and_blank_lines(tmp_path: Path) -> None:
     assert [text for text, _ in source.read(2)] == ["C", "D"]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path):
     write_parquet(tmp_path / "b.parquet", TEXTS[3:], "body")
     write_parquet(tmp_path / "a.parquet", TEXTS[:3], "body")
     source = open_source(f"parquet:{tmp_path}#body")
@@ -100,9 +100,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert [record.position for _, record in source.read()][-1] == source.size
 
 
-def test_hugging_face_dataset_from_a_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hugging_face_dataset_from_a_directory(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/dev/null/read-only"))
     write_jsonl(tmp_path / "train.jsonl", TEXTS)
@@ -119,7 +117,7 @@ def test_hugging_face_dataset_from_a_directory(
         open_source("hf:a:b:c:d")
 
 
-def test_hugging_face_fingerprint_follows_the_files(tmp_path: Path) -> None:
+def test_hugging_face_fingerprint_follows_the_files(tmp_path):
     pytest.importorskip("datasets")
     write_jsonl(tmp_path / "train.jsonl", ["A"])
     before = open_source(f"hf:{tmp_path}").fingerprint
@@ -129,16 +127,14 @@ def test_hugging_face_fingerprint_follows_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "library"), [("hf", "datasets"), ("parquet", "pyarrow")])
-def test_missing_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, library: str
-) -> None:
+def test_missing_extra(tmp_path, monkeypatch, kind, library):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[data\]'"):
         open_source(f"{kind}:{tmp_path}")
 
 
-def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+def test_fingerprint_follows_the_content(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["A"])
     before = open_source(f"jsonl:{path}").fingerprint
     write_jsonl(path, ["A", "B"])
@@ -146,13 +142,13 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "stdlib:x", "text", "text:", "csv:a.csv", "jsonl:"])
-def test_unknown_spec(spec: str) -> None:
+def test_unknown_spec(spec):
     with pytest.raises(DataError, match="is not understood: use stdlib, text:PATH, jsonl:PATH"):
         open_source(spec)
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_missing_path_and_no_match(tmp_path: Path, kind: str) -> None:
+def test_missing_path_and_no_match(tmp_path, kind):
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         open_source(f"{kind}:{tmp_path}/nowhere")
     with pytest.raises(DataError, match=r"no file matches .*\*\.zzz"):
@@ -174,7 +170,7 @@ def test_missing_path_and_no_match(tmp_path: Path, kind: str) -> None:
         (b'{"text": "\\ud800"}', r"line 2: field 'text' is not valid Unicode .* at character 0"),
     ],
 )
-def test_bad_line(tmp_path: Path, line: bytes, message: str) -> None:
+def test_bad_line(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(DataError, match=message):
@@ -182,7 +178,7 @@ def test_bad_line(tmp_path: Path, line: bytes, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz"])
-def test_truncated_damaged_or_foreign_compression(tmp_path: Path, name: str) -> None:
+def test_truncated_damaged_or_foreign_compression(tmp_path, name):
     path = write_jsonl(tmp_path / name, [f"{i} {i * i}" for i in range(3000)])
     whole = path.read_bytes()
     damaged = bytearray(whole)
@@ -193,13 +189,13 @@ def test_truncated_damaged_or_foreign_compression(tmp_path: Path, name: str) -> 
             list(open_source(f"jsonl:{path}"))
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 ")
     with pytest.raises(DataError, match=r"a\.txt: not UTF-8 text .* at byte 3.*convert it"):
         list(open_source(f"text:{tmp_path}"))
 
 
-def test_file_that_vanishes(tmp_path: Path) -> None:
+def test_file_that_vanishes(tmp_path):
     for kind in ("text", "jsonl"):
         path = tmp_path / "a.jsonl"
         path.write_text('{"text": "x"}')
@@ -209,7 +205,7 @@ def test_file_that_vanishes(tmp_path: Path) -> None:
             list(source)
 
 
-def test_bad_parquet(tmp_path: Path) -> None:
+def test_bad_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["x"], "body")
     with pytest.raises(DataError, match=r"a\.parquet: no field 'text'; it holds body"):
         list(open_source(f"parquet:{path}"))
@@ -226,6 +222,6 @@ def test_bad_parquet(tmp_path: Path) -> None:
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20), min_size=1, max_size=8),
     start=st.integers(0, 9),
 )
-def test_any_text_survives_jsonl(tmp_path_factory, texts: list[str], start: int) -> None:
+def test_any_text_survives_jsonl(tmp_path_factory, texts, start):
     path = write_jsonl(tmp_path_factory.mktemp("any") / "a.jsonl.gz", texts)
     assert [text for text, _ in open_source(f"jsonl:{path}").read(start)] == texts[start:]

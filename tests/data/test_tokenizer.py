@@ -2,7 +2,6 @@ import contextlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from transformers import (
     ByT5Tokenizer,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -31,11 +29,11 @@ from sparse_bitnet.data.tokenizer import (
 
 
 @pytest.fixture(scope="module")
-def bpe(texts: list[str]) -> PreTrainedTokenizerFast:
+def bpe(texts):
     return train_bpe(texts, 384)
 
 
-def test_trained_tokenizer_survives_saving(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_trained_tokenizer_survives_saving(bpe, tmp_path):
     bpe.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert tokenizer_hash(loaded) == tokenizer_hash(bpe)
@@ -48,16 +46,14 @@ def test_trained_tokenizer_survives_saving(bpe: PreTrainedTokenizerFast, tmp_pat
 
 
 @pytest.mark.parametrize("config", [Qwen2Config(), LlamaConfig(), MistralConfig()])
-def test_auto_tokenizer_agrees_beside_a_model(
-    bpe: PreTrainedTokenizerFast, tmp_path: Path, config: PreTrainedConfig
-) -> None:
+def test_auto_tokenizer_agrees_beside_a_model(bpe, tmp_path, config):
     bpe.save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_hash(bpe)
     assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(bpe)
 
 
-def test_a_foreign_splitting_is_kept_where_transformers_replaces_it(tmp_path: Path) -> None:
+def test_a_foreign_splitting_is_kept_where_transformers_replaces_it(tmp_path):
     backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, EOS: 2}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     ours = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
@@ -67,7 +63,7 @@ def test_a_foreign_splitting_is_kept_where_transformers_replaces_it(tmp_path: Pa
     assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(ours)
 
 
-def test_training_is_deterministic_across_processes(corpus: Path) -> None:
+def test_training_is_deterministic_across_processes(corpus):
     code = (
         "import sys; from sparse_bitnet.data import open_source, tokenizer_hash\n"
         "from sparse_bitnet.data.tokenizer import train_bpe\n"
@@ -80,9 +76,9 @@ def test_training_is_deterministic_across_processes(corpus: Path) -> None:
     assert run.stdout.decode().strip() == tokenizer_hash(train_bpe(open_source(spec), 384))
 
 
-def test_encode_is_the_tokenizer_and_eos(bpe: PreTrainedTokenizerFast, texts: list[str]) -> None:
+def test_encode_is_the_tokenizer_and_eos(bpe, texts):
     encoder = Encoder(bpe)
-    expected: list[int] = []
+    expected = []
     for text in texts[:50]:
         expected += [*bpe(text)["input_ids"], bpe.eos_token_id]
     tokens = encoder.encode(texts[:50])
@@ -90,16 +86,14 @@ def test_encode_is_the_tokenizer_and_eos(bpe: PreTrainedTokenizerFast, texts: li
     assert encoder.encode([]).size == 0
 
 
-def test_special_tokens_in_the_text_stay_text(bpe: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_in_the_text_stay_text(bpe):
     encoder = Encoder(bpe)
     tokens = encoder.encode([f"a{EOS}b"])
     assert (tokens == encoder.eos_id).sum() == 1 and tokens[-1] == encoder.eos_id
     assert bpe.decode(tokens[:-1]) == f"a{EOS}b"
 
 
-def test_long_documents_are_cut_without_loss(
-    bpe: PreTrainedTokenizerFast, texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_are_cut_without_loss(bpe, texts, monkeypatch):
     whole = Encoder(bpe).encode(texts[:20])
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
     documents = [*texts[:20], "x" * 500]  # no end of line to cut at
@@ -108,7 +102,7 @@ def test_long_documents_are_cut_without_loss(
     assert abs(len(tokens) - len(whole)) < 0.1 * len(whole) + 500
 
 
-def test_tokenizer_without_a_rust_half(tmp_path: Path) -> None:
+def test_tokenizer_without_a_rust_half(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     encoder = Encoder(load_tokenizer(tmp_path))
     # ByT5's ids are the bytes + 3; "</s>" in the text is four characters, not the end.
@@ -118,9 +112,7 @@ def test_tokenizer_without_a_rust_half(tmp_path: Path) -> None:
     assert encoder.hash == tokenizer_hash(load_tokenizer(tmp_path))
 
 
-def test_hash_tells_vocabularies_apart_but_not_padding(
-    bpe: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_hash_tells_vocabularies_apart_but_not_padding(bpe, texts):
     before = tokenizer_hash(bpe)
     assert tokenizer_hash(train_bpe(texts, 300)) != before
     bpe.backend_tokenizer.enable_truncation(3)
@@ -129,7 +121,7 @@ def test_hash_tells_vocabularies_apart_but_not_padding(
     bpe.backend_tokenizer.no_truncation()
 
 
-def test_fair_sample() -> None:
+def test_fair_sample():
     documents = [f"{number:04d}" * 25 for number in range(1000)]  # 100 characters each
     assert fair_sample(documents, 100_000) == documents
     sample = fair_sample(documents, 20_000)
@@ -141,7 +133,7 @@ def test_fair_sample() -> None:
     assert fair_sample(["x" * 500], 100) == ["x" * 100]
 
 
-def test_errors(tmp_path: Path) -> None:
+def test_errors(tmp_path):
     with pytest.raises(ConfigError, match="--vocab-size is 256; a byte-level BPE needs at lea"):
         train_bpe(["text"], 256)
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
@@ -153,7 +145,7 @@ def test_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_hostile_tokenizers(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_hostile_tokenizers(bpe, tmp_path):
     bpe.save_pretrained(tmp_path)
     load_tokenizer(tmp_path)
     path, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
@@ -178,9 +170,7 @@ def test_hostile_tokenizers(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> Non
         load_tokenizer(tmp_path)
 
 
-def test_code_of_a_tokenizer_is_not_run(
-    bpe: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_a_tokenizer_is_not_run(bpe, tmp_path, monkeypatch):
     bpe.save_pretrained(tmp_path / "bpe")
     (tmp_path / "bpe" / "own.py").write_text(
         f"open({str(tmp_path / 'trace')!r}, 'w')\nclass T: pass\n"
@@ -194,7 +184,7 @@ def test_code_of_a_tokenizer_is_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-def test_tokenizer_without_eos() -> None:
+def test_tokenizer_without_eos():
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DataError, match=r"words: has no EOS token.*set eos_token"):

@@ -1,10 +1,6 @@
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import convert
@@ -13,7 +9,7 @@ SENTENCE = "the quick brown dog jumps over lazy foxes while seven green birds wa
 WORDS = SENTENCE.split()
 
 
-def make_prose(paragraphs: int = 12) -> str:
+def make_prose(paragraphs=12):
     """Paragraphs of 30 words that end in a full stop; different ones, in a fixed order."""
     lines = []
     for number in range(paragraphs):
@@ -23,16 +19,16 @@ def make_prose(paragraphs: int = 12) -> str:
 
 
 @pytest.fixture(scope="session")
-def prose() -> str:
+def prose():
     return make_prose()
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     return train_bpe([make_prose()], vocab_size=320)
 
 
-def tiny_model(vocab: int = 320, **options: object) -> PreTrainedModel:
+def tiny_model(vocab=320, **options):
     torch.manual_seed(0)
     settings = {
         "vocab_size": vocab,
@@ -48,17 +44,17 @@ def tiny_model(vocab: int = 320, **options: object) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def make_model() -> Callable[..., PreTrainedModel]:
+def make_model():
     return tiny_model
 
 
 @pytest.fixture(scope="session")
-def model() -> PreTrainedModel:
+def model():
     return tiny_model()
 
 
 @pytest.fixture(scope="session")
-def ternary_model() -> PreTrainedModel:
+def ternary_model():
     model = tiny_model()
     convert(model, "6:8")
     return model

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -11,7 +9,7 @@ from sparse_bitnet.evaluate.cloze import candidate_scores
 
 
 @pytest.fixture(scope="module")
-def items(prose) -> list[ClozeItem]:
+def items(prose):
     return cloze_items([prose])
 
 

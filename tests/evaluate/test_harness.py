@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import json
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def task_folder(tmp_path_factory) -> Path:
+def task_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))

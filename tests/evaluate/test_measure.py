@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +15,7 @@ from sparse_bitnet.evaluate import (
 )
 
 
-def test_everything_that_is_asked_for(model, tokenizer, prose, tmp_path: Path):
+def test_everything_that_is_asked_for(model, tokenizer, prose, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose}) + "\n", encoding="utf-8")
     source = f"jsonl:{tmp_path / 'a.jsonl'}"
     found = measure(
@@ -52,7 +49,7 @@ def test_lines_of_tasks():
     ]
 
 
-def test_wrong_requests_fail_before_any_work(model, tokenizer, tmp_path: Path):
+def test_wrong_requests_fail_before_any_work(model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="nothing to measure: give --shards, --text, --cloze or"):
         measure(model, tokenizer, Measurements())
     (tmp_path / "a.txt").write_text("some text", encoding="utf-8")

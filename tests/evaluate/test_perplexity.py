@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from sparse_bitnet.nn.head import has_plain_head
 VOCAB = 320
 
 
-def random_tokens(count: int, seed: int = 0) -> np.ndarray:
+def random_tokens(count, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, count)
 
 
@@ -201,7 +198,7 @@ def test_uniform_model_has_the_vocabulary_as_perplexity(model):
         model.lm_head = head
 
 
-def test_text_files(model, tokenizer, prose, tmp_path: Path):
+def test_text_files(model, tokenizer, prose, tmp_path):
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text(prose, encoding="utf-8")
     second.write_text("Größe: 3 µm\n", encoding="utf-8")
@@ -219,7 +216,7 @@ def test_text_files(model, tokenizer, prose, tmp_path: Path):
     assert found.bits_per_byte == pytest.approx(bits / found.bytes)
 
 
-def test_limit_scores_the_first_tokens(model, tokenizer, tmp_path: Path, prose):
+def test_limit_scores_the_first_tokens(model, tokenizer, tmp_path, prose):
     tokens = random_tokens(100)
     found = perplexity(model, tokens, window=16, limit=30)
     assert found == perplexity(model, tokens[:31], window=16)
@@ -231,7 +228,7 @@ def test_limit_scores_the_first_tokens(model, tokenizer, tmp_path: Path, prose):
 
 
 @pytest.fixture(scope="module")
-def shards(tokenizer, prose, tmp_path_factory) -> TokenShards:
+def shards(tokenizer, prose, tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     (path / "a.txt").write_text(prose, encoding="utf-8")
     tokenizer.save_pretrained(path / "tokenizer")
@@ -254,7 +251,7 @@ def test_token_shards(model, tokenizer, prose, shards):
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory) -> TokenShards:
+def chats(tmp_path_factory):
     """Documents of 2 to 40 tokens, about half of each an answer, in files of any length."""
     directory, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(5)
     parts = []
@@ -275,7 +272,7 @@ def chats(tmp_path_factory) -> TokenShards:
 
 
 @torch.no_grad()
-def answers_one_by_one(model, chats, window, stride) -> list[float]:
+def answers_one_by_one(model, chats, window, stride):
     """Nats of each token of an answer, given what its window shows of its conversation alone."""
     starts = [*chats.document_starts().tolist(), chats.total_tokens]
     nats = []
@@ -342,7 +339,7 @@ def test_arrays_that_are_no_tokens(model):
         perplexity(model, np.zeros((2, 4), dtype=int))
 
 
-def test_files_that_cannot_be_scored(model, tokenizer, tmp_path: Path):
+def test_files_that_cannot_be_scored(model, tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.touch()
     with pytest.raises(ConfigError, match="text needs a tokenizer"):

@@ -9,7 +9,7 @@ from sparse_bitnet.core import PackedFormatError, Pattern, PatternError, WeightE
 from sparse_bitnet.formats import sparse24
 
 
-def slow_pack(row: list[int]) -> tuple[list[int], list[int]]:
+def slow_pack(row):
     values, bits = [], []
     for start in range(0, len(row), 4):
         four = row[start : start + 4]
@@ -30,7 +30,7 @@ eights = st.tuples(st.sampled_from(FOURS), st.sampled_from(FOURS)).map(lambda tw
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(eights, min_size=1, max_size=6))
-def test_pack_equals_the_slow_loop(groups: list[list[int]]) -> None:
+def test_pack_equals_the_slow_loop(groups):
     row = [v for group in groups for v in group]
     ternary = torch.tensor([row], dtype=torch.int8)
     values, lanes = sparse24.pack(ternary)
@@ -39,13 +39,13 @@ def test_pack_equals_the_slow_loop(groups: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["2:4", "1:4", "2:8", "2:16", "1:2"])
-def test_patterns_that_ride_on_2_4(name: str) -> None:
+def test_patterns_that_ride_on_2_4(name):
     ternary, _ = ternarize(torch.randn(3, 5, 64), Pattern.parse(name))
     assert sparse24.fits(ternary)
     assert torch.equal(sparse24.unpack(*sparse24.pack(ternary)), ternary)
 
 
-def test_a_four_that_breaks_the_pattern_is_an_error_not_a_drop() -> None:
+def test_a_four_that_breaks_the_pattern_is_an_error_not_a_drop():
     ternary = torch.zeros(2, 16, dtype=torch.int8)
     ternary[1, 4:7] = 1
     assert not sparse24.fits(ternary)
@@ -53,13 +53,13 @@ def test_a_four_that_breaks_the_pattern_is_an_error_not_a_drop() -> None:
         sparse24.pack(ternary)
 
 
-def test_refuses_rows_of_no_multiple_of_eight() -> None:
+def test_refuses_rows_of_no_multiple_of_eight():
     with pytest.raises(PatternError, match="not a multiple of 8"):
         sparse24.pack(torch.zeros(2, 12, dtype=torch.int8))
     assert not sparse24.fits(torch.zeros(2, 6, dtype=torch.int8))
 
 
-def test_refuses_damaged_files() -> None:
+def test_refuses_damaged_files():
     values, lanes = sparse24.pack(torch.zeros(2, 16, dtype=torch.int8))
     with pytest.raises(PackedFormatError, match="do not belong together"):
         sparse24.unpack(values[:, :4], lanes)
@@ -67,6 +67,6 @@ def test_refuses_damaged_files() -> None:
         sparse24.unpack(values, torch.zeros_like(lanes))
 
 
-def test_empty() -> None:
+def test_empty():
     values, lanes = sparse24.pack(torch.zeros(0, 16, dtype=torch.int8))
     assert sparse24.unpack(values, lanes).shape == (0, 16)

@@ -16,8 +16,6 @@ damages a copy of them once for each seed, and reads it. The property, for every
 ``OUT`` gets a line of JSON for each failure and each finished reader, and the seed at work.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib.util
 import json
@@ -29,10 +27,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import Any
 
 from mutations import Mutation, Sandbox, mutate
 
@@ -48,18 +43,18 @@ class HangError(BaseException):
 class Watch:
     """Notices when Python opens a file of ``box.secret``."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.secret, self.opened = "", ""
         sys.addaudithook(self._hook)
 
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _hook(self, event, arguments):
         if self.secret and event == "open" and isinstance(arguments[0], str):
             path = os.path.normpath(Path.cwd() / arguments[0])
             if path.startswith(self.secret):
                 self.opened = path
 
 
-def load_reader(name: str) -> ModuleType:
+def load_reader(name):
     path = Path(name) if name.endswith(".py") else Path(__file__).with_name(f"reader_{name}.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -68,9 +63,7 @@ def load_reader(name: str) -> ModuleType:
     return module
 
 
-def fuzz(
-    name: str, seeds: range, root: Path, watch: Watch, tell: Callable[[dict[str, Any]], None]
-) -> None:
+def fuzz(name, seeds, root, watch, tell):
     """Damage and read once for each seed; tell of every failure, and of the end."""
     from sparse_bitnet.core import SparseBitNetError
 
@@ -95,7 +88,7 @@ def fuzz(
         watch.secret = secret
         where = f"{name}, seed {seed}: {mutation.told}"
 
-        def fail(what: str, detail: str = "", where: str = where) -> None:
+        def fail(what, detail="", where=where):
             tell({"failure": f"{where}: {what}", "detail": detail})
 
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -127,13 +120,13 @@ def fuzz(
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def copy_of(box: Sandbox) -> Path:
+def copy_of(box):
     shutil.rmtree(box.damaged, ignore_errors=True)
     shutil.copytree(box.clean, box.damaged)
     return box.damaged
 
 
-def main(out: str, *orders: str) -> None:
+def main(out, *orders):
     import torch
     from transformers.utils import logging
 
@@ -141,7 +134,7 @@ def main(out: str, *orders: str) -> None:
     logging.set_verbosity_error()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    def hang(_number: int, _frame: FrameType | None) -> None:
+    def hang(_number, _frame):
         raise HangError
 
     signal.signal(signal.SIGALRM, hang)
@@ -149,7 +142,7 @@ def main(out: str, *orders: str) -> None:
     watch = Watch()
     with Path(out).open("w") as file, tempfile.TemporaryDirectory() as root:
 
-        def tell(event: dict[str, Any]) -> None:
+        def tell(event):
             file.write(json.dumps(event) + "\n")
             file.flush()
 

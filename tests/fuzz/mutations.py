@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 NUMBERS = [0, -1, 1, 1.5, 2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**400, 1e308, float("inf")]
 ODD = [
@@ -56,20 +53,20 @@ class Sandbox:
     """Whether a person names the very files, not their directory."""
 
     @property
-    def clean(self) -> Path:
+    def clean(self):
         return self.root / "clean"
 
     @property
-    def damaged(self) -> Path:
+    def damaged(self):
         return self.root / "place" / "damaged"
 
     @property
-    def secret(self) -> Path:
+    def secret(self):
         """A directory beside the damaged one, with the same files."""
         return self.root / "place" / "secret"
 
     @property
-    def trace(self) -> Path:
+    def trace(self):
         """Made by the code that the damaged files bring along, should it run."""
         return self.root / "trace"
 
@@ -77,14 +74,14 @@ class Sandbox:
 class Payload:
     """A pickle of it runs code when it is read."""
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self, trace):
         self.trace = trace
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+    def __reduce__(self):
         return os.mkdir, (str(self.trace),)
 
 
-def mutate(rng: random.Random, box: Sandbox) -> Mutation:
+def mutate(rng, box):
     """Damage one or two files of ``box.damaged``."""
     ways = [truncate, flip, flip, overwrite, replace, rearrange, special]
     files = [path for path in sorted(box.damaged.rglob("*")) if path.is_file()]
@@ -104,12 +101,12 @@ def mutate(rng: random.Random, box: Sandbox) -> Mutation:
     return mutation
 
 
-def a_file(rng: random.Random, box: Sandbox, suffix: str = "") -> Path:
+def a_file(rng, box, suffix=""):
     files = [path for path in sorted(box.damaged.rglob(f"*{suffix}")) if path.is_file()]
     return rng.choice(files)
 
 
-def truncate(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def truncate(rng, box):
     path = a_file(rng, box)
     data = path.read_bytes()
     keep = rng.choice([0, 1, len(data) - 1, rng.randrange(len(data))])
@@ -117,7 +114,7 @@ def truncate(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"at {keep}"
 
 
-def flip(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def flip(rng, box):
     path = a_file(rng, box)
     data = bytearray(path.read_bytes())
     places = [rng.randrange(len(data)) for _ in range(rng.choice([1, 1, 3, 50]))]
@@ -127,7 +124,7 @@ def flip(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"bits at {places[:3]}"
 
 
-def overwrite(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def overwrite(rng, box):
     """A giant or otherwise odd number somewhere, above all where sizes stand."""
     path = a_file(rng, box)
     data = bytearray(path.read_bytes())
@@ -139,7 +136,7 @@ def overwrite(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"{width} bytes of {number} at {place}"
 
 
-def replace(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def replace(rng, box):
     """Another kind of content under the same name."""
     path = a_file(rng, box)
     what, content = rng.choice(
@@ -160,7 +157,7 @@ def replace(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"by {what}"
 
 
-def rearrange(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def rearrange(rng, box):
     """Files of the directory under each other's names, or missing."""
     one, two = a_file(rng, box), a_file(rng, box)
     if one == two or rng.random() < 0.4:
@@ -173,7 +170,7 @@ def rearrange(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return one, f"by {two.name}"
 
 
-def special(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def special(rng, box):
     """No plain file: a directory, a link, a device that never ends, a pipe that nobody writes."""
     path = a_file(rng, box)
     path.unlink()
@@ -193,11 +190,11 @@ def special(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"by {kind}"
 
 
-def spoil(rng: random.Random, value: Any) -> str:
+def spoil(rng, value):
     """Change something anywhere inside a JSON value, in place."""
-    places: list[tuple[Any, Any]] = []
+    places = []
 
-    def collect(container: Any) -> None:
+    def collect(container):
         for key in container if isinstance(container, dict) else range(len(container)):
             places.append((container, key))
             if isinstance(container[key], dict | list):
@@ -223,7 +220,7 @@ def spoil(rng: random.Random, value: Any) -> str:
     return f"{action} {str(key)[:40]!r} (was {str(old)[:40]})"
 
 
-def json_value(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def json_value(rng, box):
     path = a_file(rng, box, ".json")
     value = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(value, dict) and rng.random() < 0.1:
@@ -242,7 +239,7 @@ def json_value(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, what
 
 
-def json_line(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def json_line(rng, box):
     path = a_file(rng, box, ".jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
     number = rng.randrange(len(lines))
@@ -253,7 +250,7 @@ def json_line(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"line {number}: {what}"
 
 
-def tensor_header(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def tensor_header(rng, box):
     """A safetensors file's header; its offsets then no longer fit, or name other bytes."""
     path = a_file(rng, box, ".safetensors")
     data = path.read_bytes()
@@ -265,7 +262,7 @@ def tensor_header(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"header: {what}"
 
 
-def yaml_text(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def yaml_text(rng, box):
     path = a_file(rng, box, ".yaml")
     lines = path.read_text(encoding="utf-8").splitlines()
     number = rng.randrange(len(lines))
@@ -312,7 +309,7 @@ def yaml_text(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
     return path, f"line {number}: {how} {put[:40]}"
 
 
-def gguf_field(rng: random.Random, box: Sandbox) -> tuple[Path, str]:
+def gguf_field(rng, box):
     """A count, length, type, name, dimension, offset or value of a GGUF header, in its place.
 
     Places are those of the clean file, whose header is as long.

@@ -7,8 +7,6 @@ those that were written, if nothing but the shards' index was damaged.
 import itertools
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import toy
@@ -18,11 +16,11 @@ from sparse_bitnet.train.presets import preset_config
 
 NAMED = True
 WORDS = ["some", "text", "to learn", "from é", "and then", " more\n", "of it"]
-written: dict[str, np.ndarray] = {}
+written = {}
 count = itertools.count()
 
 
-def build(directory: Path) -> None:
+def build(directory):
     preset_config("tiny", toy.VOCABULARY).save_pretrained(directory)
     toy.tokenizer(toy.TEMPLATE).save_pretrained(directory)
     lines = []
@@ -37,12 +35,12 @@ def build(directory: Path) -> None:
     shutil.copytree(prepared / "train", directory / "shards")
 
 
-def prepare_chats(directory: Path, out: Path) -> None:
+def prepare_chats(directory, out):
     spec = f"jsonl:{directory / 'chats.jsonl'}#messages"
     prepare(spec, out, model=str(directory), validation=0, shard_tokens=1000, workers=1)
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     untouched = mutation.told == "nothing"
     if next(count) % 3 == 1:
         toy.spoil_template(directory, mutation)

@@ -3,9 +3,6 @@
 What loads restores the state that was saved, bit for bit.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -19,10 +16,10 @@ from sparse_bitnet.train.recipe import config_from_dict
 
 STEP = 3
 CONFIG = config_from_dict({"data": {"path": "nowhere"}}, "fuzz")
-saved: dict[str, torch.Tensor] = {}
+saved = {}
 
 
-def state(directory: Path, seed: int) -> tuple[Checkpoints, Any, torch.optim.AdamW]:
+def state(directory, seed):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(preset_config("tiny", 32))
     convert(model, "6:8")
@@ -31,7 +28,7 @@ def state(directory: Path, seed: int) -> tuple[Checkpoints, Any, torch.optim.Ada
     return Checkpoints(directory, 2, CONFIG, {"tokens": [1]}, here), model, optimizer
 
 
-def build(directory: Path) -> None:
+def build(directory):
     checkpoints, model, optimizer = state(directory, seed=0)
     model(input_ids=torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8)).loss.backward()
     optimizer.step()
@@ -39,7 +36,7 @@ def build(directory: Path) -> None:
     saved.update({name: t.clone() for name, t in _tensors(model, optimizer).items()})
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     checkpoints, model, optimizer = state(directory, seed=1)
     step = checkpoints.latest()
     if step is None:

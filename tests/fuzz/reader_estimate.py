@@ -4,18 +4,16 @@ What is estimated are finite, positive figures.
 """
 
 import math
-from pathlib import Path
-from typing import Any
 
 from sparse_bitnet.estimate.estimate import estimate
 from sparse_bitnet.train.presets import preset_config
 
 
-def build(directory: Path) -> None:
+def build(directory):
     preset_config("tiny", 300).save_pretrained(directory)
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     found = estimate(str(directory))
     for seconds in (found.prefill.packed.seconds, found.decode.packed.seconds):
         assert math.isfinite(seconds) and seconds > 0

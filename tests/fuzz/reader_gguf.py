@@ -3,9 +3,6 @@
 What is written can be read by the format's own reader, and has every matrix of the model.
 """
 
-from pathlib import Path
-from typing import Any
-
 import toy
 from gguf import GGUFReader
 
@@ -16,12 +13,12 @@ from sparse_bitnet.train.export import save_trained
 TENSORS = 27  # 12 a layer with its biases, embedding, final norm, and the head
 
 
-def build(directory: Path) -> None:
+def build(directory):
     model = toy.model(config=toy.gguf_config(layers=2, tie_word_embeddings=False))
     save_trained(model, toy.tokenizer(), directory, SparsityConfig())
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     out = directory.parent / "model.gguf"
     export_gguf(directory, out, overwrite=True)
     tensors = GGUFReader(out).tensors

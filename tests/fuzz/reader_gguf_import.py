@@ -4,8 +4,6 @@ What is imported has finite weights; those of the clean file, if the damaged one
 """
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import torch
 import toy
@@ -17,10 +15,10 @@ from sparse_bitnet.train.dense import read_dense
 
 NAMED = True
 FILE = "model.gguf"
-expected: dict[str, torch.Tensor] = {}
+expected = {}
 
 
-def build(directory: Path) -> None:
+def build(directory):
     model = toy.model(config=toy.gguf_config(layers=1))
     trained = directory.with_name("trained")
     save_trained(model, toy.tokenizer(), trained, SparsityConfig())
@@ -28,7 +26,7 @@ def build(directory: Path) -> None:
 
 
 @torch.no_grad()
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     out = directory.parent / "imported"
     shutil.rmtree(out, ignore_errors=True)
     import_gguf(directory / FILE, out)

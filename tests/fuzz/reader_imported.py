@@ -5,8 +5,6 @@ computes what the clean one did.
 """
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import torch
 import toy
@@ -15,17 +13,17 @@ from sparse_bitnet.export.bitnet.read import import_bitnet
 from sparse_bitnet.export.bitnet.write import export_bitnet
 from sparse_bitnet.train import SparsityConfig, load_trained, save_trained
 
-expected: dict[str, torch.Tensor] = {}
+expected = {}
 
 
-def build(directory: Path) -> None:
+def build(directory):
     trained = directory.with_name("trained")
     save_trained(toy.model(), toy.tokenizer(), trained, SparsityConfig())
     export_bitnet(trained, directory, linear_class="autobitlinear")
 
 
 @torch.no_grad()
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     out = directory.parent / "imported"
     shutil.rmtree(out, ignore_errors=True)
     import_bitnet(directory, out)

@@ -4,9 +4,6 @@ What loads keeps its N:M pattern and has finite, positive scales; with its ``con
 was, it computes what the clean one did.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import toy
 
@@ -15,15 +12,15 @@ from sparse_bitnet.packed.load import load_with_tokenizer
 from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.generate import generate_text
 
-expected: dict[str, torch.Tensor] = {}
+expected = {}
 
 
-def build(directory: Path) -> None:
+def build(directory):
     pack(toy.model(), directory, tokenizer=toy.tokenizer(), shard_bytes=60_000)
 
 
 @torch.no_grad()
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     loaded, tokenizer = load_with_tokenizer(directory, device="cpu")
     for module in loaded.modules():
         if isinstance(module, PackedModule):

@@ -4,9 +4,6 @@ What loads has finite, positive scales; with its ``config.json`` as it was, it c
 clean one did.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import toy
 
@@ -14,15 +11,15 @@ from sparse_bitnet.nn.int8_head import Int8Table
 from sparse_bitnet.packed.load import load_packed
 from sparse_bitnet.packed.write import pack
 
-expected: dict[str, torch.Tensor] = {}
+expected = {}
 
 
-def build(directory: Path) -> None:
+def build(directory):
     pack(toy.model("2:4"), directory, storage="trits", head="int8")
 
 
 @torch.no_grad()
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     loaded = load_packed(directory)
     for module in loaded.modules():
         if isinstance(module, Int8Table):

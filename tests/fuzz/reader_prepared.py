@@ -5,16 +5,13 @@ As it writes into the damaged directory, an OSError that names the place (a dire
 should be) is as good as one of ours.
 """
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from sparse_bitnet.data import TokenShards, prepare
 
 ACCEPTED = (OSError,)
-written: list[np.ndarray] = []
-SETTINGS: dict[str, Any] = {
+written = []
+SETTINGS = {
     "vocab_size": 270,
     "validation": 0,
     "shard_tokens": 100,
@@ -22,7 +19,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def build(directory: Path) -> None:
+def build(directory):
     source = directory.parent / "source"
     source.mkdir()
     for number in range(4):
@@ -30,7 +27,7 @@ def build(directory: Path) -> None:
     prepare(f"text:{source}", directory, **SETTINGS)
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     source = directory.parent.parent / "source"
     prepare(f"text:{source}", directory, **SETTINGS)
     shards = TokenShards(directory / "train")

@@ -3,9 +3,6 @@
 What ``train`` builds of it has finite weights, enough embedding rows, and takes a step.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import toy
 
@@ -13,13 +10,13 @@ from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.model import build_model, convert_model
 
 
-def build(directory: Path) -> None:
+def build(directory):
     toy.model(None).save_pretrained(directory, max_shard_size="60KB")
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     source = ModelConfig(source=str(directory))
-    model: Any = build_model(source, vocab_size=toy.VOCABULARY, seed=0, device=torch.device("cpu"))
+    model = build_model(source, vocab_size=toy.VOCABULARY, seed=0, device=torch.device("cpu"))
     convert_model(model, SparsityConfig())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert len(model.get_input_embeddings().weight) >= toy.VOCABULARY

@@ -4,7 +4,6 @@ What is read can be written and read again.
 """
 
 from pathlib import Path
-from typing import Any
 
 from sparse_bitnet.study.cells import read_sweep
 from sparse_bitnet.train.recipe import load_recipe, to_yaml
@@ -13,13 +12,13 @@ NAMED = True
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def build(directory: Path) -> None:
+def build(directory):
     for name in ("demo", "staircase", "sweeps/toy"):
         path = RECIPES / f"{name}.yaml"
         (directory / path.name).write_bytes(path.read_bytes())
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     for name in sorted(mutation.touched) or ["demo.yaml", "staircase.yaml", "toy.yaml"]:
         if name == "toy.yaml":
             read_sweep(directory / name)

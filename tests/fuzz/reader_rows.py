@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.study import plots, report
@@ -18,7 +17,7 @@ from sparse_bitnet.study.rows import ROWS_FILE, append_row, read_rows
 STUDY = Path(__file__).parents[1] / "study" / "conftest.py"
 
 
-def build(directory: Path) -> None:
+def build(directory):
     spec = importlib.util.spec_from_file_location("study_conftest", STUDY)
     assert spec is not None and spec.loader is not None
     made_up = importlib.util.module_from_spec(spec)
@@ -33,9 +32,9 @@ def build(directory: Path) -> None:
         setattr(plots, name, picture)
 
 
-def picture(*drawn: Any, **more: Any) -> bytes:
+def picture(*drawn, **more):
     """In place of a plot: every number in what is to be drawn can be drawn."""
-    todo: list[Any] = [*drawn, *more.values()]
+    todo = [*drawn, *more.values()]
     while todo:
         value = todo.pop()
         if dataclasses.is_dataclass(value):
@@ -49,7 +48,7 @@ def picture(*drawn: Any, **more: Any) -> bytes:
     return b""
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     rows, problems = read_rows(directory)
     assert len(json.dumps(problems)) < 5000
     if any(not row.diverged for row in rows):

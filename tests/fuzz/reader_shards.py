@@ -3,17 +3,14 @@
 What opens gives token ids for every position it claims, and they are those that were written.
 """
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from sparse_bitnet.data import TokenShards, prepare
 
-written: list[np.ndarray] = []
+written = []
 
 
-def build(directory: Path) -> None:
+def build(directory):
     source = directory.parent / "source"
     source.mkdir()
     for number in range(4):
@@ -24,7 +21,7 @@ def build(directory: Path) -> None:
         (directory / path.name).write_bytes(path.read_bytes())
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     shards = TokenShards(directory)
     assert shards.total_tokens < 10**6
     tokens = shards.tokens(0, shards.total_tokens)

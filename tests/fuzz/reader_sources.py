@@ -7,8 +7,6 @@ the damage made lines of its own.
 import gzip
 import json
 import lzma
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -20,7 +18,7 @@ TEXTS = [f"document {number}, with some words in it\n" * (1 + number % 7) for nu
 MOST_CHARACTERS = 10**6
 
 
-def build(directory: Path) -> None:
+def build(directory):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (directory / "a.jsonl").write_text(lines)
     (directory / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
@@ -29,7 +27,7 @@ def build(directory: Path) -> None:
     (directory / "e.txt").write_text(TEXTS[3])
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     for path in sorted(directory.iterdir()):
         kind = {".txt": "text", ".parquet": "parquet"}.get(path.suffix, "jsonl")
         if path.suffix != ".py":

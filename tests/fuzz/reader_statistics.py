@@ -4,8 +4,6 @@ What is measured are finite fractions.
 """
 
 import math
-from pathlib import Path
-from typing import Any
 
 import toy
 
@@ -14,12 +12,12 @@ from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import save_trained
 
 
-def build(directory: Path) -> None:
+def build(directory):
     save_trained(toy.model(), None, directory, SparsityConfig())
     polarization._pictures = lambda *_: {}
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     result = polarization.analyse(directory, directory.parent / "statistics").values
     for one in [result["overall"], *result["layers"]]:
         figures = [one["zeros_before_mask"], one["dead_zone_groups"], *one["magnitudes"]]

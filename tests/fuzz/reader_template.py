@@ -4,8 +4,6 @@ What loads answers messages that passed the checks, or refuses them in words of 
 """
 
 import json
-from pathlib import Path
-from typing import Any
 
 import toy
 
@@ -14,11 +12,11 @@ from sparse_bitnet.packed.write import pack
 from sparse_bitnet.serve.chat import Conversation
 
 
-def build(directory: Path) -> None:
+def build(directory):
     pack(toy.model(), directory, tokenizer=toy.tokenizer(toy.TEMPLATE))
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     toy.spoil_template(directory, mutation)
     model, tokenizer = load_with_tokenizer(directory, device="cpu")
     if tokenizer.chat_template is not None:

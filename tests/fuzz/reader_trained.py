@@ -4,9 +4,6 @@ What loads has the weights that were written, unless config.json or sparse_bitne
 and ternary ones that keep the pattern.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import toy
 
@@ -15,16 +12,16 @@ from sparse_bitnet.nn import SparseBitLinear
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.export import load_trained, save_trained
 
-written: dict[str, torch.Tensor] = {}
+written = {}
 
 
-def build(directory: Path) -> None:
+def build(directory):
     model = toy.model()
     save_trained(model, toy.tokenizer(), directory, SparsityConfig(rules={"o_proj": "4:8"}))
     written.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
-def read(directory: Path, mutation: Any) -> None:
+def read(directory, mutation):
     model, _ = load_trained(directory)
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all()

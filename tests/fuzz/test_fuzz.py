@@ -1,7 +1,5 @@
 """Ten thousand damaged files, and none of them does worse than an error of ours. See engine.py."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -16,7 +14,7 @@ SHARE = -(-FAST // len(READERS))
 SLOW_SHARE = -(-(SLOW - FAST) // len(READERS))
 
 
-def run(tmp_path: Path, *orders: str) -> list[dict[str, object]]:
+def run(tmp_path, *orders):
     """What the engine tells; fails with the seed at work if its process did not end well."""
     out = tmp_path / "told.jsonl"
     done = Started(tmp_path, engine.main, (str(out), *orders))
@@ -27,7 +25,7 @@ def run(tmp_path: Path, *orders: str) -> list[dict[str, object]]:
     return told
 
 
-def judge(told: list[dict[str, object]], readers: list[str]) -> None:
+def judge(told, readers):
     failures = [event for event in told if "failure" in event]
     texts = [f"{event['failure']}\n{event['detail']}" for event in failures[:5]]
     assert not failures, f"{len(failures)} failures, the first of them:\n" + "\n".join(texts)
@@ -38,7 +36,7 @@ def judge(told: list[dict[str, object]], readers: list[str]) -> None:
         assert event["loaded"], f"{name}: nothing was ever loaded, so nothing was tested"
 
 
-def test_two_hundred_mutations(tmp_path: Path) -> None:
+def test_two_hundred_mutations(tmp_path):
     orders = [f"{name}:0:{SHARE}" for name in READERS]
     judge(run(tmp_path, *orders), READERS)
 
@@ -65,7 +63,7 @@ def read(directory, mutation):
 """
 
 
-def test_a_careless_reader_is_found_out(tmp_path: Path) -> None:
+def test_a_careless_reader_is_found_out(tmp_path):
     """Each of the things that must not happen is seen when it does."""
     reader = tmp_path / "reader_careless.py"
     reader.write_text(CARELESS)
@@ -84,5 +82,5 @@ def test_a_careless_reader_is_found_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", READERS)
-def test_ten_thousand_mutations(tmp_path: Path, name: str) -> None:
+def test_ten_thousand_mutations(tmp_path, name):
     judge(run(tmp_path, f"{name}:{SHARE}:{SLOW_SHARE}"), [name])

@@ -1,13 +1,9 @@
 """The small model, tokenizer and chat template that readers write and damage."""
 
-from __future__ import annotations
-
 import random
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.nn import convert
@@ -27,13 +23,13 @@ PIECES = [
 ]
 
 
-def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+def tokenizer(template=None):
     made = train_bpe(["some text to learn from, and then some more of it"], VOCABULARY)
     made.chat_template = template
     return made
 
 
-def spoil_template(directory: Path, mutation: Any) -> None:
+def spoil_template(directory, mutation):
     """Put pieces of templates into the directory's, beside what else was damaged."""
     rng = random.Random(mutation.told)
     path = directory / "chat_template.jinja"
@@ -45,7 +41,7 @@ def spoil_template(directory: Path, mutation: Any) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
-def model(pattern: str | None = "6:8", config: Any = None) -> Any:
+def model(pattern="6:8", config=None):
     """Of the preset ``tiny`` or a config, converted unless the pattern is None."""
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config or preset_config("tiny", VOCABULARY))
@@ -54,7 +50,7 @@ def model(pattern: str | None = "6:8", config: Any = None) -> Any:
     return made.eval()
 
 
-def gguf_config(layers: int, **settings: Any) -> Qwen2Config:
+def gguf_config(layers, **settings):
     """Rows of 256, the block of GGUF's ternary types."""
     return Qwen2Config(
         vocab_size=VOCABULARY,

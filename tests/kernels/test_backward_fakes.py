@@ -1,9 +1,5 @@
 """Shapes and dtypes that the compiler is told, without a GPU: fake CUDA tensors."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,8 +12,8 @@ TOKENS, OUT, IN = 64, 32, 48
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    def serves(tensor: torch.Tensor) -> bool:
+def fake_gpu(monkeypatch):
+    def serves(tensor):
         return tensor.device.type == "cuda"
 
     quantization = __import__(
@@ -32,7 +28,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
 
 @pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize("use_fp8", [False, True])
-def test_gradients(fake_gpu: FakeTensorMode, use_fp8: bool, one_scale: bool) -> None:
+def test_gradients(fake_gpu, use_fp8, one_scale):
     dy = torch.empty(4, TOKENS // 4, OUT, device="cuda", dtype=torch.bfloat16)
     x = torch.empty(4, TOKENS // 4, IN, device="cuda")
     x_q, x_scale = quantize_activations(x)

@@ -1,9 +1,7 @@
 """What is chosen for GPUs of other generations, asked on a machine that need not have one."""
 
 import importlib
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +10,14 @@ from sparse_bitnet.core import Pattern, WeightError
 from sparse_bitnet.kernels import platform, ternarize
 from sparse_bitnet.kernels.backward import fp8
 
-Capability = tuple[int, int]
 OLD, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Capability], Any]:
+def gpu(monkeypatch):
     """A stand-in for a tensor on a GPU of that compute capability."""
 
-    def of(capability: Capability) -> Any:
+    def of(capability):
         for module in (platform, fp8):
             monkeypatch.setattr(module, "capability", lambda index: capability)
         monkeypatch.setattr(platform, "has_triton", lambda: True)
@@ -39,9 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Capability], Any]:
         (BLACKWELL, True, True),
     ],
 )
-def test_kernels_begin_with_sm_80_and_e4m3_with_sm_89(
-    gpu: Callable[[Capability], Any], capability: Capability, triton: bool, e4m3: bool
-) -> None:
+def test_kernels_begin_with_sm_80_and_e4m3_with_sm_89(gpu, capability, triton, e4m3):
     tensor = gpu(capability)
     assert platform.runs_triton(tensor) == triton
     assert fp8.has_kernels(tensor) == e4m3
@@ -50,12 +45,7 @@ def test_kernels_begin_with_sm_80_and_e4m3_with_sm_89(
 @pytest.mark.parametrize(
     ("capability", "newer"), [(AMPERE, False), (ADA, False), (HOPPER, True), (BLACKWELL, True)]
 )
-def test_pdl_begins_with_sm_90(
-    monkeypatch: pytest.MonkeyPatch,
-    gpu: Callable[[Capability], Any],
-    capability: Capability,
-    newer: bool,
-) -> None:
+def test_pdl_begins_with_sm_90(monkeypatch, gpu, capability, newer):
     pdl = pytest.importorskip("sparse_bitnet.kernels.pdl")
     tensor = gpu(capability)
     monkeypatch.setattr(pdl, "capability", lambda index: capability)
@@ -65,9 +55,7 @@ def test_pdl_begins_with_sm_90(
 
 
 @pytest.mark.parametrize("shard_sizes", [(3,), (3, 4), (0, 8)])
-def test_shard_sizes_are_checked_before_a_kernel_runs(
-    monkeypatch: pytest.MonkeyPatch, shard_sizes: tuple[int, ...]
-) -> None:
+def test_shard_sizes_are_checked_before_a_kernel_runs(monkeypatch, shard_sizes):
     module = importlib.import_module("sparse_bitnet.kernels.ternarize")
     monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     weight = torch.randn(8, 16)

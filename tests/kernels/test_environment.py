@@ -1,18 +1,11 @@
 """Which commit a run is of."""
 
-from __future__ import annotations
-
 import subprocess
-from pathlib import Path
-
-import pytest
 
 from sparse_bitnet.kernels import environment as module
 
 
-def test_the_commit_is_ours_or_what_the_variable_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_commit_is_ours_or_what_the_variable_says(monkeypatch, tmp_path):
     installed = tmp_path / "site" / "environment.py"
     installed.parent.mkdir()
     installed.write_text("")

@@ -6,7 +6,7 @@ from sparse_bitnet.core import quantize_int8
 from sparse_bitnet.kernels.quantize_activations import quantize_fused
 
 
-def test_fused_quantization_is_its_parts() -> None:
+def test_fused_quantization_is_its_parts():
     x = torch.randn(4, 32).bfloat16()
     weight = torch.rand(32).bfloat16()
     norm = torch.nn.RMSNorm(32, eps=1e-6)
@@ -21,7 +21,7 @@ def test_fused_quantization_is_its_parts() -> None:
     assert torch.equal(scale, step)
 
 
-def test_operators_know_their_shapes() -> None:
+def test_operators_know_their_shapes():
     with torch.device("meta"):
         x, norm = torch.empty(2, 3, 64, dtype=torch.bfloat16), torch.empty(64)
         quantized, scale = torch.ops.sparse_bitnet.quantize_activations(x, norm, 0.0, False)

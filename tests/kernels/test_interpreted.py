@@ -13,7 +13,7 @@ FILES = sorted(map(str, (Path(__file__).parent / "interpreted").glob("test_*.py"
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_interpreted(half: int) -> None:
+def test_interpreted(half):
     # Without the models of tests/packed_models.py, whose imports take seconds.
     without = ["-p", "no:cacheprovider", "-p", "no:packed_models"]
     command = [sys.executable, "-m", "pytest", "-q", *without, *FILES[half::2]]

@@ -1,14 +1,11 @@
 import ctypes
 import mmap
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_bitnet import console
 from sparse_bitnet.core import BackendError, ConfigError, Pattern, WeightError, quantize_int8
@@ -24,11 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(not PATHS, reason="the CPU kernel was not compiled")
 
 
-def two_bit_panels(ternary: Tensor) -> Tensor:
+def two_bit_panels(ternary):
     return cpu.pack_two_bit(two_bit.pack(ternary))
 
 
-def layouts(ternary: Tensor, path: str) -> Iterator[tuple[Tensor, str]]:
+def layouts(ternary, path):
     packed = two_bit_panels(ternary)
     yield packed, "two-bit"
     yield ternary, "bytes"
@@ -38,7 +35,7 @@ def layouts(ternary: Tensor, path: str) -> Iterator[tuple[Tensor, str]]:
         yield six_bit, "six-bit"
 
 
-def random_ternary(out: int, columns: int, sparse: bool) -> Tensor:
+def random_ternary(out, columns, sparse):
     ternary = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
     if sparse:
         padded = torch.rand(out, -(-columns // 4) * 4)
@@ -46,9 +43,7 @@ def random_ternary(out: int, columns: int, sparse: bool) -> Tensor:
     return ternary
 
 
-def expected_of(
-    x: Tensor, ternary: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def expected_of(x, ternary, scale, bias, dtype):
     x_q, x_scale = quantize_int8(x)
     return reference.ternary_matmul(x_q, x_scale, ternary, scale, bias, dtype)
 
@@ -65,16 +60,7 @@ def expected_of(
     bias=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_equals_the_reference(
-    path: str,
-    tokens: int,
-    columns: int,
-    out: int,
-    sparse: bool,
-    dtypes: tuple[torch.dtype, ...],
-    bias: bool,
-    seed: int,
-) -> None:
+def test_equals_the_reference(path, tokens, columns, out, sparse, dtypes, bias, seed):
     torch.manual_seed(seed)
     ternary, scale = random_ternary(out, columns, sparse), torch.rand(out)
     x = torch.randn(tokens, columns).to(dtypes[0])
@@ -92,7 +78,7 @@ def test_equals_the_reference(
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_extreme_integers(path: str, tokens: int) -> None:
+def test_extreme_integers(path, tokens):
     columns = 9000  # sums of 2·128·9000 in codes
     signs = torch.tensor([-128, 127, -127, 0], dtype=torch.int8)
     x_q = signs[torch.arange(tokens) % 4].unsqueeze(-1).expand(tokens, columns)
@@ -107,7 +93,7 @@ def test_extreme_integers(path: str, tokens: int) -> None:
 
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
-def test_any_int8_weight(path: str) -> None:
+def test_any_int8_weight(path):
     weight = torch.randint(-128, 128, (37, 333), dtype=torch.int8)
     x_q = torch.randint(-128, 128, (5, 333), dtype=torch.int8)
     x_q[0], weight[0], weight[1] = -128, -128, 127
@@ -123,7 +109,7 @@ def test_any_int8_weight(path: str) -> None:
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_that_are_hard_to_round(path: str, dtype: torch.dtype) -> None:
+def test_activations_that_are_hard_to_round(path, dtype):
     inf, nan = float("inf"), float("nan")
     halves = torch.arange(-127, 128) / 2  # ties once the largest is 127
     x = torch.zeros(10, 256)
@@ -147,7 +133,7 @@ def test_activations_that_are_hard_to_round(path: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
-def test_every_conversion(path: str, source: torch.dtype, target: torch.dtype) -> None:
+def test_every_conversion(path, source, target):
     """A bias passes through unchanged when the product is zero: all 65,536 values of a half."""
     if source == torch.float32:
         bits = torch.randint(-(2**31), 2**31, (65536,)).to(torch.int32)
@@ -174,9 +160,7 @@ def test_every_conversion(path: str, source: torch.dtype, target: torch.dtype) -
     bias=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_float_weights_equal_float64(
-    path: str, dtype: torch.dtype, tokens: int, columns: int, out: int, bias: bool, seed: int
-) -> None:
+def test_float_weights_equal_float64(path, dtype, tokens, columns, out, bias, seed):
     """Up to the rounding of float32 sums, and of the result to its dtype."""
     torch.manual_seed(seed)
     x, weight = torch.randn(tokens, columns).to(dtype), torch.randn(out, columns).to(dtype)
@@ -197,7 +181,7 @@ def test_float_weights_equal_float64(
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_every_half_as_a_weight(path: str, dtype: torch.dtype) -> None:
+def test_every_half_as_a_weight(path, dtype):
     """Infinite and NaN too: a row of one weight times one."""
     weight = torch.arange(65536).to(torch.int16).view(dtype).view(-1, 1)
     with native.forced(path):
@@ -209,7 +193,7 @@ def test_every_half_as_a_weight(path: str, dtype: torch.dtype) -> None:
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_float_weights_touch_no_byte_beyond(path: str, dtype: torch.dtype) -> None:
+def test_float_weights_touch_no_byte_beyond(path, dtype):
     for columns in (1, 31, 33, 250, 1000):
         x, weight = torch.randn(3, columns).to(dtype), torch.randn(9, columns).to(dtype)
         expected = torch.nn.functional.linear(x.double(), weight.double())
@@ -222,7 +206,7 @@ def test_float_weights_touch_no_byte_beyond(path: str, dtype: torch.dtype) -> No
 
 
 @needs_library
-def test_float_products_that_pytorch_computes() -> None:
+def test_float_products_that_pytorch_computes():
     """Many tokens, gradients, autocast, other dtypes and strides."""
     x, weight = torch.randn(3, 40), torch.randn(50, 40)
     plain = torch.nn.functional.linear
@@ -246,7 +230,7 @@ def test_float_products_that_pytorch_computes() -> None:
 
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
-def test_strides_and_leading_dimensions(path: str) -> None:
+def test_strides_and_leading_dimensions(path):
     weight, scale = prepare(random_ternary(12, 64, False), torch.rand(12)), torch.rand(12)
     wide = torch.randn(2, 3, 4, 80)
     for x in (
@@ -270,7 +254,7 @@ def test_strides_and_leading_dimensions(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("tokens", [1, 7, 20])
 @pytest.mark.parametrize("columns", [1, 5, 63, 250, 257, 1000])
-def test_touches_no_byte_beyond_its_operands(path: str, tokens: int, columns: int) -> None:
+def test_touches_no_byte_beyond_its_operands(path, tokens, columns):
     """Every operand ends where an unreadable page begins."""
     ternary, scale = random_ternary(9, columns, True), torch.rand(9)
     x, bias = torch.randn(tokens, columns, dtype=torch.bfloat16), torch.randn(9)
@@ -286,15 +270,15 @@ def test_touches_no_byte_beyond_its_operands(path: str, tokens: int, columns: in
 class GuardedPages:
     """Copies of tensors whose last byte is followed by a page without access."""
 
-    def __init__(self) -> None:
-        self._maps: list[tuple[mmap.mmap, Tensor]] = []
+    def __init__(self):
+        self._maps = []
         self._protect = ctypes.CDLL(None).mprotect
         self._protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    def __enter__(self) -> Callable[[Tensor], Tensor]:
+    def __enter__(self):
         return self._copy
 
-    def _copy(self, tensor: Tensor) -> Tensor:
+    def _copy(self, tensor):
         size = tensor.numel() * tensor.element_size()
         pages = -(-size // mmap.PAGESIZE) + 1
         memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
@@ -305,7 +289,7 @@ class GuardedPages:
         self._maps.append((memory, everything))
         return copy.copy_(tensor)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for memory, everything in self._maps:
             last = everything.data_ptr() + len(memory) - mmap.PAGESIZE
             self._protect(last, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -314,7 +298,7 @@ class GuardedPages:
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("tokens", [1, 3, 50])
-def test_any_number_of_threads(path: str, tokens: int) -> None:
+def test_any_number_of_threads(path, tokens):
     ternary, scale = random_ternary(1000, 1024, True), torch.rand(1000)
     x = torch.randn(tokens, 1024)
     expected = expected_of(x, ternary, scale, None, torch.float32)
@@ -330,7 +314,7 @@ def test_any_number_of_threads(path: str, tokens: int) -> None:
 
 
 @needs_library
-def test_calls_from_several_threads_at_once() -> None:
+def test_calls_from_several_threads_at_once():
     weight = prepare(random_ternary(600, 768, True), torch.rand(600))
     inputs = [torch.randn(1 + 13 * (i % 2), 768) for i in range(24)]
     expected = [
@@ -344,7 +328,7 @@ def test_calls_from_several_threads_at_once() -> None:
 
 
 @needs_library
-def test_threads_of_its_own_where_openmp_is_missing(only_torch: Any) -> None:
+def test_threads_of_its_own_where_openmp_is_missing(only_torch):
     """A process that never shares PyTorch's workers starts threads for large products."""
     script = """
 import torch
@@ -365,7 +349,7 @@ print("equal")
 
 
 @needs_library
-def test_works_in_a_graph() -> None:
+def test_works_in_a_graph():
     ternary, scale = random_ternary(16, 256, True), torch.rand(16)
     weight = prepare(ternary, scale)
     x = torch.randn(3, 256)
@@ -379,7 +363,7 @@ def test_works_in_a_graph() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(out=st.integers(0, 70), columns=st.integers(1, 600), seed=st.integers(0, 2**32))
-def test_panels_of_rows(out: int, columns: int, seed: int) -> None:
+def test_panels_of_rows(out, columns, seed):
     torch.manual_seed(seed)
     ternary = random_ternary(out, columns, False)
     packed = two_bit_panels(ternary)
@@ -391,7 +375,7 @@ def test_panels_of_rows(out: int, columns: int, seed: int) -> None:
         assert code == ternary[row, column] + 1
 
 
-def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pages_change_nothing(monkeypatch):
     large = torch.randint(0, 255, (5 * pages.LARGE_PAGE // 2,), dtype=torch.uint8)
     small, empty = torch.arange(10), torch.empty(0)
     copy = large.clone()
@@ -405,23 +389,22 @@ def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(out=st.integers(0, 70), columns=st.integers(1, 600), seed=st.integers(0, 2**32))
-def test_six_bits_for_four_weights(out: int, columns: int, seed: int) -> None:
+def test_six_bits_for_four_weights(out, columns, seed):
     torch.manual_seed(seed)
     ternary = random_ternary(out, columns, True)
     six_bit = cpu.pack_six_bit(two_bit_panels(ternary))
-    assert six_bit is not None
     assert six_bit.shape == cpu.packed_shape("six-bit", out, columns)
     assert torch.equal(cpu.unpack(six_bit, "six-bit", out, columns), ternary)
 
 
-def test_six_bits_refuse_three_of_four() -> None:
+def test_six_bits_refuse_three_of_four():
     ternary = torch.zeros(70, 64, dtype=torch.int8)
     ternary[69, 60:63] = 1
     assert cpu.pack_six_bit(two_bit_panels(ternary)) is None
 
 
 @needs_library
-def test_refuses_what_does_not_fit() -> None:
+def test_refuses_what_does_not_fit():
     weight, scale = two_bit_panels(random_ternary(4, 64, False)), torch.ones(4)
     for x, bytes_, row_scale in (
         (torch.randn(2, 65), weight, scale),
@@ -444,7 +427,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_dense_integers_on_cpu(tokens: int) -> None:
+def test_dense_integers_on_cpu(tokens):
     largest = 128 if tokens == 1 else 1  # many tokens go to PyTorch, exact for ternary weights
     weight = torch.randint(-largest, largest, (50, 90), dtype=torch.int8)
     x_q, x_scale = quantize_int8(torch.randn(2, tokens, 90))
@@ -458,7 +441,7 @@ def test_dense_integers_on_cpu(tokens: int) -> None:
 
 
 @pytest.fixture
-def afresh() -> Iterator[None]:
+def afresh():
     """Nothing remembered of the library or the environment, before and after."""
     cached = (native._load, native.available, native._default_path, native._reads_six_bit)
     for function in cached:
@@ -469,10 +452,8 @@ def afresh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("afresh")
-def test_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said: list[str] = []
+def test_without_a_compiler(monkeypatch, capsys):
+    said = []
     monkeypatch.setattr(console, "say", said.append)
     monkeypatch.setattr(native, "_file", lambda: None)
     monkeypatch.delenv(native.VARIABLE, raising=False)
@@ -494,14 +475,12 @@ def test_without_a_compiler(
 
 
 @pytest.mark.usefixtures("afresh")
-def test_library_that_cannot_be_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_library_that_cannot_be_loaded(monkeypatch, tmp_path_factory):
     file = tmp_path_factory.mktemp("library") / "_native.so"
     file.write_bytes(b"not a library")
     monkeypatch.setattr(native, "_file", lambda: file)
     monkeypatch.setenv(native.VARIABLE, "reference")
-    said: list[str] = []
+    said = []
     monkeypatch.setattr(console, "say", said.append)
     assert native.available() == ()
     assert native.path() == "reference"
@@ -510,7 +489,7 @@ def test_library_that_cannot_be_loaded(
 
 
 @pytest.mark.usefixtures("afresh")
-def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv(native.VARIABLE, "sse9")
     with pytest.raises(ConfigError, match=r"SPARSE_BITNET_CPU=sse9: 'sse9' is no path; choose"):
         native.path()
@@ -527,7 +506,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 @pytest.mark.parametrize("path", PATHS)
-def test_each_path_in_a_process_of_its_own(only_torch: Any, path: str) -> None:
+def test_each_path_in_a_process_of_its_own(only_torch, path):
     script = """
 import torch
 from sparse_bitnet.kernels.registry import backend_of, prepare, ternary_linear

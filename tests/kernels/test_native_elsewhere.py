@@ -18,7 +18,7 @@ TARGETS = ("x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux
     find_spec("ziglang") is None, reason="needs ziglang (pip install -c constraints.txt ziglang)"
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_links(target: str, tmp_path: Path) -> None:
+def test_links(target, tmp_path):
     sources = [str(file) for file in Path(native.__file__).parent.glob("*.cpp")]
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-std=c++17", "-O1"]
     output = tmp_path / "library"

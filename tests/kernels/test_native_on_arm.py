@@ -16,7 +16,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
     not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
     reason=f"needs {COMPILER} and {EMULATOR} (apt install g++-aarch64-linux-gnu qemu-user)",
 )
-def test_products_on_arm(tmp_path: Path) -> None:
+def test_products_on_arm(tmp_path):
     library, program = Path(native.__file__).parent, tmp_path / "program"
     sources = [str(file) for file in library.glob("*.cpp")]
     main = str(Path(__file__).parent / "native_on_arm.cpp")

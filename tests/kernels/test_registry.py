@@ -1,7 +1,5 @@
 """Backends of packed weights: one for each device, equal to the reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -21,14 +19,14 @@ from sparse_bitnet.kernels.registry import (
 HERE = [name for name in BACKENDS if BACKENDS[name].serves(torch.device("cpu"))]
 
 
-def operands(out: int = 24, columns: int = 64, tokens: int = 5) -> tuple[torch.Tensor, ...]:
+def operands(out=24, columns=64, tokens=5):
     ternary = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
     return torch.randn(tokens, columns), ternary, torch.rand(out), torch.randn(out)
 
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_every_backend_of_this_device_is_the_reference(backend: str, tokens: int) -> None:
+def test_every_backend_of_this_device_is_the_reference(backend, tokens):
     x, ternary, w_scale, bias = operands(tokens=tokens)
     weight = prepare(ternary, w_scale, backend=backend)
     assert weight.backend == backend
@@ -44,7 +42,7 @@ def test_every_backend_of_this_device_is_the_reference(backend: str, tokens: int
         assert torch.equal(found, residual + expected)
 
 
-def test_leading_dimensions_stay() -> None:
+def test_leading_dimensions_stay():
     x, ternary, w_scale, bias = operands(tokens=6)
     weight = prepare(ternary, w_scale)
     y = ternary_linear(x.view(2, 3, -1), weight, bias, torch.bfloat16)
@@ -52,7 +50,7 @@ def test_leading_dimensions_stay() -> None:
     assert torch.equal(y.view(6, 24), ternary_linear(x, weight, bias, torch.bfloat16))
 
 
-def test_a_residual_of_another_shape_or_dtype_is_refused() -> None:
+def test_a_residual_of_another_shape_or_dtype_is_refused():
     x, ternary, w_scale, _ = operands(tokens=3)
     weight = prepare(ternary, w_scale)
     x_q, x_scale = quantize_int8(x.unsqueeze(0))
@@ -61,16 +59,16 @@ def test_a_residual_of_another_shape_or_dtype_is_refused() -> None:
             integer_linear(x_q, x_scale, weight, None, torch.float32, residual)
 
 
-def test_scales_of_rows_are_contiguous() -> None:
+def test_scales_of_rows_are_contiguous():
     """A kernel reads them before the one ahead has ended, which a copy just made would be."""
     ternary = torch.zeros(16, 64, dtype=torch.int8)
     assert prepare(ternary, torch.ones(1).expand(16)).w_scale.is_contiguous()
 
 
-def test_each_gpu_has_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_has_its_backend(monkeypatch):
     device = torch.device("cuda", 0)
 
-    def chosen(capability: tuple[int, int], nvrtc: bool = True, triton: bool = True) -> str:
+    def chosen(capability, nvrtc=True, triton=True):
         for module in (hopper, platform, reference):
             monkeypatch.setattr(module, "capability", lambda index: capability)
         monkeypatch.setattr(hopper, "has_nvrtc", lambda: nvrtc)
@@ -87,7 +85,7 @@ def test_each_gpu_has_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Triton is not installed" in BACKENDS["reference"].reason(device)
 
 
-def test_a_cpu_has_the_compiled_library() -> None:
+def test_a_cpu_has_the_compiled_library():
     expected = "native" if native.available() else "reference"
     assert backend_of(torch.device("cpu")).name == expected
     with native.forced("reference"):
@@ -95,7 +93,7 @@ def test_a_cpu_has_the_compiled_library() -> None:
     assert backend_of(torch.device("meta")).name == "reference"
 
 
-def test_explains_what_serves_a_device() -> None:
+def test_explains_what_serves_a_device():
     backend = backend_of(torch.device("cpu"))
     said = f"cpu: packed weights are multiplied by {backend.name} ({native.explanation()})"
     assert explain("cpu") == said
@@ -103,7 +101,7 @@ def test_explains_what_serves_a_device() -> None:
         explain("cudaa")
 
 
-def test_a_new_backend_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_backend_is_one_class(monkeypatch):
     class Better(reference.Reference):
         name, rank = "better", -1
 
@@ -113,7 +111,7 @@ def test_a_new_backend_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 64, 100, 513])
-def test_rows_of_the_triton_backend(columns: int) -> None:
+def test_rows_of_the_triton_backend(columns):
     _, ternary, _, _ = operands(columns=columns)
     packed = triton_two_bit.pack_rows(ternary)
     assert packed.shape == (24, -(-columns // 64) * 16)

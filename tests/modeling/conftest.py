@@ -1,10 +1,5 @@
 """Tiny random models of the Llama family over packed linears, in transformers' own classes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +9,6 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -31,7 +25,7 @@ CONFIGS = {
 }
 # PyTorch's silu differs by an ulp between contiguous and strided rows whose end is no whole vector,
 # and gate is a strided half of the fused product: so the inner width is a multiple of 64.
-SHAPE: dict[str, Any] = {
+SHAPE = {
     "vocab_size": 300,
     "hidden_size": 96,
     "intermediate_size": 192,
@@ -45,26 +39,18 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 
-Packed = Callable[..., PreTrainedModel]
-
 
 @pytest.fixture
-def packed() -> Packed:
+def packed():
     """``packed("qwen2", dtype, pattern, bits, **config)``: always the same model.
 
     Norms and biases are random too. With ``pattern`` None its linears stay ``nn.Linear``.
     """
 
-    def make(
-        architecture: str = "qwen2",
-        dtype: torch.dtype = torch.float32,
-        pattern: str | None = "6:8",
-        bits: Any = 8,
-        **changes: Any,
-    ) -> PreTrainedModel:
+    def make(architecture="qwen2", dtype=torch.float32, pattern="6:8", bits=8, **changes):
         torch.manual_seed(0)
         shape = SHAPE | ({"sliding_window": None} if architecture == "mistral" else {}) | changes
-        model: Any = AutoModelForCausalLM.from_config(CONFIGS[architecture](**shape), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(CONFIGS[architecture](**shape), dtype=dtype)
         model.eval().requires_grad_(False)
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -83,14 +69,11 @@ def packed() -> Packed:
     return make
 
 
-Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
-
-
 @pytest.fixture
-def continuously() -> Continuously:
+def continuously():
     """Greedy answers of given lengths by transformers' continuous batching."""
 
-    def answers(model: Any, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    def answers(model, prompts, lengths):
         manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(

@@ -1,14 +1,9 @@
 """Fused projections compute what the separate ones do, and what cannot be fused is left alone."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
 
 from sparse_bitnet.core import ConfigError, Pattern
 from sparse_bitnet.modeling import build_decoder, unsupported
@@ -17,13 +12,11 @@ from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_linear import PackedLinear
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
-Packed = Callable[..., PreTrainedModel]
-
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_every_matrix_keeps_its_own_scale_and_bias(pack: bool) -> None:
+def test_every_matrix_keeps_its_own_scale_and_bias(pack):
     linears = [nn.Linear(16, out, bias=out != 5) for out in (3, 5, 8)]
-    parts: list[Any] = list(linears)
+    parts = list(linears)
     if pack:
         parts = [pack_module(SparseBitLinear(linear), "trits", "l") for linear in linears]
     fused = fuse(parts)
@@ -35,16 +28,16 @@ def test_every_matrix_keeps_its_own_scale_and_bias(pack: bool) -> None:
     torch.testing.assert_close(fused(x), expected, **({"rtol": 0, "atol": 0} if pack else {}))
 
 
-def test_a_fused_linear_is_fused_again() -> None:
+def test_a_fused_linear_is_fused_again():
     first = fuse([pack_module(SparseBitLinear(nn.Linear(16, n)), "trits", "l") for n in (3, 5)])
     second = pack_module(SparseBitLinear(nn.Linear(16, 4)), "trits", "l")
     whole = fuse([first, second])
-    assert whole.spec.shard_sizes == (3, 5, 4)  # type: ignore[union-attr]
+    assert whole.spec.shard_sizes == (3, 5, 4)
     x = torch.randn(2, 16)
     assert torch.equal(whole(x), torch.cat([first(x), second(x)], -1))
 
 
-def test_names_and_shapes(packed: Packed) -> None:
+def test_names_and_shapes(packed):
     decoder = build_decoder(packed("qwen3"))
     layer = decoder.model.layers[1]
     assert layer.self_attn.qkv_proj.out_features == (6 + 2 + 2) * 32
@@ -54,14 +47,14 @@ def test_names_and_shapes(packed: Packed) -> None:
     assert not decoder.training and not any(p.requires_grad for p in decoder.parameters())
 
 
-def test_the_model_is_used_up(packed: Packed) -> None:
-    model: Any = packed()
+def test_the_model_is_used_up(packed):
+    model = packed()
     build_decoder(model)
     assert not any(isinstance(module, PackedLinear) for module in model.model.layers.modules())
 
 
-def test_other_architectures_are_refused() -> None:
-    sizes: dict[str, Any] = {
+def test_other_architectures_are_refused():
+    sizes = {
         "vocab_size": 50,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -76,18 +69,18 @@ def test_other_architectures_are_refused() -> None:
             build_decoder(model)
 
 
-def test_a_class_of_the_same_name_is_refused(packed: Packed) -> None:
-    model: Any = packed()
+def test_a_class_of_the_same_name_is_refused(packed):
+    model = packed()
     own = type("Qwen2ForCausalLM", (type(model),), {"__module__": __name__})
     assert unsupported(own(model.config)) == "Qwen2ForCausalLM is not of the Llama family"
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
-def test_a_layer_of_mixed_linears_is_refused(packed: Packed, name: str) -> None:
+def test_a_layer_of_mixed_linears_is_refused(packed, name):
     for spec in ("2:4", None):
-        model: Any = packed()
+        model = packed()
         layer = model.model.layers[1]
-        linear: Any = nn.Linear(96, layer.get_submodule(name).out_features)
+        linear = nn.Linear(96, layer.get_submodule(name).out_features)
         if spec is not None:
             linear = pack_module(SparseBitLinear(linear, Pattern.parse(spec)), "two-bit", name)
         layer.set_submodule(name, linear)

@@ -1,10 +1,5 @@
 """Caches against transformers' own."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import pytest
 import torch
 from transformers import MistralConfig, Qwen2Config
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
@@ -17,14 +12,14 @@ CONFIG = Qwen2Config(
 )
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one, other):
     return all(
         torch.equal(getattr(one.layers[0], name), getattr(other.layers[0], name))
         for name in ("keys", "values")
     )
 
 
-def test_whatever_is_done_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_is_done_to_it(monkeypatch):
     monkeypatch.setattr("sparse_bitnet.modeling.cache.SPARE_TOKENS", 4)
     ours, theirs = KeyValueCache(CONFIG), DynamicCache(config=CONFIG)
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +45,7 @@ def test_whatever_is_done_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
             assert same(ours, theirs)
 
 
-def test_the_batch_changes() -> None:
+def test_the_batch_changes():
     ours, theirs = KeyValueCache(CONFIG), DynamicCache(config=CONFIG)
     for change in (None, 2, torch.tensor([0, 3]), torch.tensor([1])):
         keys, values = torch.randn(2, theirs.layers[0].keys.shape[0] if change is not None else 2,
@@ -64,7 +59,7 @@ def test_the_batch_changes() -> None:
         assert same(ours, theirs)
 
 
-def test_tokens_are_not_copied() -> None:
+def test_tokens_are_not_copied():
     cache = KeyValueCache(CONFIG)
     cache.update(*torch.randn(2, 1, 2, 5, 8), 0)
     places = set()
@@ -74,7 +69,7 @@ def test_tokens_are_not_copied() -> None:
     assert len(places) == 1
 
 
-def test_made_in_inference_mode_and_used_outside() -> None:
+def test_made_in_inference_mode_and_used_outside():
     cache = KeyValueCache(CONFIG)
     with torch.inference_mode():
         cache.update(*torch.randn(2, 1, 2, 5, 8), 0)
@@ -82,7 +77,7 @@ def test_made_in_inference_mode_and_used_outside() -> None:
     assert keys.shape == (1, 2, 6, 8)
 
 
-def test_gradients_pass_through() -> None:
+def test_gradients_pass_through():
     cache = KeyValueCache(CONFIG)
     keys = torch.randn(1, 2, 5, 8, requires_grad=True)
     found, _ = cache.update(keys, torch.randn(1, 2, 5, 8), 0)
@@ -90,14 +85,14 @@ def test_gradients_pass_through() -> None:
     assert torch.equal(keys.grad, torch.ones_like(keys))
 
 
-def test_windows_are_transformers_own() -> None:
+def test_windows_are_transformers_own():
     config = MistralConfig(num_hidden_layers=2, sliding_window=4)
     kinds = {type(layer) for layer in KeyValueCache(config).layers}
     assert kinds == {DynamicSlidingWindowLayer}
     assert {type(layer) for layer in KeyValueCache(CONFIG).layers} == {GrowingLayer}
 
 
-def test_a_static_cache_stays_where_it_is() -> None:
+def test_a_static_cache_stays_where_it_is():
     cache = StaticKeyValueCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
     place = cache.layers[0].keys.data_ptr()
     first, second = torch.randn(2, 2, 2, 3, 8).bfloat16()

@@ -4,16 +4,11 @@ Every kernel of a GPU is played by its reference on a CPU, so what is tested is 
 kernels a token takes, and when a compiler compiles again.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +21,6 @@ from transformers import (
 )
 
 from sparse_bitnet.kernels.matmul import reference, tiles
-from sparse_bitnet.kernels.registry import TernaryWeight
 from sparse_bitnet.kernels.registry import prepare as prepare_weight
 from sparse_bitnet.modeling import StaticKeyValueCache, build_decoder, layers
 from sparse_bitnet.nn import convert, packed_linear
@@ -35,7 +29,7 @@ from sparse_bitnet.nn.pack import pack_module
 from sparse_bitnet.nn.packed_module import prepare
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -52,36 +46,25 @@ decode_attention = importlib.import_module("sparse_bitnet.kernels.decode_attenti
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 
 
-def hopper_matmul(
-    x_q: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    residual: Tensor | None,
-    sparse: bool,
-) -> Tensor:
+def hopper_matmul(x_q, x_scale, packed, w_scale, bias, out_dtype, residual, sparse):
     ternary = tiles.unpack(packed, w_scale.shape[0], x_q.shape[-1], sparse)
     y = reference.ternary_matmul(x_q, x_scale, ternary, w_scale, bias, out_dtype)
     return y if residual is None else residual + y
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def calls(monkeypatch):
     """Names of the kernels that ran."""
-    ran: list[str] = []
+    ran = []
 
-    def played(name: str, by: Callable[..., Any]) -> None:
-        def kernel(*arguments: Any) -> Any:
+    def played(name, by):
+        def kernel(*arguments):
             ran.append(name)
             return by(*arguments)
 
         library.impl(name, kernel, "CPU")
 
-    def add_norm_quantize(
-        x: Tensor, delta: Tensor, weight: Tensor, epsilon: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def add_norm_quantize(x, delta, weight, epsilon):
         return x + delta, *quantization.reference.quantize_fused(x + delta, weight, epsilon)
 
     for module in (quantization, int8_linear, decode_attention, layers):
@@ -99,19 +82,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch._dynamo.reset()
 
 
-def graphs() -> int:
+def graphs():
     return int(counters["stats"]["unique_graphs"])
 
 
-def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
+def packed_model(monkeypatch, config=None):
     """The decoder (of a Qwen2), packed layers laid out as on a GPU, with an int8 head."""
 
-    def as_on_a_gpu(ternary: Tensor, w_scale: Tensor, _stored: object) -> TernaryWeight:
+    def as_on_a_gpu(ternary, w_scale, _stored):
         return prepare_weight(ternary, w_scale, backend="hopper")
 
     monkeypatch.setattr(packed_linear, "prepare", as_on_a_gpu)
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config or Qwen2Config(**SIZES)).eval()
+    model = AutoModelForCausalLM.from_config(config or Qwen2Config(**SIZES)).eval()
     table = quantize_rows(model.get_input_embeddings().weight)
     convert(model, "6:8")
     for name, module in list(model.named_modules()):
@@ -126,9 +109,7 @@ def packed_model(monkeypatch: pytest.MonkeyPatch, config: Any = None) -> Any:
     return decoder
 
 
-def test_a_whole_model_takes_prompts_of_any_length(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_model_takes_prompts_of_any_length(calls, monkeypatch):
     model = packed_model(monkeypatch, Qwen2Config(**SIZES | {"num_hidden_layers": 1}))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -142,9 +123,7 @@ def test_a_whole_model_takes_prompts_of_any_length(
     assert graphs() <= 5
 
 
-def test_prompt_and_generated_tokens_compiled(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompt_and_generated_tokens_compiled(calls, monkeypatch):
     model = packed_model(monkeypatch)
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
@@ -162,7 +141,7 @@ def test_prompt_and_generated_tokens_compiled(
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_kernels_of_a_layer(calls: list[str], monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_kernels_of_a_layer(calls, monkeypatch, length):
     """Norm and quantization, residual sum, SwiGLU: each rides in a kernel beside it."""
     model = packed_model(monkeypatch)
     ids = torch.randint(0, 96, (1, length))
@@ -191,9 +170,7 @@ def test_kernels_of_a_layer(calls: list[str], monkeypatch: pytest.MonkeyPatch, l
     assert (eager - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_norms_of_another_dtype_stay_the_compilers(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_norms_of_another_dtype_stay_the_compilers(calls, monkeypatch):
     model = packed_model(monkeypatch)
     for layer in model.model.layers:
         layer.input_layernorm.float()
@@ -206,9 +183,7 @@ def test_norms_of_another_dtype_stay_the_compilers(
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_layers_that_are_alike_share_a_graph(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_are_alike_share_a_graph(calls, monkeypatch):
     model = packed_model(monkeypatch)
     expected = copy.deepcopy(model)
     for layer in model.model.layers:
@@ -236,9 +211,7 @@ def test_layers_that_are_alike_share_a_graph(
     ids=lambda config: config.model_type,
 )
 @pytest.mark.parametrize("shape", [(3, 1), (2, 5)])
-def test_few_tokens_of_other_architectures(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, config: Any, shape: tuple[int, int]
-) -> None:
+def test_few_tokens_of_other_architectures(calls, monkeypatch, config, shape):
     """Sequences of several lengths over a cache, with biases, windows, norms of heads."""
     model = packed_model(monkeypatch, config)
     for name, buffer in model.named_buffers():
@@ -248,11 +221,11 @@ def test_few_tokens_of_other_architectures(
     mask = torch.ones(shape[0], 9 + shape[1], dtype=torch.long)
     mask[1:, :3] = 0
 
-    def logits(step: Any) -> Tensor:
+    def logits(step):
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
             model(input_ids=ids, attention_mask=mask[:, :9], past_key_values=cache)
-            found: Tensor = step(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+            found = step(input_ids=new, attention_mask=mask, past_key_values=cache).logits
         return found
 
     expected = logits(model)

@@ -1,30 +1,24 @@
 """The decoder against transformers' own classes over the same packed linears, to the last bit."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
-    PreTrainedModel,
     TextStreamer,
 )
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.kernels import native
-from sparse_bitnet.modeling import DecoderForCausalLM, StaticKeyValueCache, build_decoder
+from sparse_bitnet.modeling import StaticKeyValueCache, build_decoder
 from sparse_bitnet.modeling.layers import Head
 from sparse_bitnet.nn.int8_head import Int8Table, int8_modules, quantize_rows, swap_int8
 
-Packed = Callable[..., PreTrainedModel]
-KINDS: list[tuple[str, dict[str, Any]]] = [
+KINDS = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("llama", {"hidden_act": "gelu"}),
@@ -35,8 +29,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", {}),
 ]
-GREEDY: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
-OPTIONS: list[dict[str, Any]] = [
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+OPTIONS = [
     {"do_sample": True, "top_k": 20, "temperature": 1.5},
     {"num_beams": 3},
     {"cache_implementation": "static"},
@@ -46,7 +40,7 @@ TEXTS = [(*kind, {}) for kind in KINDS]
 TEXTS += [(*kind, options) for kind in (KINDS[0], KINDS[5], KINDS[8]) for options in OPTIONS]
 
 
-def both(model: Any) -> tuple[Any, DecoderForCausalLM]:
+def both(model):
     """transformers' model and the decoder; both with its head, whose sums have another order."""
     decoder = build_decoder(copy.deepcopy(model))
     head = model.get_output_embeddings()
@@ -55,7 +49,7 @@ def both(model: Any) -> tuple[Any, DecoderForCausalLM]:
     return model, decoder
 
 
-def prompts(padded: bool = True) -> dict[str, Tensor]:
+def prompts(padded=True):
     """Two of 17 tokens, the first with five of padding on its left."""
     mask = torch.ones(2, 17, dtype=torch.int64)
     mask[0, :5] = 0 if padded else 1
@@ -64,10 +58,8 @@ def prompts(padded: bool = True) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("architecture", "changes"), KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_are_equal(
-    packed: Packed, architecture: str, changes: dict[str, Any], attention: str
-) -> None:
-    model: Any = packed(architecture, attn_implementation=attention, **changes)
+def test_logits_are_equal(packed, architecture, changes, attention):
+    model = packed(architecture, attn_implementation=attention, **changes)
     # PyTorch has another gelu for strided rows; in float64 the quantizer never sees its last bit.
     exact = model.config.hidden_act == "silu"
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-12, "atol": 1e-12}
@@ -88,9 +80,7 @@ def test_logits_are_equal(
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_linears_and_dtypes(
-    packed: Packed, pattern: str | None, bits: int, dtype: torch.dtype
-) -> None:
+def test_other_linears_and_dtypes(packed, pattern, bits, dtype):
     plain, decoder = both(packed("qwen3", dtype, pattern, bits))
     inputs = prompts()
     expected, found = plain(**inputs).logits.float(), decoder(**inputs).logits.float()
@@ -101,9 +91,7 @@ def test_other_linears_and_dtypes(
 
 
 @pytest.mark.parametrize(("architecture", "changes", "options"), TEXTS)
-def test_the_same_text(
-    packed: Packed, architecture: str, changes: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_the_same_text(packed, architecture, changes, options):
     plain, decoder = both(packed(architecture, **changes))
     batch = prompts()
     one = {"input_ids": batch["input_ids"][:1]}
@@ -115,7 +103,7 @@ def test_the_same_text(
         assert torch.equal(texts[1], texts[0])
 
 
-def test_prompt_lookup_and_a_cache_of_ones_own(packed: Packed) -> None:
+def test_prompt_lookup_and_a_cache_of_ones_own(packed):
     plain, decoder = both(packed())
     ids = torch.randint(0, 300, (1, 9)).repeat(1, 2)
     options = GREEDY | {"prompt_lookup_num_tokens": 3}
@@ -126,8 +114,8 @@ def test_prompt_lookup_and_a_cache_of_ones_own(packed: Packed) -> None:
         assert cache.get_seq_length() == found.shape[1] - 1
 
 
-def test_a_stored_generation_config_is_followed(packed: Packed) -> None:
-    model: Any = packed()
+def test_a_stored_generation_config_is_followed(packed):
+    model = packed()
     model.generation_config = GenerationConfig(max_new_tokens=5, use_cache=False, pad_token_id=0)
     _, decoder = both(model)
     found = decoder.generate(torch.arange(4)[None], return_dict_in_generate=True)
@@ -135,15 +123,15 @@ def test_a_stored_generation_config_is_followed(packed: Packed) -> None:
     assert found.past_key_values is None
 
 
-def test_pieces_are_streamed(packed: Packed) -> None:
+def test_pieces_are_streamed(packed):
     class Words(TextStreamer):
-        def __init__(self) -> None:
-            self.seen: list[int] = []
+        def __init__(self):
+            self.seen = []
 
-        def put(self, value: Tensor) -> None:
+        def put(self, value):
             self.seen += value.reshape(-1).tolist()
 
-        def end(self) -> None:
+        def end(self):
             self.seen.append(-1)
 
     _, decoder = both(packed())
@@ -152,7 +140,7 @@ def test_pieces_are_streamed(packed: Packed) -> None:
     assert words.seen == [*text[0].tolist(), -1]
 
 
-def test_continuous_batching_gives_the_same_text(packed: Packed) -> None:
+def test_continuous_batching_gives_the_same_text(packed):
     plain, decoder = both(packed("qwen3"))
     inputs = [torch.randint(1, 300, (length,)).tolist() for length in (3, 11, 6)]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -169,7 +157,7 @@ def test_continuous_batching_gives_the_same_text(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_hidden_states_and_attentions(packed: Packed, length: int) -> None:
+def test_hidden_states_and_attentions(packed, length):
     plain, decoder = both(packed(attn_implementation="eager"))
     options = {"output_hidden_states": True, "output_attentions": True}
     found, expected = [], []
@@ -184,15 +172,15 @@ def test_hidden_states_and_attentions(packed: Packed, length: int) -> None:
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_labels_give_the_loss(packed: Packed) -> None:
+def test_labels_give_the_loss(packed):
     plain, decoder = both(packed())
     ids = torch.randint(0, 300, (2, 9))
     assert torch.equal(decoder(ids, labels=ids).loss, plain(ids, labels=ids).loss)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_int8_head(packed: Packed, tied: bool) -> None:
-    model: Any = packed("llama", tie_word_embeddings=tied)
+def test_an_int8_head(packed, tied):
+    model = packed("llama", tie_word_embeddings=tied)
     table = quantize_rows(model.get_output_embeddings().weight)
     swap_int8(model, int8_modules(model), device="cpu")
     (int8,) = (module for module in model.modules() if isinstance(module, Int8Table))
@@ -204,7 +192,7 @@ def test_an_int8_head(packed: Packed, tied: bool) -> None:
     assert torch.equal(decoder.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
 
 
-def test_a_static_cache_at_one_position(packed: Packed) -> None:
+def test_a_static_cache_at_one_position(packed):
     """Token by token over slots that hold random numbers: they must not be seen."""
     _, decoder = both(packed("llama"))
     ids = torch.randint(0, 300, (2, 7))
@@ -221,7 +209,7 @@ def test_a_static_cache_at_one_position(packed: Packed) -> None:
     assert torch.equal(again, found)
 
 
-def test_transformers_static_cache(packed: Packed) -> None:
+def test_transformers_static_cache(packed):
     plain, decoder = both(packed())
     results = []
     for model in (plain, decoder):
@@ -231,21 +219,21 @@ def test_transformers_static_cache(packed: Packed) -> None:
     assert torch.equal(*results)
 
 
-def test_it_is_not_saved(packed: Packed, tmp_path: Any) -> None:
+def test_it_is_not_saved(packed, tmp_path):
     _, decoder = both(packed())
     with pytest.raises(ConfigError, match="copy the directory that it was loaded from"):
         decoder.save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_inputs_are_given_once(packed: Packed) -> None:
+def test_inputs_are_given_once(packed):
     _, decoder = both(packed())
     for given in ({}, {"input_ids": torch.zeros(1, 1).long(), "inputs_embeds": torch.zeros(1)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             decoder(**given)
 
 
-def test_without_the_native_library(packed: Packed) -> None:
+def test_without_the_native_library(packed):
     with native.forced("reference"):
         plain, decoder = both(packed())
         ids = torch.arange(5)[None]

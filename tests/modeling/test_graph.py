@@ -4,41 +4,34 @@ Without a GPU a recording is played back as the Python that it was made of; what
 hold of it (which memory it reads) is looked at while that runs.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
-from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, build_decoder, graph
+from sparse_bitnet.modeling import KeyValueCache, build_decoder, graph
 from sparse_bitnet.nn.packed_module import PackedModule
 
-Packed = Callable[..., PreTrainedModel]
-Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
-GREEDY: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+GREEDY = {"max_new_tokens": 40, "do_sample": False}
 
 
 class Reads(TorchDispatchMode):
     """The memory that a function reads and did not make."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.made: set[int] = set()
-        self.read: dict[int, Tensor] = {}
-        self.alive: list[Any] = []
+        self.made = set()
+        self.read = {}
+        self.alive = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for one in tree_leaves((args, kwargs)):
             if isinstance(one, Tensor) and memory(one) not in self.made:
                 self.read[memory(one)] = one
@@ -50,26 +43,24 @@ class Reads(TorchDispatchMode):
         return result
 
 
-def memory(tensor: Tensor) -> int:
+def memory(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
 class Recorder:
     """Stands for CUDA's: counts recordings and replays, notes what a recording reads."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.recorded = self.replayed = 0
         self.reads = Reads()
 
-    def __call__(
-        self, step: Callable[[], Tensor], device: torch.device
-    ) -> Callable[[Callable[[], None]], Tensor]:
+    def __call__(self, step, device):
         self.recorded += 1
         self.reads = Reads()
         with self.reads:
             step()
 
-        def replay(fill: Callable[[], None]) -> Tensor:
+        def replay(fill):
             self.replayed += 1
             fill()
             return step().clone()
@@ -77,7 +68,7 @@ class Recorder:
         return replay
 
 
-def of_model(model: nn.Module) -> list[Tensor]:
+def of_model(model):
     """Parameters, buffers, and weights in the layout that they are multiplied in."""
     owned = [*model.parameters(), *model.buffers()]
     for module in model.modules():
@@ -88,7 +79,7 @@ def of_model(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def recorder(monkeypatch):
     one = Recorder()
     monkeypatch.setattr(graph, "DEVICE", "cpu")
     monkeypatch.setattr(graph, "record", one)
@@ -96,12 +87,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return one
 
 
-def decoder(packed: Packed, *args: Any, **options: Any) -> DecoderForCausalLM:
+def decoder(packed, *args, **options):
     return build_decoder(packed(*args, **options))
 
 
 @torch.no_grad()
-def by_modules(model: DecoderForCausalLM, *args: Any, **options: Any) -> Any:
+def by_modules(model, *args, **options):
     """What the model gives if nothing is recorded."""
     plain = copy.copy(model)
     plain.__dict__ = model.__dict__ | {"graph": lambda *_: None}
@@ -109,7 +100,7 @@ def by_modules(model: DecoderForCausalLM, *args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_the_same_text(packed: Packed, recorder: Recorder, architecture: str) -> None:
+def test_the_same_text(packed, recorder, architecture):
     model = decoder(packed, architecture)
     ids = torch.randint(1, 300, (3, 9))
     mask = torch.ones_like(ids)
@@ -124,7 +115,7 @@ def test_the_same_text(packed: Packed, recorder: Recorder, architecture: str) ->
     assert recorder.recorded == 1
 
 
-def test_logits_with_and_without_mask_and_positions(packed: Packed, recorder: Recorder) -> None:
+def test_logits_with_and_without_mask_and_positions(packed, recorder):
     model = decoder(packed)
     ids = torch.randint(1, 300, (2, 7))
     pasts = [KeyValueCache(model.config) for _ in range(2)]
@@ -147,9 +138,7 @@ def test_logits_with_and_without_mask_and_positions(packed: Packed, recorder: Re
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-5, atol=1e-5)
 
 
-def test_a_longer_text_is_recorded_anew(
-    packed: Packed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_longer_text_is_recorded_anew(packed, recorder, monkeypatch):
     monkeypatch.setattr("sparse_bitnet.modeling.cache.SPARE_TOKENS", 8)
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 5))
@@ -158,7 +147,7 @@ def test_a_longer_text_is_recorded_anew(
     assert 2 <= recorder.recorded <= 5
 
 
-def test_a_short_answer_records_nothing(packed: Packed, recorder: Recorder) -> None:
+def test_a_short_answer_records_nothing(packed, recorder):
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 5))
     model.generate(ids, max_new_tokens=graph.MEETINGS, do_sample=False)
@@ -166,11 +155,11 @@ def test_a_short_answer_records_nothing(packed: Packed, recorder: Recorder) -> N
 
 
 @pytest.mark.parametrize("what", ["layer", "head"])
-def test_hooks_are_called(packed: Packed, recorder: Recorder, what: str) -> None:
+def test_hooks_are_called(packed, recorder, what):
     model = decoder(packed)
-    module: nn.Module = model.lm_head if what == "head" else model.model.layers[1].mlp
+    module = model.lm_head if what == "head" else model.model.layers[1].mlp
     ids = torch.randint(1, 300, (1, 5))
-    seen: list[int] = []
+    seen = []
     hook = module.register_forward_hook(lambda *_: seen.append(1))
     expected = model.generate(ids, **GREEDY)
     assert recorder.recorded == 0
@@ -180,15 +169,13 @@ def test_hooks_are_called(packed: Packed, recorder: Recorder, what: str) -> None
     assert len(seen) == (GREEDY["max_new_tokens"] if what == "head" else 1 + 39)
 
 
-def test_a_recording_that_fails(
-    packed: Packed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recording_that_fails(packed, recorder, monkeypatch):
     """The text is that of the modules, with a warning once, until the model has moved."""
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 5))
     expected = by_modules(model, ids, **GREEDY)
 
-    def no_memory(*_: Any) -> Any:
+    def no_memory(*_):
         raise torch.OutOfMemoryError("no memory is left")
 
     monkeypatch.setattr(graph, "record", no_memory)
@@ -202,7 +189,7 @@ def test_a_recording_that_fails(
     assert recorder.recorded == 1
 
 
-def test_a_moved_model_keeps_nothing(packed: Packed, recorder: Recorder) -> None:
+def test_a_moved_model_keeps_nothing(packed, recorder):
     model = decoder(packed)
     model.generate(torch.randint(1, 300, (1, 5)), **GREEDY)
     old = weakref.ref(model.model.layers[0].mlp.down_proj.prepared("weight"))
@@ -214,18 +201,18 @@ def test_a_moved_model_keeps_nothing(packed: Packed, recorder: Recorder) -> None
 
 
 @pytest.mark.parametrize("what", ["mlp", "down_proj", "norm", "head", "last"])
-def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str) -> None:
+def test_a_replaced_module_is_seen(packed, recorder, what):
     """Over the same cache, and where the new one has the old one's weights."""
     model = decoder(packed)
     past = KeyValueCache(model.config)
     token = torch.randint(1, 300, (1, 1))
 
     class Half(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
+        def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
-        def forward(self, *args: Any) -> Any:
+        def forward(self, *args):
             return self.inner(*args) / 2
 
     with torch.no_grad():
@@ -233,7 +220,7 @@ def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str
         for _ in range(graph.MEETINGS + 1):
             before = model(token, past_key_values=past).logits
             past.crop(-1)
-        layer: Any = model.model.layers[1]
+        layer = model.model.layers[1]
         if what == "mlp":
             layer.mlp = copy.deepcopy(layer.mlp)
             down = layer.mlp.down_proj
@@ -257,7 +244,7 @@ def test_a_replaced_module_is_seen(packed: Packed, recorder: Recorder, what: str
     assert not torch.allclose(found, before, rtol=1e-3)
 
 
-def recorded_once(model: DecoderForCausalLM) -> tuple[KeyValueCache, Any]:
+def recorded_once(model):
     """A cache of two sequences, and the pass that was recorded over it."""
     past = KeyValueCache(model.config)
     with torch.no_grad():
@@ -268,7 +255,7 @@ def recorded_once(model: DecoderForCausalLM) -> tuple[KeyValueCache, Any]:
     return past, recorded
 
 
-def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
+def test_all_that_is_read_is_owned(packed, recorder):
     """A CUDA graph holds addresses: whatever it reads must live as long as it does."""
     model = decoder(packed)
     past, recorded = recorded_once(model)
@@ -279,7 +266,7 @@ def test_all_that_is_read_is_owned(packed: Packed, recorder: Recorder) -> None:
     assert not missing, [recorder.reads.read[one].shape for one in missing]
 
 
-def test_a_cache_is_not_kept(packed: Packed, recorder: Recorder) -> None:
+def test_a_cache_is_not_kept(packed, recorder):
     """By CUDA's recording; this one keeps what its Python reads."""
     model = decoder(packed)
     past, recorded = recorded_once(model)
@@ -291,13 +278,13 @@ def test_a_cache_is_not_kept(packed: Packed, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("what", ["norm", "bias", "weight", "head", "embedding"])
-def test_a_replaced_weight_is_seen(packed: Packed, recorder: Recorder, what: str) -> None:
+def test_a_replaced_weight_is_seen(packed, recorder, what):
     model, other = decoder(packed), decoder(packed)
     ids = torch.randint(1, 300, (1, 5))
     model.generate(ids, **GREEDY)
     for one in (model, other):
         torch.manual_seed(1)
-        layer: Any = one.model.layers[1]
+        layer = one.model.layers[1]
         if what == "norm":
             layer.input_layernorm.weight = nn.Parameter(torch.rand(96), requires_grad=False)
         elif what == "bias":
@@ -314,7 +301,7 @@ def test_a_replaced_weight_is_seen(packed: Packed, recorder: Recorder, what: str
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
-def test_conversations_take_turns(packed: Packed, recorder: Recorder) -> None:
+def test_conversations_take_turns(packed, recorder):
     """Each has its own graph, used again when its turn comes; only so many are kept."""
     model = decoder(packed)
     count = graph.MOST_GRAPHS + 2
@@ -334,9 +321,7 @@ def test_conversations_take_turns(packed: Packed, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_continuous_batching(
-    packed: Packed, recorder: Recorder, continuously: Continuously, architecture: str
-) -> None:
+def test_continuous_batching(packed, recorder, continuously, architecture):
     """Sequences of other lengths, which end one after the other; one prompt is read in pieces."""
     model = decoder(packed, architecture)
     prompts = [torch.randint(1, 300, (length,)).tolist() for length in (3, 50, 1, 17, 9)]
@@ -356,12 +341,7 @@ def test_continuous_batching(
     assert len(set(recorder.reads.read) - owned) == 1
 
 
-def test_too_many_keys_go_module_by_module(
-    packed: Packed,
-    recorder: Recorder,
-    continuously: Continuously,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_too_many_keys_go_module_by_module(packed, recorder, continuously, monkeypatch):
     model = decoder(packed)
     prompts = [[5, 6, 7], list(range(1, 20))]
     expected = continuously(model, prompts, [9, 9])
@@ -372,7 +352,7 @@ def test_too_many_keys_go_module_by_module(
     assert recorder.replayed == 0
 
 
-def test_threads_take_turns(packed: Packed, recorder: Recorder) -> None:
+def test_threads_take_turns(packed, recorder):
     model = decoder(packed)
     prompts = [torch.randint(1, 300, (1, 6)) for _ in range(4)]
     expected = [by_modules(model, ids, **GREEDY) for ids in prompts]
@@ -381,7 +361,7 @@ def test_threads_take_turns(packed: Packed, recorder: Recorder) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_beams(packed: Packed, recorder: Recorder) -> None:
+def test_beams(packed, recorder):
     """Their caches are copied about with every token."""
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 6))
@@ -389,7 +369,7 @@ def test_beams(packed: Packed, recorder: Recorder) -> None:
     assert torch.equal(model.generate(ids, **options), by_modules(model, ids, **options))
 
 
-def test_what_it_does_not_serve(packed: Packed, recorder: Recorder) -> None:
+def test_what_it_does_not_serve(packed, recorder):
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 6))
     expected = by_modules(model, ids, **GREEDY)
@@ -413,7 +393,7 @@ def test_what_it_does_not_serve(packed: Packed, recorder: Recorder) -> None:
     assert recorder.recorded == recorder.replayed == 0
 
 
-def test_copies_record_their_own(packed: Packed, recorder: Recorder) -> None:
+def test_copies_record_their_own(packed, recorder):
     model = decoder(packed)
     ids = torch.randint(1, 300, (1, 6))
     expected = model.generate(ids, **GREEDY)

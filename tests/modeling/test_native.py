@@ -1,43 +1,36 @@
 """One token of each sequence through all layers in one native call, against the modules."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from sparse_bitnet.kernels import native
 from sparse_bitnet.kernels.int8_linear.reference import int8_linear
 from sparse_bitnet.kernels.native.layer import StepCall
-from sparse_bitnet.modeling import DecoderForCausalLM, KeyValueCache, build_decoder, cache
+from sparse_bitnet.modeling import KeyValueCache, build_decoder, cache
 from sparse_bitnet.modeling.layers import Head
 from sparse_bitnet.modeling.native import NativeStep
 from sparse_bitnet.nn.int8_head import Int8Head, TiedInt8Head, quantize_rows
 
-Packed = Callable[..., PreTrainedModel]
-Continuously = Callable[[Any, list[list[int]], list[int]], list[list[int]]]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+GREEDY = {"max_new_tokens": 30, "do_sample": False}
 pytestmark = pytest.mark.skipif(not native.available(), reason="the CPU kernel was not compiled")
 
 
-def step(model: Any, tokens: Tensor, past: Any) -> Tensor:
+def step(model, tokens, past):
     with torch.inference_mode():
-        logits: Tensor = model(tokens, past_key_values=past).logits
+        logits = model(tokens, past_key_values=past).logits
     return logits
 
 
-def errors(plain: Any, model: DecoderForCausalLM, texts: int) -> tuple[list[float], list[float]]:
+def errors(plain, model, texts):
     """Of prompts, and of four tokens after each, relative to the largest logit."""
-    of_prompts: list[float] = []
-    of_steps: list[float] = []
+    of_prompts = []
+    of_steps = []
     for _ in range(texts):
         pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
         for index in range(5):
@@ -53,13 +46,13 @@ def errors(plain: Any, model: DecoderForCausalLM, texts: int) -> tuple[list[floa
     return of_prompts, of_steps
 
 
-def median(values: list[float]) -> float:
+def median(values):
     return sorted(values)[len(values) // 2]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pattern", ["6:8", "2:4"])
-def test_a_step_equals_the_modules(packed: Packed, architecture: str, pattern: str) -> None:
+def test_a_step_equals_the_modules(packed, architecture, pattern):
     """In float32 all that differs is the order of sums, unless it turns a rounding over."""
     plain = packed(architecture, pattern=pattern)
     model = build_decoder(copy.deepcopy(plain))
@@ -72,7 +65,7 @@ def test_a_step_equals_the_modules(packed: Packed, architecture: str, pattern: s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-def test_a_step_in_half_precision(packed: Packed, architecture: str, dtype: torch.dtype) -> None:
+def test_a_step_in_half_precision(packed, architecture, dtype):
     plain = packed(architecture, dtype)
     model = build_decoder(copy.deepcopy(plain))
     assert max(errors(plain, model, 4)[1]) < 0.05
@@ -80,7 +73,7 @@ def test_a_step_in_half_precision(packed: Packed, architecture: str, dtype: torc
 
 
 @pytest.mark.parametrize("path", native.available())
-def test_every_path(packed: Packed, path: str) -> None:
+def test_every_path(packed, path):
     with native.forced(path):
         plain = packed("qwen3", pattern="2:4")
         model = build_decoder(copy.deepcopy(plain))
@@ -91,7 +84,7 @@ def test_every_path(packed: Packed, path: str) -> None:
 @pytest.mark.parametrize("path", native.available())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["tied", "own", "with a bias"])
-def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, kind: str) -> None:
+def test_an_int8_head_is_exact(packed, path, dtype, kind):
     """A head that is the identity shows what the head is given: int8 heads equal theirs of it."""
     weight, scale = quantize_rows(torch.randn(301, 96))
     with native.forced(path):
@@ -100,7 +93,7 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
         model.lm_head.weight = nn.Parameter(torch.eye(96, dtype=dtype), False)
         model.native = NativeStep(model.model)
         hidden = after_a_prompt(model)
-        table: Any = Int8Head(301, 96, kind == "with a bias", dtype=dtype)
+        table = Int8Head(301, 96, kind == "with a bias", dtype=dtype)
         table.weight, table.weight_scale = weight, scale
         if kind == "with a bias":
             table.bias = torch.randn(301).to(dtype)
@@ -114,7 +107,7 @@ def test_an_int8_head_is_exact(packed: Packed, path: str, dtype: torch.dtype, ki
         assert torch.equal(found, plain)
 
 
-def test_many_threads_on_few_cores(packed: Packed) -> None:
+def test_many_threads_on_few_cores(packed):
     """More threads than cores wait for each other asleep, and none is lost."""
     model = build_decoder(packed(hidden_size=768, intermediate_size=2048))
     before, threads = after_a_prompt(model), torch.get_num_threads()
@@ -126,7 +119,7 @@ def test_many_threads_on_few_cores(packed: Packed) -> None:
         torch.set_num_threads(threads)
 
 
-def test_a_head_of_another_kind_goes_the_modules_way(packed: Packed) -> None:
+def test_a_head_of_another_kind_goes_the_modules_way(packed):
     model = build_decoder(packed())
     before = after_a_prompt(model)
     model.lm_head = nn.Sequential(model.lm_head)
@@ -135,7 +128,7 @@ def test_a_head_of_another_kind_goes_the_modules_way(packed: Packed) -> None:
     assert model.native.call is None
 
 
-def test_rotation_that_depends_on_the_length(packed: Packed) -> None:
+def test_rotation_that_depends_on_the_length(packed):
     """Rows of a table serve only where a position's angles depend on nothing else."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     plain = packed("llama", rope_parameters=rope, max_position_embeddings=8)
@@ -144,7 +137,7 @@ def test_rotation_that_depends_on_the_length(packed: Packed) -> None:
     assert model.native.call is not None
 
 
-def test_several_whose_rotations_depend_on_each_other(packed: Packed) -> None:
+def test_several_whose_rotations_depend_on_each_other(packed):
     """Padded rows of one step have other lengths, and dynamic RoPE asks for the longest."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     plain = packed("llama", rope_parameters=rope, max_position_embeddings=8)
@@ -158,14 +151,14 @@ def test_several_whose_rotations_depend_on_each_other(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_embeddings_that_are_a_view(packed: Packed, batch: int) -> None:
+def test_embeddings_that_are_a_view(packed, batch):
     """The library reads rows one after the other; a slice of a longer text has gaps."""
     plain = packed("llama")
     model = build_decoder(copy.deepcopy(plain))
     text, found = torch.randint(0, 300, (batch, 4)), []
     with torch.inference_mode():
         for one in (plain, model):
-            past: Any = (
+            past = (
                 DynamicCache(config=plain.config) if one is plain else KeyValueCache(model.config)
             )
             x = one.get_input_embeddings()(text)
@@ -175,7 +168,7 @@ def test_embeddings_that_are_a_view(packed: Packed, batch: int) -> None:
     assert torch.allclose(*found, rtol=0, atol=1e-4)
 
 
-def test_modules_may_be_replaced(packed: Packed) -> None:
+def test_modules_may_be_replaced(packed):
     model = build_decoder(packed("llama"))
     before = after_a_prompt(model)
     model.model.norm = copy.deepcopy(model.model.norm)
@@ -196,7 +189,7 @@ def test_modules_may_be_replaced(packed: Packed) -> None:
     )
 
 
-def test_positions_beyond_a_table(packed: Packed) -> None:
+def test_positions_beyond_a_table(packed):
     plain = packed("llama")
     model = build_decoder(copy.deepcopy(plain))
     options = GREEDY | {"max_new_tokens": 150}
@@ -204,16 +197,14 @@ def test_positions_beyond_a_table(packed: Packed) -> None:
     assert torch.equal(model.generate(prompt, **options), plain.generate(prompt, **options))
 
 
-def test_biases_of_every_product(packed: Packed) -> None:
+def test_biases_of_every_product(packed):
     plain = packed("llama", attention_bias=True, mlp_bias=True)
     model = build_decoder(copy.deepcopy(plain))
     assert median(errors(plain, model, 4)[1]) < 1e-5
     assert model.native.call is not None
 
 
-def test_generates_beyond_the_room_of_a_cache(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generates_beyond_the_room_of_a_cache(packed, monkeypatch):
     monkeypatch.setattr(cache, "SPARE_TOKENS", 3)
     plain = packed()
     model = build_decoder(copy.deepcopy(plain))
@@ -222,7 +213,7 @@ def test_generates_beyond_the_room_of_a_cache(
     assert model.native.call is not None
 
 
-def test_a_cache_that_was_cropped_or_rebuilt(packed: Packed) -> None:
+def test_a_cache_that_was_cropped_or_rebuilt(packed):
     plain = packed("llama")
     model = build_decoder(copy.deepcopy(plain))
     pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
@@ -239,7 +230,7 @@ def test_a_cache_that_was_cropped_or_rebuilt(packed: Packed) -> None:
         assert torch.allclose(y, expected, atol=0.02 * float(expected.abs().max()))
 
 
-def test_two_threads_with_a_cache_each(packed: Packed) -> None:
+def test_two_threads_with_a_cache_each(packed):
     model = build_decoder(packed())
     prompts = [torch.arange(3 + i).view(1, -1) for i in range(4)]
     expected = [model.generate(prompt, **GREEDY) for prompt in prompts]
@@ -249,7 +240,7 @@ def test_two_threads_with_a_cache_each(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("case", ["padding", "static", "dynamic", "no cache", "autocast"])
-def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str) -> None:
+def test_leaves_what_it_does_not_serve_to_the_modules(packed, case):
     plain = packed()
     model = build_decoder(copy.deepcopy(plain))
     ids = torch.arange(12).view(2, 6)
@@ -257,7 +248,7 @@ def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str)
     mask[1, 2:4] = case != "padding"  # in the middle
     results = []
     for one in (plain, model):
-        past: Any = DynamicCache(config=plain.config)
+        past = DynamicCache(config=plain.config)
         if one is model and case != "dynamic":
             past = KeyValueCache(plain.config)
         if case == "static":
@@ -280,9 +271,7 @@ def test_leaves_what_it_does_not_serve_to_the_modules(packed: Packed, case: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", native.available())
 @pytest.mark.parametrize("padding", [(0,), (0, 0, 0), (4, 0, 1), tuple(range(7)), (3, 1) * 9])
-def test_a_batch_gives_each_sequence_what_it_gets_alone(
-    packed: Packed, path: str, dtype: torch.dtype, padding: tuple[int, ...]
-) -> None:
+def test_a_batch_gives_each_sequence_what_it_gets_alone(packed, path, dtype, padding):
     """Bit for bit: sums of one sequence are taken in the same order however many there are."""
     with native.forced(path):
         model = build_decoder(packed("qwen3", dtype))
@@ -308,7 +297,7 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generates_batches_with_padding(packed: Packed, architecture: str) -> None:
+def test_generates_batches_with_padding(packed, architecture):
     plain = packed(architecture)
     model = build_decoder(copy.deepcopy(plain))
     prompts, mask = torch.randint(1, 300, (5, 6)), torch.ones(5, 6, dtype=torch.int64)
@@ -318,7 +307,7 @@ def test_generates_batches_with_padding(packed: Packed, architecture: str) -> No
     assert model.native.call is not None
 
 
-def test_a_batch_whose_sequences_are_reordered_and_dropped(packed: Packed) -> None:
+def test_a_batch_whose_sequences_are_reordered_and_dropped(packed):
     plain = packed("llama")
     model = build_decoder(copy.deepcopy(plain))
     pasts = DynamicCache(config=plain.config), KeyValueCache(model.config)
@@ -334,17 +323,12 @@ def test_a_batch_whose_sequences_are_reordered_and_dropped(packed: Packed) -> No
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_continuous_batching_goes_through_one_call(
-    packed: Packed,
-    continuously: Continuously,
-    architecture: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_continuous_batching_goes_through_one_call(packed, continuously, architecture, monkeypatch):
     """Sequences of other lengths, which end one after the other; one prompt is read in pieces."""
-    rows: list[int] = []
+    rows = []
     served = StepCall.__call__
 
-    def counted(call: StepCall, x: Tensor, *args: Any) -> Tensor:
+    def counted(call, x, *args):
         rows.append(len(x))
         return served(call, x, *args)
 
@@ -360,9 +344,7 @@ def test_continuous_batching_goes_through_one_call(
         assert answer == alone[0, len(prompt) :].tolist()
 
 
-def test_continuous_batching_with_sliding_windows_goes_the_modules_way(
-    packed: Packed, continuously: Continuously
-) -> None:
+def test_continuous_batching_with_sliding_windows_goes_the_modules_way(packed, continuously):
     model = build_decoder(packed("mistral", sliding_window=9))
     prompts = [[5, 6, 7], list(range(1, 20))]
     found = continuously(model, prompts, [12, 12])
@@ -382,9 +364,7 @@ def test_continuous_batching_with_sliding_windows_goes_the_modules_way(
         ("qwen2", {"pattern": None}),
     ],
 )
-def test_layers_that_it_does_not_compute(
-    packed: Packed, architecture: str, changes: dict[str, Any]
-) -> None:
+def test_layers_that_it_does_not_compute(packed, architecture, changes):
     plain = packed(architecture, **changes)
     model = build_decoder(copy.deepcopy(plain))
     prompt = torch.randint(0, 300, (1, 4))
@@ -392,14 +372,14 @@ def test_layers_that_it_does_not_compute(
     assert model.native.call is None
 
 
-def after_a_prompt(model: DecoderForCausalLM) -> Tensor:
+def after_a_prompt(model):
     """Logits of a token after five others."""
     past = KeyValueCache(model.config)
     step(model, torch.arange(5).view(1, 5), past)
     return step(model, torch.arange(1).view(1, 1), past)
 
 
-def test_sees_weights_that_change_and_threads(packed: Packed) -> None:
+def test_sees_weights_that_change_and_threads(packed):
     model = build_decoder(packed())
     before, threads = after_a_prompt(model), torch.get_num_threads()
     try:
@@ -415,7 +395,7 @@ def test_sees_weights_that_change_and_threads(packed: Packed) -> None:
     assert torch.allclose(after_a_prompt(model), halved, atol=0.05 * float(halved.abs().max()))
 
 
-def test_sees_memory_that_was_replaced(packed: Packed) -> None:
+def test_sees_memory_that_was_replaced(packed):
     """``parameter.data = …`` keeps the object and frees the memory that the call points to."""
     model = build_decoder(packed())
     before = after_a_prompt(model)
@@ -429,7 +409,7 @@ def test_sees_memory_that_was_replaced(packed: Packed) -> None:
     assert torch.equal(found, after_a_prompt(model))
 
 
-def test_a_copy_has_its_own_call(packed: Packed) -> None:
+def test_a_copy_has_its_own_call(packed):
     model = build_decoder(packed())
     before = after_a_prompt(model)
     other = copy.deepcopy(model)

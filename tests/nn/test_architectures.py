@@ -1,10 +1,7 @@
 """Every causal language model of transformers that a few small numbers shrink: none computes with a
 master weight outside of the converted module without being refused."""
 
-from __future__ import annotations
-
 import contextlib
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from sparse_bitnet.core import ConfigError, PatternError
 from sparse_bitnet.nn import convert, frozen, master_weights
 
 # A small number, and the names that architectures have for what it is in them.
-NAMES: dict[int, str] = {
+NAMES = {
     32: "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim lru_width",
     48: "intermediate_size ffn_dim n_inner ffn_hidden_size",
     16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
@@ -34,7 +31,7 @@ SMALL = {name: number for number, names in NAMES.items() for name in names.split
 LARGEST = 5_000_000  # parameters; what stays larger has sizes of other names
 
 
-def shrunk(kind: str) -> Any:
+def shrunk(kind):
     """A small random model, or None if its configuration needs other numbers."""
     try:
         known = CONFIG_MAPPING[kind]().to_dict()
@@ -51,7 +48,7 @@ def shrunk(kind: str) -> Any:
     return model
 
 
-def reads_outside(model: Any) -> bool:
+def reads_outside(model):
     """True if poisoned master weights reach the logits though modules keep what they derived."""
     before = [weight.weight.detach().clone() for weight in master_weights(model)]
     with torch.no_grad(), frozen(model):
@@ -67,7 +64,7 @@ def reads_outside(model: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_no_master_weight_is_read_outside(kind: str) -> None:
+def test_no_master_weight_is_read_outside(kind):
     model = shrunk(kind)
     if model is None:
         pytest.skip("not shrunk by these numbers")

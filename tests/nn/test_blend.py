@@ -1,19 +1,14 @@
 """λ: full precision at 0, the published method at 1, the dual straight-through gradient between."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from sparse_bitnet.core import (
     ConfigError,
@@ -26,15 +21,13 @@ from sparse_bitnet.core import (
 )
 from sparse_bitnet.nn import SparseBitLinear, SparseLinear, convert, frozen, set_quantization
 
-Tiny = Callable[..., PreTrainedModel]
 
-
-def layer(pattern: str, method: Method | None = None, **more: Any) -> SparseBitLinear:
+def layer(pattern, method=None, **more):
     torch.manual_seed(0)
     return SparseBitLinear(nn.Linear(16, 6), Pattern.parse(pattern), method, **more)
 
 
-def straight_through(module: SparseBitLinear, x: Tensor, part: float) -> Tensor:
+def straight_through(module, x, part):
     """The definition in float64, by autograd: v + (what is computed with − v).detach()."""
     method, weight = module.method, module.weight.double()
     ternary, scale = ternarize(module.weight, module.pattern, method, module.shard_sizes)
@@ -59,9 +52,7 @@ def straight_through(module: SparseBitLinear, x: Tensor, part: float) -> Tensor:
     bits=st.sampled_from([8, 4]),
     shard_sizes=st.sampled_from([(), (4, 2)]),
 )
-def test_value_and_gradients(
-    part: float, pattern: str, gradient: Any, order: Any, bits: Any, shard_sizes: tuple[int, ...]
-) -> None:
+def test_value_and_gradients(part, pattern, gradient, order, bits, shard_sizes):
     method = Method(gradient=gradient, order=order, activation_bits=bits)
     module = layer(pattern, method, shard_sizes=shard_sizes)
     set_quantization(module, part)
@@ -80,7 +71,7 @@ def test_value_and_gradients(
 
 @pytest.mark.parametrize("pattern", ["dense", "6:8"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_at_zero_it_is_the_baseline(pattern: str, autocast: bool) -> None:
+def test_at_zero_it_is_the_baseline(pattern, autocast):
     ours = layer(pattern)
     theirs = SparseLinear(copy.deepcopy(ours), Pattern.parse(pattern))
     set_quantization(ours, 0)
@@ -90,9 +81,7 @@ def test_at_zero_it_is_the_baseline(pattern: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen2_moe"])
-def test_at_one_every_bit_is_the_published_methods(
-    tiny: Tiny, tokens: Tensor, architecture: str
-) -> None:
+def test_at_one_every_bit_is_the_published_methods(tiny, tokens, architecture):
     never, back = tiny(architecture), tiny(architecture)
     for model in (never, back):
         convert(model, "6:8")
@@ -108,9 +97,7 @@ def test_at_one_every_bit_is_the_published_methods(
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen2_moe"])
-def test_at_zero_a_converted_model_is_the_dense_one(
-    tiny: Tiny, tokens: Tensor, architecture: str
-) -> None:
+def test_at_zero_a_converted_model_is_the_dense_one(tiny, tokens, architecture):
     model = tiny(architecture)
     model.eval()
     expected = model(tokens).logits
@@ -120,7 +107,7 @@ def test_at_zero_a_converted_model_is_the_dense_one(
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_baseline_has_no_such_dial(tiny: Tiny, tokens: Tensor) -> None:
+def test_the_baseline_has_no_such_dial(tiny, tokens):
     model = tiny()
     convert(model, "6:8", kind="bf16")
     before = model(tokens).logits
@@ -129,12 +116,12 @@ def test_the_baseline_has_no_such_dial(tiny: Tiny, tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("part", [-0.1, 1.1, float("nan")])
-def test_outside_of_zero_and_one(part: float) -> None:
+def test_outside_of_zero_and_one(part):
     with pytest.raises(ConfigError, match="is not between 0 and 1"):
         set_quantization(layer("6:8"), part)
 
 
-def test_by_rule(tiny: Tiny, tokens: Tensor) -> None:
+def test_by_rule(tiny, tokens):
     """Each layer computes at its rule's λ: as if it alone had been set to it."""
     model, apart = tiny(), tiny()
     for one in (model, apart):
@@ -155,7 +142,7 @@ def test_by_rule(tiny: Tiny, tokens: Tensor) -> None:
         set_quantization(model, 0.5, {"nowhere": 0.5})
 
 
-def test_frozen_copies_moves_and_state_dicts(tiny: Tiny, tokens: Tensor) -> None:
+def test_frozen_copies_moves_and_state_dicts(tiny, tokens):
     model = tiny()
     convert(model, "6:8")
     keys = list(model.state_dict())
@@ -172,7 +159,7 @@ def test_frozen_copies_moves_and_state_dicts(tiny: Tiny, tokens: Tensor) -> None
     torch.testing.assert_close(half(tokens).logits.float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_activation_checkpointing() -> None:
+def test_activation_checkpointing():
     module, x = layer("6:8"), torch.randn(3, 16, requires_grad=True)
     set_quantization(module, 0.5)
     expected = torch.autograd.grad(module(x).square().sum(), [x, module.weight])
@@ -183,7 +170,7 @@ def test_activation_checkpointing() -> None:
 
 @pytest.mark.usefixtures("threads", "fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-def test_compiled_once_for_all_values(tiny: Tiny, tokens: Tensor) -> None:
+def test_compiled_once_for_all_values(tiny, tokens):
     eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
         convert(each, "6:8")

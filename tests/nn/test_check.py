@@ -1,19 +1,14 @@
 """Layers whose weight an architecture reads without calling them are found by a forward pass."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from sparse_bitnet.core import ConfigError, WeightError
 from sparse_bitnet.nn import SparseBitLinear, convert, converted_modules
 from sparse_bitnet.nn.check import check_called, check_packed
 
-Tiny = Callable[..., PreTrainedModel]
 # Sizes that these architectures name in their own way; the rest is the conftest's.
 MAMBA2 = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "state_size": 8}
 BLEND = {
@@ -23,7 +18,7 @@ BLEND = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 16,
 }
-SIZES: dict[str, dict[str, Any]] = {
+SIZES = {
     "mamba": {"state_size": 8, "time_step_rank": 8},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
     "jamba": {
@@ -58,9 +53,7 @@ CALLED = ["mamba2", "falcon_h1", "bamba", "granitemoehybrid", "nemotron_h", "qwe
     ("architecture", "device"),
     [*((name, "cpu") for name in READ_DIRECTLY), ("mamba", "meta"), ("falcon_mamba", "meta")],
 )
-def test_layers_that_are_read_directly_are_refused(
-    tiny: Tiny, architecture: str, device: str
-) -> None:
+def test_layers_that_are_read_directly_are_refused(tiny, architecture, device):
     with torch.device(device):
         model = tiny(architecture, **SIZES[architecture])
     before = {name: type(module) for name, module in model.named_modules()}
@@ -78,7 +71,7 @@ def test_layers_that_are_read_directly_are_refused(
 
 
 @pytest.mark.parametrize("architecture", CALLED)
-def test_others_convert(tiny: Tiny, architecture: str) -> None:
+def test_others_convert(tiny, architecture):
     model = tiny(architecture, **SIZES.get(architecture, {}))
     convert(model, "2:4")
     ids = torch.tensor([[1, 2, 3, 4, 5]])
@@ -91,17 +84,17 @@ def test_others_convert(tiny: Tiny, architecture: str) -> None:
 class FusedOutput(nn.Module):
     """As Mamba2 on a GPU: in training a fused kernel gets the weight, else the layer is called."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp):
         super().__init__()
         self.out_proj, self.fused = nn.Linear(32, 32), True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.training and self.fused:
             return F.linear(x, self.out_proj.weight, self.out_proj.bias)
         return self.out_proj(x)
 
 
-def test_a_layer_that_only_training_reads_directly(tiny: Tiny) -> None:
+def test_a_layer_that_only_training_reads_directly(tiny):
     model = tiny()
     block = model.model.layers[1]
     block.mlp = FusedOutput(block.mlp)
@@ -115,7 +108,7 @@ def test_a_layer_that_only_training_reads_directly(tiny: Tiny) -> None:
         check_packed(model, "two-bit")
 
 
-def test_parts_that_no_token_reaches_are_no_matter(tiny: Tiny) -> None:
+def test_parts_that_no_token_reaches_are_no_matter(tiny):
     """An image tower without an image, an expert without a token: nothing is known about them."""
     model = tiny()
     model.model.tower = nn.Sequential(nn.Linear(32, 32))
@@ -124,10 +117,10 @@ def test_parts_that_no_token_reaches_are_no_matter(tiny: Tiny) -> None:
     assert isinstance(model.model.tower[0], SparseBitLinear)
 
 
-def test_a_model_that_does_not_run_converts_and_is_not_packed(tiny: Tiny) -> None:
+def test_a_model_that_does_not_run_converts_and_is_not_packed(tiny):
     model = tiny()
 
-    def fails(*_: Any, **__: Any) -> None:
+    def fails(*_, **__):
         raise TypeError("it wants pixels")
 
     model.model.embed_tokens.forward = fails
@@ -136,18 +129,16 @@ def test_a_model_that_does_not_run_converts_and_is_not_packed(tiny: Tiny) -> Non
         check_packed(model, "two-bit")
 
 
-def double(layer: Any) -> None:
+def double(layer):
     layer.forward = lambda x: 2 * SparseBitLinear.forward(layer, x)
 
 
-def hook(layer: Any) -> None:
+def hook(layer):
     layer.register_forward_hook(lambda module, args, y: y + 1)
 
 
 @pytest.mark.parametrize("change", [double, hook])
-def test_a_layer_that_computes_something_else_is_refused(
-    tiny: Tiny, change: Callable[[Any], None]
-) -> None:
+def test_a_layer_that_computes_something_else_is_refused(tiny, change):
     model = tiny()
     convert(model)
     check_packed(model, "two-bit")
@@ -156,6 +147,6 @@ def test_a_layer_that_computes_something_else_is_refused(
         check_packed(model, "two-bit")
 
 
-def test_only_models_of_transformers_are_run() -> None:
+def test_only_models_of_transformers_are_run():
     # Nobody knows what others take.
     assert convert(nn.Sequential(nn.Linear(16, 16))).weights == 256

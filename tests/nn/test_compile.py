@@ -1,18 +1,12 @@
 """torch.compile: whole graphs, the eager losses, no recompilation when the pattern changes."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel
 
 from sparse_bitnet.core import Method
 from sparse_bitnet.nn import convert, set_pattern
 
-Tiny = Callable[..., PreTrainedModel]
 SCHEDULE = ["dense", "8:8", "6:8", "4:8", "2:8", "dense", "7:8"]
 
 pytestmark = [
@@ -21,13 +15,11 @@ pytestmark = [
 ]
 
 
-def graphs() -> int:
+def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def train(
-    model: nn.Module, tokens: Tensor, patterns: list[str], autocast: bool = False
-) -> tuple[list[float], list[int]]:
+def train(model, tokens, patterns, autocast=False):
     """Losses, and the graphs compiled so far, after each step with its own pattern."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses, compiled = [], []
@@ -45,9 +37,7 @@ def train(
 
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
 @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
-def test_blocks_follow_a_schedule_of_patterns(
-    tiny: Tiny, tokens: Tensor, kind: Any, gradient: Any
-) -> None:
+def test_blocks_follow_a_schedule_of_patterns(tiny, tokens, kind, gradient):
     method = Method(gradient=gradient)
     eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
@@ -62,7 +52,7 @@ def test_blocks_follow_a_schedule_of_patterns(
     assert compiled == [compiled[0]] * 2 + [at_the_end] * 5
 
 
-def test_whole_model_under_autocast(tiny: Tiny, tokens: Tensor) -> None:
+def test_whole_model_under_autocast(tiny, tokens):
     eager, model = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     for each in (eager, model):
         convert(each, "6:8")
@@ -74,7 +64,7 @@ def test_whole_model_under_autocast(tiny: Tiny, tokens: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_checkpointed_blocks(tiny: Tiny, tokens: Tensor) -> None:
+def test_checkpointed_blocks(tiny, tokens):
     eager, model = tiny(), tiny()
     for each in (eager, model):
         convert(each, "6:8")
@@ -87,7 +77,7 @@ def test_checkpointed_blocks(tiny: Tiny, tokens: Tensor) -> None:
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_experts_run_compiled_with_graph_breaks(tiny: Tiny, tokens: Tensor) -> None:
+def test_experts_run_compiled_with_graph_breaks(tiny, tokens):
     """Which experts are hit depends on the data, so the graph breaks there; results do not."""
     eager, model = (tiny("mixtral", num_hidden_layers=1, num_local_experts=2) for _ in range(2))
     for each in (eager, model):

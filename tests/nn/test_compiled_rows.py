@@ -1,20 +1,16 @@
 """What ``torch.compile`` makes of a training step: the same integers, made once, kept as int8."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from sparse_bitnet.core import Method, Pattern, quantize_int8
 from sparse_bitnet.kernels import compiled, matmul
@@ -32,29 +28,29 @@ pytestmark = [
 class Attention(nn.Module):
     """A norm, and three layers that share its result; one that reads what they make."""
 
-    def __init__(self, backward: Any = "full") -> None:
+    def __init__(self, backward="full"):
         super().__init__()
         self.norm = nn.RMSNorm(WIDTH)
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
         convert(self, "6:8", method=Method(backward=backward))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.norm(x)
-        result: Tensor = x + self.o(torch.tanh(self.q(y)) * self.k(y) + self.v(y))
+        result = x + self.o(torch.tanh(self.q(y)) * self.k(y) + self.v(y))
         return result
 
 
 class Graphs:
     """Forward and backward as they reach the compiler, on fake tensors and as if Triton served."""
 
-    def __init__(self, module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, module, x, monkeypatch):
         quantization = __import__(
             "sparse_bitnet.kernels.quantize_activations", fromlist=["quantize_activations"]
         )
         for room in (fp8, matmul, quantization):
             monkeypatch.setattr(room, "runs_triton", _yes)
         monkeypatch.setattr(fp8, "_has_fp8", _yes)
-        self.graphs: list[GraphModule] = []
+        self.graphs = []
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             for child in module.modules():
                 for tensors in (child._parameters, child._buffers):
@@ -75,12 +71,12 @@ class Graphs:
             y.backward(torch.empty_like(y))
         self.forward, self.backward = self.graphs
 
-    def _keep(self, graph: GraphModule, inputs: Any) -> Callable[..., Any]:
+    def _keep(self, graph, inputs):
         self.graphs.append(graph)
-        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        boxed = make_boxed_func(graph.forward)
         return boxed
 
-    def calls(self) -> Counter[str]:
+    def calls(self):
         return Counter(
             str(node.target)
             for graph in self.graphs
@@ -88,19 +84,19 @@ class Graphs:
             if node.op == "call_function"
         )
 
-    def kept(self) -> list[Tensor]:
+    def kept(self):
         """What forward makes for backward: all outputs but the result, inputs left out."""
         (output,) = (node for node in self.forward.graph.nodes if node.op == "output")
         made = [node for node in output.args[0][1:] if isinstance(node, Node)]
         return [node.meta["val"] for node in made if node.op != "placeholder"]
 
 
-def _yes(*_: Any) -> bool:
+def _yes(*_):
     return True
 
 
 @pytest.mark.parametrize("backward", ["full", "fp8"])
-def test_the_compiler_gets_short_rows_once(monkeypatch: Any, backward: str) -> None:
+def test_the_compiler_gets_short_rows_once(monkeypatch, backward):
     graphs = Graphs(Attention(backward), torch.randn(TOKENS, WIDTH), monkeypatch)
     calls = graphs.calls()
     assert calls["sparse_bitnet.dense_matmul.default"] == 4
@@ -112,7 +108,7 @@ def test_the_compiler_gets_short_rows_once(monkeypatch: Any, backward: str) -> N
 
 
 @pytest.mark.parametrize("backward", ["full", "fp8"])
-def test_kernels_get_long_rows_once(monkeypatch: Any, backward: str) -> None:
+def test_kernels_get_long_rows_once(monkeypatch, backward):
     monkeypatch.setattr(compiled, "LONGEST_ROW", WIDTH - 1)
     graphs = Graphs(Attention(backward), torch.randn(TOKENS, WIDTH), monkeypatch)
     calls = graphs.calls()
@@ -122,7 +118,7 @@ def test_kernels_get_long_rows_once(monkeypatch: Any, backward: str) -> None:
 
 
 @pytest.mark.parametrize("backward", ["full", "fp8"])
-def test_no_more_is_kept_than_with_kernels(monkeypatch: Any, backward: str) -> None:
+def test_no_more_is_kept_than_with_kernels(monkeypatch, backward):
     """Never a float copy of an activation in place of its integers."""
     sizes = []
     for longest in (0, 4096):
@@ -132,17 +128,17 @@ def test_no_more_is_kept_than_with_kernels(monkeypatch: Any, backward: str) -> N
     assert sizes[1] <= sizes[0] + 16 * TOKENS  # scales of tokens
 
 
-def test_integers_are_kept_where_their_source_is_not(monkeypatch: Any) -> None:
+def test_integers_are_kept_where_their_source_is_not(monkeypatch):
     """A sum needs nothing for its own derivative."""
 
     class Sum(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.a = SparseBitLinear(nn.Linear(WIDTH, WIDTH, bias=False), Pattern(6, 8))
             self.b = SparseBitLinear(nn.Linear(WIDTH, WIDTH, bias=False), Pattern(6, 8))
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.b(self.a(x) + 1)
+        def forward(self, x):
+            y = self.b(self.a(x) + 1)
             return y
 
     graphs = Graphs(Sum(), torch.randn(TOKENS, WIDTH), monkeypatch)
@@ -151,7 +147,7 @@ def test_integers_are_kept_where_their_source_is_not(monkeypatch: Any) -> None:
     assert set(wide) == {torch.int8}
 
 
-def test_the_compiler_makes_the_same_integers() -> None:
+def test_the_compiler_makes_the_same_integers():
     x = torch.randn(TOKENS, 1000) * torch.logspace(-8, 8, TOKENS).unsqueeze(-1)
     x[3] = 0
     x_q, scale = torch.compile(quantize_int8, fullgraph=True)(x)
@@ -164,7 +160,7 @@ def test_the_compiler_makes_the_same_integers() -> None:
 
 
 @pytest.mark.parametrize(("backward", "autocast"), [("full", False), ("fp8", True)])
-def test_gradients_as_in_eager_mode(backward: str, autocast: bool) -> None:
+def test_gradients_as_in_eager_mode(backward, autocast):
     eager = Attention(backward)
     other = copy.deepcopy(eager)
     other.compile(fullgraph=True, options=dict(compiled.INDUCTOR_OPTIONS))
@@ -184,7 +180,7 @@ def test_gradients_as_in_eager_mode(backward: str, autocast: bool) -> None:
         assert (ours - expected).norm() < bound * expected.norm()
 
 
-def test_what_is_not_finite_shows() -> None:
+def test_what_is_not_finite_shows():
     layer = SparseBitLinear(nn.Linear(WIDTH, WIDTH), Pattern(6, 8))
     layer.compile(fullgraph=True)
     x = torch.randn(TOKENS, WIDTH)

@@ -1,13 +1,10 @@
 """convert on the architectures of transformers 5, its rules, and every refusal."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from sparse_bitnet.core import ConfigError, Method, Pattern, PatternError, WeightError, worst_group
 from sparse_bitnet.nn import (
@@ -20,9 +17,6 @@ from sparse_bitnet.nn import (
     master_weights,
     set_pattern,
 )
-
-Tiny = Callable[..., PreTrainedModel]
-Logits = Callable[[nn.Module, Tensor], Tensor]
 
 # (modules, weights) converted: attention 4 and MLP 3 a layer of two; experts count as one module.
 ATTENTION = 2 * (2 * 32 * 32 + 2 * 32 * 16)
@@ -37,7 +31,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "glm", "glm4"])
-def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None:
+def test_fused_matrices_keep_a_scale_each(tiny, architecture):
     """q, k and v, gate and up: fused in one linear or not, the same γ for the same weights."""
     model = tiny(architecture, head_dim=8)
     parts = {"mlp.gate_up_proj": (48, 48)}
@@ -61,7 +55,7 @@ def test_fused_matrices_keep_a_scale_each(tiny: Tiny, architecture: str) -> None
             assert torch.equal(alone.derived()[0], module.derived()[0].split(list(rows))[index])
 
 
-def test_a_twin_knows_its_fused_matrices(tiny: Tiny) -> None:
+def test_a_twin_knows_its_fused_matrices(tiny):
     """Statistics and a mask from quantized weights take γ of each, as in the ternary model."""
     model, baseline = tiny("phi3", head_dim=8), tiny("phi3", head_dim=8)
     method = Method(mask_source="quantized")
@@ -85,13 +79,13 @@ class Own(nn.Linear):
     """A subclass, which may compute something else."""
 
 
-def perceptron(*sizes: int) -> nn.Sequential:
+def perceptron(*sizes):
     return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
 
 
 @pytest.mark.parametrize("architecture", COUNTS)
 class TestArchitectures:
-    def test_trains(self, tiny: Tiny, tokens: Tensor, architecture: str) -> None:
+    def test_trains(self, tiny, tokens, architecture):
         model = tiny(architecture)
         keys = list(model.state_dict())
         report = convert(model, "6:8")
@@ -111,9 +105,7 @@ class TestArchitectures:
             for buffer in module.buffers():
                 assert buffer.dtype != torch.int8 or worst_group(buffer, 8) <= 6
 
-    def test_dense_twin_is_the_model_itself(
-        self, tiny: Tiny, logits: Logits, tokens: Tensor, architecture: str
-    ) -> None:
+    def test_dense_twin_is_the_model_itself(self, tiny, logits, tokens, architecture):
         model = tiny(architecture)
         expected = logits(model, tokens)
         convert(model, "dense", kind="bf16")
@@ -121,7 +113,7 @@ class TestArchitectures:
 
 
 class TestReport:
-    def test_says_what_it_did(self, tiny: Tiny) -> None:
+    def test_says_what_it_did(self, tiny):
         report = convert(tiny(), "6:8")
         assert str(report) == (
             "14 modules with 15,360 weights converted to bitnet 6:8, 1 left as they were"
@@ -134,22 +126,22 @@ class TestReport:
             "1 modules with 64 weights converted to bitnet 6:8"
         )
 
-    def test_experts_of_other_shapes_are_left_with_a_reason(self, tiny: Tiny) -> None:
+    def test_experts_of_other_shapes_are_left_with_a_reason(self, tiny):
         model = tiny("gpt_oss")
         report = convert(model)
         reason = report.skipped["model.layers.1.mlp.experts"]
         assert "not gate_up_proj and down_proj alone" in reason
         assert isinstance(model.model.layers[0].self_attn.q_proj, SparseBitLinear)
 
-    def test_routers_stay(self, tiny: Tiny) -> None:
+    def test_routers_stay(self, tiny):
         report = convert(tiny("qwen2_moe"))
         gates = [name for name, why in report.skipped.items() if "routers" in why]
         assert gates == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
 
     @pytest.mark.parametrize("name", ["router", "gate"])
-    def test_routers_wrapped_once_more_stay(self, name: str) -> None:
+    def test_routers_wrapped_once_more_stay(self, name):
         class Wrapped(nn.Module):
-            def __init__(self) -> None:
+            def __init__(self):
                 super().__init__()
                 self.add_module(name, perceptron(8, 4))
                 self.gate_proj = nn.Linear(8, 8)
@@ -158,14 +150,14 @@ class TestReport:
         assert report.modules == 1
         assert report.skipped == {f"{name}.0": "routers stay in full precision"}
 
-    def test_subclasses_of_linear_stay(self) -> None:
+    def test_subclasses_of_linear_stay(self):
         report = convert(nn.Sequential(nn.Linear(8, 8), Own(8, 8), nn.Conv1d(8, 8, 3)))
         assert report.skipped["1"] == "it is a Own, not a plain nn.Linear"
         assert report.skipped["2"] == "convolutions stay in full precision"
 
 
 class TestSharing:
-    def test_parameters_are_shared_not_copied(self, tiny: Tiny) -> None:
+    def test_parameters_are_shared_not_copied(self, tiny):
         model = tiny()
         before = dict(model.named_parameters())
         convert(model)
@@ -176,9 +168,7 @@ class TestSharing:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
     @pytest.mark.parametrize("architecture", ["qwen2", "qwen2_moe"])
-    def test_models_of_other_dtypes_train_in_float32(
-        self, tiny: Tiny, tokens: Tensor, dtype: torch.dtype, kind: Any, architecture: str
-    ) -> None:
+    def test_models_of_other_dtypes_train_in_float32(self, tiny, tokens, dtype, kind, architecture):
         model = tiny(architecture).to(dtype)
         convert(model, kind=kind)
         assert model.get_input_embeddings().weight.dtype == dtype
@@ -190,16 +180,16 @@ class TestSharing:
                 assert parameter.grad is not None and parameter.grad.dtype == torch.float32
 
     @pytest.mark.parametrize("tied", [True, False])
-    def test_tied_head_stays_tied(self, tiny: Tiny, tied: bool) -> None:
+    def test_tied_head_stays_tied(self, tiny, tied):
         model = tiny(tie_word_embeddings=tied)
         convert(model)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         assert type(head) is nn.Linear
         assert (head.weight is embedding.weight) == tied
 
-    def test_a_head_tied_by_hand_is_found(self) -> None:
+    def test_a_head_tied_by_hand_is_found(self):
         class Model(nn.Module):
-            def __init__(self) -> None:
+            def __init__(self):
                 super().__init__()
                 self.embedding = nn.Embedding(8, 8)
                 self.inner = nn.Linear(8, 8)
@@ -210,9 +200,9 @@ class TestSharing:
         assert convert(model).skipped == {"head": "the output head stays in full precision"}
         assert type(model.head) is nn.Linear
 
-    def test_one_module_in_two_places_stays_one(self) -> None:
+    def test_one_module_in_two_places_stays_one(self):
         class Model(nn.Module):
-            def __init__(self) -> None:
+            def __init__(self):
                 super().__init__()
                 self.first = nn.Linear(8, 8)
                 self.again = self.first
@@ -223,7 +213,7 @@ class TestSharing:
         assert isinstance(model.first, SparseBitLinear)
         assert model.again is model.first
 
-    def test_training_mode_and_frozen_weights_are_kept(self) -> None:
+    def test_training_mode_and_frozen_weights_are_kept(self):
         model = perceptron(8, 8, 8).eval()
         model[0].weight.requires_grad_(False)
         convert(model)
@@ -233,7 +223,7 @@ class TestSharing:
 
 
 class TestRules:
-    def test_first_rule_that_is_found_decides(self, tiny: Tiny) -> None:
+    def test_first_rule_that_is_found_decides(self, tiny):
         model = tiny()
         rules = {r"layers\.0\.mlp": "skip", r"q_proj|down_proj": "2:4", "v_proj": "dense"}
         report = convert(model, "6:8", rules=rules)
@@ -247,7 +237,7 @@ class TestRules:
         assert patterns["model.layers.1.self_attn.k_proj"] == "6:8"
         assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
 
-    def test_own_patterns_outlive_a_schedule(self, tiny: Tiny) -> None:
+    def test_own_patterns_outlive_a_schedule(self, tiny):
         """Dense first: a rule's pattern returns as soon as the schedule is sparse, whatever N:M."""
         model = tiny()
         convert(model, "6:8", rules={"q_proj": "2:4", "v_proj": "dense"})
@@ -272,9 +262,7 @@ class TestRules:
             ),
         ],
     )
-    def test_refuses_what_has_no_effect_or_no_meaning(
-        self, tiny: Tiny, rules: dict[str, Any], message: str
-    ) -> None:
+    def test_refuses_what_has_no_effect_or_no_meaning(self, tiny, rules, message):
         model = tiny()
         with pytest.raises(ConfigError, match=message):
             convert(model, rules=rules)
@@ -282,7 +270,7 @@ class TestRules:
 
 
 class TestRefusals:
-    def test_a_row_that_m_does_not_divide(self, tiny: Tiny) -> None:
+    def test_a_row_that_m_does_not_divide(self, tiny):
         model = tiny(intermediate_size=44)
         with pytest.raises(PatternError) as error:
             convert(model, "6:8")
@@ -294,7 +282,7 @@ class TestRefusals:
         assert not list(converted_modules(model))  # nothing was swapped before the refusal
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_damaged_weights(self, tiny: Tiny, bad: float) -> None:
+    def test_damaged_weights(self, tiny, bad):
         model = tiny()
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = bad
         with pytest.raises(
@@ -304,13 +292,13 @@ class TestRefusals:
             convert(model)
         assert not list(converted_modules(model))
 
-    def test_weights_that_float32_cannot_hold(self) -> None:
+    def test_weights_that_float32_cannot_hold(self):
         model = perceptron(8, 8).double()
         model[0].weight.data.fill_(1e300)
         with pytest.raises(WeightError, match="64 of 64 values are NaN or infinite"):
             convert(model)
 
-    def test_twice(self, tiny: Tiny) -> None:
+    def test_twice(self, tiny):
         model = tiny()
         convert(model)
         with pytest.raises(ConfigError, match="converted already; use set_pattern"):
@@ -327,11 +315,11 @@ class TestRefusals:
             (perceptron(8, 8), {"pattern": "six of eight"}, "write N:M as in 6:8, or dense"),
         ],
     )
-    def test_nothing_or_nonsense(self, model: Any, options: Any, message: str) -> None:
+    def test_nothing_or_nonsense(self, model, options, message):
         with pytest.raises((ConfigError, PatternError), match=message):
             convert(model, **options)
 
-    def test_set_pattern_changes_all_or_nothing(self) -> None:
+    def test_set_pattern_changes_all_or_nothing(self):
         model = perceptron(8, 4, 8)
         convert(model, "2:4")
         with pytest.raises(PatternError, match=r"^1\.weight \(8, 4\): in_features 4 is not"):
@@ -343,9 +331,7 @@ class TestRefusals:
     ("kind", "linear", "experts"),
     [("bitnet", SparseBitLinear, SparseBitExperts), ("bf16", SparseLinear, SparseExperts)],
 )
-def test_kinds_and_methods_reach_every_module(
-    tiny: Tiny, kind: Any, linear: type, experts: type
-) -> None:
+def test_kinds_and_methods_reach_every_module(tiny, kind, linear, experts):
     model = tiny("mixtral")
     method = Method(gradient="masked", activation_bits=4)
     convert(model, "2:4", kind=kind, method=method)
@@ -355,7 +341,7 @@ def test_kinds_and_methods_reach_every_module(
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "mixtral"])
-def test_parameters_that_an_engine_partitioned_are_refused(tiny: Tiny, architecture: str) -> None:
+def test_parameters_that_an_engine_partitioned_are_refused(tiny, architecture):
     """As ZeRO-3 leaves them: size 0 in the place of every weight, experts too."""
     model = tiny(architecture)
     name, parameter = next(p for p in model.named_parameters() if "mlp" in p[0])
@@ -367,7 +353,7 @@ def test_parameters_that_an_engine_partitioned_are_refused(tiny: Tiny, architect
     assert not any(converted_modules(model))
 
 
-def test_a_model_partitioned_after_convert_says_so(tiny: Tiny) -> None:
+def test_a_model_partitioned_after_convert_says_so(tiny):
     model = tiny("qwen2")
     convert(model)
     master = next(iter(master_weights(model)))
@@ -376,7 +362,7 @@ def test_a_model_partitioned_after_convert_says_so(tiny: Tiny) -> None:
         _ = master.mask
 
 
-def test_offloaded_parameters_are_refused(tiny: Tiny) -> None:
+def test_offloaded_parameters_are_refused(tiny):
     model = tiny("qwen2")
     name = "model.layers.1.mlp.up_proj"
     linear = model.get_submodule(name)
@@ -392,9 +378,7 @@ def test_offloaded_parameters_are_refused(tiny: Tiny) -> None:
     assert convert(model).modules == 14  # a shape without values
 
 
-def test_matrices_that_are_all_zero_are_named(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_matrices_that_are_all_zero_are_named(tiny, capsys):
     model = tiny("mixtral")
     assert convert(model).zero == []
     assert "zero" not in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """Mixture-of-experts weights: each expert is the linear layers it would be on its own."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_bitnet.core import Method, Pattern, nm_mask
 from sparse_bitnet.nn import SparseBitExperts, SparseBitLinear, SparseExperts, SparseLinear
@@ -14,22 +12,20 @@ from tiny_models import Experts
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 16, 8, 20
 
 
-def routing() -> tuple[Tensor, Tensor, Tensor]:
+def routing():
     """Hidden states and two of the first three experts for each token: the fourth gets none."""
     hidden = torch.randn(TOKENS, HIDDEN)
     index = torch.stack([torch.randperm(EXPERTS - 1)[:2] for _ in range(TOKENS)])
     return hidden, index, torch.rand(TOKENS, 2)
 
 
-def one_by_one(
-    experts: Experts, kind: Any, hidden: Tensor, index: Tensor, weights: Tensor, **options: Any
-) -> Tensor:
+def one_by_one(experts, kind, hidden, index, weights, **options):
     """Every token through three separate layers of each of its experts."""
 
-    def linear(weight: Tensor) -> nn.Module:
+    def linear(weight):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         plain.weight.data = weight.detach().clone()
-        module: nn.Module = kind(plain, **options)
+        module = kind(plain, **options)
         return module
 
     result = torch.zeros_like(hidden)
@@ -51,7 +47,7 @@ def one_by_one(
         (SparseExperts, SparseLinear, 8),
     ],
 )
-def test_experts_equal_separate_layers(kind: Any, linear: Any, pattern: str, bits: Any) -> None:
+def test_experts_equal_separate_layers(kind, linear, pattern, bits):
     experts, inputs = Experts(), routing()
     options = {"pattern": Pattern.parse(pattern), "method": Method(activation_bits=bits)}
     module = kind(experts, **options)
@@ -64,7 +60,7 @@ def test_experts_equal_separate_layers(kind: Any, linear: Any, pattern: str, bit
 
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
-def test_gradients(kind: Any, gradient: Any) -> None:
+def test_gradients(kind, gradient):
     """Chosen experts learn, masked weights too unless the ablation says no; others get zero."""
     module = kind(Experts(), Pattern(2, 8), Method(gradient=gradient))
     hidden, index, weights = routing()
@@ -80,7 +76,7 @@ def test_gradients(kind: Any, gradient: Any) -> None:
             assert (lost == 0).all() if gradient == "masked" else (lost != 0).float().mean() > 0.9
 
 
-def test_an_index_beyond_the_last_expert_is_no_expert() -> None:
+def test_an_index_beyond_the_last_expert_is_no_expert():
     """What transformers' expert parallelism writes for tokens of another rank."""
     hidden, index, weights = routing()
     module = SparseBitExperts(Experts(), Pattern(6, 8))
@@ -88,7 +84,7 @@ def test_an_index_beyond_the_last_expert_is_no_expert() -> None:
     assert torch.equal(module(hidden, index, weights)[3], torch.zeros(HIDDEN))
 
 
-def test_route_weighs_and_sums() -> None:
+def test_route_weighs_and_sums():
     hidden = torch.tensor([[1.0], [10.0]])
     index = torch.tensor([[0, 1], [1, 0]])
     weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
@@ -97,7 +93,7 @@ def test_route_weighs_and_sums() -> None:
 
 
 @pytest.mark.parametrize("kind", [SparseBitExperts, SparseExperts])
-def test_half_precision(kind: Any) -> None:
+def test_half_precision(kind):
     module = kind(Experts(), Pattern(6, 8))
     hidden, index, weights = routing()
     full = module(hidden, index, weights)
@@ -110,16 +106,16 @@ def test_half_precision(kind: Any) -> None:
 
 
 class TestWhyNot:
-    def test_takes_what_it_knows(self) -> None:
+    def test_takes_what_it_knows(self):
         assert why_not_experts(Experts()) is None
 
-    def test_other_parameters(self) -> None:
+    def test_other_parameters(self):
         module = Experts()
         module.down_proj_bias = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))
         assert "not gate_up_proj and down_proj alone" in str(why_not_experts(module))
         assert "are ['weight']" in str(why_not_experts(nn.Conv1d(2, 2, 2, bias=False)))
 
-    def test_other_layouts(self) -> None:
+    def test_other_layouts(self):
         turned = Experts()
         turned.gate_up_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 4 * INNER))
         wrong = str(why_not_experts(turned))
@@ -128,9 +124,9 @@ class TestWhyNot:
         flat.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))
         assert "three dimensions" in str(why_not_experts(flat))
 
-    def test_other_arithmetic(self) -> None:
+    def test_other_arithmetic(self):
         class Clamped(Experts):
-            def _apply_gate(self, gate_up: Tensor) -> Tensor:
+            def _apply_gate(self, gate_up):
                 return gate_up.clamp(max=7)
 
         assert "gate is not act_fn(gate) * up" in str(why_not_experts(Clamped()))

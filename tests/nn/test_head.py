@@ -1,13 +1,8 @@
 """Which architectures' logits are the head's product, and which change it afterwards."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sparse_bitnet.nn.head import has_plain_head
 
@@ -18,7 +13,7 @@ GEMMA = {"head_dim": 8, "tie_word_embeddings": False}
     "architecture", ["qwen2", "llama", "mistral", "qwen3", "qwen2_moe", "mixtral", "gpt2", "phi"]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_plain(tiny: Callable[..., PreTrainedModel], architecture: str, training: bool) -> None:
+def test_plain(tiny, architecture, training):
     model = tiny(architecture, hidden_act="gelu").train(training)
     model.model.layers[0].eval() if hasattr(model, "model") else None
     modes = [module.training for module in model.modules()]
@@ -36,9 +31,7 @@ def test_plain(tiny: Callable[..., PreTrainedModel], architecture: str, training
     ],
 )
 @pytest.mark.parametrize("zero", [False, True])
-def test_changed_afterwards(
-    tiny: Callable[..., PreTrainedModel], architecture: str, changes: dict[str, object], zero: bool
-) -> None:
+def test_changed_afterwards(tiny, architecture, changes, zero):
     """Whatever the weights: those of an untrained model make small logits, or none."""
     model = tiny(architecture, **changes)
     if zero:
@@ -46,16 +39,16 @@ def test_changed_afterwards(
     assert not has_plain_head(model)
 
 
-def test_a_cap_that_is_switched_off_is_none(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_a_cap_that_is_switched_off_is_none(tiny):
     assert has_plain_head(tiny("gemma2", **GEMMA, final_logit_softcapping=None))
 
 
-def test_a_head_that_is_given_something_else(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_a_head_that_is_given_something_else(tiny):
     model = tiny()
     model.lm_head = nn.Sequential(model.lm_head)
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     assert not has_plain_head(model)
 
 
-def test_in_bfloat16(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_in_bfloat16(tiny):
     assert has_plain_head(tiny().to(torch.bfloat16))

@@ -203,7 +203,7 @@ def test_activations_that_became_integers_are_refused(storage):
 
 
 @pytest.mark.parametrize("columns", [2**23, 2**25])
-def test_rows_that_int32_cannot_sum_are_refused(columns: int) -> None:
+def test_rows_that_int32_cannot_sum_are_refused(columns):
     message = f"{columns} input features cannot be summed in 32 bits"
     with torch.device("meta"):
         linear = nn.Linear(columns, 1, bias=False)
@@ -223,7 +223,7 @@ def test_rows_that_int32_cannot_sum_are_refused(columns: int) -> None:
 
 
 @pytest.mark.parametrize("storage", ["two-bit", "trits"])
-def test_one_copy_of_a_weight_stays(storage: str) -> None:
+def test_one_copy_of_a_weight_stays(storage):
     """Bytes as stored go once the compute layout is there, and come back when asked for."""
     torch.manual_seed(0)
     trained = SparseBitLinear(nn.Linear(64, 24), Pattern(6, 8))
@@ -243,10 +243,9 @@ def test_one_copy_of_a_weight_stays(storage: str) -> None:
         assert torch.equal(again(x), expected)
 
 
-def test_a_weight_derived_in_two_bits_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_derived_in_two_bits_is_packed(monkeypatch):
     """As a GPU derives it."""
     trained = trained_linear()
     ternary, scale, _ = trained.derived()
-    assert ternary is not None
     monkeypatch.setattr(trained, "derived", lambda name: (two_bit.pack(ternary), scale, None))
     assert torch.equal(pack_module(trained, "two-bit", "l").unpack("weight"), ternary)

@@ -1,24 +1,18 @@
 """A converted model's directory: transformers gives the converted model again, or fails."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
@@ -31,19 +25,17 @@ from sparse_bitnet.train.callback import SparseBitNetCallback
 from sparse_bitnet.train.dense import read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 
-Tiny = Callable[..., PreTrainedModel]
 
-
-def described(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+def described(directory):
+    found = json.loads((directory / "config.json").read_text())
     return found
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen2_moe", "mixtral", "gemma2"])
 @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
 def test_from_pretrained_gives_the_converted_model_again(
-    tiny: Tiny, tokens: Tensor, logits: Any, tmp_path: Path, architecture: str, kind: Any
-) -> None:
+    tiny, tokens, logits, tmp_path, architecture, kind
+):
     model = tiny(architecture)
     method = Method(order="mask-then-quant")
     rules = {r"v_proj$": "2:4", "k_proj": "skip"}
@@ -74,7 +66,7 @@ def test_from_pretrained_gives_the_converted_model_again(
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) is type(dense)
 
 
-def test_master_weights_stay_float32(tiny: Tiny, tokens: Tensor, tmp_path: Path) -> None:
+def test_master_weights_stay_float32(tiny, tokens, tmp_path):
     model = tiny()
     convert(model, "6:8")
     model.save_pretrained(tmp_path)
@@ -86,7 +78,7 @@ def test_master_weights_stay_float32(tiny: Tiny, tokens: Tensor, tmp_path: Path)
         assert again(input_ids=tokens).logits.dtype == dtype
 
 
-def test_a_dense_model_of_its_configuration(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_dense_model_of_its_configuration(tiny, tmp_path):
     """A baseline stays one, also where it was made while the converted model could not be saved."""
     model = tiny()
     convert(model, "6:8")
@@ -100,7 +92,7 @@ def test_a_dense_model_of_its_configuration(tiny: Tiny, tmp_path: Path) -> None:
     assert not list(master_weights(again))
 
 
-def test_a_dense_model_of_its_config_file(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_dense_model_of_its_config_file(tiny, tmp_path):
     """The configuration in the file brings the record along, but not the absent weights."""
     model = tiny()
     convert(model, "6:8")
@@ -121,7 +113,7 @@ RULES = {r"^model\.layers\.0\.": "skip", r"v_proj$": "2:4", "lm_head": "skip"}
 
 @pytest.mark.parametrize("saved", ["whole", "base"])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-def test_a_base_model(tiny: Tiny, tokens: Tensor, tmp_path: Path, saved: str, auto: Any) -> None:
+def test_a_base_model(tiny, tokens, tmp_path, saved, auto):
     """Saved as what it is or as the whole, and read as either."""
     model = tiny(tie_word_embeddings=True)
     convert(model, "6:8", rules=RULES)
@@ -139,7 +131,7 @@ def test_a_base_model(tiny: Tiny, tokens: Tensor, tmp_path: Path, saved: str, au
         again.save_pretrained(tmp_path / "two")
 
 
-def test_a_new_head_stays_dense(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_new_head_stays_dense(tiny, tmp_path):
     model = tiny()
     convert(model, "6:8")
     model.save_pretrained(tmp_path / "one")
@@ -158,7 +150,7 @@ def test_a_new_head_stays_dense(tiny: Tiny, tmp_path: Path) -> None:
     assert names == [master.name for master in master_weights(model)]
 
 
-def test_arguments_by_position(tiny: Tiny, tmp_path: Path) -> None:
+def test_arguments_by_position(tiny, tmp_path):
     model = tiny()
     convert(model, "6:8")
     state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
@@ -181,9 +173,7 @@ for name in ("whole", "base"):
 
 
 @pytest.mark.parametrize("first", ["", "import sparse_bitnet\n"], ids=["without", "with"])
-def test_in_another_process(
-    tiny: Tiny, tmp_path: Path, first: str, request: pytest.FixtureRequest
-) -> None:
+def test_in_another_process(tiny, tmp_path, first, request):
     """Without the package an error whose last line says what to install; never a dense model."""
     model = tiny()
     convert(model, "6:8")
@@ -198,7 +188,7 @@ def test_in_another_process(
             assert done.stderr.count(words) >= 2
 
 
-def test_copies_save_themselves(tiny: Tiny, tmp_path: Path) -> None:
+def test_copies_save_themselves(tiny, tmp_path):
     model = tiny()
     convert(model, "6:8")
     for number, other in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
@@ -210,7 +200,7 @@ def test_copies_save_themselves(tiny: Tiny, tmp_path: Path) -> None:
         assert isinstance(again.model.layers[0].mlp.up_proj, SparseBitLinear)
 
 
-def test_models_of_others_have_no_record() -> None:
+def test_models_of_others_have_no_record():
     model = nn.Sequential(nn.Linear(8, 8))
     convert(model, "6:8")
     assert not hasattr(model, "save_pretrained")
@@ -233,7 +223,7 @@ def test_models_of_others_have_no_record() -> None:
         {"more": 1},
     ],
 )
-def test_a_damaged_record(tiny: Tiny, tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_a_damaged_record(tiny, tmp_path, damage):
     model = tiny()
     convert(model, "6:8")
     model.save_pretrained(tmp_path)
@@ -244,19 +234,19 @@ def test_a_damaged_record(tiny: Tiny, tmp_path: Path, damage: dict[str, Any]) ->
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_trainer_resumes_and_packs(tiny: Tiny, tokens: Tensor, tmp_path: Path) -> None:
+def test_trainer_resumes_and_packs(tiny, tokens, tmp_path):
     """A checkpoint of ``Trainer``: resumed from, loaded, trained on, packed."""
 
-    def trainer(model: PreTrainedModel, steps: int) -> Trainer:
+    def trainer(model, steps):
         rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
-        options: dict[str, Any] = {"use_cpu": True, "report_to": [], "save_steps": 2, "seed": 1}
+        options = {"use_cpu": True, "report_to": [], "save_steps": 2, "seed": 1}
         arguments = TrainingArguments(
             str(tmp_path / "run"), max_steps=steps, learning_rate=0.01, **options
         )
         callbacks = [SparseBitNetCallback("6:8")]
         return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
 
-    def converted() -> PreTrainedModel:
+    def converted():
         model = tiny()
         convert(model, "6:8")
         return model

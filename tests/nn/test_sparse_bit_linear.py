@@ -1,13 +1,12 @@
 """The layer against the method's formulas: exact integers forward, the dual estimator backward."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_bitnet.core import (
@@ -32,20 +31,13 @@ METHODS = [
 ]
 
 
-def layer(
-    out: int = 6,
-    inner: int = 16,
-    pattern: str = "6:8",
-    method: Method | None = None,
-    bias: bool = True,
-    shard_sizes: tuple[int, ...] = (),
-) -> SparseBitLinear:
+def layer(out=6, inner=16, pattern="6:8", method=None, bias=True, shard_sizes=()):
     torch.manual_seed(0)
     linear = nn.Linear(inner, out, bias=bias)
     return SparseBitLinear(linear, Pattern.parse(pattern), method, shard_sizes)
 
 
-def integers(x: Tensor, module: SparseBitLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def integers(x, module):
     """(Xq, x_scale, T, w_scale), everything in float64."""
     x_q, x_scale = quantize_activations(x, module.method.activation_bits)
     ternary, scale = ternarize(module.weight, module.pattern, module.method, module.shard_sizes)
@@ -62,9 +54,7 @@ class TestForward:
         seed=st.integers(0, 99),
     )
     @settings(deadline=None, max_examples=60)
-    def test_integer_product_is_exact(
-        self, tokens: int, groups: int, out: int, bits: Any, seed: int
-    ) -> None:
+    def test_integer_product_is_exact(self, tokens, groups, out, bits, seed):
         """Any shape, odd ones too: the float32 result is that of exact integers, scaled once."""
         module = layer(out, groups * 8, method=Method(activation_bits=bits), bias=False)
         x = torch.randn(tokens, groups * 8, generator=torch.Generator().manual_seed(seed))
@@ -75,14 +65,14 @@ class TestForward:
         assert torch.equal(module(x), expected)
 
     @pytest.mark.parametrize("method", METHODS, ids=str)
-    def test_formula_with_every_ablation(self, method: Method) -> None:
+    def test_formula_with_every_ablation(self, method):
         module = layer(method=method)
         x = torch.randn(2, 5, 16)
         x_q, x_scale, ternary, rows = integers(x, module)
         expected = (x_q @ ternary.t()) * x_scale * rows + module.bias.double()
         torch.testing.assert_close(module(x).double(), expected, rtol=1e-6, atol=1e-7)
 
-    def test_fused_segments_equal_their_parts(self) -> None:
+    def test_fused_segments_equal_their_parts(self):
         """q, k and v fused, each with its own γ, compute what three layers do."""
         parts = [nn.Linear(16, rows) for rows in (4, 2, 2)]
         for scale, part in zip((1, 10, 0.1), parts, strict=True):
@@ -102,7 +92,7 @@ class TestForward:
         torch.testing.assert_close(dx, same)
 
     @pytest.mark.parametrize("shape", [(16,), (1, 16), (0, 16), (2, 0, 16), (2, 3, 4, 16)])
-    def test_any_leading_dimensions(self, shape: tuple[int, ...]) -> None:
+    def test_any_leading_dimensions(self, shape):
         module = layer()
         x = torch.randn(shape, requires_grad=True)
         y = module(x)
@@ -113,7 +103,7 @@ class TestForward:
         assert x.grad is not None
         assert module.weight.grad is not None
 
-    def test_views_without_contiguous_memory(self) -> None:
+    def test_views_without_contiguous_memory(self):
         module = layer()
         x = torch.randn(16, 5).t()
         assert torch.equal(module(x), module(x.contiguous()))
@@ -121,20 +111,18 @@ class TestForward:
         assert torch.equal(module(wide), module(wide.contiguous()))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-    def test_other_dtypes_go_in_and_out(self, dtype: torch.dtype) -> None:
+    def test_other_dtypes_go_in_and_out(self, dtype):
         module = layer()
         x = torch.randn(5, 16).to(dtype).requires_grad_()
         y = module(x)
         assert y.dtype == dtype
         assert torch.equal(y, module(x.float()).to(dtype))
         y.sum().backward()
-        assert x.grad is not None
         assert x.grad.dtype == dtype
-        assert module.weight.grad is not None
         assert module.weight.grad.dtype == torch.float32
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_what_is_not_finite_stays_visible(self, bad: float) -> None:
+    def test_what_is_not_finite_stays_visible(self, bad):
         """So that a loss says NaN instead of a number made of clipped garbage."""
         x = torch.ones(2, 16)
         x[0, 3] = bad
@@ -142,7 +130,7 @@ class TestForward:
         assert not torch.isfinite(y[0]).any()
         assert torch.isfinite(y[1]).all()
 
-    def test_zero_weights_and_zero_inputs(self) -> None:
+    def test_zero_weights_and_zero_inputs(self):
         module = layer()
         assert torch.equal(module(torch.zeros(2, 16)), module.bias.expand(2, 6))
         with torch.no_grad():
@@ -153,9 +141,7 @@ class TestForward:
 class TestBackward:
     """dX = dY @ (γT), dW = dYᵀ @ (Xq·x_scale), db = Σ dY; float64 throughout."""
 
-    def gradients(
-        self, module: SparseBitLinear, x: Tensor, dy: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, module, x, dy):
         """Of BitProduct on float64 leaves, with the module's integers."""
         leaves = [t.detach().double().requires_grad_() for t in (x, module.weight, module.bias)]
         y = BitProduct.apply(
@@ -171,14 +157,14 @@ class TestBackward:
 
     @pytest.mark.parametrize("method", METHODS, ids=str)
     @pytest.mark.parametrize("shard_sizes", [(), (4, 2)])
-    def test_equals_the_formulas(self, method: Method, shard_sizes: tuple[int, ...]) -> None:
+    def test_equals_the_formulas(self, method, shard_sizes):
         module = layer(method=method, shard_sizes=shard_sizes)
         x, dy = torch.randn(3, 5, 16), torch.randn(3, 5, 6, dtype=torch.float64)
         dx, dw, db = self.gradients(module, x, dy)
         x_q, x_scale, ternary, rows = integers(x, module)
         expected = torch.einsum("bto,bti->oi", dy, x_q * x_scale)
         if method.gradient == "masked":
-            source: Tensor = module.weight
+            source = module.weight
             if method.mask_source == "quantized":
                 source, _ = ternarize(module.weight, DENSE, shard_sizes=shard_sizes)
             expected = expected * nm_mask(source, Pattern(6, 8))
@@ -186,20 +172,19 @@ class TestBackward:
         torch.testing.assert_close(dw, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(db, dy.sum((0, 1)), rtol=1e-12, atol=1e-12)
 
-    def test_masked_weights_learn_unless_the_ablation_says_no(self) -> None:
+    def test_masked_weights_learn_unless_the_ablation_says_no(self):
         x = torch.randn(64, 16)
         for gradient in ("dense", "masked"):
             module = layer(method=Method(gradient=gradient), pattern="2:8")
             module(x).square().sum().backward()
             mask = nm_mask(module.weight, Pattern(2, 8))
             grad = module.weight.grad
-            assert grad is not None
             assert (grad[mask] != 0).all()
             assert bool((grad[~mask] != 0).all()) == (gradient == "dense")
             assert bool((grad[~mask] == 0).all()) == (gradient == "masked")
 
     @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-    def test_asks_only_for_gradients_that_are_needed(self, frozen: str) -> None:
+    def test_asks_only_for_gradients_that_are_needed(self, frozen):
         module = layer()
         x = torch.randn(3, 16, requires_grad=True)
         tensors = {"x": x, "weight": module.weight, "bias": module.bias}
@@ -208,16 +193,16 @@ class TestBackward:
         for name, tensor in tensors.items():
             assert (tensor.grad is None) == (name == frozen)
 
-    def test_second_derivatives_are_refused(self) -> None:
+    def test_second_derivatives_are_refused(self):
         x = torch.randn(3, 16, requires_grad=True)
         (dx,) = torch.autograd.grad(layer()(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
 
-    def test_keeps_int8_for_backward(self) -> None:
-        saved: list[Tensor] = []
+    def test_keeps_int8_for_backward(self):
+        saved = []
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor):
             saved.append(tensor)
             return tensor
 
@@ -230,7 +215,7 @@ class TestBackward:
 
 class TestModes:
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-    def test_same_output_whatever_is_recorded(self, context: Any) -> None:
+    def test_same_output_whatever_is_recorded(self, context):
         module, x = layer(), torch.randn(3, 16)
         expected = module(x).detach()
         with context():
@@ -238,7 +223,7 @@ class TestModes:
         # Inference mode leaves nothing behind that training cannot use.
         module(x.requires_grad_()).sum().backward()
 
-    def test_autocast(self) -> None:
+    def test_autocast(self):
         module = layer()
         x = torch.randn(3, 16, requires_grad=True)
         exact = module(x)
@@ -249,14 +234,12 @@ class TestModes:
         # Quantized from float32 and rounded once at the end, not before.
         assert torch.equal(y, exact.bfloat16())
         y.float().square().sum().backward()
-        assert x.grad is not None
-        assert module.weight.grad is not None
         assert (x.grad.dtype, module.weight.grad.dtype) == (torch.float32, torch.float32)
         (dw,) = torch.autograd.grad(exact.square().sum(), module.weight)
         assert (module.weight.grad - dw).norm() < 0.02 * dw.norm()
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_activation_checkpointing(self, reentrant: bool) -> None:
+    def test_activation_checkpointing(self, reentrant):
         module = nn.Sequential(layer(16, 16), nn.GELU(), layer(16, 16))
         x = torch.randn(3, 16, requires_grad=True)
         expected = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
@@ -265,7 +248,7 @@ class TestModes:
         got = [x.grad, *(p.grad for p in module.parameters())]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
-    def test_the_result_may_be_changed_in_place(self) -> None:
+    def test_the_result_may_be_changed_in_place(self):
         """Llama 4 scales its queries so; autograd refuses it of a function that returns a view."""
         module, x = layer(), torch.randn(2, 3, 16)
         (module(x) * 2).sum().backward()
@@ -276,12 +259,12 @@ class TestModes:
 
 
 class TestRefusals:
-    def test_segments_that_do_not_cut_the_rows(self) -> None:
+    def test_segments_that_do_not_cut_the_rows(self):
         with pytest.raises(WeightError, match=r"shard sizes \(4, 3\) must be positive and sum"):
             layer(shard_sizes=(4, 3))
 
 
-def test_looks_like_a_linear_layer() -> None:
+def test_looks_like_a_linear_layer():
     module = layer()
     assert isinstance(module, nn.Linear)
     assert (module.in_features, module.out_features) == (16, 6)

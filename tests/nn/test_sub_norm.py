@@ -1,10 +1,5 @@
 """SubLN: begins near the model that it is added to, and goes the whole way from there."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaConfig, Qwen2Config
@@ -17,20 +12,20 @@ from sparse_bitnet.nn.sub_norm import add_sub_norms
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.packed.write import pack
 
-SHAPE: dict[str, Any] = packed_models.SMALL | {"vocab_size": 64, "intermediate_size": 64}
+SHAPE = packed_models.SMALL | {"vocab_size": 64, "intermediate_size": 64}
 TOKENS = torch.arange(48).view(2, 24)
 
 
-def llama(**changes: Any) -> Any:
+def llama(**changes):
     torch.manual_seed(0)
     shape = {**SHAPE, "rope_theta": 5000.0, "attention_bias": True, **changes}
     return AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_kept_and_the_new_ones_fit(tied: bool) -> None:
+def test_weights_are_kept_and_the_new_ones_fit(tied):
     model = llama(tie_word_embeddings=tied)
-    seen: dict[str, torch.Tensor] = {}
+    seen = {}
     layer = model.model.layers[0]
     for name, module in (("attn", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
         module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
@@ -59,7 +54,7 @@ def test_weights_are_kept_and_the_new_ones_fit(tied: bool) -> None:
     assert (found - wanted).norm() < 0.5 * (plain - wanted).norm()
 
 
-def test_with_norms_that_do_nothing_it_is_the_model() -> None:
+def test_with_norms_that_do_nothing_it_is_the_model():
     """Everything else of the two architectures is equal: activation, rotation, scaling, biases."""
     model = llama()
     with torch.no_grad():
@@ -77,14 +72,14 @@ def test_with_norms_that_do_nothing_it_is_the_model() -> None:
         "import sparse_bitnet.export.verbs",
     ],
 )
-def test_transformers_is_imported_by_any_way(only_torch: Any, line: str) -> None:
+def test_transformers_is_imported_by_any_way(only_torch, line):
     """Its quantizers import this package's, and with it ``nn``, before it has its models."""
     done = only_torch(line)
     assert done.returncode == 0, done.stderr
 
 
 @torch.compiler.set_stance("force_eager")  # transformers' layers compile themselves
-def test_packed_and_exported(tmp_path: Path) -> None:
+def test_packed_and_exported(tmp_path):
     model = add_sub_norms(llama(attention_bias=False), TOKENS)
     convert(model, "6:8")
     with torch.no_grad():
@@ -104,6 +99,6 @@ def test_packed_and_exported(tmp_path: Path) -> None:
         (lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE)), "is a qwen2"),
     ],
 )
-def test_what_the_architecture_does_not_compute(model: Any, why: str) -> None:
+def test_what_the_architecture_does_not_compute(model, why):
     with pytest.raises(ConfigError, match=why):
         add_sub_norms(model(), TOKENS)

@@ -1,15 +1,9 @@
 """DDP, torch.compile and PEFT around a converted model."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.nn import SparseBitLinear, convert
@@ -19,18 +13,17 @@ from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.callback import SparseBitNetCallback
 
 peft = pytest.importorskip("peft")
-Tiny = Callable[..., PreTrainedModel]
 ON_WEIGHTS = {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]}
 BESIDE = {"target_modules": ["q_proj", "down_proj"]}
 
 
-def adapted(tiny: Tiny, where: dict[str, Any], init: bool = False) -> Any:
+def adapted(tiny, where, init=False):
     model = tiny()
     convert(model, "6:8")
     return peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=init, **where))
 
 
-def test_an_adapter_on_the_weight_joins_it_before_quantization(tiny: Tiny, tokens: Tensor) -> None:
+def test_an_adapter_on_the_weight_joins_it_before_quantization(tiny, tokens):
     model = adapted(tiny, ON_WEIGHTS)
     plain = tiny()
     added = {}
@@ -54,9 +47,7 @@ def test_an_adapter_on_the_weight_joins_it_before_quantization(tiny: Tiny, token
         assert torch.equal(merged(input_ids=tokens).logits, before)
 
 
-def test_merged_adapters_are_packed_and_others_refused(
-    tiny: Tiny, tokens: Tensor, tmp_path: Path
-) -> None:
+def test_merged_adapters_are_packed_and_others_refused(tiny, tokens, tmp_path):
     for where in (ON_WEIGHTS, BESIDE):
         model = adapted(tiny, where)
         with pytest.raises(ConfigError, match=r"pack: .*q_proj has an adapter .*merge_and_unload"):
@@ -71,7 +62,7 @@ def test_merged_adapters_are_packed_and_others_refused(
         assert torch.equal(load(tmp_path / "packed")[0](input_ids=tokens).logits, before)
 
 
-def test_convert_refuses_adapters(tiny: Tiny) -> None:
+def test_convert_refuses_adapters(tiny):
     model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, **BESIDE))
     with pytest.raises(ConfigError, match=r"convert: .* has an adapter of its own"):
         convert(model, "6:8")
@@ -79,10 +70,10 @@ def test_convert_refuses_adapters(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("where", [ON_WEIGHTS, BESIDE])
-def test_the_callback(tiny: Tiny, tmp_path: Path, where: dict[str, Any]) -> None:
+def test_the_callback(tiny, tmp_path, where):
     model = adapted(tiny, where, init=True)
     rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
-    options: dict[str, Any] = {"max_steps": 2, "use_cpu": True, "report_to": [], "save_steps": 100}
+    options = {"max_steps": 2, "use_cpu": True, "report_to": [], "save_steps": 100}
     arguments = TrainingArguments(str(tmp_path), **options)
     callback = SparseBitNetCallback("6:8")
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
@@ -93,7 +84,7 @@ def test_the_callback(tiny: Tiny, tmp_path: Path, where: dict[str, Any]) -> None
         trainer.train()
 
 
-def test_unwrapped(tiny: Tiny, tokens: Tensor, tmp_path: Path) -> None:
+def test_unwrapped(tiny, tokens, tmp_path):
     model = tiny()
     convert(model, "6:8")
     wrapped = torch.compile(nn.DataParallel(model), backend="eager")

@@ -1,7 +1,5 @@
 """The result of 22 November 2026 comes from its rows, byte for byte, by its own script."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib import import_module
@@ -17,7 +15,7 @@ MODULES = ("claims", "figures", "published", "readme", "runs", "sections", "draw
 
 
 @pytest.fixture
-def redraw(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def redraw(monkeypatch):
     """The script's modules, imported as when its directory is run."""
     monkeypatch.syspath_prepend(RESULT / "redraw")
     for name in MODULES:
@@ -29,7 +27,7 @@ def redraw(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_everything_is_redrawn_byte_for_byte(tmp_path: Path) -> None:
+def test_everything_is_redrawn_byte_for_byte(tmp_path):
     subprocess.run([sys.executable, RESULT / "redraw", tmp_path], check=True, timeout=280)
     stored = [RESULT / "README.md", RESULT / "tables.md", *RESULT.glob("plots/*.png")]
     names = {path.relative_to(RESULT) for path in stored}
@@ -41,9 +39,7 @@ def test_everything_is_redrawn_byte_for_byte(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / path.relative_to(RESULT)).read_bytes(), path
 
 
-def test_tables_are_those_of_the_rows(
-    redraw: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_are_those_of_the_rows(redraw, tmp_path, monkeypatch):
     """Without drawing: verdicts, tables and the README's figures."""
     for module, names in (
         (redraw.figures, ("collapse", "bars")),
@@ -80,9 +76,7 @@ HOLDS, IN_PART, FAILS, NOT_DECIDED = (
         ([(-1.0,), (-2.0,)], FAILS),
     ],
 )
-def test_the_rule_of_verdicts(
-    redraw: SimpleNamespace, comparisons: list[tuple[float, ...]], verdict: str
-) -> None:
+def test_the_rule_of_verdicts(redraw, comparisons, verdict):
     estimates = [redraw.runs.Estimate(values) for values in comparisons]
     assert redraw.claims.verdict_of(estimates) == verdict
     if verdict == HOLDS:
@@ -100,16 +94,14 @@ def test_the_rule_of_verdicts(
         ([(1.0, 1.1)], HOLDS),
     ],
 )
-def test_one_seed_within_the_spread_of_its_baseline(
-    redraw: SimpleNamespace, comparisons: list[tuple[float, ...]], verdict: str
-) -> None:
+def test_one_seed_within_the_spread_of_its_baseline(redraw, comparisons, verdict):
     """Seeds at 50, 52 and 54: variance (4 + 0 + 4)/2, so a standard deviation of 2."""
     found = [redraw.runs.Estimate(values) for values in comparisons]
     baseline = redraw.runs.Estimate((50.0, 52.0, 54.0))
     assert redraw.claims.verdict_of(found, baseline) == verdict
 
 
-def test_crossings_are_linear_in_the_logarithm(redraw: SimpleNamespace) -> None:
+def test_crossings_are_linear_in_the_logarithm(redraw):
     crossings = redraw.runs.crossings
     # Gaps −1 at 4 and +1 at 64: zero half way in the logarithm, at 16.
     assert crossings([4, 64], [-1, 1]) == [pytest.approx(16)]
@@ -118,7 +110,7 @@ def test_crossings_are_linear_in_the_logarithm(redraw: SimpleNamespace) -> None:
     assert crossings([4, 16, 64], [1, 2, 0.5]) == []
 
 
-def test_first_beyond_goes_from_dense_to_sparse(redraw: SimpleNamespace) -> None:
+def test_first_beyond_goes_from_dense_to_sparse(redraw):
     ratios = {"2:8": 1.5, "6:8": 1.02, "4:8": 1.12, "3:8": 1.05}
     assert redraw.runs.first_beyond(ratios, 1.1) == "4:8"
     assert redraw.runs.first_beyond(ratios, 2.0) is None

@@ -1,24 +1,18 @@
 """Fixtures of the training tests: tokens that can be learned, made without a tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sparse_bitnet.data.shards import Shard, index_text, token_dtype
-from sparse_bitnet.train.config import TrainConfig
 from sparse_bitnet.train.recipe import config_from_dict
 
 VOCABULARY = 64
 
 
-def write_tokens(directory: Path, count: int, seed: int, vocabulary: int = VOCABULARY) -> None:
+def write_tokens(directory, count, seed, vocabulary=VOCABULARY):
     """Three tokens of four follow from the one before. Integer arithmetic: equal everywhere."""
     tokens = np.empty(count, dtype="<u2")
     state, token = seed, 0
@@ -36,14 +30,14 @@ def write_tokens(directory: Path, count: int, seed: int, vocabulary: int = VOCAB
 
 
 @pytest.fixture(scope="session")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data") / "tokens"
     write_tokens(directory / "train", 20_000, seed=1)
     write_tokens(directory / "validation", 3_000, seed=2)
     return directory
 
 
-def write_chats(directory: Path, count: int, seed: int) -> None:
+def write_chats(directory, count, seed):
     """Documents of 4 to 30 tokens; the second half of each is an answer that can be learned."""
     rng = np.random.default_rng(seed)
     parts = []
@@ -60,11 +54,11 @@ def write_chats(directory: Path, count: int, seed: int) -> None:
     tokens_in_all = sum(map(len, parts))
     shard = Shard("0.bin", tokens_in_all, count, 1, hashlib.sha256(data).hexdigest())
     index = {"tokenizer_hash": "0" * 64, "vocab_size": VOCABULARY, "eos_id": 0}
-    (directory / "index.json").write_text(index_text([shard], **index, answers=True))  # type: ignore[arg-type]
+    (directory / "index.json").write_text(index_text([shard], **index, answers=True))
 
 
 @pytest.fixture(scope="session")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chats(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chats") / "data"
     write_chats(directory / "train", 300, seed=1)
     write_chats(directory / "validation", 40, seed=2)
@@ -72,7 +66,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     # The models are tiny: a second thread only waits, for the other test process above all.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,11 +77,11 @@ def one_thread() -> Iterator[None]:
 class Recipes:
     """Configurations for tests, as a recipe would give them."""
 
-    def __init__(self, tokens: Path, directory: Path) -> None:
+    def __init__(self, tokens, directory):
         self.tokens, self.directory = tokens, directory
 
-    def values(self, name: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:
-        values: dict[str, dict[str, Any]] = {
+    def values(self, name="run", **sections):
+        values = {
             "model": {"source": "tiny"},
             "data": {"path": str(self.tokens), "sequence_length": 32, "batch_size": 8},
             "optimizer": {"learning_rate": 3e-3},
@@ -104,16 +98,16 @@ class Recipes:
             values.setdefault(section, {}).update(changes)
         return values
 
-    def __call__(self, name: str = "run", **sections: dict[str, Any]) -> TrainConfig:
+    def __call__(self, name="run", **sections):
         return config_from_dict(self.values(name, **sections), "test")
 
 
 @pytest.fixture(scope="session")
-def recipes_in(tokens: Path) -> Callable[[Path], Recipes]:
+def recipes_in(tokens):
     """For fixtures that outlive a test: recipes whose runs lie in a given directory."""
     return lambda directory: Recipes(tokens, directory)
 
 
 @pytest.fixture
-def recipe(tokens: Path, tmp_path: Path) -> Recipes:
+def recipe(tokens, tmp_path):
     return Recipes(tokens, tmp_path)

@@ -1,10 +1,5 @@
 """The schedule and the monitor inside a real Hugging Face Trainer."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -18,22 +13,20 @@ from tiny_models import preset_model
 class Spy(TrainerCallback):
     """What each step was taken with."""
 
-    def __init__(self) -> None:
-        self.patterns: list[str] = []
-        self.decays: list[list[float]] = []
-        self.logs: list[dict[str, Any]] = []
+    def __init__(self):
+        self.patterns = []
+        self.decays = []
+        self.logs = []
 
-    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_optimizer_step(self, args, state, control, **kwargs):
         self.patterns.append(str(next(master_weights(kwargs["model"])).pattern))
         self.decays.append([group["weight_decay"] for group in kwargs["optimizer"].param_groups])
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
 
 
-def trainer(
-    directory: Path, callback: SparseBitNetCallback, spy: Spy, converted: bool = True, **more: Any
-) -> Trainer:
+def trainer(directory, callback, spy, converted=True, **more):
     model = preset_model(0, 32)
     if converted:
         convert(model, "6:8")
@@ -52,7 +45,7 @@ def trainer(
     return Trainer(model, arguments, train_dataset=rows, callbacks=[callback, spy])
 
 
-def test_schedule_and_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_schedule_and_monitor(tmp_path, capsys):
     spy = Spy()
     callback = SparseBitNetCallback("6:8", until={0.5: "dense"}, weight_decay_until=0.5)
     run = trainer(tmp_path, callback, spy)
@@ -72,7 +65,7 @@ def test_schedule_and_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "flip_rate" in capsys.readouterr().out
 
 
-def test_continues_in_the_right_pattern(tmp_path: Path) -> None:
+def test_continues_in_the_right_pattern(tmp_path):
     spy = Spy()
     callback = SparseBitNetCallback("6:8", until={0.25: "dense", 0.75: "7:8"})
     run = trainer(tmp_path, callback, spy, save_strategy="steps", save_steps=4)
@@ -87,14 +80,14 @@ def test_continues_in_the_right_pattern(tmp_path: Path) -> None:
     assert losses == pytest.approx(whole, abs=1e-6)
 
 
-def test_decay_stays_as_it_is_unless_asked(tmp_path: Path) -> None:
+def test_decay_stays_as_it_is_unless_asked(tmp_path):
     spy = Spy()
     trainer(tmp_path, SparseBitNetCallback(), spy).train()
     assert spy.patterns == ["6:8"] * 8
     assert {decays[0] for decays in spy.decays} == {0.1}
 
 
-def test_refuses_unconverted_models_and_wrong_schedules(tmp_path: Path) -> None:
+def test_refuses_unconverted_models_and_wrong_schedules(tmp_path):
     run = trainer(tmp_path, SparseBitNetCallback(), Spy(), converted=False)
     with pytest.raises(ConfigError, match="the model is not converted; call"):
         run.train()

@@ -1,12 +1,8 @@
 """Checkpoints: complete or absent, checked when read, nothing unpickled."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,34 +23,34 @@ IDS = torch.arange(16).view(2, 8)
 class Setup:
     """A model that has learned a little, and its checkpoints."""
 
-    def __init__(self, directory: Path, config: Any, seed: int = 0) -> None:
+    def __init__(self, directory, config, seed=0):
         self.model = preset_model(seed, 32)
         convert_model(self.model, config.sparsity)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.files = Checkpoints(directory, 2, config, {"tokens": [1]}, ALONE)
 
-    def learn(self) -> None:
+    def learn(self):
         self.model(IDS, labels=IDS).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, step: int) -> Path:
+    def save(self, step):
         return self.files.save(step, self.model, self.optimizer)
 
-    def load(self, step: int) -> None:
+    def load(self, step):
         self.files.load(step, self.model, self.optimizer)
 
 
 @pytest.fixture
-def setup(tmp_path: Path, recipe: Any) -> Setup:
+def setup(tmp_path, recipe):
     return Setup(tmp_path / "checkpoints", recipe())
 
 
-def weights_file(path: Path) -> Path:
+def weights_file(path):
     return next(path.glob("*.safetensors"))
 
 
-def test_round_trip_restores_every_bit(setup: Setup, tmp_path: Path, recipe: Any) -> None:
+def test_round_trip_restores_every_bit(setup, tmp_path, recipe):
     for _ in range(3):
         setup.learn()
     setup.save(3)
@@ -70,15 +66,15 @@ def test_round_trip_restores_every_bit(setup: Setup, tmp_path: Path, recipe: Any
             assert torch.equal(setup.optimizer.state[p][name], other.optimizer.state[q][name])
 
 
-def test_only_safetensors_and_json_are_written(setup: Setup) -> None:
+def test_only_safetensors_and_json_are_written(setup):
     path = setup.save(1)
     assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors"]
 
 
-def test_nothing_is_unpickled(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled(setup, monkeypatch):
     path = setup.save(1)
 
-    def refuse(*_args: object, **_kwargs: object) -> None:
+    def refuse(*_args, **_kwargs):
         raise AssertionError("a checkpoint was unpickled")
 
     # What DCP's own reader would open first; here it is a stranger's file of no interest.
@@ -89,7 +85,7 @@ def test_nothing_is_unpickled(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
     setup.load(1)
 
 
-def test_the_last_ones_stay(setup: Setup) -> None:
+def test_the_last_ones_stay(setup):
     assert setup.files.latest() is None
     for step in (5, 10, 15, 20):
         setup.save(step)
@@ -100,7 +96,7 @@ def test_the_last_ones_stay(setup: Setup) -> None:
     ]
 
 
-def test_saving_a_step_again_replaces_it(setup: Setup) -> None:
+def test_saving_a_step_again_replaces_it(setup):
     setup.save(5)
     setup.learn()
     path = setup.save(5)
@@ -109,7 +105,7 @@ def test_saving_a_step_again_replaces_it(setup: Setup) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
 
 
-def test_unfinished_ones_are_not_found(setup: Setup) -> None:
+def test_unfinished_ones_are_not_found(setup):
     good = setup.save(5)
     shutil.copytree(good, good.with_name("step-00000010.123.partial"))
     without_manifest = good.with_name("step-00000015")
@@ -119,13 +115,11 @@ def test_unfinished_ones_are_not_found(setup: Setup) -> None:
     assert setup.files.latest() == 5
 
 
-def test_a_crash_while_writing_leaves_the_old_ones(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_writing_leaves_the_old_ones(setup, monkeypatch):
     setup.save(5)
     setup.save(10)
 
-    def crash(*_args: object) -> None:
+    def crash(*_args):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(module, "write_text", crash)
@@ -135,8 +129,8 @@ def test_a_crash_while_writing_leaves_the_old_ones(
     assert len(list(setup.files.directory.iterdir())) == 2
 
 
-def test_a_full_disk_is_an_error_of_ours(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object) -> None:
+def test_a_full_disk_is_an_error_of_ours(setup, monkeypatch):
+    def full(*_args):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(module.HuggingFaceStorageWriter, "write_data", full)
@@ -145,26 +139,26 @@ def test_a_full_disk_is_an_error_of_ours(setup: Setup, monkeypatch: pytest.Monke
     assert list(setup.files.directory.iterdir()) == []
 
 
-def damage_truncate(path: Path) -> None:
+def damage_truncate(path):
     file = weights_file(path)
     file.write_bytes(file.read_bytes()[:-7])
 
 
-def damage_flip(path: Path) -> None:
+def damage_flip(path):
     data = bytearray(weights_file(path).read_bytes())
     data[-5] ^= 1
     weights_file(path).write_bytes(data)
 
 
-def damage_remove(path: Path) -> None:
+def damage_remove(path):
     weights_file(path).unlink()
 
 
-def damage_manifest(path: Path) -> None:
+def damage_manifest(path):
     (path / MANIFEST).write_text("{")
 
 
-def damage_step(path: Path) -> None:
+def damage_step(path):
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"step": 1}))
 
@@ -179,7 +173,7 @@ def damage_step(path: Path) -> None:
         (damage_step, r"checkpoint\.json is not that of a checkpoint of step 10"),
     ],
 )
-def test_damage_is_named_and_the_way_out(setup: Setup, damage: Any, reason: str) -> None:
+def test_damage_is_named_and_the_way_out(setup, damage, reason):
     good, bad = setup.save(5), setup.save(10)
     damage(bad)
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -190,7 +184,7 @@ def test_damage_is_named_and_the_way_out(setup: Setup, damage: Any, reason: str)
         setup.load(10)
 
 
-def test_other_runs_are_refused(setup: Setup, tmp_path: Path, recipe: Any) -> None:
+def test_other_runs_are_refused(setup, tmp_path, recipe):
     setup.save(5)
     other = Setup(tmp_path / "checkpoints", recipe(optimizer={"learning_rate": 1.0}))
     with pytest.raises(
@@ -205,7 +199,7 @@ def test_other_runs_are_refused(setup: Setup, tmp_path: Path, recipe: Any) -> No
         moved.load(5, same.model, same.optimizer)
 
 
-def test_foreign_configurations_and_models(setup: Setup) -> None:
+def test_foreign_configurations_and_models(setup):
     path = setup.save(5)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"config": {"speed": "high"}}))

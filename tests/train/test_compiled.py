@@ -1,7 +1,5 @@
 """Compiled blocks learn what eager ones learn, on any processor and whoever compiled before."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,12 +14,12 @@ CAPABILITIES = [None, "default", *(["avx2"] if HAS_AVX2 else [])]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory):
     """One compile cache for all processors, as in a home that machines share."""
     return tmp_path_factory.mktemp("compiled")
 
 
-def worst_error(cache: Path, capability: str | None, *arguments: str) -> float:
+def worst_error(cache, capability, *arguments):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("ATEN_CPU_CAPABILITY", None)
     environment |= {} if capability is None else {"ATEN_CPU_CAPABILITY": capability}
@@ -41,12 +39,10 @@ def worst_error(cache: Path, capability: str | None, *arguments: str) -> float:
     ],
 )
 @pytest.mark.slow
-def test_gradients_as_in_eager_mode(
-    cache: Path, capability: str | None, kind: str, precision: str, bound: float
-) -> None:
+def test_gradients_as_in_eager_mode(cache, capability, kind, precision, bound):
     assert worst_error(cache, capability, kind, precision) < bound
 
 
-def test_without_vector_instructions(cache: Path) -> None:
+def test_without_vector_instructions(cache):
     """Scalar code of a gated MLP; nn/test_compiled_rows.py compiles the usual code."""
     assert worst_error(cache, "default", "bitnet", "bf16", "mlp") < 5e-2

@@ -1,14 +1,10 @@
 """Killed without warning, or asked to leave: the run goes on as if nothing had happened."""
 
-from __future__ import annotations
-
 import re
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,14 +20,14 @@ from sparse_bitnet.train.recipe import config_from_dict
 class Runner:
     """Starts a worker, waits for a line of its, sends it a signal."""
 
-    def __init__(self, recipe: Any, tmp_path: Path) -> None:
+    def __init__(self, recipe, tmp_path):
         self.values = recipe.values("killed", run={"checkpoint_every": 4})
         self.path = tmp_path / "killed.yaml"
         self.path.write_text(yaml.safe_dump(self.values))
         self.directory = Path(self.values["run"]["directory"])
 
     @contextmanager
-    def waiting(self, line: str, *mode: str) -> Iterator[Started]:
+    def waiting(self, line, *mode):
         """A worker that has printed the line; killed at the end."""
         process = Started(self.path.parent, training_worker.main, (str(self.path), *mode))
         deadline = time.monotonic() + 120
@@ -44,36 +40,34 @@ class Runner:
             process.kill()
             process.join()
 
-    def signalled(self, number: int, line: str, *mode: str) -> Started:
+    def signalled(self, number, line, *mode):
         with self.waiting(line, *mode) as process:
             process.send_signal(number)
             process.join(120)
         return process
 
-    def resume(self) -> list[dict[str, Any]]:
+    def resume(self):
         return timeless(train(config_from_dict(self.values, "test")).directory)
 
 
 @pytest.fixture
-def runner(recipe: Any, tmp_path: Path) -> Runner:
+def runner(recipe, tmp_path):
     return Runner(recipe, tmp_path)
 
 
 @pytest.fixture
-def uninterrupted(recipe: Any) -> list[dict[str, Any]]:
+def uninterrupted(recipe):
     return timeless(train(recipe("whole")).directory)
 
 
-def test_kill_9_in_training(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
+def test_kill_9_in_training(runner, uninterrupted):
     ended = runner.signalled(signal.SIGKILL, "after step 7", "step", "7")
     assert ended.exitcode == -signal.SIGKILL, ended.complained()
     assert len(timeless(runner.directory)) == 7
     assert runner.resume() == uninterrupted
 
 
-def test_kill_9_while_a_checkpoint_is_written(
-    runner: Runner, uninterrupted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kill_9_while_a_checkpoint_is_written(runner, uninterrupted, capsys):
     ended = runner.signalled(signal.SIGKILL, "writing", "write", "8")
     assert ended.exitcode == -signal.SIGKILL, ended.complained()
     found = sorted(path.name for path in (runner.directory / "checkpoints").iterdir())
@@ -87,7 +81,7 @@ def test_kill_9_while_a_checkpoint_is_written(
     assert "step-00000004" in shown
 
 
-def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]]) -> None:
+def test_sigterm_to_a_process(runner, uninterrupted):
     ended = runner.signalled(signal.SIGTERM, "after step 3", "slow")
     told = ended.complained()
     assert ended.exitcode == 128 + signal.SIGTERM, told
@@ -98,7 +92,7 @@ def test_sigterm_to_a_process(runner: Runner, uninterrupted: list[dict[str, Any]
     assert runner.resume() == uninterrupted
 
 
-def test_two_processes_in_one_directory(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_in_one_directory(runner, monkeypatch):
     """The second is refused and disturbs nothing; a killed first one is in nobody's way."""
     monkeypatch.setattr("sparse_bitnet.train.result.PATIENCE", 0.2)
     config = config_from_dict(runner.values, "test")

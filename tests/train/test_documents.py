@@ -1,19 +1,13 @@
 """Sequences of several documents: they do not see each other, and answers alone are learned."""
 
-from __future__ import annotations
-
 import itertools
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
-from sparse_bitnet.data.loader import IGNORED, Batch, Loader
+from sparse_bitnet.data.loader import IGNORED, Loader
 from sparse_bitnet.data.shards import TokenShards
 from sparse_bitnet.nn import convert
 from sparse_bitnet.train import train
@@ -26,7 +20,7 @@ from tiny_models import preset_model, tiny
 VOCABULARY = 64  # of the tokens in conftest.py
 
 
-WINDOWS: dict[str, Any] = {
+WINDOWS = {
     "num_hidden_layers": 1,
     "use_sliding_window": True,
     "sliding_window": 3,
@@ -36,9 +30,7 @@ WINDOWS: dict[str, Any] = {
 
 @pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["sdpa", "windows"])
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_packed_document_has_the_logits_that_it_has_alone(
-    changes: dict[str, Any], converted: bool
-) -> None:
+def test_a_packed_document_has_the_logits_that_it_has_alone(changes, converted):
     model = preset_model(0, **changes).eval()
     if converted:
         convert(model, "6:8")
@@ -63,7 +55,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(
     assert mixed.abs().max() > 0.05  # which is what they would see of each other
 
 
-def lfm2() -> PreTrainedModel:
+def lfm2():
     return tiny("lfm2", layer_types=["conv", "full_attention"])
 
 
@@ -73,31 +65,31 @@ GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
 @pytest.mark.parametrize(
     "make", [lambda: preset_model(0), lambda: tiny("gptj", **GPTJ), lambda: tiny("mixtral")]
 )
-def test_attention_that_begins_anew_is_accepted(make: Any) -> None:
+def test_attention_that_begins_anew_is_accepted(make):
     check_documents(make())
 
 
 @pytest.mark.parametrize(
     "make", [lambda: tiny("mamba", num_hidden_layers=1), lfm2, lambda: tiny("jamba", num_experts=2)]
 )
-def test_what_a_recurrence_leaks_is_refused(make: Any) -> None:
+def test_what_a_recurrence_leaks_is_refused(make):
     """Little of it in an untrained model: 5e-5 of the logits in Lfm2, 1e-3 in Jamba."""
     with pytest.raises(ConfigError, match="ForCausalLM lets tokens see the documents before"):
         check_documents(make())
 
 
-def test_a_teacher_that_leaks_is_refused(recipe: Any, chats: Path, tokens: Path) -> None:
+def test_a_teacher_that_leaks_is_refused(recipe, chats, tokens):
     """For conversations; ordinary text has no documents to keep apart."""
     teacher = recipe.directory / "teacher"
     lfm2().save_pretrained(teacher)
-    sections: dict[str, Any] = {"teacher": {"source": str(teacher)}, "schedule": {"steps": 1}}
+    sections = {"teacher": {"source": str(teacher)}, "schedule": {"steps": 1}}
     with pytest.raises(ConfigError, match="Lfm2ForCausalLM lets tokens see the documents before"):
         train(recipe("chats", data={"path": str(chats)}, **sections))
     train(recipe("text", data={"path": str(tokens)}, **sections))
 
 
 @pytest.mark.parametrize("make", [lambda: preset_model(0), lambda: tiny("mixtral")])
-def test_a_trained_teacher_is_accepted(make: Any, tmp_path: Path) -> None:
+def test_a_trained_teacher_is_accepted(make, tmp_path):
     """Its activations are rounded to int8, of each token by itself."""
     model = make()
     convert(model, "6:8")
@@ -105,7 +97,7 @@ def test_a_trained_teacher_is_accepted(make: Any, tmp_path: Path) -> None:
     Teacher(TeacherConfig(str(tmp_path)), model, documents=True)
 
 
-def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
+def slow_loss(model, batch):
     """Summed over the labels of each document alone, and how many they are."""
     assert batch.positions is not None
     total, count = torch.zeros(()), 0
@@ -120,11 +112,9 @@ def slow_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("micro", [8, 2])
-def test_a_step_is_the_mean_over_all_answers(
-    recipe: Any, chats: Path, monkeypatch: pytest.MonkeyPatch, micro: int
-) -> None:
+def test_a_step_is_the_mean_over_all_answers(recipe, chats, monkeypatch, micro):
     """Micro-batches of other counts included: the gradient of the first step, and both losses."""
-    seen: list[Any] = []
+    seen = []
     monkeypatch.setattr(
         "sparse_bitnet.train.loop.clip_gradients",
         lambda parameters, _: seen.append([p.grad.clone() for p in parameters]) or torch.zeros(()),
@@ -137,7 +127,6 @@ def test_a_step_is_the_mean_over_all_answers(
     )
     result = train(config)
     model = result.model
-    assert model is not None
     model.train()
     loss, count = slow_loss(model, Loader(TokenShards(chats / "train"), 32, 8, seed=0).batch(0))
     (loss / count).backward()
@@ -151,7 +140,7 @@ def test_a_step_is_the_mean_over_all_answers(
     assert result.validation_loss == pytest.approx(mean, rel=1e-4)
 
 
-def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
+def test_text_with_documents_apart(recipe, tokens):
     """EOS is id 0 of these tokens; the loss of a run changes, and it still learns."""
     runs = {
         flag: train(recipe(str(flag), data={"separate_documents": flag})) for flag in (False, True)
@@ -159,6 +148,6 @@ def test_text_with_documents_apart(recipe: Any, tokens: Path) -> None:
     assert runs[True].loss != runs[False].loss and runs[True].loss < 4.2
 
 
-def test_a_cuda_graph_is_refused(recipe: Any, chats: Path) -> None:
+def test_a_cuda_graph_is_refused(recipe, chats):
     with pytest.raises(ConfigError, match="cannot hold where documents begin"):
         train(recipe(data={"path": str(chats)}, run={"cuda_graph": True}))

@@ -1,10 +1,6 @@
 """A trained model as a directory, and back."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +25,7 @@ from tiny_models import preset_model, tiny_config
 TOKENS = torch.arange(20).view(2, 10)
 
 
-def trained(sparsity: SparsityConfig, shape: object = None) -> torch.nn.Module:
+def trained(sparsity, shape=None):
     model = AutoModelForCausalLM.from_config(shape or preset_config("tiny", 32)).eval()
     convert_model(model, sparsity)
     return model
@@ -49,7 +45,7 @@ def trained(sparsity: SparsityConfig, shape: object = None) -> torch.nn.Module:
     ],
     ids=["published", "baseline", "ablation"],
 )
-def test_round_trip(tmp_path: Path, sparsity: SparsityConfig) -> None:
+def test_round_trip(tmp_path, sparsity):
     model = trained(sparsity)
     assert save_trained(model, None, tmp_path / "out", sparsity, {"steps": 3}) == tmp_path / "out"
     again, tokenizer = load_trained(tmp_path / "out")
@@ -65,24 +61,23 @@ def test_round_trip(tmp_path: Path, sparsity: SparsityConfig) -> None:
     assert json.loads((tmp_path / "out" / "sparse_bitnet.json").read_text())["run"] == {"steps": 3}
 
 
-def test_experts_round_trip(tmp_path: Path) -> None:
+def test_experts_round_trip(tmp_path):
     model = trained(SparsityConfig(), tiny_config("qwen2_moe"))
     save_trained(model, None, tmp_path / "out", SparsityConfig())
     again, _ = load_trained(tmp_path / "out")
     torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
 
 
-def test_tokenizer_travels(tmp_path: Path) -> None:
+def test_tokenizer_travels(tmp_path):
     tokenizer = train_bpe(["some text to learn from, some more text"], 300)
     model = preset_model(0, len(tokenizer))
     convert(model, "6:8")
     save_trained(model, tokenizer, tmp_path / "out", SparsityConfig())
     _, again = load_trained(tmp_path / "out")
-    assert again is not None
     assert again.encode("more text") == tokenizer.encode("more text")
 
 
-def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
+def test_refuses_what_is_not_ours(tmp_path):
     with pytest.raises(CheckpointError, match="holds no model"):
         load_trained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -112,7 +107,7 @@ def test_refuses_what_is_not_ours(tmp_path: Path) -> None:
         load_trained(tmp_path)
 
 
-def test_replaces_a_trained_model_and_nothing_else(tmp_path: Path) -> None:
+def test_replaces_a_trained_model_and_nothing_else(tmp_path):
     model = trained(SparsityConfig())
     save_trained(model, None, tmp_path / "out", SparsityConfig())
     (tmp_path / "out" / "stale").touch()
@@ -127,13 +122,13 @@ def test_replaces_a_trained_model_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
+def test_a_gguf_file(tmp_path):
     (tmp_path / "m.GGUF").touch()
     with pytest.raises(CheckpointError, match=r"m\.GGUF is a GGUF file; .* import .*, and train"):
         load_trained(tmp_path / "m.GGUF")
 
 
-def test_models_saved_over_a_trained_one(tmp_path: Path) -> None:
+def test_models_saved_over_a_trained_one(tmp_path):
     """Of the same weights, which checksums cannot tell: another pattern, and a dense model."""
     model = trained(SparsityConfig())
     save_trained(model, None, tmp_path, SparsityConfig())
@@ -147,8 +142,8 @@ def test_models_saved_over_a_trained_one(tmp_path: Path) -> None:
     assert read_trained(tmp_path).pattern == "2:4"
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.serialize_file", full)
@@ -157,7 +152,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(tmp_path):
     """By every reader: :func:`load_trained`, and training that starts from the directory."""
     save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
     weights = tmp_path / "out" / "model.safetensors"
@@ -181,7 +176,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         load_trained(tmp_path / "out")
 
 
-def test_directories_without_checksums_load(tmp_path: Path) -> None:
+def test_directories_without_checksums_load(tmp_path):
     """Those of version 0.1."""
     save_trained(trained(SparsityConfig()), None, tmp_path / "out", SparsityConfig())
     side = tmp_path / "out" / SIDE_FILE
@@ -196,7 +191,7 @@ def test_directories_without_checksums_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}])
-def test_a_damaged_record(tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_a_damaged_record(tmp_path, damage):
     model = preset_model(0)
     convert(model, "6:8")
     model.save_pretrained(tmp_path)

@@ -10,43 +10,40 @@ change of the method, 7:8 or dense instead of 6:8, differs by 7.5e-3 on average.
 average, and 1e-2 at any step. Before the first update nothing has parted yet: 1e-5.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sparse_bitnet.train import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SECTIONS: dict[str, dict[str, Any]] = {
+SECTIONS = {
     "tiny_bitnet_6of8": {"sparsity": {"kind": "bitnet"}},
     "tiny_bf16_6of8": {"sparsity": {"kind": "bf16"}},
 }
 
 
-def fifty_losses(recipe: Any, **sections: Any) -> list[float]:
+def fifty_losses(recipe, **sections):
     result = train(recipe("golden", schedule={"steps": 50}, **sections))
     rows = [json.loads(line) for line in result.history.read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def distance(ours: list[float], golden: list[float]) -> tuple[float, float, float]:
+def distance(ours, golden):
     """Of the first loss, on average, and the largest."""
     gaps = [abs(a - b) for a, b in zip(ours, golden, strict=True)]
     return gaps[0], sum(gaps) / len(gaps), max(gaps)
 
 
-def committed(name: str) -> list[float]:
-    losses: list[float] = json.loads((GOLDEN / f"{name}.json").read_text())["losses"]
+def committed(name):
+    losses = json.loads((GOLDEN / f"{name}.json").read_text())["losses"]
     return losses
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_losses_are_the_committed_ones(recipe: Any, name: str) -> None:
+def test_losses_are_the_committed_ones(recipe, name):
     first, average, largest = distance(fifty_losses(recipe, **SECTIONS[name]), committed(name))
     assert first < 1e-5
     assert average < 2.5e-3
@@ -58,14 +55,14 @@ def test_losses_are_the_committed_ones(recipe: Any, name: str) -> None:
     [{"pattern": "7:8"}, {"pattern": "dense"}, {"method": {"gradient": "masked"}}],
     ids=["7:8", "dense", "masked gradient"],
 )
-def test_small_changes_of_the_method_are_noticed(recipe: Any, sparsity: dict[str, Any]) -> None:
+def test_small_changes_of_the_method_are_noticed(recipe, sparsity):
     losses = fifty_losses(recipe, sparsity=sparsity)
     first, average, _ = distance(losses, committed("tiny_bitnet_6of8"))
     assert average > 5e-3
     assert first > 1e-4 or "method" in sparsity  # a gradient's change shows one step later
 
 
-def main() -> None:
+def main():
     import tempfile
 
     import torch

@@ -1,10 +1,5 @@
 """The loss of hidden states: against plain sums, and in runs."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,13 +21,13 @@ LAYERS = [0, 1]
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(tmp_path):
     """A teacher of the student's shape."""
     preset_model(7).save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
-def test_the_loss_of_a_model(directory: Path) -> None:
+def test_the_loss_of_a_model(directory):
     """Against transformers' own hidden states of both, gradients included; some labels ignored."""
     student = preset_model(3).train()
     convert(student, "6:8")
@@ -50,7 +45,7 @@ def test_the_loss_of_a_model(directory: Path) -> None:
     student.zero_grad()
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     # hidden_states[0] is the embedding; those of a last block are after the final norm.
-    kept: dict[str, torch.Tensor] = {}
+    kept = {}
     for name, one in (("own", student), ("other", model)):
         one.model.layers[1].register_forward_hook(
             lambda _m, _a, output, name=name: kept.__setitem__(name, output)
@@ -72,7 +67,7 @@ def test_the_loss_of_a_model(directory: Path) -> None:
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_tokens_of_any_size_count_alike() -> None:
+def test_tokens_of_any_size_count_alike():
     other = torch.randn(2, 5, 8)
     own = other + 0.1 * torch.randn_like(other)
     labels = torch.zeros(2, 5, dtype=torch.int64)
@@ -91,7 +86,7 @@ def test_tokens_of_any_size_count_alike() -> None:
     ],
     ids=["micro", "recomputed", "compiled"],
 )
-def test_a_run(recipe: Any, directory: Path, sections: dict[str, Any]) -> None:
+def test_a_run(recipe, directory, sections):
     teacher = {"source": str(directory), "hidden_layers": LAYERS, "hidden_weight": 2.0}
     steps = {"steps": 6}
     plain = train(recipe("plain", teacher=teacher, schedule=steps))
@@ -104,7 +99,7 @@ def test_a_run(recipe: Any, directory: Path, sections: dict[str, Any]) -> None:
     assert not any(block._forward_hooks for block in blocks(plain.model))
 
 
-def test_refusals(recipe: Any, directory: Path, tmp_path: Path) -> None:
+def test_refusals(recipe, directory, tmp_path):
     with pytest.raises(ConfigError, match=r"hidden_layers: the teacher has blocks .* no 9"):
         train(recipe(teacher={"source": str(directory), "hidden_layers": [1, 9]}))
     preset_model(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "wide")
@@ -113,7 +108,7 @@ def test_refusals(recipe: Any, directory: Path, tmp_path: Path) -> None:
     assert not (recipe.directory / "wide" / "metrics.jsonl").exists()  # before any work
 
 
-def test_a_teacher_on_a_device_of_its_own(directory: Path) -> None:
+def test_a_teacher_on_a_device_of_its_own(directory):
     """Whatever is moved there and back; a machine without a GPU knows one device by two names."""
     batch = Batch.of(torch.randint(64, (2, 9)))
     found = [

@@ -1,14 +1,11 @@
 """Whole runs in one process."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,11 +21,11 @@ from sparse_bitnet.train.recipe import config_from_dict, load_recipe
 from tiny_models import preset_model
 
 
-def losses(result: Any) -> list[float]:
+def losses(result):
     return series(result, "loss")
 
 
-def test_a_run_from_start_to_model(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_start_to_model(recipe, capsys):
     config = recipe(schedule={"steps": 40}, run={"log_every": 10, "layers_every": 2})
     result = train(config)
     assert result.steps == 40
@@ -54,7 +51,7 @@ def test_a_run_from_start_to_model(recipe: Any, capsys: pytest.CaptureFixture[st
     assert "14 modules with 73,728 weights converted to bitnet 6:8" in shown
 
 
-def test_a_finished_run_is_reused(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_reused(recipe, capsys):
     first = train(recipe())
     before = (first.directory / "metrics.jsonl").stat().st_mtime_ns
     second = train(recipe())
@@ -66,7 +63,7 @@ def test_a_finished_run_is_reused(recipe: Any, capsys: pytest.CaptureFixture[str
     assert "is finished: 12 steps; reusing it" in capsys.readouterr().err
 
 
-def test_another_configuration_is_refused(recipe: Any) -> None:
+def test_another_configuration_is_refused(recipe):
     train(recipe())
     with pytest.raises(ConfigError) as caught:
         train(recipe(optimizer={"learning_rate": 1e-4}, sparsity={"pattern": "4:8"}))
@@ -76,14 +73,14 @@ def test_another_configuration_is_refused(recipe: Any) -> None:
     assert "optimizer.learning_rate is 0.003 there and 0.0001 here" in str(caught.value)
 
 
-def test_a_run_that_came_to_nothing_gives_way(recipe: Any) -> None:
+def test_a_run_that_came_to_nothing_gives_way(recipe):
     with pytest.raises(PatternError, match="not a multiple of M = 7"):
         train(recipe(sparsity={"pattern": "3:7"}))
     result = train(recipe(schedule={"steps": 2}))
     assert load_recipe(result.directory / "config.yaml").sparsity.pattern == "6:8"
 
 
-def test_a_model_that_no_run_wrote_is_not_replaced(recipe: Any) -> None:
+def test_a_model_that_no_run_wrote_is_not_replaced(recipe):
     config = recipe()
     directory = Path(config.run.directory)
     precious = directory / "model" / "weights.bin"
@@ -99,8 +96,8 @@ def test_a_model_that_no_run_wrote_is_not_replaced(recipe: Any) -> None:
     assert train(recipe(run={"export": False})).model_directory is None
 
 
-def test_a_later_pattern_is_checked_at_once(recipe: Any) -> None:
-    steps: list[int] = []
+def test_a_later_pattern_is_checked_at_once(recipe):
+    steps = []
     config = recipe(sparsity={"until": {0.3: "dense", 0.6: "3:7"}})
     with pytest.raises(PatternError, match=r"layers\.0\.self_attn\.q_proj.* M = 7 of pattern 3:7"):
         train(config, lambda done, model: steps.append(done))
@@ -108,7 +105,7 @@ def test_a_later_pattern_is_checked_at_once(recipe: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"config_digest": 1}', "\udcff"])
-def test_a_damaged_result_is_made_again(recipe: Any, damage: str) -> None:
+def test_a_damaged_result_is_made_again(recipe, damage):
     first = train(recipe(run={"checkpoint_every": 100}, schedule={"steps": 2}))
     path = first.directory / "result.json"
     good = path.read_text()
@@ -119,7 +116,7 @@ def test_a_damaged_result_is_made_again(recipe: Any, damage: str) -> None:
     assert json.loads(path.read_text())["config_digest"] == json.loads(good)["config_digest"]
 
 
-def cut(path: Path) -> None:
+def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
@@ -133,9 +130,7 @@ def cut(path: Path) -> None:
     ],
     ids=["missing", "empty", "zeros", "cut"],
 )
-def test_a_run_without_its_metrics_ends_with_its_weights(
-    recipe: Any, damage: Any, gone: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_its_metrics_ends_with_its_weights(recipe, damage, gone, capsys):
     config = recipe(run={"checkpoint_every": 6})
     first = train(config)
     shutil.rmtree(first.model_directory)
@@ -155,9 +150,7 @@ def test_a_run_without_its_metrics_ends_with_its_weights(
     assert train(config).reused  # and the result is a result like any other
 
 
-def test_rows_in_the_middle_that_are_gone_are_counted(
-    recipe: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_in_the_middle_that_are_gone_are_counted(recipe, capsys):
     config = recipe(run={"checkpoint_every": 5})
     with pytest.raises(TrainingInterruptedError):
         train(config, stop_at(5))
@@ -170,11 +163,11 @@ def test_rows_in_the_middle_that_are_gone_are_counted(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
-def test_rows_are_synced_before_a_checkpoint(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
+def test_rows_are_synced_before_a_checkpoint(recipe, monkeypatch):
+    synced = []
     fsync = os.fsync
 
-    def logged(descriptor: int) -> None:
+    def logged(descriptor):
         if Path(f"/proc/self/fd/{descriptor}").readlink().name == "metrics.jsonl":
             text = Path(f"/proc/self/fd/{descriptor}").read_text()
             synced.append(json.loads(text.splitlines()[-1])["step"])
@@ -185,19 +178,17 @@ def test_rows_are_synced_before_a_checkpoint(recipe: Any, monkeypatch: pytest.Mo
     assert synced == [4, 8, 12, 12]
 
 
-def test_checkpoints_come_at_their_steps_and_the_last_stay(recipe: Any) -> None:
+def test_checkpoints_come_at_their_steps_and_the_last_stay(recipe):
     result = train(recipe(run={"checkpoint_every": 5, "keep": 2}))
     found = sorted(path.name for path in (result.directory / "checkpoints").iterdir())
     assert found == ["step-00000010", "step-00000012"]
     assert result.checkpoint.name == "step-00000012"
 
 
-def test_a_crash_before_the_export_is_made_good(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_before_the_export_is_made_good(recipe, monkeypatch):
     config = recipe(run={"checkpoint_every": 100})
 
-    def crash(*_args: object) -> None:
+    def crash(*_args):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
@@ -212,13 +203,13 @@ def test_a_crash_before_the_export_is_made_good(
 
 
 @pytest.fixture
-def first_gradient(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def first_gradient(recipe, monkeypatch):
     """``first_gradient("name", **sections)``: the gradient of a run's first step, one vector."""
 
-    def gradient(name: str, **sections: Any) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
+    def gradient(name, **sections):
+        seen = []
 
-        def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        def clip(parameters, limit):
             seen.append(torch.cat([p.grad.double().flatten() for p in parameters]))
             return clip_gradients(parameters, limit)
 
@@ -231,7 +222,7 @@ def first_gradient(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 1e-5), ("bitnet", 1e-2)])
-def test_accumulation_sums_the_same_gradient(first_gradient: Any, kind: str, bound: float) -> None:
+def test_accumulation_sums_the_same_gradient(first_gradient, kind, bound):
     """One batch, whole or in four parts, gives one gradient; later steps amplify its last bits.
 
     In float32 a sum of 256 tokens in another order is off by 2⁻²⁴ a few times over. Of a ternary
@@ -243,7 +234,7 @@ def test_accumulation_sums_the_same_gradient(first_gradient: Any, kind: str, bou
     assert (parts - whole).norm() < bound * whole.norm()
 
 
-def test_seeds_are_other_runs(recipe: Any) -> None:
+def test_seeds_are_other_runs(recipe):
     one = train(recipe("one", schedule={"steps": 2}))
     same = train(recipe("same", schedule={"steps": 2}))
     other = train(recipe("other", schedule={"steps": 2}, run={"seed": 1}))
@@ -251,16 +242,16 @@ def test_seeds_are_other_runs(recipe: Any) -> None:
     assert losses(one) != losses(other)
 
 
-def test_the_baseline_learns_better_at_first(recipe: Any) -> None:
+def test_the_baseline_learns_better_at_first(recipe):
     ternary = train(recipe("ternary", schedule={"steps": 40}))
-    sections: dict[str, Any] = {"schedule": {"steps": 40}, "sparsity": {"kind": "bf16"}}
+    sections = {"schedule": {"steps": 40}, "sparsity": {"kind": "bf16"}}
     baseline = train(recipe("baseline", **sections))
     assert baseline.loss < ternary.loss
     assert rows(baseline)[-2]["weight_decay"] == 0.1
     assert rows(ternary)[-2]["weight_decay"] == 0.0
 
 
-def test_bf16_autocast(recipe: Any) -> None:
+def test_bf16_autocast(recipe):
     exact = train(recipe("fp32", schedule={"steps": 4}))
     rounded = train(recipe("bf16", schedule={"steps": 4}, run={"precision": "bf16"}))
     assert losses(rounded) != losses(exact)
@@ -268,7 +259,7 @@ def test_bf16_autocast(recipe: Any) -> None:
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
 
 
-def test_dense_checkpoint_to_sparse(recipe: Any, tmp_path: Path) -> None:
+def test_dense_checkpoint_to_sparse(recipe, tmp_path):
     dense = preset_model(0)
     dense.save_pretrained(tmp_path / "dense")
     config = recipe(
@@ -285,10 +276,10 @@ def test_dense_checkpoint_to_sparse(recipe: Any, tmp_path: Path) -> None:
     assert all(str(weight.pattern) == "2:4" for weight in weights.values())
 
 
-def test_losses_that_are_not_finite_stop_the_run(recipe: Any) -> None:
+def test_losses_that_are_not_finite_stop_the_run(recipe):
     config = recipe(run={"log_every": 100, "checkpoint_every": 4, "export": False})
 
-    def poison(done: int, model: torch.nn.Module) -> None:
+    def poison(done, model):
         if done == 6:
             with torch.no_grad():
                 model.model.norm.weight.fill_(math.nan)
@@ -305,8 +296,8 @@ def test_losses_that_are_not_finite_stop_the_run(recipe: Any) -> None:
     assert train(config).loss == train(recipe("clean", run={"log_every": 100})).loss
 
 
-def test_not_finite_without_a_checkpoint(recipe: Any) -> None:
-    def poison(_done: int, model: torch.nn.Module) -> None:
+def test_not_finite_without_a_checkpoint(recipe):
+    def poison(_done, model):
         with torch.no_grad():
             model.model.norm.weight.fill_(math.inf)
 
@@ -314,7 +305,7 @@ def test_not_finite_without_a_checkpoint(recipe: Any) -> None:
         train(recipe(), poison)
 
 
-def test_validation_happens_when_asked(recipe: Any, tokens: Path) -> None:
+def test_validation_happens_when_asked(recipe, tokens):
     result = train(recipe(run={"validate_every": 5, "log_every": 100}))
     validations = [row["step"] for row in rows(result) if "validation_loss" in row]
     assert validations == [5, 10, 12]
@@ -323,14 +314,14 @@ def test_validation_happens_when_asked(recipe: Any, tokens: Path) -> None:
     assert without.perplexity is None
 
 
-def test_data_errors(recipe: Any, tmp_path: Path) -> None:
+def test_data_errors(recipe, tmp_path):
     with pytest.raises(DataError, match="no such directory"):
         train(recipe("missing", data={"path": str(tmp_path / "nowhere")}))
     with pytest.raises(ConfigError, match="has 16 embedding rows, but the data's tokenizer needs"):
         train(recipe("small", model={"vocab_size": 16}))
 
 
-def test_a_window_longer_than_the_model(recipe: Any, tmp_path: Path) -> None:
+def test_a_window_longer_than_the_model(recipe, tmp_path):
     """Conversations have no smallest number of tokens that would tell, only memory runs out."""
     shape = preset_config("tiny", 300)
     shape.max_position_embeddings = 16
@@ -339,26 +330,26 @@ def test_a_window_longer_than_the_model(recipe: Any, tmp_path: Path) -> None:
         train(recipe(model={"source": str(tmp_path / "config.json")}))
 
 
-def test_mixture(recipe: Any, tokens: Path) -> None:
+def test_mixture(recipe, tokens):
     values = recipe.values("mixture", schedule={"steps": 2})
     values["data"] |= {"path": "", "mixture": {str(tokens): 2.0}}
     one = train(config_from_dict(values, "test"))
     assert losses(one) == losses(train(recipe("single", schedule={"steps": 2})))
 
 
-def test_tensorboard_events(recipe: Any) -> None:
+def test_tensorboard_events(recipe):
     pytest.importorskip("tensorboard")
     result = train(recipe(run={"tensorboard": True}, schedule={"steps": 2}))
     assert list((result.directory / "tensorboard").glob("events.*"))
 
 
-def test_cuda_without_cuda(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_cuda(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"run\.device is cuda, but PyTorch finds no CUDA"):
         train(recipe(run={"device": "cuda"}))
 
 
-def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(recipe, tmp_path, capsys):
     import yaml
 
     path = tmp_path / "recipe.yaml"
@@ -376,7 +367,7 @@ def test_the_verb(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same(recipe: Any, first_gradient: Any) -> None:
+def test_compiled_blocks_train_the_same(recipe, first_gradient):
     """And one compilation serves every pattern and every block."""
     from torch._dynamo.utils import counters
 
@@ -389,7 +380,7 @@ def test_compiled_blocks_train_the_same(recipe: Any, first_gradient: Any) -> Non
     assert not counters["graph_break"]
 
 
-def test_quantization_comes_in_gradually(recipe: Any, tmp_path: Path) -> None:
+def test_quantization_comes_in_gradually(recipe, tmp_path):
     sparsity = {"quantization": {"until": 0.5}, "until": {0.25: "dense"}}
     result = train(recipe("whole", sparsity=sparsity))
     assert [row["quantization"] for row in rows(result) if "loss" in row] == pytest.approx(
@@ -401,7 +392,7 @@ def test_quantization_comes_in_gradually(recipe: Any, tmp_path: Path) -> None:
     assert torch.equal(model(tokens).logits, result.model(tokens).logits)
 
 
-def test_layers_become_ternary_one_after_the_other(recipe: Any) -> None:
+def test_layers_become_ternary_one_after_the_other(recipe):
     quantization = {"until": 0.25, "begin": {"layers.1.": 0.5}}
     result = train(recipe("run", sparsity={"quantization": quantization}))
     parts = [
@@ -412,7 +403,7 @@ def test_layers_become_ternary_one_after_the_other(recipe: Any) -> None:
     assert parts == ([(1 / 3, 0), (2 / 3, 0), *[(1, 0)] * 4, (1, 1 / 3), (1, 2 / 3), *[(1, 1)] * 4])
 
 
-def test_a_pretrained_start_survives_only_gradual_quantization(recipe: Any) -> None:
+def test_a_pretrained_start_survives_only_gradual_quantization(recipe):
     dense = train(recipe("dense", sparsity={"kind": "bf16", "pattern": "dense"}))
     source = {"source": str(dense.model_directory)}
     first = {}

@@ -1,7 +1,5 @@
 """The chunked loss against its definition over full logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.data.loader import IGNORED, Batch
 from sparse_bitnet.train import loss as loss_module
@@ -23,13 +21,7 @@ from sparse_bitnet.train.presets import preset_config
 from tiny_models import tiny
 
 
-def definition(
-    student: Tensor,
-    labels: Tensor,
-    divisor: float,
-    teacher: Tensor | None = None,
-    how: TeacherConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+def definition(student, labels, divisor, teacher=None, how=None):
     """Over the logits of all tokens: the loss, and its parts, cross-entropy and T²·KL."""
     kept = labels != IGNORED
     entropy = F.cross_entropy(student[kept], labels[kept], reduction="sum") / divisor
@@ -60,25 +52,17 @@ def definition(
     heads=st.tuples(st.booleans(), st.booleans()),
 )
 def test_value_and_gradients_in_float64(
-    tokens: int,
-    vocabulary: int,
-    chunk: int,
-    seed: int,
-    scale: float,
-    ignored: float,
-    divisor: float | None,
-    weights: tuple[float, float, float] | None,
-    heads: tuple[bool, bool],
-) -> None:
+    tokens, vocabulary, chunk, seed, scale, ignored, divisor, weights, heads
+):
     """Student and teacher with or without a head, of other widths; labels of some tokens only."""
     torch.manual_seed(seed)
 
-    def last(has_head: bool, width: int) -> tuple[Tensor, Tensor | None]:
+    def last(has_head, width):
         hidden = torch.randn(1, tokens, width if has_head else vocabulary, dtype=torch.float64)
         head = torch.randn(vocabulary, width, dtype=torch.float64) if has_head else None
         return hidden, head
 
-    def logits(hidden: Tensor, head: Tensor | None) -> Tensor:
+    def logits(hidden, head):
         return (hidden if head is None else hidden @ head.T).flatten(0, -2)
 
     hidden, head = last(heads[0], 5)
@@ -101,7 +85,7 @@ def test_value_and_gradients_in_float64(
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16384, 20480, 16385, 98304])
-def test_chunks_are_equal_where_they_can_be(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_equal_where_they_can_be(tokens, monkeypatch):
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 2**29)
     chunk = loss_module._chunk(tokens, 151936, "cpu")
     assert 1 <= chunk * 151936 <= 2**29
@@ -110,7 +94,7 @@ def test_chunks_are_equal_where_they_can_be(tokens: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("how", [None, TeacherConfig("teacher", 2.0, 0.5, 3.0)])
-def test_the_form_for_fusion_is_the_same(how: TeacherConfig | None) -> None:
+def test_the_form_for_fusion_is_the_same(how):
     """The derivatives of tokens without a label count nowhere, and are none of either's."""
     logits, labels = torch.randn(7, 11, dtype=torch.bfloat16), torch.randint(11, (7,))
     labels[2] = IGNORED
@@ -121,7 +105,7 @@ def test_the_form_for_fusion_is_the_same(how: TeacherConfig | None) -> None:
     torch.testing.assert_close(slope[labels != IGNORED], expected[labels != IGNORED])
 
 
-def test_only_what_is_asked_for_gets_a_gradient() -> None:
+def test_only_what_is_asked_for_gets_a_gradient():
     hidden, head = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3])
     chunked_loss(hidden, head, labels)[0].backward()
@@ -134,7 +118,7 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
         assert not chunked_loss(hidden, head, labels)[0].requires_grad
 
 
-def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
+def test_autocast_multiplies_in_bf16_and_sums_in_float32():
     torch.manual_seed(0)
     hidden = torch.randn(64, 32, requires_grad=True)
     head = torch.randn(100, 32, requires_grad=True)
@@ -155,11 +139,11 @@ def test_autocast_multiplies_in_bf16_and_sums_in_float32() -> None:
 class _Largest(TorchDispatchMode):
     """The most elements that any result had."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.elements = max(self.elements, result.numel())
@@ -167,7 +151,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("taught", [False, True])
-def test_full_logits_are_never_there(taught: bool) -> None:
+def test_full_logits_are_never_there(taught):
     tokens, vocabulary, chunk = 256, 1000, 8
     hidden = torch.randn(tokens, 4, requires_grad=True)
     head = torch.randn(vocabulary, 4, requires_grad=True)
@@ -185,9 +169,7 @@ def test_full_logits_are_never_there(taught: bool) -> None:
         (True, 2),  # three would fit, but five parts of two are equal
     ],
 )
-def test_default_chunk_follows_the_vocabularies(
-    monkeypatch: pytest.MonkeyPatch, taught: bool, chunk: int
-) -> None:
+def test_default_chunk_follows_the_vocabularies(monkeypatch, taught, chunk):
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 2**20)
     hidden, head = torch.randn(10, 2, requires_grad=True), torch.randn(151_936, 2)
     teacher = Targets(torch.randn(10, 2), head, TeacherConfig()) if taught else None
@@ -197,8 +179,8 @@ def test_default_chunk_follows_the_vocabularies(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
-    shape: Qwen2Config = preset_config("tiny", 50)
+def test_model_loss_equals_that_of_transformers(tied):
+    shape = preset_config("tiny", 50)
     shape.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(shape)
     loss_of = CausalLoss(model)
@@ -217,7 +199,7 @@ def test_model_loss_equals_that_of_transformers(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0])
-def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> None:
+def test_architectures_that_change_their_logits_keep_their_own(cap):
     """A cap of 30, Gemma's own, changes an untrained model's logits by less than 1e-4."""
     model = tiny("gemma2", vocab_size=50, final_logit_softcapping=cap)
     loss_of = CausalLoss(model)
@@ -227,14 +209,14 @@ def test_architectures_that_change_their_logits_keep_their_own(cap: float) -> No
     torch.testing.assert_close(loss_of(Batch.of(tokens))[0], model(tokens, labels=tokens).loss)
 
 
-def test_a_head_with_a_bias_learns_it() -> None:
+def test_a_head_with_a_bias_learns_it():
     model = tiny("phi", vocab_size=50)
     assert not model.lm_head.bias.any(), "at first it changes no logit"
     CausalLoss(model)(Batch.of(torch.randint(50, (2, 9))))[0].backward()
     assert model.lm_head.bias.grad.any()
 
 
-def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
+def test_a_teacher_that_is_the_student_teaches_nothing():
     hidden, head = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
     labels = torch.randint(7, (9,))
     targets = Targets(hidden.detach(), head, TeacherConfig("teacher", 1.0, 0.0, 2.0))
@@ -245,7 +227,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_large_and_small_logits_stay_finite(scale: float) -> None:
+def test_large_and_small_logits_stay_finite(scale):
     hidden, head = (torch.randn(9, 4) * scale).requires_grad_(), torch.randn(7, 4)
     targets = Targets(torch.randn(9, 4) * scale, head, TeacherConfig("teacher", 1.0, 1.0, 0.5))
     loss, parts = chunked_loss(hidden, head, torch.randint(7, (9,)), 4, targets)

@@ -1,9 +1,5 @@
 """Where a run's model comes from."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, masking_utils
@@ -17,12 +13,12 @@ CPU = torch.device("cpu")
 LLAMA = tiny_config("llama", vocab_size=40, num_hidden_layers=1)
 
 
-def build(vocab_size: int = 40, seed: int = 0, **config: object) -> torch.nn.Module:
-    settings = ModelConfig(**config)  # type: ignore[arg-type]
+def build(vocab_size=40, seed=0, **config):
+    settings = ModelConfig(**config)
     return build_model(settings, vocab_size=vocab_size, seed=seed, device=CPU)
 
 
-def test_presets_are_a_function_of_the_seed() -> None:
+def test_presets_are_a_function_of_the_seed():
     one, same, other = build(seed=1), build(seed=1), build(seed=2)
     assert one.dtype == torch.float32
     assert one.training
@@ -32,18 +28,18 @@ def test_presets_are_a_function_of_the_seed() -> None:
     assert one.lm_head.weight.shape[0] == 40
 
 
-def test_vocabulary_can_be_larger_than_the_data_needs() -> None:
+def test_vocabulary_can_be_larger_than_the_data_needs():
     model = build_model(ModelConfig(vocab_size=64), vocab_size=40, seed=0, device=CPU)
     assert model.config.vocab_size == 64
 
 
-def test_from_config_json(tmp_path: Path) -> None:
+def test_from_config_json(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     model = build(source=str(tmp_path / "config.json"))
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
-def test_sub_norms(tmp_path: Path) -> None:
+def test_sub_norms(tmp_path):
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
     config = ModelConfig(source=str(tmp_path), sub_norms=True)
     tokens = torch.arange(32).view(2, 16)
@@ -59,7 +55,7 @@ def test_sub_norms(tmp_path: Path) -> None:
         build(sub_norms=True)
 
 
-def test_from_weights(tmp_path: Path) -> None:
+def test_from_weights(tmp_path):
     dense = AutoModelForCausalLM.from_config(LLAMA).to(torch.bfloat16)
     dense.save_pretrained(tmp_path)
     model = build(source=str(tmp_path))
@@ -69,7 +65,7 @@ def test_from_weights(tmp_path: Path) -> None:
     assert report.modules == 6
 
 
-def test_wrong_sources_are_named(tmp_path: Path) -> None:
+def test_wrong_sources_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"'tinny' is no preset \(tiny, demo, .*no config\.json"):
         build(source="tinny")
     with pytest.raises(ConfigError, match=f"model.source {tmp_path}"):
@@ -90,7 +86,7 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         build(vocab_size=41, source=str(tmp_path / "config.json"))
 
 
-def test_vocabulary_of_weights_is_fixed(tmp_path: Path) -> None:
+def test_vocabulary_of_weights_is_fixed(tmp_path):
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.vocab_size cannot change the vocabulary of"):
         build_model(
@@ -98,7 +94,7 @@ def test_vocabulary_of_weights_is_fixed(tmp_path: Path) -> None:
         )
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+def test_activation_checkpointing_changes_no_gradient():
     tokens = torch.arange(32).view(2, 16)
     gradients = []
     for wanted in (False, True):
@@ -110,7 +106,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_maskless_attention_is_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maskless_attention_is_causal_attention(monkeypatch):
     asked = []
     look = masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(
@@ -129,7 +125,7 @@ def test_maskless_attention_is_causal_attention(monkeypatch: pytest.MonkeyPatch)
     assert asked, "transformers would have asked"
 
 
-def test_windows_keep_their_masks(tmp_path: Path) -> None:
+def test_windows_keep_their_masks(tmp_path):
     tiny_config("mistral", vocab_size=40, sliding_window=4).save_pretrained(tmp_path)
     model = build(source=str(tmp_path / "config.json"))
     with maskless_attention(model):

@@ -1,10 +1,7 @@
 """Flip rate and zeros against slow loops; the history file."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from sparse_bitnet.train.monitor import History, Monitor, read_history
 from tiny_models import tiny
 
 
-def kept(row: list[float], n: int, m: int) -> list[bool]:
+def kept(row, n, m):
     """The mask of one row, the obvious way."""
     mask = []
     for start in range(0, len(row), m):
@@ -27,12 +24,12 @@ def kept(row: list[float], n: int, m: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
-def test_against_loops(kind: str) -> None:
+def test_against_loops(kind):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 5), torch.nn.Linear(8, 5), torch.nn.Linear(16, 3)
     )
-    convert(model, "2:4", kind=kind, rules={"^1$": "1:4"})  # type: ignore[arg-type]
+    convert(model, "2:4", kind=kind, rules={"^1$": "1:4"})
     monitor = Monitor(model)
     monitor.before_step()
     before = [module.weight.detach().clone() for module in model]
@@ -63,13 +60,13 @@ def test_against_loops(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bitnet", "bf16"])
 @pytest.mark.parametrize("order", ["quant-then-mask", "mask-then-quant"])
-def test_dead_weights_against_loops(monkeypatch: pytest.MonkeyPatch, kind: str, order: str) -> None:
+def test_dead_weights_against_loops(monkeypatch, kind, order):
     """Zero in the weight that is computed with at each reading of a window."""
     monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 3)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(12, 5))
-    method = Method(order=order)  # type: ignore[arg-type]
-    convert(model, "2:4", kind=kind, method=method, rules={"^1$": "1:4"})  # type: ignore[arg-type]
+    method = Method(order=order)
+    convert(model, "2:4", kind=kind, method=method, rules={"^1$": "1:4"})
     readings = 1  # as if resumed after the first of a window, which is then not reported
     monitor = Monitor(model, readings)
     seen = [torch.zeros(5, 12, dtype=torch.bool) for _ in model]
@@ -96,7 +93,7 @@ def test_dead_weights_against_loops(monkeypatch: pytest.MonkeyPatch, kind: str, 
             assert reading.dead is None
 
 
-def test_a_window_with_two_patterns_counts_no_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_with_two_patterns_counts_no_dead(monkeypatch):
     monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 2)
     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
     convert(model, "dense")
@@ -110,9 +107,7 @@ def test_a_window_with_two_patterns_counts_no_dead(monkeypatch: pytest.MonkeyPat
     assert dead[3] >= 0.5  # nothing moved: what the mask leaves out is dead
 
 
-def test_dead_weights_of_two_ranks_that_share_the_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_dead_weights_of_two_ranks_that_share_the_memory(monkeypatch):
     """Each keeps half of the batches, and their sum is what one process counts."""
     monkeypatch.setattr("sparse_bitnet.train.monitor.WINDOW", 2)
     torch.manual_seed(0)
@@ -133,7 +128,7 @@ def test_dead_weights_of_two_ranks_that_share_the_memory(
     assert (sum(parts) / torch.tensor([40, 48])).tolist() == pytest.approx(expected)
 
 
-def test_dense_has_no_flips_and_mixed_counts_the_masked_alone() -> None:
+def test_dense_has_no_flips_and_mixed_counts_the_masked_alone():
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(8, 4))
     convert(model, "dense")
     monitor = Monitor(model)
@@ -151,7 +146,7 @@ def test_dense_has_no_flips_and_mixed_counts_the_masked_alone() -> None:
     assert reading.flip_rate == reading.layers["0.weight"].flip_rate > 0
 
 
-def test_without_a_first_half_only_zeros_are_measured() -> None:
+def test_without_a_first_half_only_zeros_are_measured():
     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
     convert(model, "2:4")
     reading = Monitor(model).after_step()
@@ -159,7 +154,7 @@ def test_without_a_first_half_only_zeros_are_measured() -> None:
     assert 0 < reading.zeros_before_mask < 1
 
 
-def test_the_mask_measured_is_the_method_s() -> None:
+def test_the_mask_measured_is_the_method_s():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 16))
     method = Method(mask_source="quantized")
@@ -174,7 +169,7 @@ def test_the_mask_measured_is_the_method_s() -> None:
     assert monitor.after_step().flip_rate == pytest.approx(expected)
 
 
-def test_experts_have_a_scale_each() -> None:
+def test_experts_have_a_scale_each():
     model = tiny("qwen2_moe", num_experts=3)
     convert(model, "4:8")
     whole = Monitor(model).after_step()
@@ -188,7 +183,7 @@ def test_experts_have_a_scale_each() -> None:
     assert whole.layers[name].zeros_before_mask == pytest.approx(zero / experts.numel())
 
 
-def test_history_resumes_and_skips_what_a_crash_cut(tmp_path: Path) -> None:
+def test_history_resumes_and_skips_what_a_crash_cut(tmp_path):
     history = History(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
         history.add({"step": step, "loss": 1.0 / step})
@@ -208,14 +203,14 @@ def test_history_resumes_and_skips_what_a_crash_cut(tmp_path: Path) -> None:
     assert read_history(tmp_path / "missing") == []
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing(tmp_path):
     history = History(tmp_path, 0, tensorboard=True, writes=False)
     history.add({"step": 1})
     history.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -229,9 +224,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("zeros/a.weight")] == [(5, 0.25)]
 
 
-def test_missing_tensorboard_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparse-bitnet\[track\]'"):
         History(tmp_path, 0, tensorboard=True)

@@ -1,7 +1,5 @@
 """Groups, clipping, rates."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -12,14 +10,14 @@ from sparse_bitnet.train.optim import build_optimizer, clip_gradients
 from tiny_models import preset_model
 
 
-def tiny(tied: bool = True) -> torch.nn.Module:
+def tiny(tied=True):
     model = preset_model(0, 32, tie_word_embeddings=tied)
     convert(model, "6:8")
     return model
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_matrices_are_decayed(tied: bool) -> None:
+def test_only_matrices_are_decayed(tied):
     model = tiny(tied)
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decayed, kept = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
@@ -30,7 +28,7 @@ def test_only_matrices_are_decayed(tied: bool) -> None:
         assert (id(p) in kept) != is_matrix, name
 
 
-def test_experts_are_decayed() -> None:
+def test_experts_are_decayed():
     model = tiny_models.tiny("qwen2_moe")
     convert(model, "6:8")
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -40,7 +38,7 @@ def test_experts_are_decayed() -> None:
     assert all(id(p) in decayed for p in experts)
 
 
-def test_steps_equal_those_of_plain_adamw() -> None:
+def test_steps_equal_those_of_plain_adamw():
     """State made beforehand changes nothing."""
     model, other = tiny(), tiny()
     other.load_state_dict(model.state_dict())
@@ -60,7 +58,7 @@ def test_steps_equal_those_of_plain_adamw() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-def test_clipping() -> None:
+def test_clipping():
     model = tiny()
     ids = torch.arange(16).view(2, 8)
     model(ids, labels=ids).loss.backward()

@@ -1,14 +1,11 @@
 """Two processes with FSDP2 over gloo train what one trains."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,19 +23,19 @@ from tiny_models import preset_model
 WORKER = Path(__file__).parents[1] / "training_worker.py"
 
 
-def written(values: dict[str, Any], directory: Path) -> Path:
+def written(values, directory):
     path = directory / f"{Path(values['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def command(values: dict[str, Any], directory: Path, *mode: str) -> list[str]:
+def command(values, directory, *mode):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     recipe = str(written(values, directory))
     return [*launcher, "--nproc-per-node=2", str(WORKER), recipe, *mode]
 
 
-def torchrun(values: dict[str, Any], directory: Path) -> None:
+def torchrun(values, directory):
     done = subprocess.run(
         command(values, directory),
         capture_output=True,
@@ -51,7 +48,7 @@ def torchrun(values: dict[str, Any], directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two(recipes_in, tmp_path_factory):
     """The configuration of a finished run of two processes."""
     directory = tmp_path_factory.mktemp("parallel")
     values = recipes_in(directory).values(
@@ -65,18 +62,18 @@ def two(recipes_in: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return values
 
 
-def as_one(values: dict[str, Any], name: str) -> dict[str, Any]:
+def as_one(values, name):
     directory = Path(values["run"]["directory"]).with_name(name)
     return values | {"run": values["run"] | {"directory": str(directory)}}
 
 
-def begin_at(step: int, whole: Path, directory: Path) -> Path:
+def begin_at(step, whole, directory):
     """Give a run that has not begun the checkpoint of another; returns that one."""
     source = whole / "checkpoints" / f"step-{step:08d}"
     return Path(shutil.copytree(source, directory / "checkpoints" / source.name))
 
 
-def test_two_processes_equal_one(two: dict[str, Any]) -> None:
+def test_two_processes_equal_one(two):
     """Losses, norms, flip rates, zeros: within 1e-5, in fact to the last bit.
 
     γ and the gradient's norm are summed in float64, and each rank's gradient is one micro-batch's,
@@ -92,7 +89,7 @@ def test_two_processes_equal_one(two: dict[str, Any]) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-def test_two_processes_on_conversations(recipes_in: Any, chats: Path, tmp_path: Path) -> None:
+def test_two_processes_on_conversations(recipes_in, chats, tmp_path):
     """Ranks have other numbers of answers, and the mean is over all of them."""
     data = {"path": str(chats), "micro_batch_size": 4}
     values = recipes_in(tmp_path).values("two", data=data, schedule={"steps": 4})
@@ -103,15 +100,13 @@ def test_two_processes_on_conversations(recipes_in: Any, chats: Path, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def teacher(tmp_path_factory):
     directory = tmp_path_factory.mktemp("teacher")
     preset_model(7).save_pretrained(directory)
     return {"source": str(directory), "temperature": 2.0}
 
 
-def test_a_teacher_and_gradual_quantization(
-    recipes_in: Any, teacher: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_teacher_and_gradual_quantization(recipes_in, teacher, tmp_path):
     """Every rank has the whole teacher; λ blends what FSDP2 has gathered.
 
     A run that is resumed at λ = 1 gathers two bits where the first one gathered float32. Nothing
@@ -138,9 +133,7 @@ def test_a_teacher_and_gradual_quantization(
     assert_close(timeless(resumed["run"]["directory"]), late)
 
 
-def test_hidden_states_of_a_teacher(
-    recipes_in: Any, teacher: dict[str, Any], tmp_path: Path
-) -> None:
+def test_hidden_states_of_a_teacher(recipes_in, teacher, tmp_path):
     """FSDP2's hooks let autograd add a hidden state's three gradients in another order.
 
     So weights differ by float32 rounding after the first update, which later moves some of them
@@ -162,7 +155,7 @@ def test_hidden_states_of_a_teacher(
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "on")])
-def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, compiled: str) -> None:
+def test_two_gpus_equal_one(recipes_in, tmp_path, precision, compiled):
     """The same over NCCL, up to the order of sums over tokens.
 
     The first step differs by float32 rounding alone. Later ones round weights and activations to
@@ -190,7 +183,7 @@ def test_two_gpus_equal_one(recipes_in: Any, tmp_path: Path, precision: str, com
 RESUMED = ("loss", "flip_rate", "zeros_before_mask", "validation_loss")
 
 
-def test_two_ranks_then_one(two: dict[str, Any]) -> None:
+def test_two_ranks_then_one(two):
     values, whole = as_one(two, "then-one"), Path(two["run"]["directory"])
     source = begin_at(6, whole, Path(values["run"]["directory"]))
     assert json.loads((source / MANIFEST).read_text())["ranks"] == 2
@@ -201,7 +194,7 @@ def test_two_ranks_then_one(two: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
+def test_two_ranks_then_one_then_four(recipes_in, tmp_path):
     values = recipes_in(tmp_path).values(
         "whole", run={"checkpoint_every": 6, "keep": 3}, data={"micro_batch_size": 2}
     )
@@ -217,7 +210,7 @@ def test_two_ranks_then_one_then_four(recipes_in: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
+def test_sigterm_to_torchrun(two, tmp_path):
     """Both ranks agree on the step, save it together, and one process goes on from there."""
     values = as_one(two, "stopped")
     directory = Path(values["run"]["directory"])
@@ -228,7 +221,6 @@ def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("after step 3"):
             process.terminate()
@@ -242,7 +234,7 @@ def test_sigterm_to_torchrun(two: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_compiled(two: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_compiled(two, tmp_path):
     values = as_one(two, "compiled")
     values["run"]["compile"] = "on"
     torchrun(values, tmp_path)
@@ -251,7 +243,7 @@ def test_two_processes_compiled(two: dict[str, Any], tmp_path: Path) -> None:
     assert_close(ours, theirs, ["loss"], 5e-3)
 
 
-def test_batches_must_divide(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_must_divide(recipe, monkeypatch):
     from sparse_bitnet.train.batches import Batches
 
     monkeypatch.setattr(Ranks, "first_alone", lambda _, read: read())  # these have no group
@@ -263,7 +255,7 @@ def test_batches_must_divide(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> No
         Batches(recipe(data={"batch_size": 12, "micro_batch_size": 4}), fourth)
 
 
-def test_one_process_has_no_group() -> None:
+def test_one_process_has_no_group():
     with ranks("cpu") as here:
         assert (here.rank, here.world_size, here.device.type) == (0, 1, "cpu")
         assert not torch.distributed.is_initialized()
@@ -274,7 +266,7 @@ def test_one_process_has_no_group() -> None:
         assert here.mean(torch.tensor(2.0)).item() == 2.0
 
 
-def test_too_many_processes_for_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_processes_for_the_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -284,5 +276,5 @@ def test_too_many_processes_for_the_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
 
-def test_blocks_are_the_decoder_s() -> None:
+def test_blocks_are_the_decoder_s():
     assert [type(block).__name__ for block in blocks(preset_model(0))] == ["Qwen2DecoderLayer"] * 2

@@ -1,7 +1,5 @@
 """The presets have the published shapes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +18,7 @@ from sparse_bitnet.train.presets import PRESETS, preset_config
         ("qwen2.5-3b", 3_085_938_688),
     ],
 )
-def test_published_parameter_counts(name: str, parameters: int) -> None:
+def test_published_parameter_counts(name, parameters):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(preset_config(name))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -29,18 +27,18 @@ def test_published_parameter_counts(name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_linear_weights_are_what_is_converted(name: str) -> None:
+def test_linear_weights_are_what_is_converted(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(preset_config(name, 64))
     assert convert(model, "6:8").weights == PRESETS[name].linear_weights
 
 
-def test_sizes_of_the_studies() -> None:
+def test_sizes_of_the_studies():
     assert PRESETS["study-5m"].linear_weights == pytest.approx(4.7e6, rel=0.01)
     assert PRESETS["study-20m"].linear_weights == pytest.approx(20e6, rel=0.01)
 
 
-def test_wrong_names_and_vocabularies() -> None:
+def test_wrong_names_and_vocabularies():
     with pytest.raises(ConfigError, match=r"preset 'qwen9' is unknown; choose among tiny, demo"):
         preset_config("qwen9")
     with pytest.raises(ConfigError, match="preset tiny takes its vocabulary from the data"):

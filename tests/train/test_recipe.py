@@ -1,10 +1,7 @@
 """Recipes and the command line: strict, and helpful when wrong."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,27 +24,27 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(MINIMAL)
     return path
 
 
-def error_of(file: Path) -> str:
+def error_of(file):
     with pytest.raises(ConfigError) as caught:
         load_recipe(file)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads(path: Path) -> None:
+def test_every_recipe_loads(path):
     config = load_recipe(path)
     assert config.run.directory == f"runs/{path.stem}"
     explained = sum(line.lstrip().startswith("#") for line in path.read_text().splitlines())
     assert explained >= 3, "recipes explain themselves"
 
 
-def test_file_then_command_line(file: Path) -> None:
+def test_file_then_command_line(file):
     file.write_text(
         "data: {path: somewhere, batch_size: 4}\n"
         "sparsity: {pattern: 6:8, until: {0.5: dense}, method: {gradient: masked}}\n"
@@ -77,7 +74,7 @@ def test_file_then_command_line(file: Path) -> None:
     assert mixed.data.mixture == {"a": 1.0, "2024": 0.5}
 
 
-def test_yaml_1_2_numbers(file: Path) -> None:
+def test_yaml_1_2_numbers(file):
     file.write_text("a: 6:8\nb: 1e-3\nc: 12\nd: yes\ne: true\nf: ~\ng: 1.5\n")
     expected = {"a": "6:8", "b": 1e-3, "c": 12, "d": "yes", "e": True, "f": None, "g": 1.5}
     assert read_yaml(file) == expected
@@ -100,16 +97,14 @@ def test_yaml_1_2_numbers(file: Path) -> None:
         (["--sparsity.pattern", "6of8"], "6of8"),
     ],
 )
-def test_wrong_arguments_are_named(
-    file: Path, override: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_are_named(file, override, message, capsys):
     with pytest.raises(SystemExit) as caught:
         load_recipe(file, override)
     assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
+def test_wrong_keys_of_a_file_are_named(file):
     file.write_text("data: {path: x}\nschedule: {step: 5}\n")
     assert error_of(file) == f"{file}: schedule.step is unknown; did you mean steps?"
     file.write_text("data: {path: x}\nsteps: 5\n")
@@ -160,8 +155,8 @@ def test_wrong_keys_of_a_file_are_named(file: Path) -> None:
         ("run", {"checkpoint_every": -1}, "run.checkpoint_every is -1: it must be greater than or"),
     ],
 )
-def test_ranges(section: str, values: dict[str, Any], message: str) -> None:
-    recipe: dict[str, Any] = {"data": {"path": "x"}}
+def test_ranges(section, values, message):
+    recipe = {"data": {"path": "x"}}
     recipe.setdefault(section, {}).update(values)
     with pytest.raises(ConfigError) as caught:
         config_from_dict(recipe, "here")
@@ -176,18 +171,18 @@ def test_ranges(section: str, values: dict[str, Any], message: str) -> None:
         (["--schedule.steps", "0"], "command line: schedule.steps is 0: it must be greater than 0"),
     ],
 )
-def test_ranges_on_the_command_line(file: Path, override: list[str], message: str) -> None:
+def test_ranges_on_the_command_line(file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(file, override)
 
 
-def test_round_trip(file: Path) -> None:
+def test_round_trip(file):
     config = load_recipe(file, ["--sparsity.until", "{0.5: dense}", "--sparsity.pattern", "2:4"])
     file.write_text(to_yaml(config))
     assert load_recipe(file) == config
 
 
-def test_identity_ignores_what_does_not_change_the_weights(file: Path) -> None:
+def test_identity_ignores_what_does_not_change_the_weights(file):
     one = load_recipe(file)
     same = load_recipe(file, ["--run.directory", "elsewhere", "--run.log-every", "3"])
     other = load_recipe(file, ["--optimizer.learning-rate", "0.5", "--run.seed", "1"])
@@ -199,7 +194,7 @@ def test_identity_ignores_what_does_not_change_the_weights(file: Path) -> None:
     ]
 
 
-def test_help_names_every_option() -> None:
+def test_help_names_every_option():
     text = options_help()
     for option in ("--optimizer.learning-rate", "--sparsity.until", "--run.directory"):
         assert option in text
@@ -221,7 +216,7 @@ def test_help_names_every_option() -> None:
         "data: {batch_size: " + "9" * 400 + "}",
     ],
 )
-def test_hostile_yaml(tmp_path: Path, text: str) -> None:
+def test_hostile_yaml(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -229,7 +224,7 @@ def test_hostile_yaml(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_from_pretrained_as_it_stands(chats: Path, tmp_path: Path) -> None:
+def test_from_pretrained_as_it_stands(chats, tmp_path):
     """Every value of the recipe but its sizes, by the command line, on conversations."""
     preset_model(0).save_pretrained(tmp_path / "model")
     recipe = next(path for path in RECIPES if path.name == "from-pretrained.yaml")

@@ -1,11 +1,6 @@
 """Stopped and gone on with: rows and weights are those of an undisturbed run, to the last bit."""
 
-from __future__ import annotations
-
 import signal
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,14 +10,12 @@ from sparse_bitnet.train import TrainingInterruptedError, train
 from sparse_bitnet.train.presets import preset_config
 from tiny_models import preset_model
 
-Sections = dict[str, dict[str, Any]]
 
-
-def plain(directory: Path, chats: Path) -> Sections:
+def plain(directory, chats):
     return {}
 
 
-def dropout_and_patterns(directory: Path, chats: Path) -> Sections:
+def dropout_and_patterns(directory, chats):
     shape = preset_config("tiny", 64)
     shape.attention_dropout = 0.2
     shape.save_pretrained(directory)
@@ -32,7 +25,7 @@ def dropout_and_patterns(directory: Path, chats: Path) -> Sections:
     }
 
 
-def teacher_and_quantization(directory: Path, chats: Path) -> Sections:
+def teacher_and_quantization(directory, chats):
     """Stopped between full precision and integers."""
     preset_model(7, hidden_size=128, intermediate_size=96).save_pretrained(directory)
     return {
@@ -41,7 +34,7 @@ def teacher_and_quantization(directory: Path, chats: Path) -> Sections:
     }
 
 
-def conversations_recomputed(directory: Path, chats: Path) -> Sections:
+def conversations_recomputed(directory, chats):
     preset_model(0).save_pretrained(directory)
     return {
         "data": {"path": str(chats), "micro_batch_size": 4},
@@ -62,13 +55,7 @@ def conversations_recomputed(directory: Path, chats: Path) -> Sections:
         (conversations_recomputed, signal.SIGTERM),
     ],
 )
-def test_stopped_and_resumed_equals_uninterrupted(
-    recipe: Any,
-    chats: Path,
-    tmp_path: Path,
-    make: Callable[[Path, Path], Sections],
-    number: signal.Signals,
-) -> None:
+def test_stopped_and_resumed_equals_uninterrupted(recipe, chats, tmp_path, make, number):
     sections = make(tmp_path / "source", chats)
     whole = train(recipe("whole", **sections))
     config = recipe("stopped", **sections)

@@ -1,9 +1,6 @@
 """Rates and patterns as functions of the step."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +16,7 @@ from sparse_bitnet.train.schedule import (
 )
 
 
-def test_learning_rate_rises_then_falls() -> None:
+def test_learning_rate_rises_then_falls():
     schedule = ScheduleConfig(steps=100, warmup=0.1, final=0.2)
     rates = [learning_rate(step, schedule, 1.0) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -36,7 +33,7 @@ def test_learning_rate_rises_then_falls() -> None:
     warmup=st.floats(0, 1),
     final=st.floats(0, 1),
 )
-def test_learning_rate_stays_in_bounds(steps: int, warmup: float, final: float) -> None:
+def test_learning_rate_stays_in_bounds(steps, warmup, final):
     schedule = ScheduleConfig(steps=steps, warmup=warmup, final=final)
     for step in range(steps):
         assert 0 <= learning_rate(step, schedule, 2.0) <= 2.0
@@ -44,7 +41,7 @@ def test_learning_rate_stays_in_bounds(steps: int, warmup: float, final: float) 
         assert learning_rate(steps - 1, schedule, 2.0) == pytest.approx(2.0 * final)
 
 
-def test_weight_decay_falls_to_zero_at_half_for_bitnet_only() -> None:
+def test_weight_decay_falls_to_zero_at_half_for_bitnet_only():
     schedule = ScheduleConfig(steps=100)
     decays = [weight_decay(step, schedule, 0.1, "bitnet") for step in range(100)]
     assert decays[0] == 0.1
@@ -57,8 +54,8 @@ def test_weight_decay_falls_to_zero_at_half_for_bitnet_only() -> None:
     assert weight_decay(50, to_the_end, 0.1, "bf16") == pytest.approx(0.05)
 
 
-def test_patterns_by_step() -> None:
-    def run(until: dict[float, str]) -> list[Pattern]:
+def test_patterns_by_step():
+    def run(until):
         sparsity = SparsityConfig(pattern="4:8", until=until)
         return [pattern_at(step, 10, sparsity) for step in range(10)]
 
@@ -75,9 +72,7 @@ def test_patterns_by_step() -> None:
 @pytest.mark.parametrize("shape", ["linear", "sigmoid"])
 @pytest.mark.parametrize("until", [0.0, 0.01, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
-def test_quantization_rises_to_one_and_is_there_at_the_end(
-    shape: Any, until: float, steps: int
-) -> None:
+def test_quantization_rises_to_one_and_is_there_at_the_end(shape, until, steps):
     blend = QuantizationConfig(until, shape)
     parts = [quantization_at(step, steps, blend)[0] for step in range(steps)]
     assert parts == sorted(parts)
@@ -87,7 +82,7 @@ def test_quantization_rises_to_one_and_is_there_at_the_end(
     assert below == max(0, round(until * steps) - 1)
 
 
-def test_quantization_by_step() -> None:
+def test_quantization_by_step():
     linear = [quantization_at(step, 8, QuantizationConfig(0.5))[0] for step in range(8)]
     assert linear == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     shape = QuantizationConfig(0.5, "sigmoid")
@@ -98,7 +93,7 @@ def test_quantization_by_step() -> None:
     assert sigmoid == pytest.approx([*expected, 1, 1, 1, 1, 1])
 
 
-def test_layers_one_after_the_other() -> None:
+def test_layers_one_after_the_other():
     blend = QuantizationConfig(0.25, begin={"a": 0.5, "b": 0.75})
     parts = [quantization_at(step, 8, blend) for step in range(8)]
     assert [part for part, _ in parts] == [0.5, 1, 1, 1, 1, 1, 1, 1]
@@ -111,6 +106,6 @@ def test_layers_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("begin", [-0.1, 0.8])
-def test_a_beginning_that_leaves_no_time(begin: float) -> None:
+def test_a_beginning_that_leaves_no_time(begin):
     with pytest.raises(ConfigError, match=r"begin of x is .*: at least 0, at most 1 − until"):
         QuantizationConfig(0.3, begin={"x": begin})

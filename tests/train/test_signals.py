@@ -1,7 +1,5 @@
 """Signals become requests."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -12,7 +10,7 @@ from sparse_bitnet.train.signals import stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_asks_second_acts(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_asks_second_acts(number, capsys):
     before = signal.getsignal(number)
     acted = []
     signal.signal(number, lambda *_: acted.append(True))
@@ -32,7 +30,7 @@ def test_first_asks_second_acts(number: signal.Signals, capsys: pytest.CaptureFi
     assert f"{number.name}: finishing this step, then saving" in capsys.readouterr().err
 
 
-def test_handlers_come_back() -> None:
+def test_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -40,11 +38,11 @@ def test_handlers_come_back() -> None:
     assert stop.name == "a signal on another rank"
 
 
-def test_other_threads_are_left_alone() -> None:
+def test_other_threads_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 
-    def work() -> None:
+    def work():
         with stop_on_signals() as stop:
             seen.append((bool(stop), signal.getsignal(signal.SIGTERM) is before))
 

@@ -1,15 +1,11 @@
 """Runs with a teacher: what it changes, what it must not, and which teachers are refused."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from histories import rows, series
 from sparse_bitnet.core import ConfigError
@@ -25,22 +21,20 @@ from tiny_models import preset_model, tiny
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(tmp_path):
     """An untrained teacher, wider than the student."""
     preset_model(7, hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
-def gemma() -> PreTrainedModel:
+def gemma():
     """Caps its logits, so they are no plain product of the head."""
     return tiny("gemma2", final_logit_softcapping=0.5)
 
 
 @pytest.mark.parametrize("teacher_is", ["plain", "capped"])
 @pytest.mark.parametrize("student_is", ["plain", "capped"])
-def test_the_loss_of_a_model_with_a_teacher(
-    tmp_path: Path, student_is: str, teacher_is: str
-) -> None:
+def test_the_loss_of_a_model_with_a_teacher(tmp_path, student_is, teacher_is):
     """Against full logits of both, gradients included."""
     models = {"plain": lambda: preset_model(7), "capped": gemma}
     models[teacher_is]().save_pretrained(tmp_path)
@@ -66,7 +60,7 @@ def test_the_loss_of_a_model_with_a_teacher(
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
 
 
-def test_a_run_with_a_teacher(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_a_teacher(recipe, capsys):
     """The teacher has learned the data: its student comes nearer to it, and so to the data."""
     dense_one = {"kind": "bf16", "pattern": "dense"}
     taught = train(recipe("teacher", sparsity=dense_one, schedule={"steps": 80}))
@@ -84,13 +78,13 @@ def test_a_run_with_a_teacher(recipe: Any, capsys: pytest.CaptureFixture[str]) -
     assert result.loss == series(result, "loss")[-1] < 3.5
 
 
-def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe: Any, directory: Path) -> None:
+def test_cross_entropy_alone_is_a_run_without_a_teacher(recipe, directory):
     alone = train(recipe("alone"))
     with_one = train(recipe("with", teacher={"source": str(directory), "weight": 0.0}))
     assert series(with_one, "loss") == series(alone, "loss")
 
 
-def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
+def test_a_trained_teacher_computes_as_it_was_trained(tmp_path):
     model = preset_model(3)
     convert(model, "6:8")
     tokens = torch.randint(64, (2, 9))
@@ -101,19 +95,19 @@ def test_a_trained_teacher_computes_as_it_was_trained(tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    def test_no_directory(self, tmp_path: Path) -> None:
+    def test_no_directory(self, tmp_path):
         with pytest.raises(ConfigError, match="no Hugging Face directory"):
             Teacher(TeacherConfig(str(tmp_path / "none")), preset_model(3))
         (tmp_path / "m.gguf").touch()
         with pytest.raises(ConfigError, match=r"m\.gguf is a GGUF file; make a directory of it"):
             Teacher(TeacherConfig(str(tmp_path / "m.gguf")), preset_model(3))
 
-    def test_another_vocabulary(self, recipe: Any, tmp_path: Path) -> None:
+    def test_another_vocabulary(self, recipe, tmp_path):
         preset_model(0, vocabulary=72).save_pretrained(tmp_path / "teacher")
         with pytest.raises(ConfigError, match="has a vocabulary of 72, the student one of 64"):
             train(recipe(teacher={"source": str(tmp_path / "teacher")}))
 
-    def test_another_tokenizer(self, directory: Path) -> None:
+    def test_another_tokenizer(self, directory):
         tokenizer = train_bpe(["some text, some more text"], 260)
         tokenizer.save_pretrained(directory)
         config = TeacherConfig(str(directory))
@@ -121,12 +115,12 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="another tokenizer than the data"):
             Teacher(config, preset_model(3), "0" * 64)
 
-    def test_no_such_device(self, directory: Path) -> None:
+    def test_no_such_device(self, directory):
         with pytest.raises(ConfigError, match="nonsense"):
             Teacher(TeacherConfig(str(directory), device="nonsense"), preset_model(3))
 
 
-def test_teacher_on_the_command_line(tmp_path: Path) -> None:
+def test_teacher_on_the_command_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("data: {path: somewhere}\n")
     for arguments in (["--teacher", "there"], ["--teacher=there"], ["--teacher.source", "there"]):
@@ -134,7 +128,7 @@ def test_teacher_on_the_command_line(tmp_path: Path) -> None:
         assert config.teacher == TeacherConfig("there", temperature=5.0)
 
 
-def test_another_teacher_is_another_run(recipe: Any, directory: Path, tmp_path: Path) -> None:
+def test_another_teacher_is_another_run(recipe, directory, tmp_path):
     train(recipe(teacher={"source": str(directory)}, schedule={"steps": 2}))
     shutil.copytree(directory, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"teacher\.source is"):
@@ -149,6 +143,6 @@ def test_another_teacher_is_another_run(recipe: Any, directory: Path, tmp_path: 
         ({"source": "dense", "hidden_layers": [1, 0, 1]}, "names a block twice"),
     ],
 )
-def test_settings_that_would_do_nothing(given: dict[str, Any], why: str) -> None:
+def test_settings_that_would_do_nothing(given, why):
     with pytest.raises(ConfigError, match=why):
         TeacherConfig(**given)

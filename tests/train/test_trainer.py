@@ -1,17 +1,13 @@
 """``Trainer`` with a teacher: the example of the docs, and its losses against those of the loop."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -31,7 +27,7 @@ from sparse_bitnet.train.trainer import TeacherMixin
 from tiny_models import preset_model, tiny
 
 
-def rows() -> list[dict[str, Any]]:
+def rows():
     torch.manual_seed(1)
     found = []
     for number in range(16):
@@ -42,7 +38,7 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def distilling(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
+def distilling(model, directory, **options):
     """The example's class, its teacher in ``directory``."""
 
     class Distilling(TeacherMixin, Trainer):
@@ -54,7 +50,7 @@ def distilling(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
     return Distilling(model, arguments, **data, callbacks=callbacks)
 
 
-def run(directory: Path, model: PreTrainedModel, accumulation: int = 1) -> Any:
+def run(directory, model, accumulation=1):
     """Four steps of eight rows."""
     trainer = distilling(
         model,
@@ -72,13 +68,13 @@ def run(directory: Path, model: PreTrainedModel, accumulation: int = 1) -> Any:
     return trainer
 
 
-def converted() -> PreTrainedModel:
+def converted():
     model = preset_model(3)
     convert(model, "6:8")
     return model
 
 
-def test_as_in_the_docs(tmp_path: Path) -> None:
+def test_as_in_the_docs(tmp_path):
     """The losses of the loop's own module, logged; accumulation changes nothing."""
     preset_model(7).save_pretrained(tmp_path)
     trainer = run(tmp_path, converted())
@@ -96,7 +92,7 @@ def test_as_in_the_docs(tmp_path: Path) -> None:
             assert other[name] == pytest.approx(row[name], rel=2e-3), name
 
 
-def test_the_losses_are_the_loops(tmp_path: Path) -> None:
+def test_the_losses_are_the_loops(tmp_path):
     preset_model(7).save_pretrained(tmp_path)
     model = converted().train()
     batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "labels")}
@@ -115,7 +111,7 @@ def test_the_losses_are_the_loops(tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
+def test_nothing_is_left_on_the_model(tmp_path):
     """No hook, so it can be pickled and an evaluation keeps no activations; it trains again."""
     preset_model(7).save_pretrained(tmp_path)
     model = converted()
@@ -126,7 +122,7 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     kept = []
 
     class Watch(TrainerCallback):
-        def on_evaluate(self, *_: Any, **__: Any) -> None:
+        def on_evaluate(self, *_, **__):
             kept.extend(trainer._pair[0].states._kept.values())
 
     trainer.add_callback(Watch())
@@ -135,12 +131,12 @@ def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     assert "hidden_loss" in trainer.state.log_history[0]
 
 
-def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_means_over_ranks(tmp_path, monkeypatch):
     preset_model(7).save_pretrained(tmp_path)
     plain = run(tmp_path, converted())
     ways = []
 
-    def reduce(_self: Any, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+    def reduce(_self, tensor, reduction):
         ways.append(reduction)
         return tensor + 1  # as if another rank had 2 more
 
@@ -152,14 +148,14 @@ def test_parts_are_means_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert other == pytest.approx(one + 1)
 
 
-def test_batches_without_labels(tmp_path: Path) -> None:
+def test_batches_without_labels(tmp_path):
     model = converted().train()
     with pytest.raises(ConfigError, match="the batches have no labels"):
         distilling(model, tmp_path).compute_loss(model, {"input_ids": None})
 
 
 @pytest.mark.parametrize("leaks", ["student", "teacher"])
-def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
+def test_packed_documents_that_leak(tmp_path, leaks):
     models = {"student": preset_model(3), "teacher": preset_model(7)}
     models[leaks] = tiny("lfm2", hidden_size=64, layer_types=["conv", "full_attention"])
     models["teacher"].save_pretrained(tmp_path)
@@ -170,7 +166,7 @@ def test_packed_documents_that_leak(tmp_path: Path, leaks: str) -> None:
         distilling(student, tmp_path).compute_loss(student, packed)
 
 
-def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preset_model(7, vocab_size=272).save_pretrained("dense")
     train_bpe(["some text, some more text"], 260).save_pretrained("dense")

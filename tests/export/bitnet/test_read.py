@@ -120,7 +120,6 @@ def test_masked_finetuned_packed_and_run(tmp_path, tokenizer, logits):
         run=RunConfig(directory=str(tmp_path / "run"), precision="fp32", device="cpu"),
     )
     tuned = train(config)
-    assert tuned.model_directory is not None
     pack(tuned.model_directory, tmp_path / "packed")
     model, loaded = load(tmp_path / "packed")
     assert generate_text(model, loaded, "def main", 4)

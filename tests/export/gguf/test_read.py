@@ -1,10 +1,5 @@
 """GGUF files as ordinary directories."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,7 +19,7 @@ from sparse_bitnet.train.dense import read_dense
 TEXT = "def main():\n    return the name of the file 1234\n"
 
 
-def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_we_wrote(tmp_path, monkeypatch):
     sizes = {"hidden_size": 256, "intermediate_size": 256}
     tokenizer = train_bpe([TEXT] * 30, 320)
     write_trained(tmp_path / "trained", tokenizer, **sizes)
@@ -71,7 +66,7 @@ def test_a_file_that_we_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         import_checkpoint(tmp_path / "m.gguf", tmp_path / "other", pattern="6:8")
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="no such GGUF file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
@@ -86,10 +81,10 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_hostile_headers(tmp_path: Path) -> None:
+def test_hostile_headers(tmp_path):
     """More of what is here is in tests/fuzz/reader_gguf_import.py."""
 
-    def refused(message: str, add: Callable[[GGUFWriter], None], *tensors: str) -> None:
+    def refused(message, add, *tensors):
         writer = GGUFWriter(tmp_path / "m.gguf", "qwen2")
         add(writer)
         for name in tensors:
@@ -102,7 +97,7 @@ def test_hostile_headers(tmp_path: Path) -> None:
             import_gguf(tmp_path / "m.gguf", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def sizes(writer: GGUFWriter, layers: int = 1, width: int = 64) -> None:
+    def sizes(writer, layers=1, width=64):
         writer.add_block_count(layers)
         writer.add_embedding_length(width)
 

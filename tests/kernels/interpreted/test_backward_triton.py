@@ -3,17 +3,16 @@ values here are e4m3's own normal ones; tests/gpu/ rounds."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparse_bitnet.kernels.backward import reference, triton_fp8
 
 
-def representable(*shape: int) -> Tensor:
+def representable(*shape):
     """Four significant bits at most, eight octaves; zeros too."""
     return torch.randint(-15, 16, shape) * torch.exp2(torch.randint(-4, 4, shape).float())
 
 
-def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+def same_bits(ours, theirs):
     return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
@@ -28,7 +27,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     ],
 )
 @pytest.mark.parametrize("fold", [False, True])
-def test_rows(shape: tuple[int, int], dtype: torch.dtype, fold: bool) -> None:
+def test_rows(shape, dtype, fold):
     dy = (representable(*shape) * torch.exp2(-torch.arange(shape[0]).float())[:, None]).to(dtype)
     factors = torch.exp2(torch.randint(-2, 1, shape[1:]).float()) if fold else None
     values, scale = triton_fp8.rows(dy, factors)
@@ -37,7 +36,7 @@ def test_rows(shape: tuple[int, int], dtype: torch.dtype, fold: bool) -> None:
     assert torch.equal(values.float(), expected.float())
 
 
-def test_rows_at_the_edges() -> None:
+def test_rows_at_the_edges():
     dy = torch.zeros(6, 32)
     dy[1, 3] = 1e-38
     dy[2] = 448.0
@@ -52,7 +51,7 @@ def test_rows_at_the_edges() -> None:
     assert torch.equal(values[:4].float(), expected[:4].float())
 
 
-def test_odd_magnitudes_have_the_scale_of_the_reference() -> None:
+def test_odd_magnitudes_have_the_scale_of_the_reference():
     dy = torch.randn(7, 33) * torch.exp2(torch.arange(-60, 10, 10).float())[:, None]
     assert torch.equal(triton_fp8.rows(dy, None)[1], reference.fp8_rows(dy, None)[1])
 
@@ -63,7 +62,7 @@ def test_odd_magnitudes_have_the_scale_of_the_reference() -> None:
     + [(shape, "fp8", True) for shape in ((4, 1), (128, 128), (16, 300), (260, 129), (0, 4))]
     + [((132, 70), "fp8", False)],
 )
-def test_transposed(shape: tuple[int, int], kind: str, factored: bool) -> None:
+def test_transposed(shape, kind, factored):
     if kind == "fp8":
         values = representable(*shape).to(reference.FP8)
     elif kind == "int8":

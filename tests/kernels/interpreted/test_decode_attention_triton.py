@@ -25,7 +25,7 @@ def plain(query, keys, values, seen, scale):
         (1, 20, 1, 64, 16, torch.float16, "all"),
     ],
 )
-def test_equals_attention_by_hand(batch, heads, key_heads, length, width, dtype, masked) -> None:
+def test_equals_attention_by_hand(batch, heads, key_heads, length, width, dtype, masked):
     torch.manual_seed(0)
     query = torch.randn(batch, heads, 1, width).to(dtype)
     keys, values = torch.randn(2, batch, key_heads, length, width).to(dtype)
@@ -44,7 +44,7 @@ def test_equals_attention_by_hand(batch, heads, key_heads, length, width, dtype,
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_what_is_not_seen_does_not_matter() -> None:
+def test_what_is_not_seen_does_not_matter():
     query, keys, values = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, 256, 16)
     seen = (torch.arange(256) <= 70).view(1, 1, 1, 256)
     before = triton.attend(query, keys, values, seen, 1.0)
@@ -53,7 +53,7 @@ def test_what_is_not_seen_does_not_matter() -> None:
     assert torch.equal(triton.attend(query, keys, values, seen, 1.0), before)
 
 
-def test_strides_and_no_sequence() -> None:
+def test_strides_and_no_sequence():
     query = torch.randn(2, 1, 4, 16).transpose(1, 2)
     keys, values = torch.randn(2, 2, 90, 2, 16).transpose(2, 3)
     expected = plain(query, keys, values, None, 0.25).float()
@@ -63,7 +63,7 @@ def test_strides_and_no_sequence() -> None:
 
 
 @pytest.mark.parametrize("first", [70, 1290])
-def test_padding_on_the_left_of_many_shares(first) -> None:
+def test_padding_on_the_left_of_many_shares(first):
     """The first shares, more than are joined at once, see nothing."""
     query, keys, values = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 1, 1300, 16)
     seen = (torch.arange(1300) >= first).view(1, 1, 1, 1300)
@@ -73,7 +73,7 @@ def test_padding_on_the_left_of_many_shares(first) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4, 6])
-def test_every_shape_of_the_kernel(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+def test_every_shape_of_the_kernel(monkeypatch, heads):
     """As where all blocks are under way, where a cache is cut, and where none is."""
     monkeypatch.setattr(triton, "ONE_WAVE", 2)
     monkeypatch.setattr(triton, "FILLED", 6)

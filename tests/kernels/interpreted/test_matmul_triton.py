@@ -20,18 +20,18 @@ from sparse_bitnet.kernels.matmul.triton_two_bit import Tiles as TwoBitTiles
 SHAPES = [(1, 40, 64), (1, 19, 512), (2, 50, 96), (3, 16, 256), (17, 33, 132), (40, 20, 50)]
 
 
-def operands(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:
+def operands(tokens, out, inner):
     x = torch.randint(-128, 128, (tokens, inner), dtype=torch.int8)
     weight = torch.randint(-1, 2, (out, inner), dtype=torch.int8)
     return x, torch.rand(tokens), weight, torch.rand(out), torch.randn(out)
 
 
-def poisoned(tokens: int, out: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def poisoned(tokens, out, dtype=torch.float32):
     return torch.full((tokens, out), torch.nan, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dense(shape: tuple[int, int, int]) -> None:
+def test_dense(shape):
     x, x_scale, weight, w_scale, bias = operands(*shape)
     given = bias if shape[0] != 1 else None
     y = poisoned(*shape[:2])
@@ -44,7 +44,7 @@ TWO_BIT = [TwoBitTiles(16, 16, 32, 1, 4, 2), TwoBitTiles(16, 32, 16, 3, 4, 2)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tiles", TWO_BIT)
-def test_two_bit(shape: tuple[int, int, int], tiles: TwoBitTiles) -> None:
+def test_two_bit(shape, tiles):
     x, x_scale, weight, w_scale, bias = operands(*shape)
     packed = triton_two_bit.pack_rows(weight)
     given = bias if shape[0] != 1 else None
@@ -56,7 +56,7 @@ def test_two_bit(shape: tuple[int, int, int], tiles: TwoBitTiles) -> None:
     assert torch.equal(y, expected)
 
 
-def guarded(tensor: torch.Tensor, maps: list[mmap.mmap]) -> torch.Tensor:
+def guarded(tensor, maps):
     """A copy whose last byte is followed by a page without access."""
     size = tensor.numel() * tensor.element_size()
     end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -70,8 +70,8 @@ def guarded(tensor: torch.Tensor, maps: list[mmap.mmap]) -> torch.Tensor:
 
 @pytest.mark.parametrize("inner", [4, 68, 576])
 @pytest.mark.parametrize("tiles", TWO_BIT)
-def test_two_bit_reads_nothing_beyond_its_operands(inner: int, tiles: TwoBitTiles) -> None:
-    maps: list[mmap.mmap] = []
+def test_two_bit_reads_nothing_beyond_its_operands(inner, tiles):
+    maps = []
     for tokens, out in ((1, 5), (18, 8)):
         x, x_scale, weight, w_scale, bias = operands(tokens, out, inner)
         expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias)
@@ -81,7 +81,7 @@ def test_two_bit_reads_nothing_beyond_its_operands(inner: int, tiles: TwoBitTile
         assert torch.equal(y, expected)
 
 
-def test_largest_sums_fit() -> None:
+def test_largest_sums_fit():
     inner = 2**12
     x = torch.full((1, inner), -128, dtype=torch.int8)
     weight = torch.full((2, inner), -1, dtype=torch.int8)
@@ -96,7 +96,7 @@ def test_largest_sums_fit() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_matmul_entries(tokens: int) -> None:
+def test_matmul_entries(tokens):
     x, x_scale, weight, w_scale, bias = operands(tokens, 24, 64)
     expected = ternary_matmul(x, x_scale.unsqueeze(-1), weight, w_scale, bias) if tokens else None
     for y in (
@@ -110,7 +110,7 @@ def test_matmul_entries(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_strides_of_products(tokens: int) -> None:
+def test_strides_of_products(tokens):
     """Operands may begin anywhere and have any strides; every second lane is not to be read."""
     x_q = torch.randint(-128, 128, (tokens, 130), dtype=torch.int8)
     weight = torch.randint(-1, 2, (24, 130), dtype=torch.int8)
@@ -126,7 +126,7 @@ def test_strides_of_products(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (1, 4), (65, 132), (130, 300), (3, 129)])
-def test_tile_order(shape: tuple[int, int]) -> None:
+def test_tile_order(shape):
     ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
     packed = two_bit.pack(ternary)
     assert torch.equal(triton_tiles.pack(packed, shape[1]), tiles.pack(ternary))

@@ -8,7 +8,7 @@ from sparse_bitnet.kernels.quantize_activations import reference, triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 7, 64, 896, 1025, 4099])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_equals_reference(tokens: int, columns: int, dtype: torch.dtype) -> None:
+def test_equals_reference(tokens, columns, dtype):
     x = (torch.randn(tokens, columns) * torch.rand(tokens, 1).mul(8).exp()).to(dtype)
     x[0, 0] = 0
     quantized, scale = triton.quantize(x)
@@ -17,7 +17,7 @@ def test_equals_reference(tokens: int, columns: int, dtype: torch.dtype) -> None
     assert torch.equal(scale, step)
 
 
-def test_rounds_half_to_even() -> None:
+def test_rounds_half_to_even():
     # With a magnitude of 127 the factor is 1, so halves stay halves.
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
     quantized, scale = triton.quantize(x)
@@ -25,14 +25,14 @@ def test_rounds_half_to_even() -> None:
     assert scale.item() == 1.0
 
 
-def test_no_token_and_no_feature() -> None:
+def test_no_token_and_no_feature():
     for shape in ((0, 64), (2, 0, 64)):
         quantized, scale = triton.quantize(torch.empty(shape))
         assert quantized.shape == shape
         assert scale.shape == (*shape[:-1], 1)
 
 
-def test_leading_dimensions_and_strides() -> None:
+def test_leading_dimensions_and_strides():
     x = torch.randn(2, 3, 24)
     for view in (x, x.transpose(0, 1), x[..., ::2], x[:, 1:, 8:20], x.permute(2, 1, 0)):
         quantized, scale = triton.quantize(view)
@@ -41,7 +41,7 @@ def test_leading_dimensions_and_strides() -> None:
         assert torch.equal(scale, step)
 
 
-def test_tiny_tokens_use_the_smallest_magnitude() -> None:
+def test_tiny_tokens_use_the_smallest_magnitude():
     x = torch.tensor([[0.0, 0.0], [1e-9, -1e-7], [1e-5, 0.0]])
     quantized, scale = triton.quantize(x)
     expected, step = quantize_int8(x)
@@ -50,7 +50,7 @@ def test_tiny_tokens_use_the_smallest_magnitude() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_nan_reaches_the_scale() -> None:
+def test_a_nan_reaches_the_scale():
     x = torch.randn(3, 100)
     x[1, 70] = torch.nan
     x[2, 3] = -torch.inf
@@ -61,7 +61,7 @@ def test_a_nan_reaches_the_scale() -> None:
 
 
 @pytest.mark.parametrize("columns", [64, 1160])
-def test_fuses_the_norm(columns: int) -> None:
+def test_fuses_the_norm(columns):
     x = torch.randn(4, columns).half()
     weight = torch.rand(columns).half()
     quantized, scale = triton.quantize(x, weight, 1e-6)
@@ -72,7 +72,7 @@ def test_fuses_the_norm(columns: int) -> None:
     assert (quantized != expected).float().mean() < 0.01
 
 
-def test_strided_weight_of_the_norm() -> None:
+def test_strided_weight_of_the_norm():
     x, weight = torch.randn(3, 40), torch.rand(80)[::2]
     quantized, scale = triton.quantize(x, weight, 1e-6)
     expected, step = reference.quantize_fused(x, weight, 1e-6)
@@ -81,7 +81,7 @@ def test_strided_weight_of_the_norm() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 1160), (40, 200), (2, 9000)])
-def test_adds_before_the_norm(rows: int, columns: int) -> None:
+def test_adds_before_the_norm(rows, columns):
     x, delta = torch.randn(2, rows, columns).half()
     weight = torch.rand(columns).half()
     total = torch.full_like(x, torch.nan)
@@ -93,7 +93,7 @@ def test_adds_before_the_norm(rows: int, columns: int) -> None:
     assert (quantized != expected).float().mean() < 0.01
 
 
-def test_fuses_the_swiglu_product() -> None:
+def test_fuses_the_swiglu_product():
     x = torch.randn(4, 2 * 232)
     quantized, scale = triton.quantize(x, swiglu=True)
     expected, step = reference.quantize_fused(x, swiglu=True)

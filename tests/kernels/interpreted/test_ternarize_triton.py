@@ -21,7 +21,7 @@ def derived(weight, pattern, shard_sizes=(), scale=None):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_equals_reference(name: str) -> None:
+def test_equals_reference(name):
     pattern = Pattern.parse(name)
     columns = 2 * math.lcm(max(pattern.m, 4), 4)
     assert triton.serves(pattern, columns)
@@ -33,14 +33,14 @@ def test_equals_reference(name: str) -> None:
     assert torch.equal(scale, gamma)
 
 
-def test_what_it_does_not_serve() -> None:
+def test_what_it_does_not_serve():
     """Rows that do not fill their bytes, and groups that do not fit a thread."""
     assert not triton.serves(DENSE, 6)
     assert not triton.serves(Pattern(5, 7), 49)
     assert not triton.serves(Pattern(3, 31), 31 * 4)
 
 
-def test_sums_of_many_pieces() -> None:
+def test_sums_of_many_pieces():
     weight = torch.randn(5, 2048)
     sums, counts = triton.scale_sums(weight, (2, 3))
     assert sums.shape == (2, 4)
@@ -54,7 +54,7 @@ def test_sums_of_many_pieces() -> None:
     ("name", "dtype"),
     [("1:16", torch.float16), ("9:10", torch.float32), ("31:32", torch.bfloat16)],
 )
-def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
+def test_ties_in_large_groups(name, dtype):
     """Groups larger than those that are ranked, with ties across, above and below the N-th."""
     pattern = Pattern.parse(name)
     levels = torch.randint(-3, 4, (4, 2 * pattern.m)) * 0.25
@@ -69,7 +69,7 @@ def test_ties_in_large_groups(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 9])
-def test_network_of_zeros_and_ones(m: int) -> None:
+def test_network_of_zeros_and_ones(m):
     """A comparator network orders everything if it orders all zeros and ones (Knuth, 5.3.4)."""
     for n in range(1, m + 1):
         high, low = triton_select.network(n, m)
@@ -84,7 +84,7 @@ def test_network_of_zeros_and_ones(m: int) -> None:
     ("dtype", "shard_sizes"),
     [(torch.float32, (3, 2)), (torch.float16, ()), (torch.bfloat16, (1, 3, 1))],
 )
-def test_experts_and_fused_shards(dtype: torch.dtype, shard_sizes: tuple[int, ...]) -> None:
+def test_experts_and_fused_shards(dtype, shard_sizes):
     weight = (torch.randn(2, 5, 16) * torch.tensor([1.0, 0.1]).view(2, 1, 1)).to(dtype)
     ternary, scale = derived(weight, Pattern(6, 8), shard_sizes)
     expected, gamma = ternarize(weight, Pattern(6, 8), None, shard_sizes)
@@ -92,7 +92,7 @@ def test_experts_and_fused_shards(dtype: torch.dtype, shard_sizes: tuple[int, ..
     assert torch.equal(scale, gamma)
 
 
-def test_rounds_at_half_gamma_as_division_does() -> None:
+def test_rounds_at_half_gamma_as_division_does():
     # Weights around γ/2, one float apart, for many γ: the kernel compares, the reference divides.
     rows = []
     for _ in range(20):
@@ -111,7 +111,7 @@ def test_rounds_at_half_gamma_as_division_does() -> None:
     assert torch.equal(ternary, expected)
 
 
-def test_one_row_one_group_zero_weight() -> None:
+def test_one_row_one_group_zero_weight():
     for weight in (torch.randn(1, 8), torch.zeros(3, 16), torch.randn(1, 4)):
         pattern = Pattern(6, 8) if weight.shape[-1] % 8 == 0 else DENSE
         ternary, scale = derived(weight, pattern)
@@ -120,7 +120,7 @@ def test_one_row_one_group_zero_weight() -> None:
         assert torch.equal(scale, gamma)
 
 
-def test_rows_of_one_rank_of_several() -> None:
+def test_rows_of_one_rank_of_several():
     """γ given for three logical matrices, of which the second has no rows here."""
     weight = torch.randn(4, 16)
     scale = torch.tensor([0.5, 7.0, 1.5])
@@ -130,7 +130,7 @@ def test_rows_of_one_rank_of_several() -> None:
     assert same is scale
 
 
-def test_what_sharded_training_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_sharded_training_asks_for(monkeypatch):
     """The same as FSDP2's hook does, on a rank without rows of one matrix, and of any dtype."""
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
     weight, scale = torch.randn(4, 16), torch.tensor([0.5, 7.0])
@@ -148,7 +148,7 @@ def test_what_sharded_training_asks_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert two_bit.unpack_rows(packed, 8).tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
 
 
-def test_the_last_group_of_a_row_does_not_see_the_next_row() -> None:
+def test_the_last_group_of_a_row_does_not_see_the_next_row():
     weight = torch.full((2, 8), 0.5)
     weight[1] = 100.0
     ternary, _ = derived(weight, Pattern(6, 8), (1, 1))

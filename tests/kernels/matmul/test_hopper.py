@@ -1,7 +1,5 @@
 """Tiles of the Hopper product: they compile without a GPU, and a plan fits what it is for."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 

@@ -1,7 +1,5 @@
 """Tile order of two-bit weights, against the fragment layout that PTX documents, written out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from sparse_bitnet.core import WeightError
 from sparse_bitnet.kernels.matmul import tiles
 
 
-def random_ternary(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+def random_ternary(out, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-1, 2, (out, columns), dtype=torch.int8, generator=generator)
 
@@ -55,7 +53,7 @@ def test_fragments_are_those_of_ptx():
         assert value == 64 * expected & 0xFF
 
 
-def keeping_2_4(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+def keeping_2_4(out, columns, seed=0):
     ternary = random_ternary(out, columns, seed)
     fours = ternary.view(out, -1, 4)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +87,7 @@ def test_sparse_fragments_and_metadata_are_those_of_ptx():
     padded[:130, :300] = ternary
     generator = torch.Generator().manual_seed(1)
 
-    def word(row_block: int, k_block: int, thread: int, index: int) -> int:
+    def word(row_block, k_block, thread, index):
         return int(words[row_block, k_block, thread, index]) & 0xFFFFFFFF
 
     for _ in range(500):
