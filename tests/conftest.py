@@ -2,13 +2,16 @@
 
 `make test` runs one process a core, and more threads than cores make PyTorch many times slower.
 PyTorch's compile cache does not tell processors apart, so the user's own is not read, and code that
-a test made for another processor does not stay. Processes that tests start inherit both settings.
+a test made for another processor does not stay. Processes that tests start inherit these settings.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+
+from processes import collect_rarely
 
 pytest_plugins = ["packed_models"]  # tests/packed_models.py, imported after the lines below
 
@@ -19,3 +22,11 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them made
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparse-bitnet-compiled-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_finish():
+    collect_rarely()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries look for leaks of theirs when Python ends
