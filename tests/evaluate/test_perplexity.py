@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_bitnet.core import ConfigError, DataError, WeightError
 from sparse_bitnet.data import TokenShards, open_source, prepare
@@ -15,6 +14,7 @@ from sparse_bitnet.data.shards import Shard, index_text, token_dtype
 from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.evaluate import Perplexity, perplexity, scoring
 from sparse_bitnet.nn.head import has_plain_head
+from tiny_models import tiny
 
 VOCAB = 320
 
@@ -100,20 +100,8 @@ def test_head_in_pieces(model, monkeypatch, logits):
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.5])
 def test_architecture_that_caps_its_logits(initializer_range):
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            initializer_range=initializer_range,
-            final_logit_softcapping=5.0,
-        )
-    ).eval()
+    options = {"initializer_range": initializer_range, "final_logit_softcapping": 5.0}
+    model = tiny("gemma2", vocab_size=VOCAB, **options).eval()
     tokens = random_tokens(30)
     assert not has_plain_head(model)
     found = perplexity(model, tokens, window=16, stride=8, batch_size=2)
@@ -121,10 +109,7 @@ def test_architecture_that_caps_its_logits(initializer_range):
 
 
 def test_architecture_with_another_body_name():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=0)
-    ).eval()
+    model = tiny("gpt2", vocab_size=VOCAB).eval()
     tokens = random_tokens(30)
     assert has_plain_head(model)
     found = perplexity(model, tokens, window=8, stride=4)
