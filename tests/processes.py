@@ -125,6 +125,7 @@ else:
     sys.exit()
 for number, path in enumerate(files):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+gc.unfreeze()  # libraries look for leaks of theirs when Python ends
 os.chdir(directory)
 os.environ.update(environment)
 sys.argv[1:] = arguments
