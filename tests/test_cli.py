@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import threading
 import tomllib
 from dataclasses import replace
 from importlib import import_module
@@ -197,6 +198,10 @@ def test_version(capsys):
     newest = re.search(
         r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
+    assert capsys.readouterr().out == f"sparse-bitnet {newest[1]}\n"
+    thread = threading.Thread(target=cli.main, args=(["--version"],))  # where no signal is handled
+    thread.start()
+    thread.join()
     assert capsys.readouterr().out == f"sparse-bitnet {newest[1]}\n"
     described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert described["tool"]["setuptools"]["dynamic"]["version"] == {

@@ -83,9 +83,24 @@ def test_an_error_says_where_and_what_to_do(tmp_path, writer, is_directory, erro
 
 
 @WRITERS
-def test_an_error_of_another_file_stays(tmp_path, writer, is_directory):
-    with pytest.raises(FileNotFoundError, match="No such file: 'other'"), writer(tmp_path / "out"):
-        raise FileNotFoundError(errno.ENOENT, "No such file", "other")
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "other"),
+        FileNotFoundError(errno.ENOENT, "No such file", "{}side/file"),
+        OSError("no tokenizer in 'x'"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        RuntimeError("No such file or directory (os error 2)"),
+    ],
+    ids=str,
+)
+def test_an_error_of_something_else_stays(tmp_path, writer, is_directory, error):
+    out = tmp_path / "out"
+    if isinstance(error, OSError) and error.filename is not None:
+        error = FileNotFoundError(*error.args, error.filename.format(out))
+    with pytest.raises(type(error)) as raised, writer(out):
+        raise error
+    assert raised.value is error
 
 
 @WRITERS

@@ -110,9 +110,15 @@ def test_refuses_what_is_not_ours(tmp_path):
 def test_replaces_a_trained_model_and_nothing_else(tmp_path):
     model = trained(SparsityConfig())
     save_trained(model, None, tmp_path / "out", SparsityConfig())
-    (tmp_path / "out" / "stale").touch()
+    stale = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    stale.touch()
     save_trained(model, None, tmp_path / "out", SparsityConfig())
-    assert not (tmp_path / "out" / "stale").exists()
+    assert not stale.exists()
+    for kept in (tmp_path / "out" / "notes.txt", tmp_path / "out" / "polarization"):
+        kept.mkdir()
+        with pytest.raises(ConfigError, match=f"{kept.name}, which would be lost"):
+            save_trained(model, None, tmp_path / "out", SparsityConfig())
+        kept.rmdir()
     (tmp_path / "empty").mkdir()
     save_trained(model, None, tmp_path / "empty", SparsityConfig())
     with pytest.raises(ConfigError, match="exists and is not a trained model; give a new"):

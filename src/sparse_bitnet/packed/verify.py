@@ -20,7 +20,6 @@ from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError, chec
 from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
-from sparse_bitnet.train.export import refuse_files_of_others
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -87,7 +86,7 @@ def check_output(
             raise ConfigError(
                 f"{out} exists and is not {what}; give another name, or remove it first"
             )
-        refuse_files_of_others(out)
+        files.refuse_files_of_others(out)
         if not overwrite:
             raise ConfigError(
                 f"{out} exists; give another name, or replace it with --overwrite (in Python "

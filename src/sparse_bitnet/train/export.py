@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
-from sparse_bitnet.files import atomic_directory, read_json, write_text
+from sparse_bitnet.files import atomic_directory, read_json, refuse_files_of_others, write_text
 from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record
 from sparse_bitnet.train.checksums import checksums, weight_files
 from sparse_bitnet.train.config import SparsityConfig
@@ -33,15 +32,6 @@ from sparse_bitnet.train.parallel import Ranks
 from sparse_bitnet.train.recipe import checked
 
 FORMAT = 1
-TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
-# What this package and transformers write into the directory of a language model.
-WRITTEN = re.compile(
-    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
-    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
-    r"chat_template\.(jinja|json)"
-)
 
 
 def save_trained(
@@ -92,20 +82,6 @@ def save_trained(
     if ranks is not None:
         ranks.wait()
     return directory
-
-
-def refuse_files_of_others(directory: Path) -> None:
-    """Refuse to replace a directory with a file in it that is of no model.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
-            raise ConfigError(
-                f"{directory} holds {path.name}, which would be lost: the whole directory is "
-                "replaced; move it away, or give another name"
-            )
 
 
 def check_trained_output(directory: Path) -> None:
