@@ -83,7 +83,7 @@ def test_a_run_that_came_to_nothing_gives_way(recipe):
 def test_a_model_that_no_run_wrote_is_not_replaced(recipe):
     config = recipe()
     directory = Path(config.run.directory)
-    precious = directory / "model" / "weights.bin"
+    precious = directory / "model" / "model.safetensors"
     precious.parent.mkdir(parents=True)
     precious.write_text("a month of training")
     with pytest.raises(ConfigError, match="model exists and is not a trained model; give a new"):
