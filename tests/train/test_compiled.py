@@ -43,6 +43,7 @@ def test_gradients_as_in_eager_mode(cache, capability, kind, precision, bound):
     assert worst_error(cache, capability, kind, precision) < bound
 
 
+@pytest.mark.slow  # 20 s
 def test_without_vector_instructions(cache):
     """Scalar code of a gated MLP; nn/test_compiled_rows.py compiles the usual code."""
     assert worst_error(cache, "default", "bitnet", "bf16", "mlp") < 5e-2
