@@ -14,10 +14,10 @@ demo-pretrained: $(STAMP)
 	$(BIN)/sparse-bitnet demo --pretrained
 
 # In a shuffled order, the same every time: the seed is printed, `SEED=1` is another. Each process
-# gets a third of it in one piece, so that what a module's tests share is rarely made twice.
+# gets half of it in one piece, so that what a module's tests share is rarely made twice.
 SEED ?= 2026
-test: $(STAMP)  # three workers: a fifth of the time they wait, for servers and processes to end
-	$(BIN)/pytest -m "not slow and not gpu" -n 3 --dist worksteal --randomly-seed=$(SEED)
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --randomly-seed=$(SEED)
 
 # What depends on the processor, on those that this one can pose as.
 PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx2 \

@@ -159,7 +159,10 @@ def test_the_compiler_makes_the_same_integers():
     assert ((x_q.int() - expected.int()).abs() <= 1).all()
 
 
-@pytest.mark.parametrize(("backward", "autocast"), [("full", False), ("fp8", True)])
+@pytest.mark.parametrize(
+    ("backward", "autocast"),
+    [("full", False), pytest.param("fp8", True, marks=pytest.mark.slow)],  # compiles for 20 s
+)
 def test_gradients_as_in_eager_mode(backward, autocast):
     eager = Attention(backward)
     other = copy.deepcopy(eager)
