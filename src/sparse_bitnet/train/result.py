@@ -109,13 +109,6 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
             run wrote.
     """
     path = directory / CONFIG
-    if config.run.export:  # asked now, and not when the training is done
-        check_trained_output(directory / "model")
-        if (directory / "model").exists() and not path.exists():
-            raise ConfigError(
-                f"{directory / 'model'} was not written by a run in {directory} (there is no "
-                f"{CONFIG}) and would be replaced; choose another run.directory, or move it away"
-            )
     if path.is_file() and _came_to_something(directory):
         changed = differences(load_recipe(path), config)
         if changed:
@@ -123,9 +116,21 @@ def claim(directory: Path, config: TrainConfig, here: Ranks) -> TrainResult | No
                 f"{directory} holds another run: {'; '.join(changed)}. Choose another "
                 "run.directory, or remove this one"
             )
+    finished = _finished(directory, config)
+    if finished is None and config.run.export:  # asked now, and not when the training is done
+        check_trained_output(directory / "model")
+        if (directory / "model").exists() and not path.exists():
+            raise ConfigError(
+                f"{directory / 'model'} was not written by a run in {directory} (there is no "
+                f"{CONFIG}) and would be replaced; choose another run.directory, or move it away"
+            )
     here.wait()  # until all have read what the main process writes next
     if here.is_main:
         write_text(path, to_yaml(config))
+    return finished
+
+
+def _finished(directory: Path, config: TrainConfig) -> TrainResult | None:
     done = directory / RESULT
     model = directory / "model"
     if not done.is_file() or (config.run.export and not model.is_dir()):
