@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparse_bitnet.core.errors import ConfigError, OutputError
+from sparse_bitnet.core.errors import OutputError
 
 TEMPORARY_SUFFIX = ".partial"
 ASIDE_SUFFIX = f".old{TEMPORARY_SUFFIX}"
@@ -46,15 +46,6 @@ ADVICE = {
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only writes fail so
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers
 NUMPY_ERROR = re.compile(r"^\d+ requested and \d+ written$")
-TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
-# What this package and transformers write into the directory of a language model.
-WRITTEN = re.compile(
-    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
-    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
-    r"chat_template\.(jinja|json)"
-)
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 """What file systems answer that have no locks, or, over the network, none on directories."""
 
@@ -247,20 +238,6 @@ def refuse_special(*paths: Path) -> None:
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a pipe or a device, not a file")
-
-
-def refuse_files_of_others(directory: Path) -> None:
-    """Refuse to replace a directory with a file in it that is of no model.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
-            raise ConfigError(
-                f"{directory} holds {path.name}, which would be lost: the whole directory is "
-                "replaced; move it away, or give another name"
-            )
 
 
 def explain(error: BaseException) -> str:

@@ -19,6 +19,7 @@ be made from it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +33,34 @@ from sparse_bitnet.files import write_text
 QUANT_METHOD = "sparse_bitnet_trained"
 SIDE_FILE = "sparse_bitnet.json"  # what train/export.py writes beside a trained model's weights
 ABSENT = "to load these weights - pip install sparse-bitnet, import sparse_bitnet.safetensors"
+TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer that has several
+# What this package and transformers write into the directory of a language model.
+WRITTEN = re.compile(
+    r"(generation_)?config\.json|sparse_bitnet\.json|hf_plugin\.py|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece[\w.]*)\.model|"
+    r"chat_template\.(jinja|json)"
+)
 
 
 def is_record(described: object) -> bool:
     """True if a ``quantization_config``, as read from JSON, is of a converted model."""
     return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+
+
+def refuse_files_of_others(directory: Path) -> None:
+    """Refuse to replace a directory with a file in it that is of no model.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.name != TEMPLATES if path.is_dir() else not WRITTEN.fullmatch(path.name):
+            raise ConfigError(
+                f"{directory} holds {path.name}, which would be lost: the whole directory is "
+                "replaced; move it away, or give another name"
+            )
 
 
 @dataclass

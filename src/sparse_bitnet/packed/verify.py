@@ -18,6 +18,7 @@ from torch import nn
 from sparse_bitnet import files
 from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError, check_finite
 from sparse_bitnet.nn.packed_module import StoredModule
+from sparse_bitnet.nn.record import refuse_files_of_others
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
 
@@ -86,7 +87,7 @@ def check_output(
             raise ConfigError(
                 f"{out} exists and is not {what}; give another name, or remove it first"
             )
-        files.refuse_files_of_others(out)
+        refuse_files_of_others(out)
         if not overwrite:
             raise ConfigError(
                 f"{out} exists; give another name, or replace it with --overwrite (in Python "

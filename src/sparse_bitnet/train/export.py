@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import CheckpointError, ConfigError, DataError
 from sparse_bitnet.data.tokenizer import load_tokenizer
-from sparse_bitnet.files import atomic_directory, read_json, refuse_files_of_others, write_text
-from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record
+from sparse_bitnet.files import atomic_directory, read_json, write_text
+from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record, refuse_files_of_others
 from sparse_bitnet.train.checksums import checksums, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, check_has_model, is_gguf, no_bars, read_dense
