@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparse_bitnet.packed.registration import register_when_needed
+from sparse_bitnet.version import __version__
 
 if TYPE_CHECKING:
     from sparse_bitnet.core import Method, Pattern, SparseBitNetError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 # Imported when first used: torch and transformers take seconds.
 _HOME = {
-    "__version__": "core",
     "Method": "core",
     "Pattern": "core",
     "SparseBitNetError": "core",
@@ -42,6 +42,7 @@ __all__ = [
     "Method",
     "Pattern",
     "SparseBitNetError",
+    "__version__",
     "convert",
     "frozen",
     "generate",

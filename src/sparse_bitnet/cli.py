@@ -2,7 +2,7 @@
 
 Each verb is a function with typed arguments; tyro turns its signature and docstring into options,
 required ones positional. PyTorch takes seconds to import, so it waits until a verb is known: an
-overview or a typing error is answered at once.
+overview, the version or a mistyped verb is answered at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from sparse_bitnet.console import err, out, say
+from sparse_bitnet.version import __version__
 
 # verb: (module, function, one line for the overview)
 VERBS = {
@@ -63,16 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         out.print(OVERVIEW, markup=False)
         return
+    if arguments == ["--version"]:
+        out.print(f"sparse-bitnet {__version__}", markup=False, highlight=False)
+        return
     verb = next((v for v in VERBS if arguments[: len(v.split())] == v.split()), None)
-    if verb is None and arguments != ["--version"]:
+    if verb is None:
         err.print(OVERVIEW, markup=False)
         say(f"error: there is no verb {arguments[0]!r}{_suggestion(arguments)}")
         sys.exit(MISUSED)
     with _quitting_at_once():
         from sparse_bitnet import core, files
-    if verb is None:
-        out.print(f"sparse-bitnet {core.__version__}", markup=False, highlight=False)
-        return
     try:
         result = _call(verb, arguments[len(verb.split()) :])
         _show(result)

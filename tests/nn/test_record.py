@@ -17,13 +17,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparse_bitnet.core import CheckpointError, ConfigError, Method, __version__
+from sparse_bitnet.core import CheckpointError, ConfigError, Method
 from sparse_bitnet.nn import SparseBitLinear, convert, master_weights, set_pattern
 from sparse_bitnet.nn.record import ABSENT
 from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.callback import SparseBitNetCallback
 from sparse_bitnet.train.dense import read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
+from sparse_bitnet.version import __version__
 
 
 def described(directory):

@@ -34,8 +34,6 @@ from sparse_bitnet.core.ternary import (
     zero_matrices,
 )
 
-__version__ = "0.2.0"
-
 __all__ = [
     "DENSE",
     "BackendError",
@@ -52,7 +50,6 @@ __all__ = [
     "SparseBitNetError",
     "TrainingError",
     "WeightError",
-    "__version__",
     "absmean",
     "check_finite",
     "check_row",

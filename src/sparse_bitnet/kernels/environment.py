@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparse_bitnet.core import __version__
+from sparse_bitnet.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton")
 

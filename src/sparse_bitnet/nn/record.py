@@ -27,8 +27,9 @@ from typing import Any
 
 from torch import nn
 
-from sparse_bitnet.core import ConfigError, Method, Pattern, __version__
+from sparse_bitnet.core import ConfigError, Method, Pattern
 from sparse_bitnet.files import write_text
+from sparse_bitnet.version import __version__
 
 QUANT_METHOD = "sparse_bitnet_trained"
 SIDE_FILE = "sparse_bitnet.json"  # what train/export.py writes beside a trained model's weights
