@@ -312,10 +312,27 @@ def test_permissions_are_handed_down(tmp_path, writer, is_directory):
     assert stat.S_IMODE(target.stat().st_mode) == mode
 
 
-def test_new_files_have_the_usual_permissions(tmp_path):
-    write_text(tmp_path / "ours", "text")
-    (tmp_path / "usual").write_text("text")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+@WRITERS
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_new_files_have_the_usual_permissions(tmp_path, writer, is_directory, umask):
+    """Also those that a library makes for their owner alone, as safetensors does."""
+    usual, ours, private = (tmp_path / name for name in ("usual", "ours", "private"))
+    private.touch(0o600)
+    before = os.umask(umask)
+    try:
+        if is_directory:
+            usual.mkdir()
+        fill(usual, "text", is_directory)
+        with writer(ours) as temporary:
+            fill(temporary, "text", is_directory)
+            (temporary / "inner" / "file" if is_directory else temporary).chmod(0o600)
+            if is_directory:
+                (temporary / "link").symlink_to(private)
+    finally:
+        os.umask(before)
+    for path in (usual, *usual.rglob("*")):
+        assert (ours / path.relative_to(usual)).stat().st_mode == path.stat().st_mode
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
 
 
 def test_a_symbolic_link_stays_one(tmp_path):

@@ -120,7 +120,8 @@ def atomic_directory(
 ) -> AbstractContextManager[Path]:
     """:func:`atomic_file` for a directory.
 
-    An existing ``path`` is first renamed aside and removed only once the new one stands.
+    An existing ``path`` is first renamed aside and removed only once the new one stands. Files in
+    it have the mode that new files have, whatever made them.
     """
     return _atomic(path, True, check)
 
@@ -136,10 +137,16 @@ def _atomic(
         _prepare(path, is_directory)
         try:
             with _held(temporary, make):
+                usual = temporary.stat().st_mode & 0o666
                 yield temporary
+                found = (*temporary.rglob("*"), temporary)
+                made = [file for file in found if not file.is_symlink()]
+                for file in made:
+                    if file.is_file():
+                        file.chmod(usual)  # safetensors makes files that only their owner may read
                 if path.exists():
                     shutil.copymode(path, temporary)
-                for file in (*temporary.rglob("*"), temporary):
+                for file in made:
                     _sync(file)
                 replaces = any(path.iterdir()) if path.is_dir() else path.exists()
                 if check is not None:
@@ -344,8 +351,6 @@ def _lock(path: Path, how: int) -> Iterator[int]:
 
 
 def _sync(path: Path) -> None:
-    if path.is_symlink():
-        return  # lives in its directory, which is synced
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
