@@ -1,8 +1,9 @@
-"""A training for tests that kill it or run it on several ranks: ``RECIPE [hang AT]``.
+"""A training for tests that kill it or run it on several ranks: ``RECIPE [MODE AT]``.
 
 Says on standard output where it hangs, so that the test kills it there and not by chance.
 """
 
+import resource
 import sys
 import time
 
@@ -37,11 +38,23 @@ def hang_while_writing(wanted):
     checkpoint.write_text = write
 
 
+def fill_the_disk_after_step(wanted):
+    """A limit of the size of files stands for it: the system refuses the write that crosses it."""
+
+    def on_step(done, _model):
+        if done == wanted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    return on_step
+
+
 def main(recipe, mode="run", at="0"):
     torch.set_num_threads(1)
     on_step = None
     if mode == "step":
         on_step = hang_after_step(int(at))
+    elif mode == "full":
+        on_step = fill_the_disk_after_step(int(at))
     elif mode == "write":
         hang_while_writing(int(at))
     elif mode == "slow":

@@ -74,7 +74,7 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
         Exception: ``refusal``, if another holder is alive.
         OutputError: if the file cannot be made.
     """
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     with file:
@@ -97,6 +97,23 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
                 stacklevel=3,
             )
         yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While ``path`` is written, errors of the system in our words; not those of other files.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error  # a file inside
+        if cause is None or not (place := _place(cause, path)):
+            raise
+        at = f" ({place})" if path.is_relative_to(place) and path != place else ""
+        raise OutputError(f"{path} cannot be written: {explain(cause)}{at}") from cause
 
 
 def atomic_file(
@@ -133,7 +150,7 @@ def _atomic(
     path = Path(os.path.realpath(path))  # unlike resolve, not undone by a link to itself
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     make = partial(temporary.mkdir if is_directory else temporary.touch, exist_ok=True)
-    with _writing(path):
+    with writing(path):
         _prepare(path, is_directory)
         try:
             with _held(temporary, make):
@@ -264,19 +281,6 @@ def _number(error: BaseException) -> int | None:
     if NUMPY_ERROR.search(str(error)):
         return errno.ENOSPC
     return error.errno if isinstance(error, OSError) else None
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Errors of the system while ``path`` is written, in our words; not those of other files."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, OutputError) else error  # a file inside
-        if cause is None or not (place := _place(cause, path)):
-            raise
-        at = f" ({place})" if path.is_relative_to(place) and path != place else ""
-        raise OutputError(f"{path} cannot be written: {explain(cause)}{at}") from cause
 
 
 def _place(error: BaseException, path: Path) -> Path | None:

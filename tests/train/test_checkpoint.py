@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, checked when read, nothing unpickled."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from sparse_bitnet.core import CheckpointError
+from sparse_bitnet.core import CheckpointError, OutputError
 from sparse_bitnet.train import checkpoint as module
 from sparse_bitnet.train.checkpoint import MANIFEST, Checkpoints
 from sparse_bitnet.train.config import OptimizerConfig
@@ -129,14 +130,20 @@ def test_a_crash_while_writing_leaves_the_old_ones(setup, monkeypatch):
     assert len(list(setup.files.directory.iterdir())) == 2
 
 
-def test_a_full_disk_is_an_error_of_ours(setup, monkeypatch):
+def test_a_full_disk_says_where_the_run_goes_on(setup, monkeypatch):
     def full(*_args):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.HuggingFaceStorageWriter, "write_data", full)
-    with pytest.raises(CheckpointError, match=r"step-00000005 cannot be written: no space left"):
-        setup.save(5)
-    assert list(setup.files.directory.iterdir()) == []
+    write = module.HuggingFaceStorageWriter.write_data
+    said = r"step-0000000{} cannot be written: No space left on device; make room, or .* command {}"
+    for step, way_out in ((5, "begins anew"), (7, r"goes on from .*step-00000006")):
+        monkeypatch.setattr(module.HuggingFaceStorageWriter, "write_data", full)
+        with pytest.raises(OutputError, match=said.format(step, way_out)):
+            setup.save(step)
+        monkeypatch.setattr(module.HuggingFaceStorageWriter, "write_data", write)
+        assert len(list(setup.files.directory.iterdir())) == len(setup.files.steps())
+        setup.save(step + 1)
+    assert setup.files.steps() == [8, 6]
 
 
 def damage_truncate(path):

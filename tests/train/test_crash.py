@@ -81,6 +81,21 @@ def test_kill_9_while_a_checkpoint_is_written(runner, uninterrupted, capsys):
     assert "step-00000004" in shown
 
 
+def test_a_full_disk(runner, uninterrupted):
+    """The earlier checkpoint stays, and the same command goes on from it."""
+    ended = Started(runner.path.parent, training_worker.main, (str(runner.path), "full", "6"))
+    ended.join(120)
+    checkpoints = runner.directory / "checkpoints"
+    assert (ended.exitcode, ended.complained().splitlines()[-1]) == (
+        1,
+        f"{checkpoints}/step-00000008 cannot be written: File too large; choose a place where "
+        f"files may be that large. After that the same command goes on from "
+        f"{checkpoints}/step-00000004",
+    )
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+    assert runner.resume() == uninterrupted
+
+
 def test_sigterm_to_a_process(runner, uninterrupted):
     ended = runner.signalled(signal.SIGTERM, "after step 3", "slow")
     told = ended.complained()

@@ -19,6 +19,7 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from sparse_bitnet.core import DataError
+from sparse_bitnet.files import writing
 from sparse_bitnet.study.cells import Cell
 from sparse_bitnet.train.recipe import checked
 
@@ -147,11 +148,15 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
     """Append one line and sync it. Not finite becomes null, which every JSON reader knows.
 
     A line that an earlier crash left half written is closed first, so it spoils only itself.
+
+    Raises:
+        OutputError: if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = to_json(row, inf_nan_mode="null") + b"\n"
-    with path.open("a+b") as file:  # which writes at the end, wherever it reads
+    # Such a file is written at its end, wherever it is read.
+    with writing(path), path.open("a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read(1) not in (b"", b"\n"):
             data = b"\n" + data

@@ -29,14 +29,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparse_bitnet.core import CheckpointError, ConfigError
-from sparse_bitnet.files import TEMPORARY_SUFFIX, atomic_directory, read_json, write_text
+from sparse_bitnet.core import CheckpointError, ConfigError, OutputError
+from sparse_bitnet.files import (
+    TEMPORARY_SUFFIX,
+    atomic_directory,
+    read_json,
+    write_text,
+    writing,
+)
 from sparse_bitnet.nn.shards import plain
 from sparse_bitnet.train.checksums import checksums, find_damage
 from sparse_bitnet.train.config import TrainConfig
@@ -58,19 +64,35 @@ class Checkpoints:
     data: dict[str, Any]  # what identifies the tokens (Batches.fingerprint)
     ranks: Ranks
 
-    def save(
-        self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, rows: int = 0
-    ) -> Path:
+    def save(self, step: int, model: PreTrainedModel, optimizer: Optimizer, rows: int = 0) -> Path:
         """Write ``step-N`` with the state after ``step`` steps, then drop those beyond ``keep``.
 
         Args:
             rows: of metrics.jsonl that belong to these steps; :meth:`load` returns it.
+
+        Raises:
+            OutputError: if it cannot be written; says where the run can go on. Earlier ones stay.
         """
         target = self.path(step)
+        try:
+            self._write(target, step, model, optimizer, rows)
+        except OutputError as error:
+            last = self.newest()
+            begin = f"goes on from {last}" if last else "begins anew"
+            raise OutputError(f"{error}. After that the same command {begin}") from error
+        if self.ranks.is_main:
+            for old in self.steps()[self.keep :]:
+                _remove(self.path(old))
+        self.ranks.wait()
+        return target
+
+    def _write(
+        self, target: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, rows: int
+    ) -> None:
         main = self.ranks.is_main
-        with atomic_directory(target) if main else contextlib.nullcontext() as own:
+        with atomic_directory(target) if main else writing(target) as own:
             temporary = Path(self.ranks.from_main(str(own)))
-            with _dcp(f"checkpoint {target} cannot be written"):
+            with _dcp():
                 dcp.save(
                     _tensors(model, optimizer),
                     storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
@@ -89,13 +111,8 @@ class Checkpoints:
             }
             if main:
                 write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        if main:
-            for old in self.steps()[self.keep :]:
-                _remove(self.path(old))
-        self.ranks.wait()
-        return target
 
-    def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    def load(self, step: int, model: PreTrainedModel, optimizer: Optimizer) -> int:
         """Fill model and optimizer with the state after ``step`` steps.
 
         Returns:
@@ -111,14 +128,16 @@ class Checkpoints:
         if damage := find_damage(path, manifest["files"], partial(self._checksums, path)):
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {self._way_out(step)}")
         try:
-            with _dcp(f"checkpoint {path} does not fit this model"):
+            with _dcp():
                 dcp.load(
                     _tensors(model, optimizer),
                     storage_reader=HuggingFaceStorageReader(str(path)),
                     no_dist=not self.ranks.is_distributed,
                 )
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {self._way_out(step)}") from error
+        except Exception as error:  # of a file that changes meanwhile, or of another shape
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this model: {error}; {self._way_out(step)}"
+            ) from error
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].fill_(step)
@@ -191,7 +210,7 @@ class Checkpoints:
         return f"remove it to resume at {others[0]}" if others else "remove it to start over"
 
 
-def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Tensor]:
     """All that a step changes, by name; tied weights once. DCP reads into these very tensors."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -207,16 +226,16 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 @contextlib.contextmanager
-def _dcp(trouble: str) -> Iterator[None]:
-    """Make what DCP raises one of our errors: it wraps all, of every rank, in a BaseException."""
+def _dcp() -> Iterator[None]:
+    """Raise what DCP met: it wraps the errors of all ranks in a BaseException."""
     with warnings.catch_warnings():
         # It warns that it "assumes" a single process, also with no_dist.
         warnings.filterwarnings("ignore", message=".*single process")
         try:
             yield
         except dcp.CheckpointException as error:
-            _, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"{trouble}: {cause}") from error
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error
 
 
 def _remove(path: Path) -> None:

@@ -40,7 +40,7 @@ from sparse_bitnet.core import (
     round_ternary,
     row_scale,
 )
-from sparse_bitnet.files import read_json_lines, write_text
+from sparse_bitnet.files import read_json_lines, write_text, writing
 from sparse_bitnet.nn import MasterWeight, master_weights
 from sparse_bitnet.nn.derived import whole
 
@@ -190,19 +190,24 @@ class History:
             return
         if tensorboard:
             self._board = _tensorboard(directory / "tensorboard", first_step)
-        path = directory / "metrics.jsonl"
-        kept = [row for row in read_history(path) if row["step"] <= first_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = directory / "metrics.jsonl"
+        kept = [row for row in read_history(self._path) if row["step"] <= first_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
         for row in kept:
             self._count(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; it must have a ``step``."""
+        """Append one row; it must have a ``step``.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         self._count(row)
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            with writing(self._path):
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -216,12 +221,14 @@ class History:
         """Bring the rows to the disk: before each checkpoint, so that none of them outlives its
         rows when the machine stops."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
             self.sync()
-            self._file.close()
+            with writing(self._path):
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
