@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from sparse_bitnet.console import Task
 from sparse_bitnet.core import ConfigError, DataError
 from sparse_bitnet.study import pool
 from sparse_bitnet.study import run_cell as cell_module
+from sparse_bitnet.study import worker as worker_module
 from sparse_bitnet.study.cells import read_sweep
 from sparse_bitnet.study.report import report
 from sparse_bitnet.study.rows import read_rows
@@ -320,6 +323,21 @@ def test_a_worker_that_dies_is_a_failure_and_is_replaced(
             (message,) = worker.run(job)
             assert "worker 0 died with exit code 1; its output is in" in message["failed"]
             assert not worker.busy
+
+
+def test_a_failure_is_told_where_the_log_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    connection = Mock(recv=Mock(side_effect=["job", EOFError]))
+    monkeypatch.setattr(worker_module, "_run", full)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=full))
+    worker_module.serve(connection)
+    signal.signal(signal.SIGTERM, handler)
+    connection.send.assert_called_once_with(
+        {"failed": "OSError: [Errno 28] No space left on device"}
+    )
 
 
 def test_progress_counts_each_step_once(tmp_path: Path, toy_tokens: Path, make_row: Any) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -46,7 +47,8 @@ def serve(connection: Connection) -> None:
         except BrokenPipeError:
             return
         except Exception as error:
-            traceback.print_exc()
+            with suppress(OSError):  # a full disk, of which the answer tells
+                traceback.print_exc()
             answer = {"failed": f"{type(error).__name__}: {error}"}
         connection.send(answer)
         if "interrupted" in answer:
