@@ -58,9 +58,7 @@ def quant_method(directory: Path) -> object:
     return described.get("quant_method") if isinstance(described, dict) else None
 
 
-def check_output(
-    out: Path, what: str, is_such: Callable[[Path], bool], overwrite: bool
-) -> Callable[[], None]:
+def check_output(out: Path, what: str, is_such: Callable[[Path], bool], overwrite: bool) -> None:
     """Refuse to replace what exists: without ``overwrite`` anything, with it what is not such a
     thing as will be written, and a directory with files of others.
 
@@ -69,33 +67,21 @@ def check_output(
         what: "a packed model".
         is_such: whether a path is one.
 
-    Returns:
-        The check, to be made again before the output takes its place.
-
     Raises:
         ConfigError: naming it, or a file in it that would be lost; for the current directory.
     """
-
-    def check() -> None:
-        if out.is_dir() and out.samefile("."):
-            raise ConfigError(
-                f"{out} is the current directory, which would be replaced; name another"
-            )
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-            return
-        if not is_such(out):
-            raise ConfigError(
-                f"{out} exists and is not {what}; give another name, or remove it first"
-            )
-        refuse_files_of_others(out)
-        if not overwrite:
-            raise ConfigError(
-                f"{out} exists; give another name, or replace it with --overwrite (in Python "
-                "overwrite=True)"
-            )
-
-    check()
-    return check
+    if out.is_dir() and out.samefile("."):
+        raise ConfigError(f"{out} is the current directory, which would be replaced; name another")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_such(out):
+        raise ConfigError(f"{out} exists and is not {what}; give another name, or remove it first")
+    refuse_files_of_others(out)
+    if not overwrite:
+        raise ConfigError(
+            f"{out} exists; give another name, or replace it with --overwrite (in Python "
+            "overwrite=True)"
+        )
 
 
 def is_stored_as(directory: Path, method: str | None) -> bool:

@@ -116,7 +116,8 @@ def pack(
     out = Path(out)
     storage_named(storage)
     is_packed = partial(is_stored_as, method=QUANT_METHOD)
-    check_again = check_output(out, "a packed model", is_packed, overwrite)
+    check_place = partial(check_output, out, "a packed model", is_packed, overwrite)
+    check_place()
     if isinstance(source, str | Path):
         if is_packed(Path(source)):
             raise ConfigError(f"pack: {source} is packed already; give the model it was made from")
@@ -136,7 +137,7 @@ def pack(
     if check:
         check_packed(model, storage)
     form = _PackedForm(model, storage, head, None if dtype is None else getattr(torch, dtype))
-    with atomic_directory(out, check_again) as directory:
+    with atomic_directory(out, check_place) as directory:
         form.write_config(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def import_bitnet(
         WeightError: if a weight is NaN or infinite.
     """
     source, out = Path(source), Path(out)
-    check_again = check_output(out, "a trained model", is_trained, overwrite)
+    check_place = partial(check_output, out, "a trained model", is_trained, overwrite)
+    check_place()
     if not (source / CONFIG).is_file():
         raise PackedFormatError(f"{source} holds no model: there is no {CONFIG}")
     with _reading(source):
@@ -109,7 +111,7 @@ def import_bitnet(
         )
     sparsity = SparsityConfig(pattern=pattern, rules=rules)
     run = {"imported": described}
-    save_trained(model, tokenizer, out, sparsity, run, check=check_again)
+    save_trained(model, tokenizer, out, sparsity, run, check=check_place)
     architecture, modules = type(model).__name__, conversion.modules
     return ImportResult(out, architecture, described, modules, conversion.weights, pattern)
 

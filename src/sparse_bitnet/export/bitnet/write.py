@@ -55,7 +55,8 @@ def export_bitnet(
     """
     out = Path(out)
     is_bitnet = partial(is_stored_as, method="bitnet")
-    check_again = check_output(out, "a model of the bitnet format", is_bitnet, overwrite)
+    check_place = partial(check_output, out, "a model of the bitnet format", is_bitnet, overwrite)
+    check_place()
     source = open_exportable(directory, "the bitnet format")
     for name, (rows, _) in source.shapes.items():
         if rows % PER_BYTE:
@@ -63,7 +64,7 @@ def export_bitnet(
                 f"{name}: the bitnet format stores four rows in a byte, and there are {rows}; "
                 "leave the layer out with a rule in training, or run the model with sparse-bitnet"
             )
-    with atomic_directory(out, check_again) as temporary:
+    with atomic_directory(out, check_place) as temporary:
         _write_config(source, temporary, linear_class)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sparse_bitnet.core import ConfigError
@@ -34,9 +35,10 @@ def import_gguf(source: str | Path, out: str | Path, *, overwrite: bool = False)
     def is_dense(path: Path) -> bool:
         return is_stored_as(path, None) and not is_trained(path)
 
-    check_again = check_output(out, "a dense model", is_dense, overwrite)
+    check_place = partial(check_output, out, "a dense model", is_dense, overwrite)
+    check_place()
     model, tokenizer = read_gguf(source)
-    with atomic_directory(out, check_again) as temporary, no_bars():
+    with atomic_directory(out, check_place) as temporary, no_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -99,7 +99,8 @@ def export_gguf(
     def is_such(path: Path) -> bool:
         return path.is_file() and begins_as_gguf(path)
 
-    check_again = check_output(out, "a GGUF file", is_such, overwrite)
+    check_place = partial(check_output, out, "a GGUF file", is_such, overwrite)
+    check_place()
     source = open_exportable(directory, "GGUF")
     kind = architecture(source.model)
     if source.tokenizer is None:
@@ -128,7 +129,7 @@ def export_gguf(
         lost.append(
             f"activations are rounded to 8 bits by blocks of {together} there, by token here"
         )
-    with atomic_file(out, check_again) as temporary:
+    with atomic_file(out, check_place) as temporary:
         _write(temporary, kind, source, words, tensors, lost, Path(directory).resolve().name)
     change = tensors.largest_change
     lost.insert(0, f"each γ is rounded to fp16, which changes it by at most {change:.1e} of itself")
