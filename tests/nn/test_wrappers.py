@@ -62,6 +62,15 @@ def test_merged_adapters_are_packed_and_others_refused(tiny, tokens, tmp_path):
         assert torch.equal(load(tmp_path / "packed")[0](input_ids=tokens).logits, before)
 
 
+def test_a_learned_prompt_is_not_packed(tiny, tmp_path):
+    model = tiny()
+    convert(model, "6:8")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match=r"pack: the prompt .* PeftModelForCausalLM .* left out"):
+        pack(peft.get_peft_model(model, config), tmp_path / "packed")
+    pack(model, tmp_path / "packed")
+
+
 def test_convert_refuses_adapters(tiny):
     model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, **BESIDE))
     with pytest.raises(ConfigError, match=r"convert: .* has an adapter of its own"):

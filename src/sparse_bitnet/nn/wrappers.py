@@ -35,7 +35,8 @@ def check_adapters(model: nn.Module, verb: Literal["convert", "train", "pack"]) 
 
     Raises:
         ConfigError: naming the layer; to convert and to pack, for any adapter that is still a
-            module of its own; to train, for one beside a converted layer (above).
+            module of its own; to train, for one beside a converted layer (above). To pack, also
+            for PEFT's model around one, which has learned a prompt if no layer has an adapter.
     """
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -53,3 +54,8 @@ def check_adapters(model: nn.Module, verb: Literal["convert", "train", "pack"]) 
                 "most of it to rounding; let it join the weight instead, with "
                 f"LoraConfig(target_modules=[], target_parameters=['{weight}', …])"
             )
+    if verb == "pack" and hasattr(model, "get_base_model"):
+        raise ConfigError(
+            f"pack: the prompt that a {type(model).__name__} has learned would be left out; pack "
+            "the model without it: model.get_base_model()"
+        )
