@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_bitnet.core import CheckpointError, ConfigError, Method, WeightError
 from sparse_bitnet.formats import STORAGES
-from sparse_bitnet.nn import SparseBitLinear, convert, master_weights
+from sparse_bitnet.nn import SparseBitLinear, convert, master_weights, set_quantization
 from sparse_bitnet.packed.load import load, load_packed
 from sparse_bitnet.packed.write import pack
 from sparse_bitnet.train.config import SparsityConfig
@@ -54,6 +54,16 @@ def test_patterns_rules_and_activation_bits_survive(tmp_path, pattern, options, 
             assert spec.activation_bits == module.method.activation_bits
     if "rules" in options:
         assert isinstance(packed.model.layers[0].self_attn.k_proj, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_is_not_ternary_yet_is_refused(tmp_path, trained, check):
+    model = trained("qwen2")
+    set_quantization(model, 1, {r"layers\.1.*k_proj": 0.5})
+    with pytest.raises(ConfigError, match=r"layers.1.self_attn.k_proj: quantization stands at 0.5"):
+        pack(model, tmp_path / "out", check=check)
+    set_quantization(model, 1)
+    pack(model, tmp_path / "out", check=check)
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path, trained):

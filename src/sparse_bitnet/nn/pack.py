@@ -19,12 +19,18 @@ def packed_spec(module: DerivedModule, storage: StorageName, where: str) -> Pack
     """The :class:`PackedSpec` of a trained module.
 
     Raises:
-        ConfigError: for a module that is not ternary.
+        ConfigError: for a module that is not ternary, or not yet.
     """
     if not module.is_ternary:
         raise ConfigError(
             f"{where}: a {type(module).__name__} keeps full-precision weights and cannot be "
             "packed; convert the model with kind='bitnet'"
+        )
+    if module.blend is not None:
+        raise ConfigError(
+            f"{where}: quantization stands at {module.blend.item():.3g}, between full precision "
+            "and ternary; train until it is 1, or pack what becomes of it then: "
+            "set_quantization(model, 1)"
         )
     shard_sizes = getattr(module, "shard_sizes", ())  # experts have theirs by shape
     return PackedSpec(storage, module.pattern, module.method.activation_bits, shard_sizes)
@@ -52,7 +58,7 @@ def pack_module(module: DerivedModule, storage: StorageName, where: str) -> Pack
     """The packed form of a trained module, on its device; the module stays as it is.
 
     Raises:
-        ConfigError: for a module that is not ternary, or whose weight is sharded or not loaded.
+        ConfigError: as :func:`packed_spec`, and if the weight is sharded or not loaded.
         WeightError: if a master weight holds NaN, or a group breaks N:M.
     """
     spec = packed_spec(module, storage, where)
