@@ -134,8 +134,8 @@ def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             if described > sum(tensor.n_elements for tensor in tensors):
                 raise ValueError(f"it describes {described:,} weights and has not as many")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                dtype=torch.float32, output_loading_info=True, **place
-            )
+                config=shape, dtype=torch.float32, output_loading_info=True, **place
+            )  # with its configuration at hand it parses the header once and not twice
             read, info = loaded
             if info["missing_keys"]:
                 raise ValueError(f"it has no tensor for {min(info['missing_keys'])}")
