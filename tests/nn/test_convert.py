@@ -17,6 +17,8 @@ from sparse_bitnet.nn import (
     master_weights,
     set_pattern,
 )
+from sparse_bitnet.packed.load import load_packed
+from sparse_bitnet.packed.write import pack
 
 # (modules, weights) converted: attention 4 and MLP 3 a layer of two; experts count as one module.
 ATTENTION = 2 * (2 * 32 * 32 + 2 * 32 * 16)
@@ -303,6 +305,13 @@ class TestRefusals:
         convert(model)
         with pytest.raises(ConfigError, match="converted already; use set_pattern"):
             convert(model, "4:8")
+
+    def test_a_packed_model(self, tiny, tmp_path):
+        model = tiny()
+        convert(model, rules={"k_proj": "skip"})
+        pack(model, tmp_path / "packed")
+        with pytest.raises(ConfigError, match="is packed, so its master weights are gone"):
+            convert(load_packed(tmp_path / "packed"))  # not k_proj alone
 
     @pytest.mark.parametrize(
         ("model", "options", "message"),

@@ -24,6 +24,7 @@ from sparse_bitnet.core import (
 from sparse_bitnet.nn.check import check_called
 from sparse_bitnet.nn.derived import DerivedModule, whole
 from sparse_bitnet.nn.experts import SparseBitExperts, SparseExperts, why_not_experts
+from sparse_bitnet.nn.packed_module import StoredModule
 from sparse_bitnet.nn.record import record, record_pattern
 from sparse_bitnet.nn.sparse_bit_linear import SparseBitLinear
 from sparse_bitnet.nn.sparse_linear import SparseLinear
@@ -127,8 +128,8 @@ def convert(
 
     Raises:
         ConfigError: for an unknown kind, a broken or unused rule, a model that is converted
-            already, is sharded already, has adapters, has parameters whose values are elsewhere
-            (ZeRO-3, offloading), or has nothing to convert. The model is then unchanged.
+            already, is packed, is sharded already, has adapters, has parameters whose values are
+            elsewhere (ZeRO-3, offloading), or has nothing to convert. The model is then unchanged.
         ConfigError: likewise, if the architecture multiplies by a module's weight without calling
             the module (:mod:`sparse_bitnet.nn.check`); names the rule that leaves it out.
         PatternError: if M does not divide a module's input features, naming module and shape; then,
@@ -139,6 +140,11 @@ def convert(
         raise ConfigError(f"convert: kind is {kind!r}; choose among {sorted(LINEAR)}")
     if any(isinstance(module, DerivedModule) for module in model.modules()):
         raise ConfigError("convert: the model is converted already; use set_pattern to change it")
+    if any(isinstance(module, StoredModule) for module in model.modules()):
+        raise ConfigError(
+            "convert: the model is packed, so its master weights are gone; take the trained model "
+            "that it was packed from"
+        )
     check_adapters(model, "convert")
     _check_values(model)
     Pattern.parse(pattern)
