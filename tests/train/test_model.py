@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, masking_utils
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.model import MASKLESS, build_model, convert_model, maskless_attention
-from tiny_models import tiny_config
+from tiny_models import tiny, tiny_config
 
 CPU = torch.device("cpu")
 LLAMA = tiny_config("llama", vocab_size=40, num_hidden_layers=1)
@@ -84,6 +84,13 @@ def test_wrong_sources_are_named(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="has 40 embedding rows, but the data's tokenizer needs"):
         build(vocab_size=41, source=str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(("name", "taken"), [("gemma2", "eager"), ("qwen2", "sdpa")])
+def test_attention_that_an_architecture_has(tmp_path, name, taken):
+    tiny(name).save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "config.json"):
+        assert build(source=str(source)).config._attn_implementation == taken
 
 
 def test_vocabulary_of_weights_is_fixed(tmp_path):

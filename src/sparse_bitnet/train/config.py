@@ -32,7 +32,7 @@ class ModelConfig:
     """Rows of the embedding. By default what the data's tokenizer needs; presets with a published
     vocabulary keep theirs."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; eager, too, for architectures without sdpa."""
     sub_norms: bool = False
     """SubLN: a norm before the last product of attention and of the MLP, for a start from the
     weights of a Llama (BitDistill, arXiv 2510.13998); see sparse_bitnet.nn.sub_norm."""

@@ -58,11 +58,13 @@ def build_model(
     """
     directory = Path(config.source)
     from_weights = config.source not in PRESETS and directory.is_dir()
+    # Left out, transformers takes sdpa where an architecture has it (Gemma2 and Mamba have not).
+    attention = None if config.attention == "sdpa" else config.attention
     if from_weights and config.vocab_size:
         raise ConfigError(f"model.vocab_size cannot change the vocabulary of {config.source}")
     try:
         if from_weights:
-            model = read_dense(directory, attn_implementation=config.attention)
+            model = read_dense(directory, attn_implementation=attention)
             model = model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
         else:
             if is_gguf(directory):
@@ -74,7 +76,7 @@ def build_model(
             torch.manual_seed(seed)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(
-                    shape, dtype=torch.float32, attn_implementation=config.attention
+                    shape, dtype=torch.float32, attn_implementation=attention
                 )
     except (OSError, ValueError, KeyError, CheckpointError) as error:
         if isinstance(error, ConfigError):
