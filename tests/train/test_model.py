@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, masking_utils
 
 from sparse_bitnet.core import ConfigError
+from sparse_bitnet.data.tokenizer import train_bpe
 from sparse_bitnet.train.config import ModelConfig, SparsityConfig
 from sparse_bitnet.train.model import MASKLESS, build_model, convert_model, maskless_attention
 from tiny_models import tiny, tiny_config
@@ -91,6 +92,19 @@ def test_attention_that_an_architecture_has(tmp_path, name, taken):
     tiny(name).save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "config.json"):
         assert build(source=str(source)).config._attn_implementation == taken
+
+
+def test_weights_know_the_token_ids_of_one_tokenizer(tmp_path):
+    """Fewer ids than rows, so that all of them are there, and mean something else."""
+    own, other = (train_bpe([text], 260) for text in ("some text, some more", "words of others"))
+    tiny(vocab_size=260).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    options = {"vocab_size": 258, "seed": 0, "device": CPU}
+    build_model(ModelConfig(source=str(tmp_path)), tokenizer=own, **options)
+    with pytest.raises(ConfigError, match=r"model.source .* another tokenizer .*--model"):
+        build_model(ModelConfig(source=str(tmp_path)), tokenizer=other, **options)
+    shape = ModelConfig(source=str(tmp_path / "config.json"))
+    build_model(shape, tokenizer=other, **options)
 
 
 def test_vocabulary_of_weights_is_fixed(tmp_path):

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_bitnet.core import CheckpointError, ConfigError
+from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.nn.sub_norm import add_sub_norms
@@ -49,12 +50,13 @@ def build_model(
 
     Args:
         vocab_size: how many token ids the data uses.
-        tokenizer: its end-of-sequence and padding ids go into the model's configuration.
+        tokenizer: the data's. Its end-of-sequence and padding ids go into the configuration of a
+            model from scratch; that of a directory must be the same.
         sample: gives token ids ``[sequences, length]`` of the data, for ``sub_norms``.
 
     Raises:
-        ConfigError: if the source is no preset, directory or config.json, cannot be read, or has
-            fewer embedding rows than the data needs.
+        ConfigError: if the source is no preset, directory or config.json, cannot be read, has
+            fewer embedding rows than the data needs, or another tokenizer.
     """
     directory = Path(config.source)
     from_weights = config.source not in PRESETS and directory.is_dir()
@@ -88,6 +90,8 @@ def build_model(
             f"model.source {config.source} has {rows} embedding rows, but the data's tokenizer "
             f"needs {vocab_size}: prepare the data with the model's own tokenizer"
         )
+    if from_weights and tokenizer is not None:
+        check_tokenizer(directory, tokenizer_hash(tokenizer), "model.source")
     if config.sub_norms:
         if not from_weights or sample is None:
             raise ConfigError("model.sub_norms is for a start from a directory's weights")
@@ -158,6 +162,25 @@ def maskless_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def check_tokenizer(directory: Path, expected: str, name: str) -> None:
+    """Refuse a directory whose model reads other token ids than the data has.
+
+    Args:
+        expected: ``tokenizer_hash`` of the data's.
+        name: of the key that names the directory.
+
+    Raises:
+        ConfigError: if the directory has a tokenizer, and it is another one.
+    """
+    if not (directory / "tokenizer_config.json").is_file():
+        return
+    if tokenizer_hash(load_tokenizer(directory)) != expected:
+        raise ConfigError(
+            f"{name} {directory} has another tokenizer than the data: prepare the data with its "
+            f"own (data prepare --model {directory})"
+        )
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Batch
-from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, Targets
-from sparse_bitnet.train.model import check_documents
+from sparse_bitnet.train.model import check_documents, check_tokenizer
 from sparse_bitnet.train.parallel import blocks
 
 
@@ -56,7 +55,7 @@ class Teacher:
                 f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
             )
         if tokenizer is not None:
-            _check_tokenizer(directory, tokenizer)
+            check_tokenizer(directory, tokenizer, "teacher.source")
         trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
         rows, vocabulary = (one.get_output_embeddings().weight.shape[0] for one in (model, student))
@@ -108,13 +107,3 @@ class Teacher:
     def _autocast(self) -> torch.autocast:
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
-
-def _check_tokenizer(directory: Path, expected: str) -> None:
-    if not (directory / "tokenizer_config.json").is_file():
-        return
-    if tokenizer_hash(load_tokenizer(directory)) != expected:
-        raise ConfigError(
-            f"teacher.source {directory} has another tokenizer than the data: prepare the data "
-            f"with the teacher's (data prepare --tokenizer {directory})"
-        )
