@@ -162,10 +162,17 @@ BRACKETS = (  # as Llama 2: nothing asks for an answer, which begins with a spac
 )
 
 
-@pytest.mark.parametrize(
-    ("template", "space"), [(CHATML[: CHATML.index("{% if add")], ""), (BRACKETS, " ")]
+COLONS = (  # a prompt that ends in a space, which is one token with the first word
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-def test_a_header_that_no_prompt_asks_for_is_not_learned(template, space):
+
+
+@pytest.mark.parametrize(
+    ("template", "space"),
+    [(CHATML[: CHATML.index("{% if add")], ""), (BRACKETS, " "), (COLONS, " ")],
+)
+def test_a_header_is_not_learned_and_a_space_behind_it_is(template, space):
     chat = ChatTemplate(chat_tokenizer(template), "").render(turns("who", "an x", "a", "ab"), "")
     assert chat is not None
     expected = [f"{space}an x<|im_end|>", f"{space}ab<|im_end|>"]

@@ -157,15 +157,15 @@ class ChatTemplate:
                     "template that marks answers with {% generation %}"
                 )
             if "add_generation_prompt" not in self.text:
-                # Then any answer's header comes with it. Space alone is the answer's own: it is
-                # often one token with the first word.
+                # Then any answer's header comes with it.
                 others = [[*messages[:number], {"role": "assistant", "content": c}] for c in "ab"]
                 renderings = [answered, *map(self._render, others)]
                 header = os.path.commonprefix(renderings)  # noqa: RUF071 - of characters
                 if header[len(asked) :].strip():
-                    asked = header.rstrip(" ")
-            # What follows the end token, a line's end most often, is never said by the model.
-            stretches.append((len(asked), len(answered.rstrip())))
+                    asked = header
+            # Space alone is the answer's own: it is often one token with the first word. What
+            # follows the end token, a line's end most often, is never said by the model.
+            stretches.append((len(asked.rstrip(" ")), len(answered.rstrip())))
             before = answered
         whole = before if answers[-1] == len(messages) - 1 else self._render(messages)
         if not whole.startswith(before):
