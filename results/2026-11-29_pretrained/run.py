@@ -57,6 +57,7 @@ CELLS = {  # in order of value; ternary 6:8 from the pretrained weights unless a
     "unmasked-blend-teacher": f"{UNMASKED} {BLEND} {TEACHER}",
     "unmasked-blend": f"{UNMASKED} {BLEND}",
     "blend-tuned": f"{BLEND} --teacher {{cells}}/dense/model",  # the dense cell teaches
+    "blend-tuned-2e-3": f"{BLEND} --teacher {{cells}}/dense/model --optimizer.learning-rate 2e-3",
     "blend-teacher-subln": f"{BLEND} {TEACHER} --model.sub-norms",
     "dense-teacher": f"{BF16} {UNMASKED} {TEACHER}",
     "blend-teacher-2e-3": f"{BLEND} {TEACHER} --optimizer.learning-rate 2e-3",
@@ -64,7 +65,7 @@ CELLS = {  # in order of value; ternary 6:8 from the pretrained weights unless a
     "blend-teacher-5e-4": f"{BLEND} {TEACHER} --optimizer.learning-rate 5e-4",
     "original": "",  # not trained: what the others start from
 }
-NEEDS = {"blend-tuned": "dense"}
+NEEDS = {"blend-tuned": "dense", "blend-tuned-2e-3": "dense"}
 QUESTIONS = 1000
 PROMPTS = (
     "What is the capital of France?",
