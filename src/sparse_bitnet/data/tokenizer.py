@@ -163,6 +163,11 @@ def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory has a file that a tokenizer is read from."""
+    return any((Path(directory) / file).is_file() for file in FILES)
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer of a directory or a name on the hub, with the splitting that its file says.
 
@@ -176,7 +181,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     try:
         directory = Path(name)
-        if directory.is_dir() and not any((directory / file).is_file() for file in FILES):
+        if directory.is_dir() and not has_tokenizer(directory):
             # transformers would make an empty one of the config.json.
             raise FileNotFoundError(f"it has none of {', '.join(FILES)}")
         _refuse_sparse_ids(directory / "tokenizer.json")

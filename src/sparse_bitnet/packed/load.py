@@ -15,7 +15,7 @@ from transformers import (
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, PackedFormatError
-from sparse_bitnet.data.tokenizer import load_tokenizer
+from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer
 from sparse_bitnet.files import refuse_special
 from sparse_bitnet.kernels.native.pages import use_large_pages
 from sparse_bitnet.kernels.platform import compile_options, usable_device
@@ -185,9 +185,8 @@ def load_unfused(
             _compute_in(model, getattr(torch, dtype))
         return model, tokenizer
     model = load_packed(directory, dtype="auto" if dtype is None else getattr(torch, dtype))
-    has_tokenizer = (directory / "tokenizer_config.json").is_file()
     try:
-        tokenizer = load_tokenizer(directory) if has_tokenizer else None
+        tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         raise PackedFormatError(
             f"{directory}: the tokenizer cannot be loaded ({str(error)[:300]}); get its files again"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_bitnet.core import CheckpointError, ConfigError, DataError
-from sparse_bitnet.data.tokenizer import load_tokenizer
+from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record, refuse_files_of_others
 from sparse_bitnet.train.checksums import checksums, weight_files
@@ -184,7 +184,7 @@ def own_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:
     Raises:
         CheckpointError: if it is damaged.
     """
-    if not (Path(directory) / "tokenizer_config.json").is_file():
+    if not has_tokenizer(directory):
         return None
     try:
         return load_tokenizer(directory)

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_bitnet.core import CheckpointError, ConfigError
-from sparse_bitnet.data.tokenizer import load_tokenizer, tokenizer_hash
+from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.nn.sub_norm import add_sub_norms
@@ -174,9 +174,7 @@ def check_tokenizer(directory: Path, expected: str, name: str) -> None:
     Raises:
         ConfigError: if the directory has a tokenizer, and it is another one.
     """
-    if not (directory / "tokenizer_config.json").is_file():
-        return
-    if tokenizer_hash(load_tokenizer(directory)) != expected:
+    if has_tokenizer(directory) and tokenizer_hash(load_tokenizer(directory)) != expected:
         raise ConfigError(
             f"{name} {directory} has another tokenizer than the data: prepare the data with its "
             f"own (data prepare --model {directory})"
