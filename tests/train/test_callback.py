@@ -82,16 +82,16 @@ def test_continues_in_the_right_pattern(tmp_path):
 
 def test_decay_stays_as_it_is_unless_asked(tmp_path):
     spy = Spy()
-    trainer(tmp_path, SparseBitNetCallback(), spy).train()
+    trainer(tmp_path, SparseBitNetCallback("6:8"), spy).train()
     assert spy.patterns == ["6:8"] * 8
     assert {decays[0] for decays in spy.decays} == {0.1}
 
 
 def test_refuses_unconverted_models_and_wrong_schedules(tmp_path):
-    run = trainer(tmp_path, SparseBitNetCallback(), Spy(), converted=False)
+    run = trainer(tmp_path, SparseBitNetCallback("6:8"), Spy(), converted=False)
     with pytest.raises(ConfigError, match="the model is not converted; call"):
         run.train()
-    for callback in (SparseBitNetCallback("3:7"), SparseBitNetCallback(until={0.9: "3:7"})):
+    for callback in (SparseBitNetCallback("3:7"), SparseBitNetCallback("6:8", until={0.9: "3:7"})):
         spy = Spy()
         with pytest.raises(PatternError, match=r"q_proj\.weight .* M = 7 of pattern 3:7"):
             trainer(tmp_path, callback, spy).train()
@@ -99,4 +99,4 @@ def test_refuses_unconverted_models_and_wrong_schedules(tmp_path):
     with pytest.raises(PatternError):
         SparseBitNetCallback("8:6")
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        SparseBitNetCallback(until={2.0: "dense"})
+        SparseBitNetCallback("6:8", until={2.0: "dense"})

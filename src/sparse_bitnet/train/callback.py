@@ -50,7 +50,7 @@ class SparseBitNetCallback(TrainerCallback):
 
     def __init__(
         self,
-        pattern: str = "6:8",
+        pattern: str,
         until: dict[float, str] | None = None,
         weight_decay_until: float | None = None,
         quantization: QuantizationConfig | None = None,
