@@ -140,7 +140,7 @@ class TestReport:
         gates = [name for name, why in report.skipped.items() if "routers" in why]
         assert gates == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
 
-    @pytest.mark.parametrize("name", ["router", "gate"])
+    @pytest.mark.parametrize("name", ["router", "gate", "indexer"])
     def test_routers_wrapped_once_more_stay(self, name):
         class Wrapped(nn.Module):
             def __init__(self):
@@ -150,7 +150,7 @@ class TestReport:
 
         report = convert(Wrapped())
         assert report.modules == 1
-        assert report.skipped == {f"{name}.0": "routers stay in full precision"}
+        assert report.skipped == {f"{name}.0": "routers and indexers stay in full precision"}
 
     def test_subclasses_of_linear_stay(self):
         report = convert(nn.Sequential(nn.Linear(8, 8), Own(8, 8), nn.Conv1d(8, 8, 3)))
@@ -310,7 +310,7 @@ class TestRefusals:
         model = tiny()
         convert(model, rules={"k_proj": "skip"})
         pack(model, tmp_path / "packed")
-        with pytest.raises(ConfigError, match="is packed, so its master weights are gone"):
+        with pytest.raises(ConfigError, match="packed model has no master weights; take the trained"):
             convert(load_packed(tmp_path / "packed"))  # not k_proj alone
 
     @pytest.mark.parametrize(

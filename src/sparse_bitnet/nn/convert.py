@@ -35,8 +35,9 @@ LINEAR = {"bitnet": SparseBitLinear, "bf16": SparseLinear}
 EXPERTS = {"bitnet": SparseBitExperts, "bf16": SparseExperts}
 
 # Routers decide which expert sees a token: a handful of weights that a rounding would flip. Some
-# architectures wrap the linear layer once more (`router.layer`, `gate.wg`).
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+# architectures wrap the linear layer once more (`router.layer`, `gate.wg`). An indexer decides
+# which tokens attention sees (DeepSeek V3.2), and no gradient would mend it.
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|indexer)(\.|$)")
 
 # transformers' classes with several logical matrices in one linear, one below the other.
 FUSED_MLP = ("Phi3MLP", "GlmMLP", "Glm4MLP")
@@ -141,10 +142,7 @@ def convert(
     if any(isinstance(module, DerivedModule) for module in model.modules()):
         raise ConfigError("convert: the model is converted already; use set_pattern to change it")
     if any(isinstance(module, StoredModule) for module in model.modules()):
-        raise ConfigError(
-            "convert: the model is packed, so its master weights are gone; take the trained model "
-            "that it was packed from"
-        )
+        raise ConfigError("convert: a packed model has no master weights; take the trained one")
     check_adapters(model, "convert")
     _check_values(model)
     Pattern.parse(pattern)
@@ -369,7 +367,7 @@ def _why_not(
         return "the output head stays in full precision"
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain nn.Linear"
-    return "routers stay in full precision" if ROUTERS.search(name) else None
+    return "routers and indexers stay in full precision" if ROUTERS.search(name) else None
 
 
 def _check_rules(rules: dict[str, str]) -> None:
