@@ -310,7 +310,9 @@ class TestRefusals:
         model = tiny()
         convert(model, rules={"k_proj": "skip"})
         pack(model, tmp_path / "packed")
-        with pytest.raises(ConfigError, match="packed model has no master weights; take the trained"):
+        with pytest.raises(
+            ConfigError, match="packed model has no master weights; take the trained"
+        ):
             convert(load_packed(tmp_path / "packed"))  # not k_proj alone
 
     @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A trained model as a directory, and back."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -196,7 +198,21 @@ def test_directories_without_checksums_load(tmp_path):
             load_trained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}])
+def test_the_modules_that_were_converted_are(tmp_path, monkeypatch):
+    """Also where another version would choose others."""
+    model = trained(SparsityConfig())
+    save_trained(model, None, tmp_path, SparsityConfig())
+    module = sys.modules["sparse_bitnet.nn.convert"]  # the package has a function of that name
+    monkeypatch.setattr(module, "ROUTERS", re.compile("k_proj"))
+    again, _ = load_trained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+DAMAGES = [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}]
+DAMAGES += [{"modules": one} for one in ({"nowhere": None}, {"lm_head": "8:6"}, ["lm_head"], None)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_record(tmp_path, damage):
     model = preset_model(0)
     convert(model, "6:8")

@@ -20,9 +20,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_bitnet.core import CheckpointError, ConfigError, DataError
+from sparse_bitnet.core import CheckpointError, ConfigError, DataError, PatternError
 from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
+from sparse_bitnet.nn.convert import convert_recorded
 from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record, refuse_files_of_others
 from sparse_bitnet.train.checksums import checksums, weight_files
 from sparse_bitnet.train.config import SparsityConfig
@@ -174,7 +175,15 @@ def load_trained(
     model = read_dense(directory, exact=True, use_safetensors=True)
     tokenizer = own_tokenizer(directory)
     model = model.to(device)  # type: ignore[arg-type]  # wrapped nn.Module.to
-    convert_model(model, sparsity)
+    recorded = _recorded(directory)
+    if recorded is None:  # of version 0.1
+        convert_model(model, sparsity)
+        return model, tokenizer
+    how = sparsity.pattern, sparsity.kind, sparsity.method, sparsity.rules
+    try:
+        convert_recorded(model, recorded["modules"], *how)
+    except (KeyError, TypeError, AttributeError, ConfigError, PatternError) as error:
+        raise CheckpointError(f"{directory}/config.json is damaged or foreign: {error}") from error
     return model, tokenizer
 
 
