@@ -27,9 +27,9 @@ def directory(tmp_path):
     return tmp_path / "teacher"
 
 
-def gemma():
+def gemma(vocabulary=64):
     """Caps its logits, so they are no plain product of the head."""
-    return tiny("gemma2", final_logit_softcapping=0.5)
+    return tiny("gemma2", final_logit_softcapping=0.5, vocab_size=vocabulary)
 
 
 @pytest.mark.parametrize("teacher_is", ["plain", "capped"])
@@ -92,6 +92,25 @@ def test_a_trained_teacher_computes_as_it_was_trained(tmp_path):
     save_trained(model, None, tmp_path / "model", SparsityConfig())
     targets = Teacher(TeacherConfig(str(tmp_path / "model")), preset_model(3))(Batch.of(tokens))
     assert torch.equal(targets.logits(slice(None)).view_as(expected), expected)
+
+
+@pytest.mark.parametrize("teacher_is", ["plain", "capped"])
+def test_rows_beyond_the_students_are_padding(tmp_path, teacher_is):
+    """Where both know the data's tokenizer: the smallest and the largest Qwen2.5 differ so."""
+    make = {"plain": lambda: preset_model(7, vocabulary=288), "capped": lambda: gemma(288)}
+    make[teacher_is]().save_pretrained(tmp_path)
+    tokenizer = train_bpe(["some text, some more text"], 260)
+    tokenizer.save_pretrained(tmp_path)
+    config, student = TeacherConfig(str(tmp_path)), preset_model(3, vocabulary=264)
+    tokens = torch.randint(260, (2, 9))
+    targets = Teacher(config, student, tokenizer_hash(tokenizer))(Batch.of(tokens))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens[:, :-1]).logits
+    expected = theirs[..., :264].flatten(0, 1)
+    torch.testing.assert_close(targets.logits(slice(None)), expected)
+    loss, _ = CausalLoss(student)(Batch.of(tokens), lambda _: targets)
+    assert loss.isfinite()
+    with pytest.raises(ConfigError, match="has a vocabulary of 288, the student one of 264"):
+        Teacher(config, student)
 
 
 class TestRefusals:

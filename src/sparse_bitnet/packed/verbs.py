@@ -7,6 +7,7 @@ come earlier, or in another form.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import tyro
 from sparse_bitnet.console import out as console
 from sparse_bitnet.console import say
 from sparse_bitnet.evaluate import Comparison, Measurements, Report, measure
+from sparse_bitnet.evaluate.scoring import check_window
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.packed import inspect as inspecting
 from sparse_bitnet.packed import write
@@ -100,5 +102,8 @@ def evaluate(
     for one in (model, *([] if baseline is None else [baseline])):  # one at a time in memory
         loaded = load_with_tokenizer(one, dtype=dtype, device=device)
         reports[str(one)] = measure(*loaded, measurements)
+        # The second one's too, or the difference would be of unlike contexts.
+        window = check_window(loaded[0], measurements.window)
+        measurements = replace(measurements, window=window)
     found = Comparison(reports) if len(reports) == 2 else reports[str(model)]
     return found.as_dict() if as_json else found

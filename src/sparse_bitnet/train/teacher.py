@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Batch
+from sparse_bitnet.data.tokenizer import has_tokenizer
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense
@@ -34,9 +35,9 @@ class Teacher:
         documents: whether sequences hold several, which it must keep apart.
 
     Raises:
-        ConfigError: if the directory is missing, its vocabulary or tokenizer is another one, its
-            width where hidden states are compared, its tokens see other documents, or there is no
-            such device.
+        ConfigError: if the directory is missing, its vocabulary is smaller than the student's (or
+            larger, where tokenizers were not compared), its tokenizer another one, its width where
+            hidden states are compared, its tokens see other documents, or there is no such device.
         CheckpointError: if it is damaged.
     """
 
@@ -59,11 +60,15 @@ class Teacher:
         trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
         rows, vocabulary = (one.get_output_embeddings().weight.shape[0] for one in (model, student))
-        if rows != vocabulary:
+        # More rows than the student's are padding where both know the data's tokenizer: Qwen2.5 has
+        # 152,064 of them from 7B on and 151,936 below.
+        compared = tokenizer is not None and has_tokenizer(directory)
+        if rows < vocabulary or (rows > vocabulary and not compared):
             raise ConfigError(
                 f"teacher.source {config.source} has a vocabulary of {rows}, the student one of "
                 f"{vocabulary}: a teacher must have the student's vocabulary"
             )
+        self._rows = vocabulary
         wide, width = (one.config.get_text_config().hidden_size for one in (model, student))
         if config.hidden_layers and wide != width:
             raise ConfigError(
@@ -80,7 +85,7 @@ class Teacher:
         self._loss_of = CausalLoss(self.model).eval()
         self._config = config
         self._states = HiddenStates(blocks(self.model), config.hidden_layers, "teacher")
-        head = self.model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings().weight[:vocabulary]
         self._head = head.to(self._home) if self._loss_of.chunked else None
 
     def __call__(self, batch: Batch) -> Targets:
@@ -93,6 +98,8 @@ class Teacher:
         there = {key: one if one is None else one.to(self.device) for key, one in given.items()}
         with self._autocast():
             hidden, _ = self._loss_of.last_hidden(**there)
+        if self._head is None:  # these are its logits
+            hidden = hidden[..., : self._rows]
         states = [state.to(self._home) for state in self._states.take()]
         return Targets(hidden.to(self._home), self._head, self._config, states)
 
