@@ -100,6 +100,14 @@ def test_an_ordinary_directory(tmp_path, build):
         assert weight.zeros == pytest.approx((values == 0).float().mean().item())
 
 
+def test_pickled_weights_count_too(tmp_path, build):
+    model = build("qwen2")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    size = (tmp_path / "pytorch_model.bin").stat().st_size
+    assert inspect(tmp_path).file_bytes == size
+
+
 def test_refusals(tmp_path, packed):
     with pytest.raises(CheckpointError, match="holds no model"):
         inspect(tmp_path / "nothing")

@@ -43,8 +43,9 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     with torch.no_grad():
         model.get_parameter(name).copy_(torch.tensor(row).repeat(48, 4))
-    model.save_pretrained(tmp_path)
-    analysis = analyse(tmp_path, pattern="4:8")
+    model.save_pretrained(tmp_path / "model")
+    untouched = sorted((tmp_path / "model").iterdir())
+    analysis = analyse(tmp_path / "model", pattern="4:8")
     heading, *lines = str(analysis).splitlines()
     assert heading.split() == ["matrix", "shape", "pattern", "zeros", "lose", "nothing", "kurtosis"]
     (line,) = (line for line in lines if line.startswith(name))
@@ -61,12 +62,14 @@ def test_hand_computed_statistics(tmp_path: Path) -> None:
     centred = [w - sum(row) / 8 for w in row]
     kurtosis = (sum(c**4 for c in centred) / 8) / (sum(c**2 for c in centred) / 8) ** 2
     assert layer["kurtosis"] == pytest.approx(kurtosis, abs=1e-4)
-    written = json.loads((tmp_path / "polarization" / "polarization.json").read_text())
+    assert sorted((tmp_path / "model").iterdir()) == untouched
+    analyse(tmp_path / "model", tmp_path / "out", pattern="4:8")
+    written = json.loads((tmp_path / "out" / "polarization.json").read_text())
     assert written == analysis.values
     for picture in ("polarization.png", "layers.png"):
-        assert (tmp_path / "polarization" / picture).stat().st_size > 1000
+        assert (tmp_path / "out" / picture).stat().st_size > 1000
     # A sparser pattern cuts into the large weights: threshold 1.667 γ, outside the dead zone.
-    assert layers(tmp_path, pattern="2:8")[name]["dead_zone_groups"] == 0.0
+    assert layers(tmp_path / "model", pattern="2:8")[name]["dead_zone_groups"] == 0.0
 
 
 def test_pool_weighs_by_size() -> None:
@@ -154,8 +157,11 @@ def test_what_training_would_leave_is_left_out_with_its_reason(tmp_path: Path) -
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no master weights; give a training run"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         analyse(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="has no master weights; give a training run"):
+        analyse(tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"holds no model: there is no config\.json"):
         analyse(tmp_path)
     packed = {"quantization_config": {"quant_method": "sparse_bitnet"}}

@@ -54,7 +54,7 @@ def test_a_run_from_start_to_model(recipe, capsys):
 def test_a_finished_run_is_reused(recipe, capsys):
     first = train(recipe())
     before = (first.directory / "metrics.jsonl").stat().st_mtime_ns
-    (first.model_directory / "polarization").mkdir()  # which that verb makes there
+    (first.model_directory / "notes").mkdir()  # of somebody
     second = train(recipe())
     assert second.reused
     assert second.model is None
@@ -63,7 +63,7 @@ def test_a_finished_run_is_reused(recipe, capsys):
     assert (first.directory / "metrics.jsonl").stat().st_mtime_ns == before
     assert "is finished: 12 steps; reusing it" in capsys.readouterr().err
     (first.directory / "result.json").unlink()  # it would be written again, and the model with it
-    with pytest.raises(ConfigError, match="model holds polarization, which would be lost"):
+    with pytest.raises(ConfigError, match="model holds notes, which would be lost"):
         train(recipe())
 
 

@@ -126,11 +126,11 @@ class Analysis:
 def analyse(
     checkpoint: str | Path, out: str | Path | None = None, *, pattern: str | None = None
 ) -> Analysis:
-    """Measure every linear of a model; write JSON and plots.
+    """Measure every linear of a model; its directory stays as it is.
 
     Args:
         checkpoint: a training run, its model/, a Hugging Face directory, or a GGUF file.
-        out: receives polarization.json and PNGs; by default polarization/ in the model's directory.
+        out: a directory that receives polarization.json, with the histograms, and PNGs of them.
         pattern: whose pruning thresholds to take; by default those it was trained with, else 6:8.
 
     Returns:
@@ -140,7 +140,7 @@ def analyse(
         CheckpointError: if there are no readable master weights.
         ConfigError: if training would convert none of them.
         PatternError: if the pattern does not fit a weight.
-        MissingExtraError: without matplotlib.
+        MissingExtraError: without matplotlib, where ``out`` is given.
     """
     directory = Path(checkpoint)
     directory = directory / "model" if (directory / "model").is_dir() else directory
@@ -157,8 +157,10 @@ def analyse(
         "layers": [rounded(layer) for layer in layers],
         "left_out": conversion.skipped,
     }
-    beside = directory if directory.is_dir() else directory.parent
-    target = Path(out) if out is not None else beside / "polarization"
+    if out is None:
+        say("--out DIRECTORY takes histograms and figures")
+        return Analysis(result)
+    target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "polarization.json", json.dumps(result, indent=1) + "\n")
     for name, png in _pictures(layers, kind).items():
@@ -172,6 +174,8 @@ def _converted(directory: Path, pattern: str | None) -> tuple[nn.Module, str, Co
     if is_gguf(directory):
         model, _ = read_gguf(directory)
         return model, "", convert(model, pattern or PROBE)
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist")
     if not directory.is_dir() or is_packed(directory):
         raise CheckpointError(
             f"{directory} has no master weights; give a training run or a Hugging Face directory "
