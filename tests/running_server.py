@@ -30,7 +30,7 @@ def let_say(monkeypatch, script):
     def choose(sampler, _logits):
         token = script[sum(sampler._counts.values())]
         sampler._counts[token] = sampler._counts.get(token, 0) + 1
-        return Token(token)
+        return Token(token, None if sampler.options.logprobs is None else 0.0)
 
     monkeypatch.setattr(Sampler, "choose", choose)
     monkeypatch.setattr(Sampler, "is_argmax", False)

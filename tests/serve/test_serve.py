@@ -26,7 +26,7 @@ from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.serve import serve as serving
 from sparse_bitnet.serve.generate import generate_text
-from sparse_bitnet.serve.requests import Chat, Completion
+from sparse_bitnet.serve.requests import Chat, Completion, read
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -101,8 +101,26 @@ def test_chats(client, directory):
     model, tokenizer = load(directory)
     expected = generate_text(model, tokenizer, "user: def main():\nassistant:", 10)
     assert text == answer.content == expected
-    parts = [{"role": "user", "content": [{"type": "text", "text": "def main():"}]}]
-    assert client.chat.completions.create(model="tiny", messages=parts, max_tokens=1)
+    parts = [{"type": "text", "text": text} for text in ("def main():", "return")]
+    one, other = (
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=10
+        )
+        for content in (parts, "def main():\nreturn")
+    )
+    assert one.usage == other.usage and one.choices == other.choices
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [('{"line": 3}', {"line": 3}), ({"line": 3}, {"line": 3}), ("", ""), ("{line", "{line")],
+)
+def test_the_template_gets_the_arguments_of_earlier_calls_as_values(written, expected):
+    call = {"type": "function", "id": "a", "function": {"name": "find", "arguments": written}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (found,) = read(Chat, json.dumps({"messages": [message]}).encode()).messages
+    function = call["function"] | {"arguments": expected}
+    assert found == message | {"tool_calls": [call | {"function": function}]}
 
 
 def test_a_temperature_draws_and_a_seed_repeats(client):
@@ -198,6 +216,16 @@ def test_log_probabilities(client, directory):
     assert chat.logprobs.content[0].logprob == best.logprob
     pieces = list(client.chat.completions.create(stream=True, **options))
     assert sum(len(p.choices[0].logprobs.content) for p in pieces if p.choices[0].logprobs) == 4
+
+
+def test_bytes_of_half_a_character_are_not_made_up(client, tokenizer, monkeypatch):
+    script = tokenizer.encode("aé")
+    let_say(monkeypatch, script * 2)
+    options = {"model": "tiny", "messages": USER, "max_tokens": len(script), "logprobs": True}
+    choice = client.chat.completions.create(**options).choices[0]
+    assert choice.message.content == "aé"
+    assert [one.bytes for one in choice.logprobs.content] == [[97], None, None]
+    monkeypatch.undo()
 
 
 def test_bias_and_penalties(client):
@@ -343,6 +371,14 @@ def test_a_tool_call_streams(calling, tokenizer):
     assert (call.index, call.function.name, deltas[-1].finish_reason) == (0, "find", "tool_calls")
     assert json.loads(call.function.arguments) == {"path": "a.py", "line": 3}
     assert not "".join(choice.delta.content or "" for choice in deltas)
+
+
+def test_log_probabilities_stream_beside_tools(calling, tokenizer):
+    options = {"tools": [FIND], "logprobs": True}
+    (whole,) = ask_with_tools(calling, tokenizer, **options).choices
+    chunks = ask_with_tools(calling, tokenizer, stream=True, **options)
+    found = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert [one for part in found for one in part.content] == whole.logprobs.content != []
 
 
 def test_tools_that_may_not_be_called(calling, tokenizer):

@@ -242,10 +242,12 @@ class _Answer:
         try:
             if self.is_chat:
                 chunk({"role": "assistant", "content": ""})
-            whole = ""
+            whole, held = "", []
             async for text, entries in self._pieces(one):
-                whole += text
-                if (text or entries) and not self._tools:
+                if self._tools:
+                    whole += text
+                    held += entries
+                elif text or entries:
                     chunk({"content": text}, self._logprobs(entries))
             reason = one.finish_reason or "stop"
             if self._tools:  # a call is known when it is whole
@@ -255,7 +257,7 @@ class _Answer:
                     called = enumerate(_tool_calls(calls))
                     delta["tool_calls"] = [{"index": place, **call} for place, call in called]
                     reason = "tool_calls"
-                chunk(delta)
+                chunk(delta, self._logprobs(held))
             chunk({}, None, reason)
         except GenerationError as error:
             queue.put_nowait({"error": str(error)})
@@ -305,7 +307,9 @@ class _Answer:
 
         def said(id: int, value: float) -> dict[str, Any]:
             word = self._word(id)
-            return {"token": word, "logprob": value, "bytes": list(word.encode())}
+            # Of a part of a character they are not known.
+            known = None if "�" in word else list(word.encode())
+            return {"token": word, "logprob": value, "bytes": known}
 
         return {
             "content": [

@@ -6,7 +6,9 @@ What the server cannot do is refused rather than left out of the answer. None me
 from __future__ import annotations
 
 import inspect
+import json
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Required, TypeVar
 
@@ -31,6 +33,7 @@ from sparse_bitnet.train.recipe import checked
 MOST_CHOICES, MOST_PROMPTS = 16, 64
 PROMPT = f"text, a list of token ids, or a list of up to {MOST_PROMPTS} of either"
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+OPEN = ConfigDict(extra="allow", strict=True)
 T = TypeVar("T")
 
 
@@ -79,7 +82,15 @@ def _stops(value: Any) -> Any:
 def _text_or_parts(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     if not isinstance(value, str | list):
         raise ValueError(f"it has to be text or a list of parts, not {shown(value)}")
-    return value if isinstance(value, str) else check(value)
+    # Joined, as templates that know text alone would write a list as Python does.
+    return value if isinstance(value, str) else "\n".join(part["text"] for part in check(value))
+
+
+def _parsed(arguments: Any) -> Any:
+    """Of a call: OpenAI writes them as JSON in text, and chat templates expect its values."""
+    with suppress(TypeError, ValueError, RecursionError):
+        return json.loads(arguments)
+    return arguments
 
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -130,12 +141,27 @@ class Part(TypedDict):
     text: str
 
 
-@with_config(ConfigDict(extra="allow", strict=True))
+@with_config(OPEN)
+class Function(TypedDict, total=False):
+    """What a tool call calls."""
+
+    arguments: Annotated[Any, AfterValidator(_parsed)]
+
+
+@with_config(OPEN)
+class ToolCall(TypedDict, total=False):
+    """A call that an earlier answer made."""
+
+    function: Function
+
+
+@with_config(OPEN)
 class Message(TypedDict, total=False):
     """A turn of a conversation, with whatever else the chat template knows of it."""
 
     role: Required[Literal["system", "developer", "user", "assistant", "tool"]]
     content: Annotated[list[Part], WrapValidator(_text_or_parts)] | None
+    tool_calls: list[ToolCall] | None
 
 
 @with_config(STRICT)
