@@ -203,7 +203,9 @@ def test_configs_that_only_our_door_can_refuse_in_our_words(packed, change, mess
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
+)
 def test_damaged_json(packed, name, text):
     directory = packed("sharded")
     (directory / name).write_text(text)
