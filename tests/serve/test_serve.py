@@ -246,6 +246,7 @@ def test_echo_and_stop(client):
     stop = text[4:6]
     cut = complete(client, stop=["no such text", stop]).choices[0]
     assert cut.text == text[: text.index(stop)] and cut.finish_reason == "stop"
+    assert complete(client, stop=[]).choices[0].text == text  # some clients say none so
     streamed = list(complete(client, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == cut.text
     assert streamed[-1].choices[0].finish_reason == "stop"

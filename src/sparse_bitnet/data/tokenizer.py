@@ -199,7 +199,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             raise
         raise DataError(
             f"{name}: no tokenizer can be loaded from there; name a directory that "
-            f"`save_pretrained` wrote, or leave the tokenizer out to train one ({error})"
+            f"`save_pretrained` wrote ({error})"
         ) from error
 
 

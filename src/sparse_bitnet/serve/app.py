@@ -302,7 +302,7 @@ class _Answer:
                 "top_logprobs": [
                     {self._word(id): value for id, value in entry.top} for entry in entries
                 ],
-                "text_offset": [],
+                "text_offset": None,
             }
 
         def said(id: int, value: float) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _parsed(arguments: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=128)]
-Stops = Annotated[list[Stop], Field(min_length=1, max_length=16), BeforeValidator(_stops)]
+Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_stops)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
