@@ -104,6 +104,7 @@ def test_pickled_weights_count_too(tmp_path, build):
     model = build("qwen2")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "training_args.bin").write_bytes(b"Trainer's")
     size = (tmp_path / "pytorch_model.bin").stat().st_size
     assert inspect(tmp_path).file_bytes == size
 

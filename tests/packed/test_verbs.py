@@ -60,7 +60,7 @@ def test_evaluate_two(tmp_path, build, trained, tokenizer):
     assert json.loads(json.dumps(values))["differences"] == both.differences
 
 
-def test_two_models_are_measured_in_windows_of_the_first(tmp_path, build, tokenizer):
+def test_two_models_are_measured_in_windows_of_one_length(tmp_path, build, tokenizer):
     """A model with fewer positions would have shorter ones of its own."""
     for name, positions in (("short", 16), ("long", 64)):
         model = build("qwen2")
@@ -70,10 +70,11 @@ def test_two_models_are_measured_in_windows_of_the_first(tmp_path, build, tokeni
     (tmp_path / "text.txt").write_text("def main():\n    return the name of the file\n" * 8)
     text = ("--text", f"text:{tmp_path / 'text.txt'}")
     alone = call("evaluate", tmp_path / "long", *text, "--window", "16").text.loss
-    both = call("evaluate", tmp_path / "short", tmp_path / "long", *text)
-    assert both.reports[str(tmp_path / "long")].text.loss == alone
+    for order in (("short", "long"), ("long", "short")):
+        both = call("evaluate", *(tmp_path / name for name in order), *text)
+        assert both.reports[str(tmp_path / "long")].text.loss == alone
     with pytest.raises(ConfigError, match="--window 64 is out of range: the model reads 1 to 16"):
-        call("evaluate", tmp_path / "long", tmp_path / "short", *text)
+        call("evaluate", tmp_path / "long", tmp_path / "short", *text, "--window", "64")
 
 
 def test_help_names_the_choices(capsys):

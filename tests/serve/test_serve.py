@@ -25,7 +25,7 @@ from sparse_bitnet.core import ConfigError, MissingExtraError
 from sparse_bitnet.modeling import DecoderForCausalLM
 from sparse_bitnet.packed.load import load
 from sparse_bitnet.serve import serve as serving
-from sparse_bitnet.serve.generate import generate_text
+from sparse_bitnet.serve.generate import encode_chat, generate_text
 from sparse_bitnet.serve.requests import Chat, Completion, read
 
 TEMPLATE = (
@@ -111,9 +111,26 @@ def test_chats(client, directory):
     assert one.usage == other.usage and one.choices == other.choices
 
 
+def test_a_template_that_reads_parts_alone_gets_them(tokenizer):
+    parts = [{"type": "text", "text": "def main():"}]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% for part in m.content %}"
+        "{% if part['type'] == 'text' %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    for content in (parts, "def main():"):
+        ids = encode_chat(tokenizer, [{"role": "user", "content": content}])
+        assert ids == tokenizer.encode("user def main():")
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [('{"line": 3}', {"line": 3}), ({"line": 3}, {"line": 3}), ("", ""), ("{line", "{line")],
+    [
+        ('{"line": 3}', {"line": 3}),
+        ({"line": 3}, {"line": 3}),
+        ("", {}),
+        ("{line", "{line"),
+        ("3", "3"),
+    ],
 )
 def test_the_template_gets_the_arguments_of_earlier_calls_as_values(written, expected):
     call = {"type": "function", "id": "a", "function": {"name": "find", "arguments": written}}

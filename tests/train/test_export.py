@@ -208,8 +208,19 @@ def test_the_modules_that_were_converted_are(tmp_path, monkeypatch):
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_of_a_base_model_without_its_head(tmp_path):
+    """What ``save_pretrained`` writes of it has names without the prefix; the head is tied."""
+    model = preset_model(0, tie_word_embeddings=True)
+    convert(model, "6:8")
+    model.model.save_pretrained(tmp_path)
+    again, _ = load_trained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
 DAMAGES = [{"pattern": "8:6"}, {"kind": 3}, {"method": 1}, {"rules": []}]
-DAMAGES += [{"modules": one} for one in ({"nowhere": None}, {"lm_head": "8:6"}, ["lm_head"], None)]
+DAMAGES += [
+    {"modules": one} for one in ({}, {"nowhere": None}, {"lm_head": "8:6"}, ["lm_head"], None)
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,5 +1,7 @@
 """Where a run's model comes from."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, masking_utils
@@ -107,6 +109,23 @@ def test_weights_know_the_token_ids_of_one_tokenizer(tmp_path):
         (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)  # and tokenizer.json alone
     shape = ModelConfig(source=str(tmp_path / "config.json"))
     build_model(shape, tokenizer=other, **options)
+    own.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>"]}
+    )  # as for a chat template
+    build_model(ModelConfig(source=str(tmp_path)), tokenizer=own, **options)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_not_compared(tmp_path, capsys):
+    """The data's stands in for it."""
+    tiny(vocab_size=260).save_pretrained(tmp_path)
+    code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(code))
+    tokenizer = train_bpe(["some text, some more"], 260)
+    source = ModelConfig(source=str(tmp_path))
+    build_model(source, vocab_size=258, seed=0, device=CPU, tokenizer=tokenizer)
+    assert "its tokenizer is not compared with the data's" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_vocabulary_of_weights_is_fixed(tmp_path):

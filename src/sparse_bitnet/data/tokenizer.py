@@ -226,15 +226,25 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Two tokenizers of one hash give the same ids, whatever their padding, truncation, chat template
     and file format.
     """
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        identity: dict[str, Any] = {key: state.get(key) for key in IDENTITY}
-        # transformers writes an absent affix as null or as "", depending on the class.
-        identity["model"] = {k: v for k, v in state["model"].items() if v not in (None, "")}
-    else:
-        identity = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_identity(tokenizer), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def extends(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer gives the ids of another one, but for tokens that were added to it."""
+    mine, its = _identity(tokenizer), _identity(other)
+    added, known = (identity.pop("added_tokens", None) or [] for identity in (mine, its))
+    return mine == its and all(token in added for token in known)
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    identity: dict[str, Any] = {key: state.get(key) for key in IDENTITY}
+    # transformers writes an absent affix as null or as "", depending on the class.
+    identity["model"] = {k: v for k, v in state["model"].items() if v not in (None, "")}
+    return identity
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, WeightError
@@ -47,15 +47,21 @@ def vocabulary(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
+def default_window(config: PreTrainedConfig) -> int:
+    """1024 tokens, or fewer where a model's configuration has fewer positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+
+
 def check_window(model: PreTrainedModel, window: int | None) -> int:
-    """Tokens the model reads at once: as given, or 1024, or fewer where it has fewer positions.
+    """Tokens the model reads at once: as given, or :func:`default_window`.
 
     Raises:
         ConfigError: if it is below 1 or longer than the model's positions.
     """
-    positions = context_length(model)
     if window is None:
-        return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+        return default_window(model.config)
+    positions = context_length(model)
     if window < 1 or (positions and window > positions):
         raise ConfigError(
             f"--window {window} is out of range: the model reads 1 to "

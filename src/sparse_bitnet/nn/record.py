@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,36 @@ WRITTEN = re.compile(
 def is_record(described: object) -> bool:
     """True if a ``quantization_config``, as read from JSON, is of a converted model."""
     return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+
+
+def name_in(model: nn.Module, name: str, known: Iterable[str]) -> str | None:
+    """A stored name as this model calls it: a base model has no prefix, a full model has one."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in known:
+            return candidate
+    return None
+
+
+def modules_here(model: nn.Module, recorded: dict[str, str | None]) -> dict[str, str | None]:
+    """Recorded modules as this model calls them, without those of a head that it does not have.
+
+    Raises:
+        ConfigError: if it lacks another one, or none was recorded.
+    """
+    if not recorded:
+        raise ConfigError("no converted module is recorded")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    has_head = any(name.startswith(prefix) for name in recorded)  # the saved model
+    names = {name for name, _ in model.named_modules()}
+    found: dict[str, str | None] = {}
+    for name, pattern in recorded.items():
+        here = name_in(model, name, names)
+        if here is not None:
+            found[here] = pattern
+        elif name.startswith(prefix) or not has_head:
+            raise ConfigError(f"it has no module {name}")
+    return found
 
 
 def refuse_files_of_others(directory: Path) -> None:

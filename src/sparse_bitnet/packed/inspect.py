@@ -144,7 +144,7 @@ def inspect(directory: str | Path) -> DirectoryReport:
     model, _ = load_unfused(directory, device="cpu")
     files = [directory]
     if directory.is_dir():  # pickled weights are read where there are no others
-        files = [*directory.glob("*.safetensors")] or [*directory.glob("*.bin")]
+        files = [*directory.glob("*.safetensors")] or [*directory.glob("pytorch_model*.bin")]
     stored_bytes: float = model.dtype.itemsize
     if directory.is_file():  # GGUF: the mean over all types in it
         stored_bytes = directory.stat().st_size / sum(p.numel() for p in model.parameters())

@@ -12,7 +12,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparse_bitnet.console import say
 from sparse_bitnet.core import ConfigError, PackedFormatError
@@ -85,8 +84,8 @@ def load_packed(directory: str | Path, **options: Any) -> PreTrainedModel:
         refuse_special(*directory.iterdir())
     except ValueError as error:
         raise PackedFormatError(f"{error}; get the directory again") from None
-    if (directory / GENERATION_CONFIG_NAME).exists():
-        read_json(directory / GENERATION_CONFIG_NAME)  # transformers goes on without a damaged one
+    if (defaults := directory / "generation_config.json").exists():
+        read_json(defaults)  # transformers goes on without a damaged one
     tensors = sum(len(read_tensors(path).tensors) for path in weight_files(directory))
     layers = config.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= tensors:

@@ -36,7 +36,7 @@ from sparse_bitnet.nn.pack import swap_packed
 from sparse_bitnet.nn.packed_module import PackedSpec, StoredModule
 from sparse_bitnet.packed.config import HINT, QUANT_METHOD, SparseBitNetConfig
 from sparse_bitnet.packed.tensor_file import checksum_metadata
-from sparse_bitnet.packed.verify import check_shard_name, is_outside, name_in, verify_files
+from sparse_bitnet.packed.verify import check_shard_name, is_outside, verify_files
 
 PLUGIN = '''\
 """Lets transformers load this model with trust_remote_code=True.
@@ -76,7 +76,7 @@ class SparseBitNetQuantizer(_Quantizer):
         names = {name for name, _ in model.named_modules()}
 
         def here(name: str) -> str | None:
-            found = name_in(model, name, names)
+            found = record.name_in(model, name, names)
             if found is None and not is_outside(model, name):
                 raise _foreign(model, f"{name}: the model has no such module")
             return found
@@ -162,7 +162,7 @@ class TrainedQuantizer(_Quantizer):
         try:
             if chosen["kind"] not in LINEAR:
                 raise ConfigError(f"kind is {chosen['kind']!r}")
-            modules = _modules_here(model, described["modules"])
+            modules = record.modules_here(model, described["modules"])
             convert_recorded(model, modules, **chosen, method=Method(**described["method"]))
         except (ConfigError, PatternError, TypeError, AttributeError) as error:
             raise _damaged(f"the {type(model).__name__} cannot be converted so: {error}") from None
@@ -194,21 +194,6 @@ class PackedModelConfig(PreTrainedConfig):
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
-
-
-def _modules_here(model: nn.Module, recorded: dict[str, str | None]) -> dict[str, str | None]:
-    """Recorded modules as this model calls them, without those of a head that it does not have."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    has_head = any(name.startswith(prefix) for name in recorded)  # the saved model
-    names = {name for name, _ in model.named_modules()}
-    found: dict[str, str | None] = {}
-    for name, pattern in recorded.items():
-        here = name_in(model, name, names)
-        if here is not None:
-            found[here] = pattern
-        elif name.startswith(prefix) or not has_head:
-            raise ConfigError(f"it has no module {name}")
-    return found
 
 
 def _inside(files: list[str], model: Any) -> list[Path]:

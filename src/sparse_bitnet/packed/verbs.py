@@ -7,6 +7,7 @@ come earlier, or in another form.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +17,13 @@ import tyro
 from sparse_bitnet.console import out as console
 from sparse_bitnet.console import say
 from sparse_bitnet.evaluate import Comparison, Measurements, Report, measure
-from sparse_bitnet.evaluate.scoring import check_window
+from sparse_bitnet.evaluate.scoring import default_window
 from sparse_bitnet.formats import StorageName
 from sparse_bitnet.packed import inspect as inspecting
 from sparse_bitnet.packed import write
 from sparse_bitnet.packed.load import DType, load_with_tokenizer
 from sparse_bitnet.packed.write import HeadName, PackResult
+from sparse_bitnet.train.dense import read_shape
 
 AsJson = Annotated[bool, tyro.conf.arg(name="json")]
 DEFAULT_MEASUREMENTS = Measurements()
@@ -99,11 +101,19 @@ def evaluate(
         as_json: print JSON instead of lines.
     """
     reports = {}
-    for one in (model, *([] if baseline is None else [baseline])):  # one at a time in memory
+    if baseline is not None and measurements.window is None:
+        # One for both, or the difference would be of unlike contexts. What cannot be read is told
+        # when it is loaded.
+        with suppress(OSError, ValueError):
+            window = min(default_window(read_shape(one)) for one in (model, baseline))
+            measurements = replace(measurements, window=window)
+            say(
+                f"windows of {window:,} tokens for both; --window takes the length that they were "
+                "trained with"
+            )
+    for one in (model, *([] if baseline is None else [baseline])):
         loaded = load_with_tokenizer(one, dtype=dtype, device=device)
         reports[str(one)] = measure(*loaded, measurements)
-        # The second one's too, or the difference would be of unlike contexts.
-        window = check_window(loaded[0], measurements.window)
-        measurements = replace(measurements, window=window)
+        del loaded  # one at a time in memory
     found = Comparison(reports) if len(reports) == 2 else reports[str(model)]
     return found.as_dict() if as_json else found

@@ -18,7 +18,7 @@ from torch import nn
 from sparse_bitnet import files
 from sparse_bitnet.core import ConfigError, PackedFormatError, WeightError, check_finite
 from sparse_bitnet.nn.packed_module import StoredModule
-from sparse_bitnet.nn.record import refuse_files_of_others
+from sparse_bitnet.nn.record import name_in, refuse_files_of_others
 from sparse_bitnet.packed.config import HINT
 from sparse_bitnet.packed.tensor_file import REMEDY, read_tensors, verify_checksums
 
@@ -187,15 +187,6 @@ def verify_files(paths: Iterable[Path], model: nn.Module) -> None:
                         f"{file.path}: tensor {name} holds NaN or infinity; the file was edited or "
                         f"damaged, {REMEDY}"
                     ) from error
-
-
-def name_in(model: nn.Module, name: str, known: Iterable[str]) -> str | None:
-    """A stored name as this model calls it: a base model has no prefix, a full model has one."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in known:
-            return candidate
-    return None
 
 
 def is_outside(model: nn.Module, name: str) -> bool:

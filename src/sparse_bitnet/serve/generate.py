@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,13 +210,38 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids if ids or first is None else [first]
 
 
+def _as_read(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Messages whose content is text, or a list of parts where the template reads nothing else.
+
+    A template that reads text writes a list as Python does, and one that reads parts leaves text
+    out: both in silence, so that one of them is tried first.
+    """
+    reads_text, sign = True, "sign"
+    with suppress(Exception):  # a template that refuses a message alone
+        probe: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": sign}], tokenize=False
+        )
+        reads_text = sign in probe
+    read = []
+    for message in messages:
+        content = message.get("content")
+        if reads_text and isinstance(content, list):
+            content = "\n".join(part["text"] for part in content)
+        elif not reads_text and isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        read.append(dict(message) | ({"content": content} if "content" in message else {}))
+    return read
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template, up to where an answer begins.
 
     Args:
-        messages: each with role and content.
+        messages: each with role and content, which is text or a list of parts with texts.
         options: for the template, such as ``tools``.
 
     Raises:
@@ -224,7 +250,7 @@ def encode_chat(
     """
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            list(messages),  # type: ignore[arg-type]  # it takes lists of parts too
+            _as_read(tokenizer, messages),
             add_generation_prompt=True,
             return_dict=True,
             **options,

@@ -82,14 +82,14 @@ def _stops(value: Any) -> Any:
 def _text_or_parts(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     if not isinstance(value, str | list):
         raise ValueError(f"it has to be text or a list of parts, not {shown(value)}")
-    # Joined, as templates that know text alone would write a list as Python does.
-    return value if isinstance(value, str) else "\n".join(part["text"] for part in check(value))
+    return value if isinstance(value, str) else check(value)
 
 
 def _parsed(arguments: Any) -> Any:
     """Of a call: OpenAI writes them as JSON in text, and chat templates expect its values."""
     with suppress(TypeError, ValueError, RecursionError):
-        return json.loads(arguments)
+        values = json.loads(arguments or "{}")
+        return values if isinstance(values, dict) else arguments
     return arguments
 
 

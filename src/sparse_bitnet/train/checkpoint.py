@@ -72,6 +72,7 @@ class Checkpoints:
 
         Raises:
             OutputError: if it cannot be written; says where the run can go on. Earlier ones stay.
+            CheckpointError: if DCP fails otherwise.
         """
         target = self.path(step)
         try:
@@ -80,6 +81,10 @@ class Checkpoints:
             last = self.newest()
             begin = f"goes on from {last}" if last else "begins anew"
             raise OutputError(f"{error}. After that the same command {begin}") from error
+        except OSError:
+            raise
+        except Exception as error:  # DCP's own
+            raise CheckpointError(f"checkpoint {target} cannot be written: {error}") from error
         if self.ranks.is_main:
             for old in self.steps()[self.keep :]:
                 _remove(self.path(old))
@@ -90,7 +95,8 @@ class Checkpoints:
         self, target: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, rows: int
     ) -> None:
         main = self.ranks.is_main
-        with atomic_directory(target) if main else writing(target) as own:
+        # Ranks write below what links of the target lead to.
+        with atomic_directory(target) if main else writing(Path(os.path.realpath(target))) as own:
             temporary = Path(self.ranks.from_main(str(own)))
             with _dcp():
                 dcp.save(

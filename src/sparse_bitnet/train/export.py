@@ -24,7 +24,13 @@ from sparse_bitnet.core import CheckpointError, ConfigError, DataError, PatternE
 from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer
 from sparse_bitnet.files import atomic_directory, read_json, write_text
 from sparse_bitnet.nn.convert import convert_recorded
-from sparse_bitnet.nn.record import ABSENT, SIDE_FILE, is_record, refuse_files_of_others
+from sparse_bitnet.nn.record import (
+    ABSENT,
+    SIDE_FILE,
+    is_record,
+    modules_here,
+    refuse_files_of_others,
+)
 from sparse_bitnet.train.checksums import checksums, weight_files
 from sparse_bitnet.train.config import SparsityConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, check_has_model, is_gguf, no_bars, read_dense
@@ -181,7 +187,7 @@ def load_trained(
         return model, tokenizer
     how = sparsity.pattern, sparsity.kind, sparsity.method, sparsity.rules
     try:
-        convert_recorded(model, recorded["modules"], *how)
+        convert_recorded(model, modules_here(model, recorded["modules"]), *how)
     except (KeyError, TypeError, AttributeError, ConfigError, PatternError) as error:
         raise CheckpointError(f"{directory}/config.json is damaged or foreign: {error}") from error
     return model, tokenizer

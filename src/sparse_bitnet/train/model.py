@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sparse_bitnet.core import CheckpointError, ConfigError
-from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
+from sparse_bitnet.console import say
+from sparse_bitnet.core import CheckpointError, ConfigError, DataError
+from sparse_bitnet.data.tokenizer import extends, has_tokenizer, load_tokenizer
 from sparse_bitnet.nn import Conversion, convert
 from sparse_bitnet.nn.convert import patterns_of_modules
 from sparse_bitnet.nn.sub_norm import add_sub_norms
@@ -51,7 +52,7 @@ def build_model(
     Args:
         vocab_size: how many token ids the data uses.
         tokenizer: the data's. Its end-of-sequence and padding ids go into the configuration of a
-            model from scratch; that of a directory must be the same.
+            model from scratch; that of a directory must be the same, but for added tokens.
         sample: gives token ids ``[sequences, length]`` of the data, for ``sub_norms``.
 
     Raises:
@@ -91,7 +92,7 @@ def build_model(
             f"needs {vocab_size}: prepare the data with the model's own tokenizer"
         )
     if from_weights and tokenizer is not None:
-        check_tokenizer(directory, tokenizer_hash(tokenizer), "model.source")
+        _check_tokenizer(directory, tokenizer)
     if config.sub_norms:
         if not from_weights or sample is None:
             raise ConfigError("model.sub_norms is for a start from a directory's weights")
@@ -164,20 +165,18 @@ def maskless_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-def check_tokenizer(directory: Path, expected: str, name: str) -> None:
-    """Refuse a directory whose model reads other token ids than the data has.
-
-    Args:
-        expected: ``tokenizer_hash`` of the data's.
-        name: of the key that names the directory.
-
-    Raises:
-        ConfigError: if the directory has a tokenizer, and it is another one.
-    """
-    if has_tokenizer(directory) and tokenizer_hash(load_tokenizer(directory)) != expected:
+def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse weights that know other token ids than the data has; those of tokens that the data's
+    tokenizer was given besides, for a chat template perhaps, are learned."""
+    try:
+        own = load_tokenizer(directory) if has_tokenizer(directory) else None
+    except DataError as error:  # one with code of its own, for which the data's stands in
+        say(f"warning: model.source: its tokenizer is not compared with the data's: {error}")
+        return
+    if own is not None and not extends(tokenizer, own):
         raise ConfigError(
-            f"{name} {directory} has another tokenizer than the data: prepare the data with its "
-            f"own (data prepare --model {directory})"
+            f"model.source {directory} has another tokenizer than the data: prepare the data with "
+            f"its own (data prepare --model {directory})"
         )
 
 

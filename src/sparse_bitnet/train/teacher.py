@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from sparse_bitnet.core import ConfigError
 from sparse_bitnet.data.loader import Batch
-from sparse_bitnet.data.tokenizer import has_tokenizer
+from sparse_bitnet.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
 from sparse_bitnet.kernels.platform import usable_device
 from sparse_bitnet.train.config import TeacherConfig
 from sparse_bitnet.train.dense import IMPORT_FIRST, is_gguf, read_dense
 from sparse_bitnet.train.export import is_trained, load_trained
 from sparse_bitnet.train.hidden import HiddenStates
 from sparse_bitnet.train.loss import CausalLoss, Targets
-from sparse_bitnet.train.model import check_documents, check_tokenizer
+from sparse_bitnet.train.model import check_documents
 from sparse_bitnet.train.parallel import blocks
 
 
@@ -55,14 +55,17 @@ class Teacher:
             raise ConfigError(
                 f"teacher.source {config.source}: no Hugging Face directory (it has no config.json)"
             )
-        if tokenizer is not None:
-            check_tokenizer(directory, tokenizer, "teacher.source")
+        compared = tokenizer is not None and has_tokenizer(directory)
+        if compared and tokenizer_hash(load_tokenizer(directory)) != tokenizer:
+            raise ConfigError(
+                f"teacher.source {directory} has another tokenizer than the data: prepare the data "
+                f"with its own (data prepare --model {directory})"
+            )
         trained = is_trained(directory)
         model = load_trained(directory)[0] if trained else read_dense(directory)
         rows, vocabulary = (one.get_output_embeddings().weight.shape[0] for one in (model, student))
         # More rows than the student's are padding where both know the data's tokenizer: Qwen2.5 has
         # 152,064 of them from 7B on and 151,936 below.
-        compared = tokenizer is not None and has_tokenizer(directory)
         if rows < vocabulary or (rows > vocabulary and not compared):
             raise ConfigError(
                 f"teacher.source {config.source} has a vocabulary of {rows}, the student one of "
