@@ -4,6 +4,8 @@ import errno
 import json
 import pickle
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,10 +123,10 @@ def test_a_crash_while_writing_leaves_the_old_ones(setup, monkeypatch):
     setup.save(10)
 
     def crash(*_args):
-        raise OSError("no space left on device")
+        raise RuntimeError("of DCP's own")
 
     monkeypatch.setattr(module, "write_text", crash)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="step-00000015 cannot be written: of DCP's own"):
         setup.save(15)
     assert setup.files.steps() == [10, 5]
     assert len(list(setup.files.directory.iterdir())) == 2
@@ -144,6 +146,27 @@ def test_a_full_disk_says_where_the_run_goes_on(setup, monkeypatch):
         assert len(list(setup.files.directory.iterdir())) == len(setup.files.steps())
         setup.save(step + 1)
     assert setup.files.steps() == [8, 6]
+
+
+class Second(Ranks):
+    """Another rank than the one that makes the directory."""
+
+    def from_main(self, _value):
+        return str(Path.cwd() / "runs" / "step-00000005.1.partial")
+
+
+def test_every_rank_says_so_in_our_words(tmp_path, recipe, monkeypatch):
+    """Where the directory is relative, too, of which they write the absolute one."""
+    monkeypatch.chdir(tmp_path)
+    files = Setup(Path("runs"), recipe())
+    files.files = replace(files.files, ranks=Second(1, 2, torch.device("cpu")))
+
+    def refused(*_args, storage_writer, **_options):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{storage_writer.path}/shard")
+
+    monkeypatch.setattr(module.dcp, "save", refused)
+    with pytest.raises(OutputError, match=r"step-00000005 cannot be written: .*begins anew"):
+        files.save(5)
 
 
 def damage_truncate(path):

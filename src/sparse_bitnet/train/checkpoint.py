@@ -81,8 +81,6 @@ class Checkpoints:
             last = self.newest()
             begin = f"goes on from {last}" if last else "begins anew"
             raise OutputError(f"{error}. After that the same command {begin}") from error
-        except OSError:
-            raise
         except Exception as error:  # DCP's own
             raise CheckpointError(f"checkpoint {target} cannot be written: {error}") from error
         if self.ranks.is_main:
