@@ -55,7 +55,7 @@ def bench(
         str(path): load(path, dtype=dtype, device=device, compile=compile)[0] for path in models
     }
     for name, model in loaded.items():
-        room = context_length(model)
+        room = context_length(model.config)
         if room is not None and prompt + new + 1 > room:
             raise ConfigError(f"bench: {prompt} + {new} tokens exceed {name}'s context of {room}")
         if model.generation_config is not None:

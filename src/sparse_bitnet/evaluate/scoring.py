@@ -49,8 +49,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def default_window(config: PreTrainedConfig) -> int:
     """1024 tokens, or fewer where a model's configuration has fewer positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+    return min(DEFAULT_WINDOW, context_length(config) or DEFAULT_WINDOW)
 
 
 def check_window(model: PreTrainedModel, window: int | None) -> int:
@@ -61,7 +60,7 @@ def check_window(model: PreTrainedModel, window: int | None) -> int:
     """
     if window is None:
         return default_window(model.config)
-    positions = context_length(model)
+    positions = context_length(model.config)
     if window < 1 or (positions and window > positions):
         raise ConfigError(
             f"--window {window} is out of range: the model reads 1 to "

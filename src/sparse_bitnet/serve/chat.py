@@ -169,7 +169,7 @@ class Conversation:
     @property
     def _room(self) -> float:
         """Tokens of a prompt: the context less an answer, half of it at least."""
-        context = context_length(self._model)
+        context = context_length(self._model.config)
         if context is None:
             return float("inf")
         return context - min(self._max_new_tokens, context // 2)

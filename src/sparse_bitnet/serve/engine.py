@@ -171,7 +171,7 @@ class Engine:
             raise ConfigError("serve: --max-running has to be 1 or more, --max-waiting 0 or more")
         self._model: Any = model
         self.cache_tokens = cache_tokens or default_cache_tokens(model)
-        self.context = min(context_length(model) or 2**31, int(self.cache_tokens / ROOM))
+        self.context = min(context_length(model.config) or 2**31, int(self.cache_tokens / ROOM))
         self.most_running, self.most_waiting = most_running, most_waiting
         self.generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
@@ -368,5 +368,5 @@ def default_cache_tokens(model: PreTrainedModel) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         wanted, share = CACHE_TOKENS, 0.25
-    wanted = max(wanted, int(ROOM * (context_length(model) or 0)))
+    wanted = max(wanted, int(ROOM * (context_length(model.config) or 0)))
     return max(4 * PAGE, min(wanted, int(share * free / cache_bytes_per_token(model))))

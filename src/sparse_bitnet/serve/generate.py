@@ -117,7 +117,7 @@ def generate_text(
     sampling = sampling or GREEDY
     if max_new_tokens < 1:
         raise ConfigError(f"generate: --max-new-tokens is {max_new_tokens}; it has to be 1 or more")
-    room = context_length(model)
+    room = context_length(model.config)
     if room is not None:
         if tokens.shape[1] >= room:
             raise ConfigError(

@@ -98,7 +98,7 @@ class _Run:
             tokenizer=self.batches.tokenizer,
             sample=lambda: here.from_main(self.batches.train(0)[0].inputs.cpu()).to(here.device),
         )
-        positions = context_length(self.model)
+        positions = context_length(self.model.config)
         if positions and config.data.sequence_length > positions:
             raise ConfigError(
                 f"data.sequence_length is {config.data.sequence_length}, but the model reads "

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,9 +32,9 @@ from sparse_bitnet.train.presets import PRESETS, preset_config
 MASKLESS = "sparse_bitnet_maskless_sdpa"
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model reads at once, if it has positions to run out of."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model reads at once, if it has positions to run out of."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def build_model(
